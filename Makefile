@@ -1,0 +1,22 @@
+# What a person types. `make` alone lists it.
+
+.PHONY: help run test check bench e2e setup clean
+
+help: ## List what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: # Everything that is needed and missing, installed where that is allowed
+	@devstack/install.sh
+
+run: setup ## Serve on port 8000 with a PostgreSQL and a Redis of its own
+	@cargo build --release --locked --quiet --bin visitas --bin devstack --workspace
+	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
+
+test: setup ## Check and test everything
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
+	cargo test --workspace --locked
+
+clean: ## Forget what was built and what the servers of `make run` have stored
+	rm -rf target .devstack

@@ -1,0 +1,91 @@
+#!/bin/sh
+# Makes sure, before anything is compiled, that Rust, PostgreSQL and Redis are there, and every
+# COMMAND=PACKAGE given.
+#
+#   devstack/install.sh [promtool=prometheus wrk=wrk ...]
+#
+# As root, or with a sudo that asks nothing, it installs what is missing with apt-get. Otherwise it
+# says what to type. Rust it never installs.
+set -eu
+. "$(dirname "$0")/src/find.sh"
+
+minor=$(rustc --version 2>/dev/null | sed -n 's/^rustc 1\.\([0-9]*\)\..*/\1/p')
+if [ "${minor:-0}" -lt 94 ] || [ -z "$(command -v cargo)" ]; then
+    if [ -n "$(command -v rustup)" ]; then
+        how='rustup update stable'
+    else
+        how="curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
+    fi
+    printf 'Rust 1.94 or newer was not found. Install it:\n  %s\n' "$how" >&2
+    exit 1
+fi
+
+apt_packages=
+brew_packages=
+if ! find_postgres >/dev/null 2>&1; then
+    apt_packages="$apt_packages postgresql"
+    brew_packages="$brew_packages postgresql@16"
+fi
+if ! find_redis >/dev/null 2>&1; then
+    apt_packages="$apt_packages redis-server"
+    brew_packages="$brew_packages redis"
+fi
+for pair in "$@"; do
+    if [ -z "$(command -v "${pair%%=*}")" ]; then
+        apt_packages="$apt_packages ${pair#*=}"
+        brew_packages="$brew_packages ${pair#*=}"
+    fi
+done
+if [ -z "$apt_packages" ]; then
+    exit 0
+fi
+
+if [ "$(id -u)" -eq 0 ]; then
+    as_root() { "$@"; }
+elif sudo -n true 2>/dev/null; then
+    as_root() { sudo -n "$@"; }
+else
+    as_root() { return 1; }
+fi
+if [ -z "$(command -v apt-get)" ] || ! as_root true; then
+    {
+        echo "Missing:$apt_packages. To install:"
+        echo "  Debian, Ubuntu:  sudo apt-get install -y --no-install-recommends$apt_packages"
+        echo "  macOS:           brew install$brew_packages"
+    } >&2
+    exit 1
+fi
+
+install_packages() {
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@"
+}
+
+# The packages would start servers of their own, now and at every boot; nobody here uses those.
+policy=/usr/sbin/policy-rc.d
+if ! [ -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+    as_root chmod 755 "$policy"
+    trap 'as_root rm -f "$policy"' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+fi
+as_root apt-get update -q
+case $apt_packages in *postgresql*)
+    settings=/etc/postgresql-common/createcluster.conf
+    if ! [ -e "$settings" ]; then
+        install_packages postgresql-common
+        as_root sed -i 's/^#* *create_main_cluster.*/create_main_cluster = false/' "$settings"
+    fi
+    ;;
+esac
+# shellcheck disable=SC2086 # One word a package.
+install_packages $apt_packages
+if [ -d /run/systemd/system ]; then
+    for package in $apt_packages; do
+        as_root systemctl disable --quiet "$package" 2>/dev/null || true
+    done
+fi
+
+# Says what is wrong if a package was too old.
+find_postgres >/dev/null
+find_redis >/dev/null

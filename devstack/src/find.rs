@@ -1,0 +1,66 @@
+//! Which installed programs are used. Knows nothing of running them.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// An installed server.
+pub(crate) struct Found {
+    pub(crate) major: u32,
+    /// Postgres' folder of programs, or the path of `redis-server`.
+    pub(crate) path: PathBuf,
+}
+
+/// The newest installed Postgres from 14 to 18, or the one in `DEVSTACK_PG_BIN`.
+pub(crate) fn postgres() -> Result<Found> {
+    find("find_postgres")
+}
+
+/// The installed Redis, at least 6, or the one that `DEVSTACK_REDIS_SERVER` names.
+pub(crate) fn redis() -> Result<Found> {
+    find("find_redis")
+}
+
+/// Says which servers would be used, one a line.
+///
+/// # Errors
+///
+/// When one is missing. The error holds the commands that install it.
+pub fn check() -> Result<String> {
+    match (postgres(), redis()) {
+        (Ok(postgres), Ok(redis)) => Ok(format!(
+            "PostgreSQL {} in {}\nRedis {} at {}",
+            postgres.major,
+            postgres.path.display(),
+            redis.major,
+            redis.path.display()
+        )),
+        (Err(postgres), Err(redis)) => bail!("{postgres}\n{redis}"),
+        (Err(error), _) | (_, Err(error)) => Err(error),
+    }
+}
+
+fn find(function: &str) -> Result<Found> {
+    let output = Command::new("/bin/sh")
+        .args([
+            "-c",
+            concat!(include_str!("find.sh"), "\n\"$1\""),
+            "find",
+            function,
+        ])
+        .output()
+        .context("cannot run /bin/sh")?;
+    if !output.status.success() {
+        bail!("{}", String::from_utf8_lossy(&output.stderr).trim_end());
+    }
+    let line = String::from_utf8(output.stdout)?;
+    let (major, path) = line
+        .trim_end()
+        .split_once(' ')
+        .context("find.sh printed no path")?;
+    Ok(Found {
+        major: major.parse()?,
+        path: path.into(),
+    })
+}

@@ -1,0 +1,71 @@
+# Signals a server with all its processes, and outlives the runner to do so when nobody else can.
+#
+#   signal NAME PID    sends the signal to the process and its descendants; after KILL, waits until
+#                      they are gone
+#   watch FOLDER       kills what the runner has started once the runner is gone, then removes
+#                      FOLDER, unless that is an empty string
+#
+# Every process of Postgres makes a session of its own, so no process group holds them all.
+# shellcheck shell=sh
+
+# One line a process: its id, its parent's and its state. Slim images have no `ps`, macOS no /proc.
+processes() {
+    if [ -r /proc/self/stat ]; then
+        cat /proc/[0-9]*/stat 2>/dev/null |
+            sed -n 's/^\([0-9]*\) (.*) \([A-Za-z]\) \([0-9]*\) .*/\1 \3 \2/p'
+    else
+        ps -A -o pid= -o ppid= -o state=
+    fi
+}
+
+signal() {
+    kill -STOP "$2" || return 1 # It must start no process while the others are looked up.
+    family=$(processes | awk -v root="$2" '
+        { parent[$1] = $2 }
+        END {
+            for (pid in parent) {
+                ancestor = pid
+                while (ancestor in parent && ancestor != root) ancestor = parent[ancestor]
+                if (ancestor == root) print pid
+            }
+        }')
+    # shellcheck disable=SC2086 # One word an id.
+    kill -"$1" $family
+    tries=0
+    while [ "$1" = KILL ] && [ $tries -lt 100 ] && any_left; do
+        tries=$((tries + 1))
+        sleep 0.02
+    done
+} 2>/dev/null
+
+# Whether a process of $family still runs; a zombie does not.
+any_left() {
+    processes | awk -v family="$family" '
+        BEGIN { split(family, ids); for (i in ids) wanted[ids[i]] }
+        $1 in wanted && $3 !~ /^[ZX]/ { found = 1 }
+        END { exit !found }'
+}
+
+# The runner alone holds the other end of standard input, so it ends when the runner does, however
+# that comes about.
+# Each line is the process to kill then, 0 when there is none.
+watch() {
+    trap '' HUP INT QUIT TERM
+    server=0
+    while read -r line; do
+        server=$line
+    done
+    if [ "$server" -gt 0 ]; then
+        signal KILL "$server"
+    fi
+    if [ -n "$1" ]; then
+        # A killed Postgres leaves a shared memory segment, of which a machine has only so many.
+        segment=$(sed -n '7s/.* //p' "$1"/postgres-*/postmaster.pid 2>/dev/null)
+        if [ -n "$segment" ]; then
+            ipcrm -m "$segment" 2>/dev/null
+        fi
+        rm -rf -- "$1"
+    fi
+}
+
+"$@"

@@ -1,0 +1,326 @@
+//! The service as a whole: its parts, its routes and its life from start to stop.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use axum::Router;
+use axum::extract::State;
+use axum::middleware::{from_fn_with_state, map_response};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use http::header::CONTENT_TYPE;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::limit::RequestBodyLimitLayer;
+use tracing::info;
+
+use crate::config::Config;
+use crate::health::Readings;
+use crate::recorder::{Recorder, Writer, recorder};
+use crate::server::{self, Limits};
+use crate::store::{Postgres, Redis, Store as _};
+use crate::telemetry::Telemetry;
+use crate::telemetry::http::{Observer, observe};
+use crate::telemetry::metric;
+use crate::{error, health, visit};
+
+/// What the handlers share. Cheap to clone.
+#[derive(Clone)]
+pub struct Service(Arc<Parts>);
+
+/// The parts of the service.
+pub struct Parts {
+    /// Takes visits.
+    pub recorder: Recorder,
+    /// The database.
+    pub postgres: Arc<Postgres>,
+    /// The cache.
+    pub redis: Arc<Redis>,
+    readings: Readings,
+    leaving: AtomicBool,
+    telemetry: Arc<Telemetry>,
+}
+
+impl std::ops::Deref for Service {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+impl Parts {
+    /// The Redis counter as the health monitor last read it.
+    #[must_use]
+    pub fn redis_total(&self) -> Option<i64> {
+        self.redis.state().is_up().then(|| self.readings.redis())?
+    }
+
+    /// Whether the service has been told to stop.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
+    }
+}
+
+/// A service that has its addresses and has not begun to serve.
+pub struct App {
+    config: Config,
+    service: Service,
+    writer: Writer,
+    listener: TcpListener,
+    metrics_listener: Option<TcpListener>,
+}
+
+/// No handler reads a body; a longer one is refused.
+const BODY_LIMIT: usize = 64 * 1024;
+/// How often samples are moved to where they are kept.
+const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 4096;
+/// A client that takes nothing of its answer for this long is cut off.
+const STALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the last spans may take, where the time to stop allows it.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+/// Descriptors for everything that is not a client connection.
+const OTHER_FILES: u64 = 64;
+
+impl App {
+    /// Prepares the stores and takes the addresses. No store needs to be there yet.
+    ///
+    /// # Errors
+    ///
+    /// If an address is taken or a certificate cannot be used.
+    pub fn build(config: Config, telemetry: Arc<Telemetry>) -> anyhow::Result<Self> {
+        raise_file_limit(config.http.max_connections);
+        let postgres = Arc::new(Postgres::new(&config.postgres));
+        let redis = Arc::new(Redis::new(&config.redis)?);
+        let (recorder, writer) = recorder(
+            Arc::clone(&postgres),
+            Arc::clone(&redis),
+            config.visit.queue_capacity,
+            config.visit.timeout,
+        );
+        metric::connections_max(config.http.max_connections);
+        metric::connections(0);
+        let listener = server::bind(config.http.bind_addr, BACKLOG)?;
+        let metrics_listener = config
+            .http
+            .metrics_addr
+            .map(|address| server::bind(address, BACKLOG))
+            .transpose()?;
+        let service = Service(Arc::new(Parts {
+            recorder,
+            postgres,
+            redis,
+            readings: Readings::default(),
+            leaving: AtomicBool::new(false),
+            telemetry,
+        }));
+        Ok(Self {
+            config,
+            service,
+            writer,
+            listener,
+            metrics_listener,
+        })
+    }
+
+    /// Serves until `signal` resolves, then stops within `SHUTDOWN_DELAY` + `SHUTDOWN_TIMEOUT`.
+    ///
+    /// # Errors
+    ///
+    /// If the service cannot say where it listens, or a part of it ended that never should.
+    pub async fn run_until(self, signal: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let Self {
+            config,
+            service,
+            writer,
+            listener,
+            metrics_listener,
+        } = self;
+        let shutdown = &config.shutdown;
+        let limits = Limits {
+            max_connections: config.http.max_connections,
+            header_timeout: config.http.header_timeout,
+            idle_timeout: config.http.idle_timeout,
+            stall_timeout: STALL_TIMEOUT,
+        };
+        info!(
+            address = listener.local_addr()?.to_string(),
+            metrics.address = metrics_listener
+                .as_ref()
+                .map(|listener| listener.local_addr().map(|address| address.to_string()))
+                .transpose()?,
+            version = crate::VERSION,
+            revision = crate::REVISION,
+            "listening"
+        );
+        let mut monitoring = tokio::spawn(monitor(service.clone()));
+        let upkeep = tokio::spawn(upkeep(service.clone()));
+        let mut writing = tokio::spawn(writer.run());
+
+        let router = routes(
+            &service,
+            Observer::new(
+                service.telemetry.sampler(),
+                config.telemetry.log.access_slow,
+            ),
+            metrics_listener.is_none(),
+        );
+        // A part of the time is kept for the last spans, and a part of that for the end itself.
+        let flush = (shutdown.timeout / 5).min(FLUSH_TIMEOUT);
+        let drain = shutdown.timeout.saturating_sub(flush);
+        let (metrics_stop, metrics_stopped) = tokio::sync::oneshot::channel::<()>();
+        let metrics_server = metrics_listener.map(|listener| {
+            let router = metrics_routes(&service);
+            tokio::spawn(async move {
+                let stop = async {
+                    metrics_stopped.await.ok();
+                };
+                server::serve(
+                    listener,
+                    router,
+                    limits,
+                    |_open| {},
+                    stop,
+                    Duration::from_millis(100),
+                )
+                .await
+            })
+        });
+
+        let failed = AtomicBool::new(false);
+        let stop = async {
+            let unexpected = tokio::select! {
+                () = signal => None,
+                // Neither ends by itself; a service without them is better started anew.
+                _ = &mut writing => Some("writer"),
+                _ = &mut monitoring => Some("monitor"),
+            };
+            service.leaving.store(true, Ordering::Release);
+            if let Some(part) = unexpected {
+                tracing::error!(part, "a part of the service ended unexpectedly");
+                failed.store(true, Ordering::Release);
+            } else {
+                info!(delay.seconds = shutdown.delay.as_secs_f64(), "stopping");
+                tokio::time::sleep(shutdown.delay).await;
+            }
+            service.recorder.stop();
+        };
+        let drained =
+            server::serve(listener, router, limits, metric::connections, stop, drain).await;
+        let deadline = Instant::now() + flush * 3 / 4;
+        monitoring.abort();
+        upkeep.abort();
+        finish_writing(writing, deadline).await;
+        let telemetry = Arc::clone(&service.telemetry);
+        tokio::task::spawn_blocking(move || {
+            telemetry.flush(deadline.saturating_duration_since(Instant::now()));
+        })
+        .await
+        .context("flushing telemetry")?;
+        drop(metrics_stop);
+        if let Some(server) = metrics_server {
+            let _drained = server.await.context("serving metrics")?;
+        }
+        info!(connections.aborted = drained.aborted, "stopped");
+        ensure!(
+            !failed.load(Ordering::Acquire),
+            "a part of the service ended unexpectedly"
+        );
+        Ok(())
+    }
+}
+
+/// The queue is empty once every request is answered, so this waits only where some were not.
+async fn finish_writing(mut writing: JoinHandle<()>, deadline: Instant) {
+    if writing.is_finished() {
+        return;
+    }
+    if tokio::time::timeout_at(deadline, &mut writing)
+        .await
+        .is_err()
+    {
+        writing.abort();
+    }
+}
+
+/// The routes. Of the layers the last one added sees a request first: what is observed includes
+/// what the others refuse, and a panic is caught before it can pass anything unobserved.
+fn routes(service: &Service, observer: Arc<Observer>, with_metrics: bool) -> Router {
+    let mut router = Router::new()
+        .route("/", get(visit::record).head(visit::head))
+        .route("/health", get(health::ready))
+        .route("/health/ready", get(health::ready))
+        .route("/health/live", get(health::live));
+    if with_metrics {
+        router = router.route("/metrics", get(metrics));
+    }
+    router
+        .with_state(service.clone())
+        .layer(RequestBodyLimitLayer::new(BODY_LIMIT))
+        .layer(CatchPanicLayer::new())
+        .layer(map_response(error::problem_document))
+        .layer(from_fn_with_state(observer, observe))
+}
+
+fn metrics_routes(service: &Service) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .with_state(service.clone())
+        .layer(CatchPanicLayer::new())
+        .layer(map_response(error::problem_document))
+}
+
+/// `GET /metrics`.
+async fn metrics(State(service): State<Service>) -> Response {
+    service.report();
+    let text = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    (text, service.telemetry.render_metrics()).into_response()
+}
+
+impl Parts {
+    /// Publishes what is read rather than counted.
+    fn report(&self) {
+        self.postgres.report();
+        self.redis.report();
+        metric::queue_depth(self.recorder.depth());
+    }
+}
+
+async fn monitor(service: Service) {
+    health::watch(&service.postgres, &service.redis, &service.readings).await;
+}
+
+async fn upkeep(service: Service) {
+    let mut every = tokio::time::interval(UPKEEP_EVERY);
+    loop {
+        every.tick().await;
+        service.telemetry.upkeep();
+    }
+}
+
+/// Each connection is a file. Where the limit cannot be raised far enough, accepting waits for
+/// descriptors instead of failing.
+fn raise_file_limit(connections: usize) {
+    let wanted = connections as u64 + OTHER_FILES;
+    match rlimit::increase_nofile_limit(wanted) {
+        Ok(limit) if limit < wanted => {
+            tracing::warn!(
+                limit,
+                wanted,
+                "the limit on open files is below HTTP_MAX_CONNECTIONS"
+            );
+        }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(
+            error = error.to_string(),
+            "cannot raise the limit on open files"
+        ),
+    }
+}

@@ -1,0 +1,116 @@
+//! The commands that are not the service itself: each does one thing, says what it did and ends.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use http::header::HOST;
+use http::{Request, Uri};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+use crate::config::{PostgresConfig, RedisConfig};
+use crate::store::{Postgres, Redis, Store as _};
+
+/// How long a service may take to say how it is; it promises a tenth of a second.
+const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// `visitas migrate`: brings the database to this version.
+///
+/// # Errors
+///
+/// Why it was not done.
+pub async fn migrate(postgres: &PostgresConfig) -> anyhow::Result<String> {
+    let applied = Postgres::new(postgres)
+        .migrate()
+        .await
+        .context("migrating")?;
+    Ok(match applied {
+        0 => "the database is up to date".to_owned(),
+        1 => "1 migration applied".to_owned(),
+        applied => format!("{applied} migrations applied"),
+    })
+}
+
+/// `visitas healthcheck`: asks a running service whether it records visits.
+///
+/// # Errors
+///
+/// If it does not, or does not answer in time.
+pub async fn healthcheck(url: &Uri) -> anyhow::Result<String> {
+    let answer = tokio::time::timeout(HEALTHCHECK_TIMEOUT, async {
+        let host = url.host().context("the URL has no host")?;
+        let address = (host.trim_matches(['[', ']']), url.port_u16().unwrap_or(80));
+        let stream = TcpStream::connect(address).await?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let path = url.path_and_query().map_or("/", |path| path.as_str());
+        let request = Request::get(path)
+            .header(
+                HOST,
+                url.authority().map_or(host, |authority| authority.as_str()),
+            )
+            .body(axum::body::Body::empty())?;
+        let answer = tokio::select! {
+            answer = sender.send_request(request) => answer?,
+            ended = connection => {
+                ended?;
+                bail!("the connection ended before an answer");
+            }
+        };
+        Ok(answer.status())
+    });
+    let status = answer
+        .await
+        .map_err(|_elapsed| anyhow::anyhow!("no answer within {HEALTHCHECK_TIMEOUT:?}"))
+        .flatten()
+        .with_context(|| format!("asking {url}"))?;
+    ensure!(status.is_success(), "{url} answers {status}");
+    Ok(format!("{url} answers {status}"))
+}
+
+/// `visitas recount`: counts the rows anew, where triggers had been disabled.
+///
+/// # Errors
+///
+/// Why it was not done; nothing has changed then.
+pub async fn recount(postgres: &PostgresConfig) -> anyhow::Result<String> {
+    let recount = Postgres::new(postgres)
+        .recount()
+        .await
+        .context("recounting")?;
+    Ok(format!(
+        "counted {} rows; the total was {}",
+        recount.after, recount.before
+    ))
+}
+
+/// `visitas reconcile`: adds to Redis what it lacks of the count in Postgres.
+///
+/// Visits wait meanwhile: the count's lock is held for as long as an increment of a committed
+/// batch may still be under way, and then for one reading and one correction.
+///
+/// # Errors
+///
+/// Why it was not done.
+pub async fn reconcile(postgres: &PostgresConfig, redis: &RedisConfig) -> anyhow::Result<String> {
+    let settle = redis.timeout;
+    let postgres = Postgres::new(postgres);
+    let redis = Redis::new(redis)?;
+    let (total, difference) = postgres
+        .with_count_locked(settle, async |total| {
+            let difference = total - redis.total().await?;
+            if difference != 0 {
+                redis.correct(difference).await?;
+            }
+            Ok((total, difference))
+        })
+        .await
+        .context("reconciling")?;
+    Ok(match difference {
+        0 => format!("both stores count {total}"),
+        _ => format!(
+            "both stores count {total}; Redis was off by {}",
+            -difference
+        ),
+    })
+}

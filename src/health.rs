@@ -1,0 +1,161 @@
+//! Health: what watches the two stores, and the routes that tell what it saw.
+//!
+//! The routes only read what is known, so they answer at once whatever the stores do.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use http::header::{CACHE_CONTROL, HeaderValue};
+use serde::Serialize;
+
+use crate::app::Service;
+use crate::store::{Postgres, Redis, State as StoreState, Store};
+use crate::telemetry::metric;
+
+/// While a store is up it is read this often: what it has counted, and whether it still answers.
+const READ_EVERY: Duration = Duration::from_secs(1);
+/// While it is down a probe asks this often whether a visit would succeed.
+const PROBE_EVERY: Duration = Duration::from_millis(100);
+
+/// What the stores have counted, as last read.
+#[derive(Debug)]
+pub struct Readings {
+    postgres: AtomicI64,
+    redis: AtomicI64,
+}
+
+/// A reading that is not known. No count is negative by itself.
+const UNKNOWN: i64 = i64::MIN;
+
+impl Readings {
+    /// The value of the Redis key `visitas_home`; `None` while Redis does not answer.
+    #[must_use]
+    pub fn redis(&self) -> Option<i64> {
+        known(&self.redis)
+    }
+
+    fn store(&self, reading: &AtomicI64, value: Option<i64>) {
+        reading.store(value.unwrap_or(UNKNOWN), Ordering::Relaxed);
+        metric::rows(known(&self.postgres), known(&self.redis));
+    }
+}
+
+impl Default for Readings {
+    fn default() -> Self {
+        Self {
+            postgres: AtomicI64::new(UNKNOWN),
+            redis: AtomicI64::new(UNKNOWN),
+        }
+    }
+}
+
+fn known(reading: &AtomicI64) -> Option<i64> {
+    let value = reading.load(Ordering::Relaxed);
+    (value != UNKNOWN).then_some(value)
+}
+
+/// Watches both stores for as long as it is polled.
+pub async fn watch(postgres: &Postgres, redis: &Redis, readings: &Readings) {
+    tokio::join!(
+        watch_store(postgres, |total| readings.store(&readings.postgres, total)),
+        watch_store(redis, |total| readings.store(&readings.redis, total)),
+    );
+}
+
+/// Reads a store while it is up and probes it while it is down. A probe does what a visit needs,
+/// so that the store is never called up for less.
+async fn watch_store(store: &impl Store, publish: impl Fn(Option<i64>)) {
+    loop {
+        if store.state().is_up() {
+            publish(store.total().await.ok());
+            tokio::select! {
+                () = tokio::time::sleep(READ_EVERY) => {}
+                () = store.state().down() => publish(None),
+            }
+        } else if store.probe().await.is_err() {
+            publish(None);
+            tokio::time::sleep(PROBE_EVERY).await;
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    status: Overall,
+    checks: Checks,
+    version: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct Checks {
+    postgres: Check,
+    redis: Check,
+    migrations: Check,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    latency_ms: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Overall {
+    Ok,
+    Degraded,
+    Unavailable,
+}
+
+/// `GET /health` and `/health/ready`: whether visits are recorded.
+pub async fn ready(State(service): State<Service>) -> Response {
+    let migrated = service.postgres.is_migrated();
+    let postgres = check(service.postgres.state());
+    let redis = check(service.redis.state());
+    let status = if !service.postgres.state().is_up() || !migrated || service.is_leaving() {
+        Overall::Unavailable
+    } else if !service.redis.state().is_up() {
+        Overall::Degraded
+    } else {
+        Overall::Ok
+    };
+    let report = Report {
+        status,
+        checks: Checks {
+            postgres,
+            redis,
+            migrations: Check {
+                status: if migrated { "ok" } else { "pending" },
+                latency_ms: None,
+            },
+        },
+        version: crate::VERSION,
+    };
+    let code = if status == Overall::Unavailable {
+        StatusCode::SERVICE_UNAVAILABLE
+    } else {
+        StatusCode::OK
+    };
+    let no_store = [(CACHE_CONTROL, HeaderValue::from_static("no-store"))];
+    (code, no_store, Json(report)).into_response()
+}
+
+/// `GET /health/live`: whether the process serves at all.
+pub async fn live() -> Response {
+    let no_store = [(CACHE_CONTROL, HeaderValue::from_static("no-store"))];
+    (no_store, Json(serde_json::json!({ "status": "ok" }))).into_response()
+}
+
+fn check(state: &StoreState) -> Check {
+    Check {
+        status: if state.is_up() { "ok" } else { "unavailable" },
+        latency_ms: state
+            .latency()
+            .map(|latency| (latency.as_secs_f64() * 1e6).round() / 1e3),
+    }
+}

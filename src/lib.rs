@@ -1,0 +1,29 @@
+//! A web service that records each visit in Postgres, counts it in Redis and says both totals.
+//!
+//! A map of the code, in the order in which a visit meets it:
+//!
+//! - [`server`] accepts connections and bounds how long each may take;
+//! - [`app`] holds the routes and the life of the service from start to stop;
+//! - [`telemetry`] sees each request and each store call, and changes neither;
+//! - [`visit`] is `GET /`;
+//! - [`recorder`] is the queue and the one writer that records waiting visits together;
+//! - [`store`] is Postgres and Redis;
+//! - [`health`] watches the stores and answers probes;
+//! - [`error`] is what a client sees of a mistake of its own;
+//! - [`config`] reads the settings, [`command`] runs what is not the service itself.
+
+pub mod app;
+pub mod command;
+pub mod config;
+pub mod error;
+pub mod health;
+pub mod recorder;
+pub mod server;
+pub mod store;
+pub mod telemetry;
+pub mod visit;
+
+pub use self::config::{REVISION, VERSION};
+
+/// The compiler that this program was built with.
+pub const RUSTC: &str = env!("VISITAS_RUSTC");

@@ -1,0 +1,121 @@
+//! Parses the command line, runs one command and turns its result into an exit status.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use visitas::app::App;
+use visitas::command;
+use visitas::config::{self, Command, Config, ConfigError};
+use visitas::telemetry::Telemetry;
+
+/// How long tasks that cannot be cancelled, such as a name being looked up, may hold up the end.
+const RUNTIME_END: Duration = Duration::from_millis(100);
+
+fn main() -> ExitCode {
+    let command = match config::from_process() {
+        Ok(command) => command,
+        Err(error) => {
+            eprintln!("visitas: {error}");
+            return ExitCode::from(ConfigError::EXIT_STATUS);
+        }
+    };
+    match run(command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("visitas: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    // Both stores and the exporter encrypt with the one provider that is built in.
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .map_err(|_provider| anyhow::anyhow!("a TLS provider is installed already"))?;
+    match command {
+        Command::Serve(config) => serve(*config),
+        Command::Migrate { postgres, log } => {
+            let _telemetry = Telemetry::start(&log, None)?;
+            say(command::migrate(&postgres))
+        }
+        Command::Reconcile {
+            postgres,
+            redis,
+            log,
+        } => {
+            let _telemetry = Telemetry::start(&log, None)?;
+            say(command::reconcile(&postgres, &redis))
+        }
+        Command::Recount { postgres, log } => {
+            let _telemetry = Telemetry::start(&log, None)?;
+            say(command::recount(&postgres))
+        }
+        Command::Healthcheck { url } => say(command::healthcheck(&url)),
+        Command::Print(text) => {
+            print(&text);
+            Ok(())
+        }
+    }
+}
+
+/// Runs a command that ends by itself and prints what it did.
+fn say(command: impl Future<Output = anyhow::Result<String>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    let done = runtime.block_on(command)?;
+    print(&format!("{done}\n"));
+    Ok(())
+}
+
+/// Whoever reads may have left, which is no failure of ours.
+fn print(text: &str) {
+    std::io::stdout().write_all(text.as_bytes()).ok();
+}
+
+fn serve(config: Config) -> anyhow::Result<()> {
+    let telemetry = Arc::new(Telemetry::start(
+        &config.telemetry.log,
+        config.telemetry.traces.as_ref(),
+    )?);
+    let runtime = Runtime::new().context("starting the runtime")?;
+    let result = runtime.block_on(async {
+        let stop = stop_signal()?;
+        App::build(config, Arc::clone(&telemetry))?
+            .run_until(stop)
+            .await
+    });
+    // On the way out by an error too; after a regular stop nothing is left to send.
+    telemetry.flush(Duration::from_secs(1));
+    runtime.shutdown_timeout(RUNTIME_END);
+    result
+}
+
+/// Resolves at the first SIGTERM or SIGINT; the second ends the process at once.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate()).context("watching for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("watching for SIGINT")?;
+    let (sender, first) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let mut next = async || {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        next().await;
+        sender.send(()).ok();
+        next().await;
+        std::process::exit(1);
+    });
+    Ok(async {
+        first.await.ok();
+    })
+}

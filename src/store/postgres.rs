@@ -1,0 +1,625 @@
+//! Postgres: the visits, their exact count and the migrations.
+//!
+//! Each statement is a single one, committed by itself; none is ever repeated after it may have
+//! taken effect. The counting itself is in `migrations/`. It knows nothing of HTTP or of Redis.
+
+use std::borrow::Cow;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use sqlx::migrate::{MigrateError, Migrator};
+use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity, PgSslMode};
+use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
+use time::OffsetDateTime;
+
+use super::pool::{Connect, Pool};
+use super::{Cause, Error, State, Store};
+use crate::config::{PostgresConfig, SslMode};
+use crate::telemetry::call::{Operation, Target, Trace, call};
+use crate::telemetry::metric::System;
+
+/// The database of visits.
+#[derive(Debug)]
+pub struct Postgres {
+    pool: Pool<Session>,
+    session: Session,
+    state: State,
+    target: Target,
+    deadline: Duration,
+    migrated: AtomicBool,
+}
+
+/// Why a batch of visits was not acknowledged.
+#[derive(Debug)]
+pub struct RecordError {
+    /// What the store or the network said.
+    pub error: Error,
+    /// Whether the batch may be in the table all the same.
+    pub in_doubt: bool,
+}
+
+/// What [`Postgres::recount`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recount {
+    /// The total that the ledger said.
+    pub before: i64,
+    /// The number of rows.
+    pub after: i64,
+}
+
+static MIGRATIONS: Migrator = sqlx::migrate!();
+
+static RECORD: Operation = Operation::procedure(
+    "SELECT registrar_visitas",
+    "registrar_visitas",
+    "select public.registrar_visitas($1)",
+);
+static REHEARSE: Operation = Operation::procedure(
+    "SELECT ensaiar_registro",
+    "ensaiar_registro",
+    "select public.ensaiar_registro()",
+);
+static MOVE_SEQUENCE: Operation = Operation::procedure(
+    "SELECT avancar_sequencia",
+    "avancar_sequencia",
+    "select public.avancar_sequencia()",
+);
+static TOTAL: Operation = Operation::procedure(
+    "SELECT total_visitas",
+    "total_visitas",
+    "select public.total_visitas()",
+);
+static LOCK_COUNT: Operation = Operation::procedure(
+    "SELECT travar_contagem",
+    "travar_contagem",
+    "select public.travar_contagem()",
+);
+static RECOUNT: Operation = Operation::procedure(
+    "SELECT recontar_visitas",
+    "recontar_visitas",
+    "select antes, depois from public.recontar_visitas()",
+);
+static APPLIED: Operation = Operation::query(
+    "SELECT _sqlx_migrations",
+    "select version, checksum from public._sqlx_migrations where success",
+);
+
+/// What [`REHEARSE`] raises once everything that a visit needs has worked.
+const REHEARSED: &str = "VS001";
+const UNIQUE_VIOLATION: &str = "23505";
+const UNDEFINED_TABLE: &str = "42P01";
+
+/// The writer takes one connection and the health monitor one; the others leave room for what an
+/// outage left behind.
+const POOL_SIZE: u32 = 4;
+
+/// Serialises migrations between instances; any constant that nothing else uses.
+const MIGRATION_LOCK: i64 = 0x7669_7369_7461_7300;
+/// How long to wait for another instance's migration before saying so and trying again.
+const MIGRATION_LOCK_WAIT: Duration = Duration::from_secs(10);
+const MIGRATION_LOCK_RETRY: Duration = Duration::from_millis(50);
+/// Adopting a table with many rows rewrites it, which takes as long as it takes; this is only the
+/// end of waiting for a server that has gone.
+const MIGRATION_DEADLINE: Duration = Duration::from_mins(30);
+/// A manual transaction in the way of a migration is waited for this long, then again.
+const MIGRATION_STATEMENT_LOCK: Duration = Duration::from_secs(5);
+
+impl Postgres {
+    /// Prepares the connections; none is opened yet.
+    #[must_use]
+    pub fn new(config: &PostgresConfig) -> Self {
+        let session = Session::new(config);
+        let target = Target {
+            system: System::Postgresql,
+            namespace: format!("{}|public", config.database),
+            address: config.host.clone(),
+            port: config.port,
+        };
+        for operation in [&RECORD, &REHEARSE, &MOVE_SEQUENCE, &TOTAL, &APPLIED] {
+            operation.declare(&target);
+        }
+        Self {
+            pool: Pool::new(
+                session.clone(),
+                POOL_SIZE,
+                config.timeout,
+                System::Postgresql,
+            ),
+            session,
+            state: State::new(System::Postgresql),
+            target,
+            deadline: config.timeout,
+            migrated: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether every migration of this version has been seen in the database.
+    #[must_use]
+    pub fn is_migrated(&self) -> bool {
+        self.migrated.load(Ordering::Acquire)
+    }
+
+    /// Records visits that arrived at these moments, in this order, and returns the number of
+    /// rows after the last of them. When it returns, they are committed and flushed.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept them from being acknowledged; it says whether they may be recorded even so.
+    pub async fn record(
+        &self,
+        arrivals: &[OffsetDateTime],
+        trace: &mut Trace<'_>,
+    ) -> Result<i64, RecordError> {
+        match self.try_record(arrivals, trace).await {
+            Err(failure) if failure.error.code() == Some(UNIQUE_VIOLATION) => {
+                // An id written by hand is in the sequence's way. The batch has been rolled back
+                // for certain, so it may be repeated, once.
+                match self.move_sequence().await {
+                    Ok(()) => self.try_record(arrivals, trace).await,
+                    Err(error) => Err(RecordError {
+                        error,
+                        in_doubt: false,
+                    }),
+                }
+            }
+            result => result,
+        }
+        .inspect_err(|failure| self.failed(&failure.error))
+    }
+
+    async fn try_record(
+        &self,
+        arrivals: &[OffsetDateTime],
+        trace: &mut Trace<'_>,
+    ) -> Result<i64, RecordError> {
+        let started = Instant::now();
+        let sent = AtomicBool::new(false);
+        let work = async {
+            let mut link = self.pool.take().await?;
+            sent.store(true, Ordering::Relaxed);
+            link.call(async |connection| {
+                sqlx::query_scalar::<_, i64>(RECORD.text())
+                    .bind(arrivals)
+                    .fetch_one(connection)
+                    .await
+                    .map_err(failure)
+            })
+            .await
+        };
+        let result = call(
+            &self.target,
+            &RECORD,
+            Some(arrivals.len()),
+            trace,
+            self.deadline,
+            work,
+        )
+        .await;
+        match result {
+            Ok(total) => {
+                self.state.succeeded(started.elapsed());
+                Ok(total)
+            }
+            Err(error) => Err(RecordError {
+                in_doubt: sent.load(Ordering::Relaxed) && !error.is_definite(),
+                error,
+            }),
+        }
+    }
+
+    async fn rehearse(&self) -> Result<(), Error> {
+        if !self.is_migrated() {
+            self.migrate().await?;
+        }
+        let started = Instant::now();
+        let trace = &mut Trace::none();
+        let work = async {
+            let mut link = self.pool.open().await?;
+            link.call(rehearsal).await?;
+            Ok(link)
+        };
+        let link = match call(&self.target, &REHEARSE, None, trace, self.deadline, work).await {
+            Err(error) if error.code() == Some(UNIQUE_VIOLATION) => {
+                // As for a visit: an id written by hand is in the way.
+                let work = async {
+                    let mut link = self.pool.open().await?;
+                    link.call(sequence_move).await?;
+                    link.call(rehearsal).await?;
+                    Ok(link)
+                };
+                call(
+                    &self.target,
+                    &MOVE_SEQUENCE,
+                    None,
+                    trace,
+                    self.deadline,
+                    work,
+                )
+                .await?
+            }
+            result => result?,
+        };
+        self.pool.offer(link);
+        self.state.succeeded(started.elapsed());
+        Ok(())
+    }
+
+    /// Counts the rows, drops what was adjusted and starts the ledger anew. Visits wait meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Why it was not done; nothing has changed then.
+    pub async fn recount(&self) -> Result<Recount, Error> {
+        let work = async {
+            // Counting may take longer than a visit may, so this is not a session for visits.
+            let mut connection = self.session.open_unhurried().await?;
+            let (before, after) = sqlx::query_as::<_, (i64, i64)>(RECOUNT.text())
+                .fetch_one(&mut connection)
+                .await
+                .map_err(failure)?;
+            connection.close().await.ok();
+            Ok(Recount { before, after })
+        };
+        call(
+            &self.target,
+            &RECOUNT,
+            None,
+            &mut Trace::none(),
+            MIGRATION_DEADLINE,
+            work,
+        )
+        .await
+    }
+
+    /// Runs `work` while nobody else can count, handing it the total. The lock is given back when
+    /// it ends, however it ends.
+    ///
+    /// # Errors
+    ///
+    /// Why the lock or the total could not be had, or whatever `work` failed with.
+    pub async fn with_count_locked<R>(
+        &self,
+        settle: Duration,
+        work: impl AsyncFnOnce(i64) -> Result<R, Error>,
+    ) -> Result<R, Error> {
+        let mut link = self.pool.take().await?;
+        link.call(async |connection| {
+            let mut transaction = connection.begin().await.map_err(failure)?;
+            let lock = async {
+                sqlx::query(LOCK_COUNT.text())
+                    .execute(&mut *transaction)
+                    .await
+                    .map_err(failure)
+            };
+            let trace = &mut Trace::none();
+            call(&self.target, &LOCK_COUNT, None, trace, self.deadline, lock).await?;
+            tokio::time::sleep(settle).await;
+            let total = async {
+                sqlx::query_scalar::<_, i64>(TOTAL.text())
+                    .fetch_one(&mut *transaction)
+                    .await
+                    .map_err(failure)
+            };
+            let total = call(&self.target, &TOTAL, None, trace, self.deadline, total).await?;
+            let result = work(total).await;
+            transaction.rollback().await.map_err(failure)?;
+            result
+        })
+        .await
+    }
+
+    /// Brings the database to this version, under a lock that only one instance holds. Returns
+    /// how many migrations were applied.
+    ///
+    /// # Errors
+    ///
+    /// Why it was not done. What had been applied stays; a migration is applied whole or not.
+    pub async fn migrate(&self) -> Result<usize, Error> {
+        let pending = self.pending().await?;
+        if pending > 0 {
+            tracing::info!(migrations.pending = pending, "migrating the database");
+            tokio::time::timeout(MIGRATION_DEADLINE, self.apply_migrations())
+                .await
+                .unwrap_or(Err(Error::Timeout(MIGRATION_DEADLINE)))?;
+            tracing::info!(migrations.applied = pending, "the database is migrated");
+        }
+        self.migrated.store(true, Ordering::Release);
+        Ok(pending)
+    }
+
+    /// How many migrations of this version the database lacks. It takes no lock, so that a
+    /// database in order is ready at once, whoever holds the lock.
+    async fn pending(&self) -> Result<usize, Error> {
+        let work = async {
+            let mut link = self.pool.open().await?;
+            let applied = link
+                .call(async |connection| {
+                    sqlx::query_as::<_, (i64, Vec<u8>)>(APPLIED.text())
+                        .fetch_all(connection)
+                        .await
+                        .map_err(failure)
+                })
+                .await;
+            match applied {
+                Err(Error::Refused { code, .. }) if code == UNDEFINED_TABLE => Ok(Vec::new()),
+                applied => applied,
+            }
+        };
+        let applied = call(
+            &self.target,
+            &APPLIED,
+            None,
+            &mut Trace::none(),
+            self.deadline,
+            work,
+        )
+        .await?;
+        let is_applied = |version, checksum: &[u8]| {
+            applied
+                .iter()
+                .any(|(applied, sum)| *applied == version && sum == checksum)
+        };
+        Ok(MIGRATIONS
+            .iter()
+            .filter(|migration| !is_applied(migration.version, &migration.checksum))
+            .count())
+    }
+
+    async fn apply_migrations(&self) -> Result<(), Error> {
+        let mut connection = self.session.open_unhurried().await?;
+        let started = Instant::now();
+        while !sqlx::query_scalar::<_, bool>("select pg_try_advisory_lock($1)")
+            .bind(MIGRATION_LOCK)
+            .fetch_one(&mut connection)
+            .await
+            .map_err(failure)?
+        {
+            if started.elapsed() > MIGRATION_LOCK_WAIT {
+                return Err(Error::Unexpected(Cause::from(
+                    "another session holds the migration lock",
+                )));
+            }
+            tokio::time::sleep(MIGRATION_LOCK_RETRY).await;
+        }
+        let migrator = Migrator {
+            migrations: Cow::Borrowed(&MIGRATIONS.migrations),
+            // A newer version may have migrated further; what it added is its own business.
+            ignore_missing: true,
+            // sqlx's own lock waits without limit; ours is held already.
+            locking: false,
+            ..Migrator::DEFAULT
+        };
+        migrator
+            .run_direct(None, &mut connection, false)
+            .await
+            .map_err(migration_failure)?;
+        // The session's end gives the lock back; nothing is left to say if it ends badly.
+        connection.close().await.ok();
+        Ok(())
+    }
+
+    async fn move_sequence(&self) -> Result<(), Error> {
+        let work = async {
+            let mut link = self.pool.take().await?;
+            link.call(sequence_move).await
+        };
+        let trace = &mut Trace::none();
+        call(
+            &self.target,
+            &MOVE_SEQUENCE,
+            None,
+            trace,
+            self.deadline,
+            work,
+        )
+        .await
+    }
+
+    fn failed(&self, error: &Error) {
+        self.state.failed(error);
+        self.pool.forget_all();
+    }
+
+    fn reading_failed(&self, began: Instant, error: &Error) {
+        self.state.reading_failed(began, error);
+        if !self.state.is_up() {
+            self.pool.forget_all();
+        }
+    }
+}
+
+impl Store for Postgres {
+    fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Migrates first, where that has not happened.
+    async fn probe(&self) -> Result<(), Error> {
+        let result = self.rehearse().await;
+        if let Err(error) = &result {
+            self.failed(error);
+        }
+        result
+    }
+
+    /// The number of rows, as the ledger and the adjustments that are not folded yet say.
+    async fn total(&self) -> Result<i64, Error> {
+        let started = Instant::now();
+        let work = async {
+            let mut link = self.pool.take().await?;
+            link.call(async |connection| {
+                sqlx::query_scalar(TOTAL.text())
+                    .fetch_one(connection)
+                    .await
+                    .map_err(failure)
+            })
+            .await
+        };
+        let trace = &mut Trace::none();
+        let total = call(&self.target, &TOTAL, None, trace, self.deadline, work).await;
+        match &total {
+            Ok(_) => self.state.read(started.elapsed()),
+            Err(error) => self.reading_failed(started, error),
+        }
+        total
+    }
+
+    fn report(&self) {
+        self.pool.report();
+    }
+}
+
+/// Does what a visit needs and undoes it, which shows as an error of our own.
+async fn rehearsal(connection: &mut PgConnection) -> Result<(), Error> {
+    match sqlx::query(REHEARSE.text())
+        .execute(connection)
+        .await
+        .map_err(failure)
+    {
+        Err(Error::Refused { code, .. }) if code == REHEARSED => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Err(Error::Unexpected(Cause::from("the rehearsal was kept"))),
+    }
+}
+
+async fn sequence_move(connection: &mut PgConnection) -> Result<(), Error> {
+    sqlx::query(MOVE_SEQUENCE.text())
+        .execute(connection)
+        .await
+        .map_err(failure)?;
+    Ok(())
+}
+
+/// How to open a session. Everything that the promise of a visit stands on is pinned here, so
+/// that no default of the server, the database or the role can weaken it.
+#[derive(Debug, Clone)]
+struct Session {
+    options: PgConnectOptions,
+    lock_timeout: Duration,
+    statement_timeout: Duration,
+    deadline: Duration,
+}
+
+impl Session {
+    fn new(config: &PostgresConfig) -> Self {
+        let mut options = PgConnectOptions::new_without_pgpass()
+            .host(&config.host)
+            .port(config.port)
+            .username(&config.user)
+            // Without a password of ours sqlx would take one from the environment.
+            .password(
+                config
+                    .password
+                    .as_ref()
+                    .map_or("", |password| password.expose()),
+            )
+            .database(&config.database)
+            .ssl_mode(match config.ssl_mode {
+                SslMode::Disable => PgSslMode::Disable,
+                SslMode::Allow => PgSslMode::Allow,
+                SslMode::Prefer => PgSslMode::Prefer,
+                SslMode::Require => PgSslMode::Require,
+                SslMode::VerifyCa => PgSslMode::VerifyCa,
+                SslMode::VerifyFull => PgSslMode::VerifyFull,
+            })
+            .application_name("visitas")
+            // Errors are logged once, where they are handled, and slow calls are a histogram.
+            .disable_statement_logging();
+        if config.host.starts_with('/') {
+            options = options.socket(&config.host);
+        }
+        if let Some(certificates) = &config.ssl_root_cert {
+            options = options.ssl_root_cert_from_pem(certificates.pem.clone());
+        }
+        options = options.options([
+            // Each statement of the recording function must see what the lock's last holder did.
+            ("default_transaction_isolation", "read committed"),
+            // A 200 means committed and flushed.
+            ("synchronous_commit", "on"),
+            ("search_path", "public"),
+            ("TimeZone", "UTC"),
+            // Compiling a statement costs more than running any of ours.
+            ("jit", "off"),
+        ]);
+        Self {
+            options,
+            lock_timeout: config.lock_timeout(),
+            statement_timeout: config.statement_timeout(),
+            deadline: config.timeout,
+        }
+    }
+
+    /// A session without a limit on how long a statement may run, for migrations and counting.
+    async fn open_unhurried(&self) -> Result<PgConnection, Error> {
+        let options = self
+            .options
+            .clone()
+            .options(timeouts(MIGRATION_STATEMENT_LOCK, Duration::ZERO));
+        tokio::time::timeout(self.deadline, options.connect())
+            .await
+            .map_err(|_elapsed| Error::Timeout(self.deadline))?
+            .map_err(connect_failure)
+    }
+}
+
+impl Connect for Session {
+    type Connection = PgConnection;
+
+    async fn open(&self) -> Result<PgConnection, Error> {
+        self.options
+            .clone()
+            .options(timeouts(self.lock_timeout, self.statement_timeout))
+            .connect()
+            .await
+            .map_err(connect_failure)
+    }
+
+    async fn ping(&self, connection: &mut PgConnection) -> Result<(), Error> {
+        connection.ping().await.map_err(failure)
+    }
+}
+
+/// The server gives up before the client does, so that a wait ends in a definite failure.
+fn timeouts(lock: Duration, statement: Duration) -> [(&'static str, String); 2] {
+    [
+        ("lock_timeout", lock.as_millis().to_string()),
+        ("statement_timeout", statement.as_millis().to_string()),
+    ]
+}
+
+/// What a failed statement says about itself.
+fn failure(error: sqlx::Error) -> Error {
+    match error {
+        sqlx::Error::Database(answer) => {
+            let answer = answer.downcast::<PgDatabaseError>();
+            let code = answer.code().to_owned();
+            let ended = matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic);
+            let source = answer as Cause;
+            if ended {
+                Error::Ended { code, source }
+            } else {
+                Error::Refused { code, source }
+            }
+        }
+        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => {
+            Error::Connection(error.into())
+        }
+        _ => Error::Unexpected(error.into()),
+    }
+}
+
+/// What a failed attempt to open a session says: nothing had been asked yet, so that whatever
+/// the server answered is a refusal.
+fn connect_failure(error: sqlx::Error) -> Error {
+    match failure(error) {
+        Error::Ended { code, source } => Error::Refused { code, source },
+        other => other,
+    }
+}
+
+fn migration_failure(error: MigrateError) -> Error {
+    match error {
+        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => failure(error),
+        other => Error::Unexpected(other.into()),
+    }
+}

@@ -1,0 +1,231 @@
+//! The one wrapper round every store call: a deadline, a span, a duration and a count, also for
+//! a call that times out or whose caller goes away.
+//!
+//! It knows what a call is named and how it ended, never what it is for.
+
+use std::borrow::Cow;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant, SystemTime};
+
+use opentelemetry::trace::{SpanBuilder, SpanContext, SpanKind, TraceContextExt as _, Tracer as _};
+use tracing::{Span, field};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
+
+use super::metric::{CallMetrics, CallOutcome, System};
+use crate::store::Error;
+
+/// What a store is asked to do, named as the database conventions name it.
+#[derive(Debug)]
+pub struct Operation {
+    name: &'static str,
+    summary: &'static str,
+    text: Option<&'static str>,
+    procedure: Option<&'static str>,
+    metrics: OnceLock<CallMetrics>,
+}
+
+/// Where a store is.
+#[derive(Debug)]
+pub struct Target {
+    /// Which of the two.
+    pub system: System,
+    /// `database|schema`, or the number of the Redis database.
+    pub namespace: String,
+    /// A host name or an address.
+    pub address: String,
+    /// A TCP port.
+    pub port: u16,
+}
+
+/// The trace that the calls of one batch belong to, if any of its visits is sampled.
+#[derive(Debug)]
+pub struct Trace<'a> {
+    parent: Option<&'a Span>,
+    calls: Vec<SpanContext>,
+}
+
+impl Operation {
+    /// A Redis command.
+    #[must_use]
+    pub const fn command(name: &'static str) -> Self {
+        Self {
+            name,
+            summary: name,
+            text: None,
+            procedure: None,
+            metrics: OnceLock::new(),
+        }
+    }
+
+    /// A `SELECT`.
+    #[must_use]
+    pub const fn query(summary: &'static str, text: &'static str) -> Self {
+        Self {
+            name: "SELECT",
+            summary,
+            text: Some(text),
+            procedure: None,
+            metrics: OnceLock::new(),
+        }
+    }
+
+    /// A `SELECT` of one function of the database.
+    #[must_use]
+    pub const fn procedure(
+        summary: &'static str,
+        procedure: &'static str,
+        text: &'static str,
+    ) -> Self {
+        let mut operation = Self::query(summary, text);
+        operation.procedure = Some(procedure);
+        operation
+    }
+
+    /// The statement.
+    #[must_use]
+    pub fn text(&self) -> &'static str {
+        self.text.unwrap_or_default()
+    }
+
+    /// Makes the operation's series exist before its first call.
+    pub fn declare(&self, target: &Target) -> &CallMetrics {
+        self.metrics
+            .get_or_init(|| CallMetrics::new(target.system, &target.namespace, self.name))
+    }
+
+    fn span(&self, parent: &Span, target: &Target, visits: Option<usize>) -> Span {
+        tracing::info_span!(
+            target: super::SPANS,
+            parent: parent,
+            "call",
+            otel.name = self.summary,
+            otel.kind = "client",
+            otel.status_code = field::Empty,
+            db.system.name = target.system.name(),
+            db.namespace = target.namespace,
+            db.operation.name = self.name,
+            db.query.text = self.text,
+            db.query.summary = self.text.map(|_text| self.summary),
+            db.stored_procedure.name = self.procedure,
+            visitas.batch.size = visits.and_then(|visits| i64::try_from(visits).ok()),
+            server.address = target.address,
+            server.port = i64::from(target.port),
+            db.response.status_code = field::Empty,
+            error.type = field::Empty,
+        )
+    }
+}
+
+impl<'a> Trace<'a> {
+    /// No trace: the call has no span, its metrics are kept all the same.
+    #[must_use]
+    pub fn none() -> Self {
+        Self {
+            parent: None,
+            calls: Vec::new(),
+        }
+    }
+
+    /// The calls become children of a sampled visit's span.
+    #[must_use]
+    pub fn of(parent: Option<&'a Span>) -> Self {
+        Self {
+            parent,
+            calls: Vec::new(),
+        }
+    }
+
+    /// Says in the trace of another sampled visit how long it waited, with links to the calls
+    /// that recorded it.
+    pub fn link_wait(&self, visit: &Span, arrived: SystemTime) {
+        let Some(tracer) = super::tracer() else {
+            return;
+        };
+        let links = self
+            .calls
+            .iter()
+            .map(|call| opentelemetry::trace::Link::with_context(call.clone()))
+            .collect();
+        let wait = SpanBuilder::from_name(Cow::Borrowed("record"))
+            .with_kind(SpanKind::Internal)
+            .with_start_time(arrived)
+            .with_links(links);
+        // A span that is dropped ends now.
+        drop(tracer.build_with_context(wait, &visit.context()));
+    }
+}
+
+/// Makes one call to a store, within `deadline`.
+///
+/// # Errors
+///
+/// What `work` fails with, or [`Error::Timeout`].
+pub async fn call<T>(
+    target: &Target,
+    operation: &Operation,
+    visits: Option<usize>,
+    trace: &mut Trace<'_>,
+    deadline: Duration,
+    work: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    let span = trace
+        .parent
+        .map_or_else(Span::none, |parent| operation.span(parent, target, visits));
+    if !span.is_none() {
+        trace
+            .calls
+            .push(span.context().span().span_context().clone());
+    }
+    let running = Running {
+        metrics: operation.declare(target),
+        span,
+        started: Instant::now(),
+        over: false,
+    };
+    let result = tokio::time::timeout(deadline, work)
+        .await
+        .unwrap_or(Err(Error::Timeout(deadline)));
+    running.end(&result);
+    result
+}
+
+/// A call under way. Dropped before its end, it counts as cancelled.
+struct Running<'a> {
+    metrics: &'a CallMetrics,
+    span: Span,
+    started: Instant,
+    over: bool,
+}
+
+impl Running<'_> {
+    fn end<T>(mut self, result: &Result<T, Error>) {
+        self.over = true;
+        match result {
+            Ok(_) => self
+                .metrics
+                .record(CallOutcome::Ok, self.started.elapsed(), None, None),
+            Err(error @ Error::Timeout(_)) => {
+                self.fail(CallOutcome::Timeout, error.kind(), error.code());
+            }
+            Err(error) => self.fail(CallOutcome::Error, error.kind(), error.code()),
+        }
+    }
+
+    fn fail(&self, outcome: CallOutcome, error_type: &str, code: Option<&str>) {
+        let took = self.started.elapsed();
+        self.metrics.record(outcome, took, Some(error_type), code);
+        self.span.record("otel.status_code", "ERROR");
+        self.span.record("error.type", error_type);
+        if let Some(code) = code {
+            self.span.record("db.response.status_code", code);
+        }
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.fail(CallOutcome::Cancelled, "cancelled", None);
+        }
+    }
+}

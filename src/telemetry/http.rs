@@ -1,0 +1,323 @@
+//! What is seen of a request: its span, its metrics, its ids and its line in the access log.
+//!
+//! It sees method, matched route, status and time. It never looks at a body, a query string or
+//! the client's address.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use http::{HeaderName, HeaderValue, Method, StatusCode, Version};
+use opentelemetry::Context;
+use opentelemetry::trace::{SpanContext, TraceContextExt as _, TraceId};
+use opentelemetry_sdk::trace::{IdGenerator as _, RandomIdGenerator};
+use tracing::{Instrument as _, Span, field};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
+
+use super::metric;
+use super::sampling::{Decision, Sampler};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACE_RESPONSE: HeaderName = HeaderName::from_static("traceresponse");
+
+/// What every request is observed with.
+#[derive(Debug)]
+pub struct Observer {
+    sampler: Sampler,
+    slow: Duration,
+    access: AccessCap,
+}
+
+impl Observer {
+    /// Requests slower than `slow` are logged at level info.
+    #[must_use]
+    pub fn new(sampler: Sampler, slow: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            sampler,
+            slow,
+            access: AccessCap::default(),
+        })
+    }
+}
+
+/// Observes one request: the outermost layer.
+pub async fn observe(
+    State(observer): State<Arc<Observer>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let started = Instant::now();
+    let method = known_method(request.method());
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let id = request_id(&request);
+    let decision = if is_probe_or_scrape(route.as_ref()) {
+        Decision {
+            sampled: false,
+            parent: None,
+        }
+    } else {
+        observer.sampler.decide(request.headers())
+    };
+    let span = if decision.sampled {
+        request_span(
+            &request,
+            method,
+            route.as_ref(),
+            &id,
+            decision.parent.as_ref(),
+        )
+    } else {
+        Span::none()
+    };
+    let context = if span.is_none() {
+        None
+    } else {
+        Some(span.context().span().span_context().clone())
+    };
+    let seen = Seen {
+        observer: &observer,
+        method,
+        route,
+        version: version(request.version()),
+        id,
+        trace: context
+            .as_ref()
+            .or(decision.parent.as_ref())
+            .map(SpanContext::trace_id),
+        context,
+        span,
+        started,
+        over: false,
+    };
+    metric::request_active(method, 1.0);
+    let mut response = if seen.span.is_none() {
+        next.run(request).await
+    } else {
+        next.run(request).instrument(seen.span.clone()).await
+    };
+    seen.answer(&mut response);
+    response
+}
+
+/// A request under way. Dropped before its answer, its client has left.
+struct Seen<'a> {
+    observer: &'a Observer,
+    method: &'static str,
+    route: Option<MatchedPath>,
+    version: &'static str,
+    id: HeaderValue,
+    trace: Option<TraceId>,
+    context: Option<SpanContext>,
+    span: Span,
+    started: Instant,
+    over: bool,
+}
+
+impl Seen<'_> {
+    fn answer(mut self, response: &mut Response) {
+        self.over = true;
+        let status = response.status();
+        if let Some(context) = &self.context {
+            let value = format!("00-{}-{}-01", context.trace_id(), context.span_id());
+            if let Ok(value) = HeaderValue::try_from(value) {
+                response.headers_mut().insert(TRACE_RESPONSE, value);
+            }
+            self.span
+                .record("http.response.status_code", i64::from(status.as_u16()));
+            if status.is_server_error() {
+                self.span.record("otel.status_code", "ERROR");
+                self.span.record("error.type", status.as_str());
+            }
+        }
+        self.end(Some(status));
+        response.headers_mut().insert(REQUEST_ID, self.id.clone());
+    }
+
+    fn end(&self, status: Option<StatusCode>) {
+        let took = self.started.elapsed();
+        let route = self.route.as_ref().map(MatchedPath::as_str);
+        let code = status.map(|status| status.as_u16());
+        metric::request(self.method, route, code, self.version, took);
+        metric::request_active(self.method, -1.0);
+        let failed = status.is_some_and(|status| status.is_server_error());
+        if failed || took >= self.observer.slow {
+            if let Some(left_out) = self.observer.access.admit() {
+                self.line(tracing::Level::INFO, code, took, left_out);
+            }
+        } else {
+            self.line(tracing::Level::DEBUG, code, took, 0);
+        }
+    }
+
+    fn line(&self, level: tracing::Level, status: Option<u16>, took: Duration, left_out: u64) {
+        macro_rules! line {
+            ($level:expr) => {
+                tracing::event!(
+                    target: "access",
+                    $level,
+                    request_id = self.id.to_str().ok(),
+                    trace_id = self.trace.map(field::display),
+                    span_id = self.context.as_ref().map(|context| field::display(context.span_id())),
+                    http.request.method = self.method,
+                    http.route = self.route.as_ref().map(MatchedPath::as_str),
+                    http.response.status_code = status,
+                    duration.seconds = took.as_secs_f64(),
+                    lines.left_out = (left_out > 0).then_some(left_out),
+                    "request"
+                )
+            };
+        }
+        if level == tracing::Level::INFO {
+            line!(tracing::Level::INFO);
+        } else {
+            line!(tracing::Level::DEBUG);
+        }
+    }
+}
+
+impl Drop for Seen<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.end(None);
+        }
+    }
+}
+
+fn request_span(
+    request: &Request,
+    method: &'static str,
+    route: Option<&MatchedPath>,
+    id: &HeaderValue,
+    parent: Option<&SpanContext>,
+) -> Span {
+    let named = if method == OTHER { "HTTP" } else { method };
+    let name = route.map_or_else(
+        || named.to_owned(),
+        |route| format!("{named} {}", route.as_str()),
+    );
+    let header = |name| {
+        request
+            .headers()
+            .get(name)
+            .and_then(|value: &HeaderValue| value.to_str().ok())
+    };
+    let span = tracing::info_span!(
+        target: super::SPANS,
+        parent: None,
+        "request",
+        otel.name = name,
+        otel.kind = "server",
+        otel.status_code = field::Empty,
+        http.request.method = method,
+        http.route = route.map(MatchedPath::as_str),
+        url.path = request.uri().path(),
+        url.scheme = "http",
+        http.response.status_code = field::Empty,
+        network.protocol.version = version(request.version()),
+        user_agent.original = header(http::header::USER_AGENT),
+        visitas.request.id = id.to_str().ok(),
+        error.type = field::Empty,
+    );
+    if let Some(parent) = parent {
+        // This fails only once the span has started, which nothing has made it do yet.
+        span.set_parent(Context::new().with_remote_span_context(parent.clone()))
+            .ok();
+    }
+    span
+}
+
+const OTHER: &str = "_OTHER";
+
+/// The method's name where it is one of HTTP's own: a caller must not be able to make series.
+fn known_method(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        Method::PATCH => "PATCH",
+        Method::TRACE => "TRACE",
+        Method::CONNECT => "CONNECT",
+        _ => OTHER,
+    }
+}
+
+fn version(version: Version) -> &'static str {
+    if version == Version::HTTP_10 {
+        "1.0"
+    } else {
+        "1.1"
+    }
+}
+
+fn is_probe_or_scrape(route: Option<&MatchedPath>) -> bool {
+    route.is_some_and(|route| {
+        let route = route.as_str();
+        route == "/metrics" || route.starts_with("/health")
+    })
+}
+
+/// The caller's id if it is 1 to 128 visible ASCII characters, else a new one.
+fn request_id(request: &Request) -> HeaderValue {
+    request
+        .headers()
+        .get(REQUEST_ID)
+        .filter(|id| {
+            (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
+        })
+        .cloned()
+        .unwrap_or_else(|| {
+            let id = RandomIdGenerator::default().new_trace_id();
+            // Hexadecimal digits are a valid header value.
+            HeaderValue::try_from(id.to_string()).unwrap_or(HeaderValue::from_static("-"))
+        })
+}
+
+/// At most so many access lines a second at level info, the rest counted.
+#[derive(Debug)]
+struct AccessCap {
+    began: Instant,
+    /// The second since `began` in the high half, the lines written in it in the low half.
+    window: AtomicU64,
+    left_out: AtomicU64,
+}
+
+impl AccessCap {
+    const LINES_PER_SECOND: u64 = 10;
+
+    /// `Some` with the number of lines left out since the last one that was written, if one may
+    /// be written now.
+    fn admit(&self) -> Option<u64> {
+        let second = self.began.elapsed().as_secs() & u64::from(u32::MAX);
+        let admitted = self
+            .window
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |window| {
+                if window >> 32 != second {
+                    return Some(second << 32 | 1);
+                }
+                let written = window & u64::from(u32::MAX);
+                (written < Self::LINES_PER_SECOND).then_some(window + 1)
+            });
+        if admitted.is_ok() {
+            Some(self.left_out.swap(0, Ordering::Relaxed))
+        } else {
+            self.left_out.fetch_add(1, Ordering::Relaxed);
+            None
+        }
+    }
+}
+
+impl Default for AccessCap {
+    fn default() -> Self {
+        Self {
+            began: Instant::now(),
+            window: AtomicU64::new(0),
+            left_out: AtomicU64::new(0),
+        }
+    }
+}

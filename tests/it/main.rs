@@ -1,0 +1,8 @@
+//! The service as its users meet it: the real program beside real servers.
+//!
+//! Each test has a database and a Redis of its own; one that stops or breaks a server has its own
+//! Postgres too. [`support`] hides how a program is started and asked.
+
+mod support;
+
+mod http;

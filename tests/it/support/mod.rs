@@ -1,0 +1,28 @@
+//! Servers, programs and questions for the tests. It asserts nothing about what is tested.
+
+mod service;
+mod world;
+
+use std::time::Duration;
+
+pub(crate) use self::service::{Answer, Service, client, program};
+pub(crate) use self::world::World;
+
+/// How long a test waits for what should happen soon, on a machine that is busy with other tests.
+pub(crate) const SOON: Duration = Duration::from_secs(10);
+
+/// Polls until `is_so` holds, for at most `patience`.
+pub(crate) async fn eventually(
+    what: &str,
+    patience: Duration,
+    mut is_so: impl AsyncFnMut() -> bool,
+) {
+    let deadline = tokio::time::Instant::now() + patience;
+    while !is_so().await {
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "after {patience:?} still not so: {what}"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}

@@ -1,0 +1,258 @@
+//! The program, started as a user would start it, and what it says.
+
+use std::io::{BufRead as _, BufReader, Read};
+use std::net::SocketAddr;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use reqwest::header::HeaderMap;
+use reqwest::{Method, StatusCode};
+use serde_json::Value;
+
+use super::{SOON, eventually};
+
+/// A running service. Dropping it kills it.
+pub(crate) struct Service {
+    pub(crate) address: SocketAddr,
+    pub(crate) client: reqwest::Client,
+    child: Mutex<Child>,
+    output: Lines,
+    errors: Lines,
+}
+
+/// An answer, read to its end.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: String,
+}
+
+type Lines = Arc<Mutex<Vec<String>>>;
+
+impl Answer {
+    /// The body as JSON.
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body)
+            .unwrap_or_else(|error| panic!("{error} in {:?}", self.body))
+    }
+
+    /// The value of a header, or nothing.
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers
+            .get(name)
+            .map_or("", |value| value.to_str().expect("a header in ASCII"))
+    }
+}
+
+/// The program with nothing in its environment but these settings.
+pub(crate) fn program(arguments: &[&str], settings: &[(String, String)]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_visitas"));
+    command
+        .args(arguments)
+        .env_clear()
+        .envs(settings.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null());
+    command
+}
+
+impl Service {
+    /// Starts a service on a free port and waits until it listens.
+    pub(crate) async fn start(settings: &[(String, String)]) -> Self {
+        let mut command = program(&["serve"], &[]);
+        command
+            .env("BIND_ADDR", "127.0.0.1:0")
+            .envs(settings.iter().map(|(name, value)| (name, value)))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program starts");
+        let output = collect(child.stdout.take().expect("a pipe"));
+        let errors = collect(child.stderr.take().expect("a pipe"));
+        let listening = || {
+            lines(&output)
+                .iter()
+                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+                .find(|line| line["message"] == "listening")
+        };
+        eventually("the service listens", SOON, async || {
+            assert!(
+                child.try_wait().expect("its status").is_none(),
+                "the service ended: {:?}",
+                lines(&errors)
+            );
+            listening().is_some()
+        })
+        .await;
+        let line = listening().expect("seen above");
+        let address = line["address"].as_str().expect("an address");
+        Self {
+            address: address.parse().expect("an address"),
+            client: client(),
+            child: Mutex::new(child),
+            output,
+            errors,
+        }
+    }
+
+    /// The address of a path.
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
+    /// Waits until visits are recorded and counted.
+    pub(crate) async fn until_ready(&self) {
+        self.until_health("ok").await;
+    }
+
+    /// Waits until `/health` has this status.
+    pub(crate) async fn until_health(&self, status: &str) {
+        eventually(&format!("health is {status}"), SOON, async || {
+            self.get("/health").await.json()["status"] == status
+        })
+        .await;
+    }
+
+    /// Asks for a path.
+    pub(crate) async fn get(&self, path: &str) -> Answer {
+        self.ask(Method::GET, path, HeaderMap::new()).await
+    }
+
+    /// Asks, with any method and headers.
+    pub(crate) async fn ask(&self, method: Method, path: &str, headers: HeaderMap) -> Answer {
+        self.try_ask(method, path, headers)
+            .await
+            .expect("an answer")
+    }
+
+    /// Asks, where an answer is not certain.
+    pub(crate) async fn try_ask(
+        &self,
+        method: Method,
+        path: &str,
+        headers: HeaderMap,
+    ) -> reqwest::Result<Answer> {
+        let response = self
+            .client
+            .request(method, self.url(path))
+            .headers(headers)
+            .send()
+            .await?;
+        Ok(Answer {
+            status: response.status(),
+            headers: response.headers().clone(),
+            body: response.text().await?,
+        })
+    }
+
+    /// Makes a visit and returns its two numbers. Both stores must be up.
+    pub(crate) async fn visit(&self) -> (i64, i64) {
+        let answer = self.get("/").await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.body);
+        let json = answer.json();
+        let number = |field: &str| json[field].as_i64().unwrap_or_else(|| panic!("{json}"));
+        (number("total_registros_db"), number("visitas_redis"))
+    }
+
+    /// A series of `/metrics`, by its name and labels as they are written there.
+    pub(crate) async fn metric(&self, series: &str) -> Option<f64> {
+        let text = self.get("/metrics").await.body;
+        text.lines()
+            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))
+            .map(|value| value.parse().expect("a number"))
+    }
+
+    /// The lines of the log so far.
+    pub(crate) fn log(&self) -> Vec<Value> {
+        lines(&self.output)
+            .iter()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("not JSON: {line}")))
+            .collect()
+    }
+
+    /// The lines of the log that have this message.
+    pub(crate) fn logged(&self, message: &str) -> Vec<Value> {
+        let mut log = self.log();
+        log.retain(|line| line["message"] == message);
+        log
+    }
+
+    /// Everything that was printed so far, errors included.
+    pub(crate) fn printed(&self) -> String {
+        [lines(&self.output), lines(&self.errors)]
+            .concat()
+            .join("\n")
+    }
+
+    /// The process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child().id()
+    }
+
+    /// Sends a signal, such as `TERM` or `KILL`.
+    pub(crate) fn signal(&self, signal: &str) {
+        let status = Command::new("kill")
+            .args([format!("-{signal}"), self.pid().to_string()])
+            .status();
+        assert!(status.is_ok_and(|status| status.success()), "kill works");
+    }
+
+    /// Waits until the process ends by itself.
+    pub(crate) async fn ended(&self, patience: Duration) -> ExitStatus {
+        let mut status = None;
+        eventually("the process ends", patience, async || {
+            status = self.child().try_wait().expect("its status");
+            status.is_some()
+        })
+        .await;
+        status.expect("seen above")
+    }
+
+    /// Stops the service as an orchestrator would, and expects success.
+    pub(crate) async fn stop(&self) {
+        self.signal("TERM");
+        let status = self.ended(SOON).await;
+        assert!(status.success(), "{status}: {}", self.printed());
+    }
+
+    fn child(&self) -> std::sync::MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.child().kill().ok();
+        self.child().wait().ok();
+    }
+}
+
+/// A client that keeps connections alive.
+pub(crate) fn client() -> reqwest::Client {
+    // The client wants a TLS provider although nothing here is encrypted; the first one stays.
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .ok();
+    reqwest::Client::builder()
+        .no_proxy()
+        .build()
+        .expect("a client")
+}
+
+fn collect(pipe: impl Read + Send + 'static) -> Lines {
+    let lines = Lines::default();
+    let collected = Arc::clone(&lines);
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            collected
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(line);
+        }
+    });
+    lines
+}
+
+fn lines(lines: &Lines) -> Vec<String> {
+    lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}

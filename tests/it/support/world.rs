@@ -1,0 +1,156 @@
+//! A database and a Redis for one test.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{LazyLock, Mutex, PoisonError, Weak};
+
+use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions as _, PgConnection};
+
+use super::Service;
+
+/// What a service needs around it.
+pub(crate) struct World {
+    pub(crate) postgres: Arc<Postgres>,
+    pub(crate) redis: Redis,
+    pub(crate) database: String,
+}
+
+impl World {
+    /// A fresh database on the Postgres that tests share, and a Redis.
+    pub(crate) fn new() -> Self {
+        Self::beside(shared_postgres(), RedisOptions::default())
+    }
+
+    /// A Postgres and a Redis of the test's own, to be stopped, paused or broken.
+    pub(crate) fn of_its_own() -> Self {
+        Self::with(PostgresOptions::default(), RedisOptions::default())
+    }
+
+    /// A Postgres and a Redis of the test's own, with settings.
+    pub(crate) fn with(postgres: PostgresOptions, redis: RedisOptions) -> Self {
+        let postgres = Postgres::start(postgres).expect("Postgres starts");
+        Self::beside(Arc::new(postgres), redis)
+    }
+
+    fn beside(postgres: Arc<Postgres>, redis: RedisOptions) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let database = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        postgres
+            .create_database(&database)
+            .expect("a fresh database");
+        Self {
+            postgres,
+            redis: Redis::start(redis).expect("Redis starts"),
+            database,
+        }
+    }
+
+    /// The settings that lead to these stores.
+    pub(crate) fn settings(&self) -> Vec<(String, String)> {
+        [
+            ("DB_HOST", self.postgres.host().to_owned()),
+            ("DB_PORT", self.postgres.port().to_string()),
+            ("DB_PASSWORD", devstack::PASSWORD.to_owned()),
+            ("DB_NAME", self.database.clone()),
+            ("REDIS_HOST", self.redis.host().to_owned()),
+            ("REDIS_PORT", self.redis.port().to_string()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .to_vec()
+    }
+
+    /// A service that is ready.
+    pub(crate) async fn serve(&self) -> Service {
+        self.serve_with(&[]).await
+    }
+
+    /// A service with settings beside those that lead to the stores, which is ready.
+    pub(crate) async fn serve_with(&self, settings: &[(&str, &str)]) -> Service {
+        let service = self.start(settings).await;
+        service.until_ready().await;
+        service
+    }
+
+    /// A service that listens, whatever its stores do.
+    pub(crate) async fn start(&self, settings: &[(&str, &str)]) -> Service {
+        let mut all = self.settings();
+        all.extend(
+            settings
+                .iter()
+                .map(|&(name, value)| (name.to_owned(), value.to_owned())),
+        );
+        Service::start(&all).await
+    }
+
+    /// A session of the superuser in the test's database.
+    pub(crate) async fn session(&self) -> PgConnection {
+        self.session_as(devstack::USER, devstack::PASSWORD).await
+    }
+
+    /// A session of another role in the test's database.
+    pub(crate) async fn session_as(&self, user: &str, password: &str) -> PgConnection {
+        PgConnectOptions::new_without_pgpass()
+            .host(self.postgres.host())
+            .port(self.postgres.port())
+            .username(user)
+            .password(password)
+            .database(&self.database)
+            .connect()
+            .await
+            .expect("a session in the test's database")
+    }
+
+    /// One number from the test's database.
+    pub(crate) async fn number(&self, query: &'static str) -> i64 {
+        sqlx::query_scalar(query)
+            .fetch_one(&mut self.session().await)
+            .await
+            .expect("a number")
+    }
+
+    /// The number of rows.
+    pub(crate) async fn rows(&self) -> i64 {
+        self.number("select count(*) from visitas").await
+    }
+
+    /// The value of `visitas_home`.
+    pub(crate) async fn redis_visits(&self) -> i64 {
+        let client = redis::Client::open(self.redis.url()).expect("an address");
+        let mut connection = client
+            .get_multiplexed_async_connection()
+            .await
+            .expect("a connection to Redis");
+        redis::cmd("GET")
+            .arg("visitas_home")
+            .query_async::<Option<i64>>(&mut connection)
+            .await
+            .expect("a value")
+            .unwrap_or(0)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // Best effort: the test may have stopped the server, and the data is temporary.
+        if Arc::strong_count(&self.postgres) > 1 {
+            self.postgres.drop_database(&self.database).ok();
+        }
+    }
+}
+
+/// The Postgres of all tests that leave it alone. It ends with the last of them that runs.
+fn shared_postgres() -> Arc<Postgres> {
+    static SHARED: LazyLock<Mutex<Weak<Postgres>>> = LazyLock::new(Mutex::default);
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    shared.upgrade().unwrap_or_else(|| {
+        let options = PostgresOptions {
+            config: vec![("max_connections".to_owned(), "300".to_owned())],
+            ..PostgresOptions::default()
+        };
+        let postgres = Arc::new(Postgres::start(options).expect("Postgres starts"));
+        *shared = Arc::downgrade(&postgres);
+        postgres
+    })
+}
