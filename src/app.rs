@@ -1,4 +1,4 @@
-//! The service as a whole: its parts, its routes and its life from start to stop.
+//! The service as a whole: its routes, and its life from start to stop.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,11 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use axum::Router;
-use axum::extract::State;
 use axum::middleware::{from_fn_with_state, map_response};
-use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use http::header::CONTENT_TYPE;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -19,53 +16,14 @@ use tower_http::limit::RequestBodyLimitLayer;
 use tracing::info;
 
 use crate::config::Config;
-use crate::health::Readings;
-use crate::recorder::{Recorder, Writer, recorder};
+use crate::recorder::{Writer, recorder};
 use crate::server::{self, Limits};
-use crate::store::{Postgres, Redis, Store as _};
+use crate::service::Service;
+use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
 use crate::telemetry::http::{Observer, observe};
 use crate::telemetry::metric;
-use crate::{error, health, visit};
-
-/// What the handlers share. Cheap to clone.
-#[derive(Clone)]
-pub struct Service(Arc<Parts>);
-
-/// The parts of the service.
-pub struct Parts {
-    /// Takes visits.
-    pub recorder: Recorder,
-    /// The database.
-    pub postgres: Arc<Postgres>,
-    /// The cache.
-    pub redis: Arc<Redis>,
-    readings: Readings,
-    leaving: AtomicBool,
-    telemetry: Arc<Telemetry>,
-}
-
-impl std::ops::Deref for Service {
-    type Target = Parts;
-
-    fn deref(&self) -> &Parts {
-        &self.0
-    }
-}
-
-impl Parts {
-    /// The Redis counter as the health monitor last read it.
-    #[must_use]
-    pub fn redis_total(&self) -> Option<i64> {
-        self.redis.state().is_up().then(|| self.readings.redis())?
-    }
-
-    /// Whether the service has been told to stop.
-    #[must_use]
-    pub fn is_leaving(&self) -> bool {
-        self.leaving.load(Ordering::Acquire)
-    }
-}
+use crate::{error, health, metrics, visit};
 
 /// A service that has its addresses and has not begun to serve.
 pub struct App {
@@ -113,14 +71,7 @@ impl App {
             .metrics_addr
             .map(|address| server::bind(address, BACKLOG))
             .transpose()?;
-        let service = Service(Arc::new(Parts {
-            recorder,
-            postgres,
-            redis,
-            readings: Readings::default(),
-            leaving: AtomicBool::new(false),
-            telemetry,
-        }));
+        let service = Service::new(recorder, postgres, redis, telemetry);
         Ok(Self {
             config,
             service,
@@ -202,7 +153,7 @@ impl App {
                 _ = &mut writing => Some("writer"),
                 _ = &mut monitoring => Some("monitor"),
             };
-            service.leaving.store(true, Ordering::Release);
+            service.leave();
             if let Some(part) = unexpected {
                 tracing::error!(part, "a part of the service ended unexpectedly");
                 failed.store(true, Ordering::Release);
@@ -259,7 +210,7 @@ fn routes(service: &Service, observer: Arc<Observer>, with_metrics: bool) -> Rou
         .route("/health/ready", get(health::ready))
         .route("/health/live", get(health::live));
     if with_metrics {
-        router = router.route("/metrics", get(metrics));
+        router = router.route("/metrics", get(metrics::render));
     }
     router
         .with_state(service.clone())
@@ -271,30 +222,14 @@ fn routes(service: &Service, observer: Arc<Observer>, with_metrics: bool) -> Rou
 
 fn metrics_routes(service: &Service) -> Router {
     Router::new()
-        .route("/metrics", get(metrics))
+        .route("/metrics", get(metrics::render))
         .with_state(service.clone())
         .layer(CatchPanicLayer::new())
         .layer(map_response(error::problem_document))
 }
 
-/// `GET /metrics`.
-async fn metrics(State(service): State<Service>) -> Response {
-    service.report();
-    let text = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    (text, service.telemetry.render_metrics()).into_response()
-}
-
-impl Parts {
-    /// Publishes what is read rather than counted.
-    fn report(&self) {
-        self.postgres.report();
-        self.redis.report();
-        metric::queue_depth(self.recorder.depth());
-    }
-}
-
 async fn monitor(service: Service) {
-    health::watch(&service.postgres, &service.redis, &service.readings).await;
+    health::watch(&service.postgres, &service.redis).await;
 }
 
 async fn upkeep(service: Service) {

@@ -2,7 +2,6 @@
 //!
 //! The routes only read what is known, so they answer at once whatever the stores do.
 
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use axum::Json;
@@ -12,7 +11,7 @@ use http::StatusCode;
 use http::header::{CACHE_CONTROL, HeaderValue};
 use serde::Serialize;
 
-use crate::app::Service;
+use crate::service::Service;
 use crate::store::{Postgres, Redis, State as StoreState, Store};
 use crate::telemetry::metric;
 
@@ -21,63 +20,26 @@ const READ_EVERY: Duration = Duration::from_secs(1);
 /// While it is down a probe asks this often whether a visit would succeed.
 const PROBE_EVERY: Duration = Duration::from_millis(100);
 
-/// What the stores have counted, as last read.
-#[derive(Debug)]
-pub struct Readings {
-    postgres: AtomicI64,
-    redis: AtomicI64,
-}
-
-/// A reading that is not known. No count is negative by itself.
-const UNKNOWN: i64 = i64::MIN;
-
-impl Readings {
-    /// The value of the Redis key `visitas_home`; `None` while Redis does not answer.
-    #[must_use]
-    pub fn redis(&self) -> Option<i64> {
-        known(&self.redis)
-    }
-
-    fn store(&self, reading: &AtomicI64, value: Option<i64>) {
-        reading.store(value.unwrap_or(UNKNOWN), Ordering::Relaxed);
-        metric::rows(known(&self.postgres), known(&self.redis));
-    }
-}
-
-impl Default for Readings {
-    fn default() -> Self {
-        Self {
-            postgres: AtomicI64::new(UNKNOWN),
-            redis: AtomicI64::new(UNKNOWN),
-        }
-    }
-}
-
-fn known(reading: &AtomicI64) -> Option<i64> {
-    let value = reading.load(Ordering::Relaxed);
-    (value != UNKNOWN).then_some(value)
-}
-
 /// Watches both stores for as long as it is polled.
-pub async fn watch(postgres: &Postgres, redis: &Redis, readings: &Readings) {
-    tokio::join!(
-        watch_store(postgres, |total| readings.store(&readings.postgres, total)),
-        watch_store(redis, |total| readings.store(&readings.redis, total)),
-    );
+pub async fn watch(postgres: &Postgres, redis: &Redis) {
+    let publish = || metric::rows(postgres.state().count(), redis.state().count());
+    tokio::join!(watch_store(postgres, publish), watch_store(redis, publish));
 }
 
 /// Reads a store while it is up and probes it while it is down. A probe does what a visit needs,
 /// so that the store is never called up for less.
-async fn watch_store(store: &impl Store, publish: impl Fn(Option<i64>)) {
+async fn watch_store(store: &impl Store, publish: impl Fn()) {
+    let state = store.state();
     loop {
-        if store.state().is_up() {
-            publish(store.total().await.ok());
+        if state.is_up() {
+            // What came of it is in the state.
+            store.total().await.ok();
+            publish();
             tokio::select! {
                 () = tokio::time::sleep(READ_EVERY) => {}
-                () = store.state().down() => publish(None),
+                () = state.down() => publish(),
             }
         } else if store.probe().await.is_err() {
-            publish(None);
             tokio::time::sleep(PROBE_EVERY).await;
         }
     }

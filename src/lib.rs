@@ -5,10 +5,10 @@
 //! - [`server`] accepts connections and bounds how long each may take;
 //! - [`app`] holds the routes and the life of the service from start to stop;
 //! - [`telemetry`] sees each request and each store call, and changes neither;
-//! - [`visit`] is `GET /`;
+//! - [`visit`] is `GET /`, [`service`] what the handlers share;
 //! - [`recorder`] is the queue and the one writer that records waiting visits together;
 //! - [`store`] is Postgres and Redis;
-//! - [`health`] watches the stores and answers probes;
+//! - [`health`] watches the stores and answers probes, [`metrics`] answers scrapes;
 //! - [`error`] is what a client sees of a mistake of its own;
 //! - [`config`] reads the settings, [`command`] runs what is not the service itself.
 
@@ -17,8 +17,10 @@ pub mod command;
 pub mod config;
 pub mod error;
 pub mod health;
+pub mod metrics;
 pub mod recorder;
 pub mod server;
+pub mod service;
 pub mod store;
 pub mod telemetry;
 pub mod visit;

@@ -6,8 +6,8 @@ use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
 
-use crate::app::Service;
 use crate::recorder::Refusal;
+use crate::service::Service;
 use crate::store::Store as _;
 
 /// The answer, its fields in the order the challenge has them.
@@ -51,7 +51,7 @@ fn unavailable(service: &Service, refusal: Refusal) -> Response {
         Refusal::QueueFull | Refusal::Stopping => service.postgres.state().is_up(),
         Refusal::Failed | Refusal::Late => false,
     };
-    let redis = service.redis_total();
+    let redis = service.redis.state().count();
     let answer = Answer {
         db_status: status(postgres_works),
         redis_status: status(redis.is_some()),

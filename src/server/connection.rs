@@ -37,7 +37,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     sync::watch,
-    time::{Instant, Sleep, sleep_until},
+    time::{Instant, Sleep, sleep, timeout},
 };
 use tower::Service;
 
@@ -46,6 +46,10 @@ use super::Limits;
 /// hyper's cap on a head, and on what it buffers of an answer before it writes. A longer head is
 /// answered 431, more than 100 fields too. Buffers start at 8 KiB each way and grow as needed.
 const BUFFER_MAX: usize = 64 * 1024;
+
+/// How long a client may go on sending what nobody reads after its answer: a body that the handler
+/// ignored, or a head that hyper refused.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// Serves one connection until it ends: by the client, by `Connection: close`, by a limit, or, once
 /// `stopping` holds `true`, `last_call` later if no request has begun by then.
@@ -93,34 +97,65 @@ pub(super) async fn run(
         .max_buf_size(BUFFER_MAX)
         .serve_connection(TokioIo::new(socket), service);
 
+    let mut alarm = pin!(sleep(limits.header_timeout));
     let mut clock = Clock::new(limits);
-    let mut alarm = pin!(sleep_until(clock.since));
     let mut stop = pin!(stopping.wait_for(|stopping| *stopping));
-    let expired = poll_fn(|cx| {
+    let end = poll_fn(|cx| {
         // Before hyper's turn, so that an answer made in this turn says `Connection: close`.
         if clock.last_call.is_none() && stop.as_mut().poll(cx).is_ready() {
             activity.stopping.store(true, Relaxed);
             clock.last_call = Some(Instant::now() + last_call);
         }
-        if Pin::new(&mut connection).poll(cx).is_ready() {
-            return Poll::Ready(None);
+        if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
+            let refused = ended.is_err_and(|error| error.is_parse());
+            let unread = refused || activity.unread.load(Relaxed);
+            return Poll::Ready(End::Closed { unread });
         }
         let Some(deadline) = clock.deadline(&activity) else {
             return Poll::Pending;
         };
         ready!(poll_alarm(alarm.as_mut(), deadline, cx));
-        Poll::Ready(Some(clock.wait))
+        Poll::Ready(End::Expired(clock.wait))
     })
     .await;
 
-    match expired {
-        None => {}
-        Some(Wait::Transfer) => {
+    match end {
+        End::Closed { unread: false } => {}
+        End::Closed { unread: true } => {
+            let Socket { stream, .. } = connection.into_parts().io.into_inner();
+            let _ = timeout(LINGER, discard(stream)).await;
+        }
+        End::Expired(Wait::Transfer) => {
             tracing::debug!("connection closed: the client neither reads nor sends");
             // The kernel would go on offering an unread answer for minutes.
             let _ = connection.into_parts().io.inner().stream.set_zero_linger();
         }
-        Some(wait) => tracing::debug!(?wait, "connection closed: no request in time"),
+        End::Expired(wait) => tracing::debug!(?wait, "connection closed: no request in time"),
+    }
+}
+
+/// How a connection came to its end.
+enum End {
+    /// By hyper, which has sent what there was to send; `unread` when more may come in.
+    Closed { unread: bool },
+    /// By a limit.
+    Expired(Wait),
+}
+
+/// Takes what still comes in after the last answer, until the client has closed too. To close a
+/// socket that has unread bytes makes the kernel send a reset, which may destroy the answer before
+/// the client reads it (RFC 9112, section 9.6).
+async fn discard(mut stream: TcpStream) {
+    // hyper has done so after an answer, and not where it had none, as for HTTP/2.
+    let _ = poll_fn(|cx| Pin::new(&mut stream).poll_shutdown(cx)).await;
+    let take = || stream.try_read(&mut [0; 4096]);
+    while stream.readable().await.is_ok() {
+        match take() {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return,
+        }
     }
 }
 
@@ -206,8 +241,10 @@ struct Activity {
     heard: AtomicBool,
     /// The request came with a body.
     with_body: AtomicBool,
-    /// That body is not used up.
+    /// That body is in the handler's hands.
     uploading: AtomicBool,
+    /// It has not been read to its end.
+    unread: AtomicBool,
     /// It was asked for and has not arrived.
     starved: AtomicBool,
     /// The answer is not all in hyper's hands.
@@ -228,6 +265,7 @@ impl Activity {
         self.heard.store(false, Relaxed);
         self.with_body.store(with_body, Relaxed);
         self.uploading.store(with_body, Relaxed);
+        self.unread.store(with_body, Relaxed);
         self.answering.store(true, Relaxed);
         with_body
     }
@@ -345,6 +383,9 @@ impl HttpBody for Upload {
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(cx);
         self.activity.starved.store(frame.is_pending(), Relaxed);
+        if matches!(frame, Poll::Ready(None)) {
+            self.activity.unread.store(false, Relaxed);
+        }
         frame
     }
 
@@ -359,6 +400,9 @@ impl HttpBody for Upload {
 
 impl Drop for Upload {
     fn drop(&mut self) {
+        if self.body.is_end_stream() {
+            self.activity.unread.store(false, Relaxed);
+        }
         self.activity.starved.store(false, Relaxed);
         self.activity.uploading.store(false, Relaxed);
     }

@@ -458,7 +458,7 @@ impl Store for Postgres {
         let trace = &mut Trace::none();
         let total = call(&self.target, &TOTAL, None, trace, self.deadline, work).await;
         match &total {
-            Ok(_) => self.state.read(started.elapsed()),
+            Ok(count) => self.state.read(*count, started.elapsed()),
             Err(error) => self.reading_failed(started, error),
         }
         total

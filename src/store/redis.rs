@@ -144,7 +144,7 @@ impl Store for Redis {
         let started = Instant::now();
         let result = self.increment_by(0, None, &mut Trace::none()).await;
         match &result {
-            Ok(_) => self.state.read(started.elapsed()),
+            Ok(count) => self.state.read(*count, started.elapsed()),
             Err(error) => {
                 self.state.reading_failed(started, error);
                 if !self.state.is_up() {

@@ -3,7 +3,7 @@
 //! One value per store drives readiness, the refusal or skipping of calls while the store is
 //! down, the gauge `visitas_dependency_up` and the two log lines of an outage. It makes no call.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use crate::telemetry::metric::{self, System};
 pub struct State {
     system: System,
     up: AtomicBool,
+    count: AtomicI64,
     went_down: Notify,
     details: Mutex<Details>,
 }
@@ -30,12 +31,16 @@ struct Details {
     latency: Option<Duration>,
 }
 
+/// A count that is not known. No store counts this far down.
+const UNKNOWN: i64 = i64::MIN;
+
 impl State {
     pub(super) fn new(system: System) -> Self {
         metric::dependency_up(system, false);
         Self {
             system,
             up: AtomicBool::new(false),
+            count: AtomicI64::new(UNKNOWN),
             went_down: Notify::new(),
             details: Mutex::new(Details {
                 since: Instant::now(),
@@ -56,6 +61,13 @@ impl State {
     #[must_use]
     pub fn latency(&self) -> Option<Duration> {
         self.is_up().then(|| self.details().latency).flatten()
+    }
+
+    /// How many visits the store has counted, as last read; `None` while that is not known.
+    #[must_use]
+    pub fn count(&self) -> Option<i64> {
+        let count = self.count.load(Ordering::Relaxed);
+        (count != UNKNOWN).then_some(count)
     }
 
     /// Returns when the store goes down, at once if it is down already.
@@ -88,6 +100,7 @@ impl State {
 
     /// A call that a visit needs, or a probe, has failed.
     pub(super) fn failed(&self, error: &Error) {
+        self.count.store(UNKNOWN, Ordering::Relaxed);
         let mut details = self.details();
         if self.up.swap(false, Ordering::AcqRel) {
             details.since = Instant::now();
@@ -105,13 +118,15 @@ impl State {
     }
 
     /// A reading has succeeded: it tells how fast the store answers, not that it takes visits.
-    pub(super) fn read(&self, took: Duration) {
+    pub(super) fn read(&self, count: i64, took: Duration) {
+        self.count.store(count, Ordering::Relaxed);
         self.details().latency = Some(took);
     }
 
     /// A reading that began at `began` has failed. It counts only where no visit has succeeded
     /// since: a reading may fail for a reason that does not concern visits.
     pub(super) fn reading_failed(&self, began: Instant, error: &Error) {
+        self.count.store(UNKNOWN, Ordering::Relaxed);
         if self.details().last_success.is_none_or(|last| last < began) {
             self.failed(error);
         }

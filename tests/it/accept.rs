@@ -1,0 +1,708 @@
+//! The accept loop as clients see it: what it bounds, what it serves, and how it stops.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    body::{Body, Bytes, to_bytes},
+    routing::{get, post},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+    sync::oneshot,
+    task::{JoinHandle, JoinSet},
+    time::{sleep, timeout},
+};
+use visitas::server::{self, Drained, Limits};
+
+const GET: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+const GET_SLOW: &[u8] = b"GET /slow HTTP/1.1\r\nhost: a\r\n\r\n";
+const HALF: &[u8] = b"GET / HTTP/1.1\r\nho";
+
+/// Distances between limits are what makes a test able to tell one from another; `SLACK` is how
+/// late a loaded machine may be.
+const LIMITS: Limits = Limits {
+    max_connections: 1000,
+    header_timeout: Duration::from_millis(600),
+    idle_timeout: Duration::from_secs(2),
+    stall_timeout: Duration::from_millis(1200),
+};
+const SLACK: Duration = Duration::from_millis(350);
+const LONG: Duration = Duration::from_secs(20);
+
+struct Server {
+    addr: SocketAddr,
+    open: Arc<AtomicUsize>,
+    heads: Arc<AtomicUsize>,
+    stop: oneshot::Sender<()>,
+    done: JoinHandle<Drained>,
+}
+
+fn start(limits: Limits, drain: Duration) -> Server {
+    let heads = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&heads);
+    let router = Router::new()
+        .route("/", get(|| async { "ok" }).post(|| async { "unread" }))
+        .route(
+            "/slow",
+            get(move || async move {
+                counted.fetch_add(1, SeqCst);
+                sleep(Duration::from_millis(50)).await;
+                "ok"
+            }),
+        )
+        .route(
+            "/slower",
+            get(|| async {
+                sleep(Duration::from_secs(3)).await;
+                "ok"
+            }),
+        )
+        .route("/big", get(big).post(big_while_reading))
+        .route("/upload", post(|body: Bytes| async move { body }));
+    let listener = server::bind(([127, 0, 0, 1], 0).into(), 1024).expect("bind");
+    let addr = listener.local_addr().expect("address");
+    let open = Arc::new(AtomicUsize::new(0));
+    let (stop, stopped) = oneshot::channel();
+    let shown = Arc::clone(&open);
+    let done = tokio::spawn(async move {
+        let stopped = async {
+            let _ = stopped.await;
+        };
+        let show = move |now| shown.store(now, SeqCst);
+        server::serve(listener, router, limits, show, stopped, drain).await
+    });
+    Server {
+        addr,
+        open,
+        heads,
+        stop,
+        done,
+    }
+}
+
+async fn big() -> Vec<u8> {
+    vec![b'x'; 32 << 20]
+}
+
+async fn big_while_reading(body: Body) -> Vec<u8> {
+    tokio::spawn(to_bytes(body, usize::MAX));
+    big().await
+}
+
+impl Server {
+    async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.addr).await.expect("connect")
+    }
+
+    async fn open_becomes(&self, wanted: usize) {
+        becomes(&self.open, wanted).await;
+    }
+
+    async fn heads_become(&self, wanted: usize) {
+        becomes(&self.heads, wanted).await;
+    }
+
+    /// How the stop went and how long it took.
+    async fn stop(self) -> (Drained, Duration) {
+        let begun = Instant::now();
+        let _ = self.stop.send(());
+        let drained = timeout(LONG, self.done)
+            .await
+            .expect("ends")
+            .expect("no panic");
+        (drained, begun.elapsed())
+    }
+}
+
+async fn becomes(number: &AtomicUsize, wanted: usize) {
+    let begun = Instant::now();
+    while number.load(SeqCst) != wanted {
+        let seen = number.load(SeqCst);
+        assert!(begun.elapsed() < LONG, "still {seen}, not {wanted}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// One answer's head and body; `None` when the connection ended first.
+async fn answer(stream: &mut TcpStream) -> Option<String> {
+    let mut text = Vec::new();
+    loop {
+        let mut byte = [0];
+        match timeout(LONG, stream.read(&mut byte)).await.expect("answer") {
+            Ok(1) => text.push(byte[0]),
+            _ => return None,
+        }
+        if text.ends_with(b"\r\n\r\n") {
+            break;
+        }
+    }
+    let mut text = String::from_utf8(text).expect("ASCII");
+    let length = text
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length: "))
+        .map_or(0, |length| length.parse().expect("a length"));
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await.ok()?;
+    text.push_str(&String::from_utf8_lossy(&body));
+    Some(text)
+}
+
+/// Sends a request and takes its answer.
+async fn ask(stream: &mut TcpStream, request: &[u8]) -> Option<String> {
+    stream.write_all(request).await.ok()?;
+    answer(stream).await
+}
+
+/// Everything until the server closes, and how long that took.
+async fn rest(stream: &mut TcpStream) -> (String, Duration) {
+    let begun = Instant::now();
+    let mut bytes = Vec::new();
+    let _ = timeout(LONG, stream.read_to_end(&mut bytes))
+        .await
+        .expect("close");
+    (String::from_utf8_lossy(&bytes).into(), begun.elapsed())
+}
+
+/// Sends a byte every 50 ms, as long as the server takes them; how long it did.
+async fn trickle(stream: &mut TcpStream, byte: u8) -> Duration {
+    let begun = Instant::now();
+    let (mut reader, mut writer) = stream.split();
+    let sending = async {
+        while writer.write_all(&[byte]).await.is_ok() {
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let mut ignored = Vec::new();
+    let closed = async {
+        let _ = reader.read_to_end(&mut ignored).await;
+    };
+    timeout(LONG, async {
+        tokio::select! { () = sending => {}, () = closed => {} }
+    })
+    .await
+    .expect("close");
+    begun.elapsed()
+}
+
+#[track_caller]
+fn near(took: Duration, limit: Duration) {
+    let early = Duration::from_millis(20);
+    assert!(
+        took + early >= limit && took <= limit + SLACK,
+        "took {took:?}, not about {limit:?}"
+    );
+}
+
+#[tokio::test]
+async fn silent_connection_is_closed_at_the_header_timeout() {
+    let server = start(LIMITS, LONG);
+    let (said, took) = rest(&mut server.connect().await).await;
+    assert_eq!(said, "");
+    near(took, LIMITS.header_timeout);
+    server.open_becomes(0).await;
+}
+
+#[tokio::test]
+async fn first_head_is_due_from_accept_however_its_bytes_trickle() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let begun = Instant::now();
+    sleep(LIMITS.header_timeout * 3 / 4).await;
+    stream.write_all(HALF).await.expect("send");
+    trickle(&mut stream, b'x').await;
+    near(begun.elapsed(), LIMITS.header_timeout);
+}
+
+#[tokio::test]
+async fn later_head_is_due_from_its_first_byte() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    ask(&mut stream, GET).await.expect("answer");
+    sleep(LIMITS.header_timeout * 2).await;
+    stream.write_all(HALF).await.expect("send");
+    near(trickle(&mut stream, b'x').await, LIMITS.header_timeout);
+}
+
+#[tokio::test]
+async fn head_begun_behind_a_request_in_flight_is_due_from_that_answer() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    stream.write_all(GET_SLOW).await.expect("send");
+    server.heads_become(1).await;
+    stream.write_all(HALF).await.expect("send");
+    answer(&mut stream).await.expect("answer");
+    near(rest(&mut stream).await.1, LIMITS.header_timeout);
+}
+
+#[tokio::test]
+async fn head_begun_in_the_same_packet_as_a_request_is_due_at_the_idle_timeout() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    ask(&mut stream, &[GET, HALF].concat())
+        .await
+        .expect("answer");
+    near(rest(&mut stream).await.1, LIMITS.idle_timeout);
+}
+
+#[tokio::test]
+async fn idle_connection_outlives_the_header_timeout_and_ends_at_the_idle_timeout() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    for _ in 0..2 {
+        ask(&mut stream, GET).await.expect("answer");
+        sleep(LIMITS.idle_timeout * 2 / 3).await;
+    }
+    ask(&mut stream, GET).await.expect("answer");
+    near(rest(&mut stream).await.1, LIMITS.idle_timeout);
+}
+
+#[tokio::test]
+async fn handler_may_take_longer_than_every_limit() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let slower = b"GET /slower HTTP/1.1\r\nhost: a\r\n\r\n";
+    ask(&mut stream, slower).await.expect("answer");
+    ask(&mut stream, GET).await.expect("answer");
+}
+
+#[tokio::test]
+async fn slow_body_is_not_judged_by_the_header_timeout() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let head = b"POST /upload HTTP/1.1\r\nhost: a\r\ncontent-length: 8\r\n\r\n";
+    stream.write_all(head).await.expect("send");
+    for byte in b"a slow b" {
+        sleep(LIMITS.header_timeout * 3 / 4).await;
+        stream.write_all(&[*byte]).await.expect("send");
+    }
+    assert!(
+        answer(&mut stream)
+            .await
+            .expect("answer")
+            .ends_with("a slow b")
+    );
+    near(rest(&mut stream).await.1, LIMITS.idle_timeout);
+}
+
+#[tokio::test]
+async fn body_that_stops_coming_ends_at_the_stall_timeout() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let half = b"POST /upload HTTP/1.1\r\nhost: a\r\ncontent-length: 8\r\n\r\nhalf";
+    stream.write_all(half).await.expect("send");
+    near(rest(&mut stream).await.1, LIMITS.stall_timeout);
+}
+
+#[tokio::test]
+async fn body_that_nobody_wants_holds_nothing() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 8\r\n\r\n";
+    stream.write_all(head).await.expect("send");
+    let (said, took) = rest(&mut stream).await;
+    assert!(said.ends_with("unread"), "{said}");
+    near(took, Duration::ZERO);
+}
+
+#[tokio::test]
+async fn answer_to_a_large_body_that_nobody_wants_arrives() {
+    let server = start(LIMITS, LONG);
+    for _ in 0..20 {
+        let stream = server.connect().await;
+        let (mut reader, mut writer) = stream.into_split();
+        let length = 4 << 20;
+        let head = format!("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n");
+        writer.write_all(head.as_bytes()).await.expect("send");
+        writer.write_all(&vec![b'x'; length]).await.expect("send");
+        let mut said = String::new();
+        reader.read_to_string(&mut said).await.expect("answer");
+        assert!(said.ends_with("unread"), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn body_that_nobody_wants_and_never_ends_is_cut_within_a_second() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n";
+    stream.write_all(head).await.expect("send");
+    server.open_becomes(1).await;
+    let begun = Instant::now();
+    while server.open.load(SeqCst) == 1 && begun.elapsed() < LONG {
+        let _ = stream.write_all(b"x").await;
+        sleep(Duration::from_millis(20)).await;
+    }
+    near(begun.elapsed(), Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn small_body_that_nobody_wants_leaves_the_connection_open() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let whole = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\nbody";
+    ask(&mut stream, whole).await.expect("answer");
+    ask(&mut stream, GET).await.expect("answer");
+    near(rest(&mut stream).await.1, LIMITS.idle_timeout);
+}
+
+async fn connect_with_small_window(server: &Server) -> TcpStream {
+    let socket = TcpSocket::new_v4().expect("socket");
+    socket.set_recv_buffer_size(4096).expect("option");
+    socket.connect(server.addr).await.expect("connect")
+}
+
+const GET_BIG: &[u8] = b"GET /big HTTP/1.1\r\nhost: a\r\n\r\n";
+
+#[tokio::test]
+async fn client_that_does_not_read_is_closed_at_the_stall_timeout() {
+    let server = start(LIMITS, LONG);
+    let mut stream = connect_with_small_window(&server).await;
+    stream.write_all(GET_BIG).await.expect("send");
+    server.open_becomes(1).await;
+    let begun = Instant::now();
+    server.open_becomes(0).await;
+    near(begun.elapsed(), LIMITS.stall_timeout);
+}
+
+#[tokio::test]
+async fn client_that_does_not_read_buys_no_time_by_sending() {
+    let server = start(LIMITS, LONG);
+    let mut stream = connect_with_small_window(&server).await;
+    let post = b"POST /big HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n";
+    stream.write_all(post).await.expect("send");
+    server.open_becomes(1).await;
+    let begun = Instant::now();
+    while server.open.load(SeqCst) == 1 && begun.elapsed() < LONG {
+        let _ = stream.write_all(b"x").await;
+        sleep(Duration::from_millis(20)).await;
+    }
+    near(begun.elapsed(), LIMITS.stall_timeout);
+}
+
+#[tokio::test]
+async fn client_that_reads_slowly_gets_everything() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    stream.write_all(GET_BIG).await.expect("send");
+    let begun = Instant::now();
+    let mut buffer = vec![0; 64 << 10];
+    let mut got = 0;
+    while got < 32 << 20 {
+        got += stream.read(&mut buffer).await.expect("bytes");
+        sleep(Duration::from_millis(3)).await;
+    }
+    assert!(begun.elapsed() > LIMITS.stall_timeout);
+}
+
+#[tokio::test]
+async fn connection_beyond_the_limit_waits_until_one_closes() {
+    let limits = Limits {
+        max_connections: 2,
+        ..LIMITS
+    };
+    let server = start(limits, LONG);
+    let mut first = server.connect().await;
+    let mut second = server.connect().await;
+    ask(&mut first, GET).await.expect("answer");
+    ask(&mut second, GET).await.expect("answer");
+    let mut third = server.connect().await;
+    third.write_all(GET).await.expect("send");
+    let early = timeout(Duration::from_millis(200), answer(&mut third)).await;
+    assert!(early.is_err());
+    assert_eq!(server.open.load(SeqCst), 2);
+    drop(first);
+    answer(&mut third).await.expect("answer");
+}
+
+#[tokio::test]
+async fn open_connections_are_told() {
+    let server = start(LIMITS, LONG);
+    let streams = [server.connect().await, server.connect().await];
+    server.open_becomes(2).await;
+    drop(streams);
+    server.open_becomes(0).await;
+}
+
+#[tokio::test]
+async fn pipelined_requests_are_answered_in_order() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let unknown = b"GET /unknown HTTP/1.1\r\nhost: a\r\n\r\n";
+    let requests = [GET, GET_SLOW, unknown].concat().repeat(40);
+    stream.write_all(&requests).await.expect("send");
+    for _ in 0..40 {
+        for status in ["200", "200", "404"] {
+            let answer = answer(&mut stream).await.expect("answer");
+            assert_eq!(&answer[9..12], status);
+        }
+    }
+    near(rest(&mut stream).await.1, LIMITS.idle_timeout);
+}
+
+#[tokio::test]
+async fn http_2_is_refused_and_closed() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    stream.write_all(preface).await.expect("send");
+    near(rest(&mut stream).await.1, Duration::ZERO);
+}
+
+#[tokio::test]
+async fn half_an_http_2_preface_is_closed_at_the_header_timeout() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    stream.write_all(b"PRI * HT").await.expect("send");
+    near(rest(&mut stream).await.1, LIMITS.header_timeout);
+}
+
+#[tokio::test]
+async fn malformed_head_is_answered_400_and_one_too_long_431() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let said = ask(&mut stream, b"GET / HTTP/1.1\r\nno colon\r\n\r\n").await;
+    assert_eq!(&said.expect("answer")[9..12], "400");
+    let mut stream = server.connect().await;
+    let long = format!("GET / HTTP/1.1\r\na: {}\r\n\r\n", "x".repeat(300 << 10));
+    let said = ask(&mut stream, long.as_bytes()).await;
+    assert_eq!(&said.expect("answer")[9..12], "431");
+}
+
+#[tokio::test]
+async fn http_1_0_is_answered_and_closed() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    stream
+        .write_all(b"GET / HTTP/1.0\r\n\r\n")
+        .await
+        .expect("send");
+    let (said, took) = rest(&mut stream).await;
+    assert!(
+        said.starts_with("HTTP/1.0 200") && said.ends_with("ok"),
+        "{said}"
+    );
+    near(took, Duration::ZERO);
+}
+
+#[tokio::test]
+async fn stop_closes_idle_and_silent_connections_and_refuses_new_ones() {
+    let server = start(LIMITS, LONG);
+    let addr = server.addr;
+    let mut idle = server.connect().await;
+    ask(&mut idle, GET).await.expect("answer");
+    let mut silent = server.connect().await;
+    server.open_becomes(2).await;
+    let (drained, took) = server.stop().await;
+    assert_eq!(drained, Drained { aborted: 0 });
+    near(took, Duration::from_millis(100));
+    assert_eq!(rest(&mut idle).await.0, "");
+    assert_eq!(rest(&mut silent).await.0, "");
+    TcpStream::connect(addr).await.expect_err("refused");
+}
+
+#[tokio::test]
+async fn new_connections_are_refused_while_a_stop_still_answers() {
+    let server = start(LIMITS, LONG);
+    let addr = server.addr;
+    let mut stream = server.connect().await;
+    stream.write_all(GET_SLOW).await.expect("send");
+    server.heads_become(1).await;
+    let stopping = tokio::spawn(server.stop());
+    sleep(Duration::from_millis(20)).await;
+    assert!(!stopping.is_finished());
+    TcpStream::connect(addr).await.expect_err("refused");
+}
+
+#[tokio::test]
+async fn request_in_flight_at_the_stop_is_answered_with_close() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    stream.write_all(GET_SLOW).await.expect("send");
+    server.heads_become(1).await;
+    let (drained, _) = server.stop().await;
+    assert_eq!(drained, Drained { aborted: 0 });
+    let (said, _) = rest(&mut stream).await;
+    assert!(
+        said.contains("connection: close") && said.ends_with("ok"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn answers_before_the_stop_keep_the_connection() {
+    let server = start(LIMITS, LONG);
+    let said = ask(&mut server.connect().await, GET).await.expect("answer");
+    assert!(!said.contains("connection: close"), "{said}");
+}
+
+/// On one thread, nothing runs between the client's writes and the stop: the requests are in the
+/// kernel and the server's poller has not seen them.
+#[tokio::test]
+async fn request_that_had_arrived_unread_at_the_stop_is_answered() {
+    let server = start(LIMITS, LONG);
+    let mut used = server.connect().await;
+    ask(&mut used, GET).await.expect("answer");
+    let mut fresh = server.connect().await;
+    server.open_becomes(2).await;
+    assert_eq!(used.try_write(GET).expect("send"), GET.len());
+    assert_eq!(fresh.try_write(GET).expect("send"), GET.len());
+    let _ = server.stop().await;
+    for stream in [&mut used, &mut fresh] {
+        let said = answer(stream).await.expect("answer");
+        assert!(said.contains("connection: close"), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn backlog_at_the_stop_is_served() {
+    let limits = Limits {
+        max_connections: 1,
+        ..LIMITS
+    };
+    let server = start(limits, LONG);
+    let mut held = server.connect().await;
+    ask(&mut held, GET).await.expect("answer");
+    let mut waiting = Vec::new();
+    for _ in 0..8 {
+        let mut stream = server.connect().await;
+        stream.write_all(GET).await.expect("send");
+        waiting.push(stream);
+    }
+    let (drained, _) = server.stop().await;
+    assert_eq!(drained, Drained { aborted: 0 });
+    for stream in &mut waiting {
+        answer(stream).await.expect("answer");
+    }
+}
+
+/// The client's connect has returned and the server has not seen it: std, so that nothing yields.
+#[tokio::test]
+async fn connection_unseen_at_the_stop_is_served() {
+    let server = start(LIMITS, LONG);
+    let mut known = server.connect().await;
+    ask(&mut known, GET).await.expect("answer");
+    let unseen = std::net::TcpStream::connect(server.addr).expect("connect");
+    let stopping = tokio::spawn(server.stop());
+    // The request itself comes later still.
+    sleep(Duration::from_millis(30)).await;
+    unseen.set_nonblocking(true).expect("option");
+    let mut unseen = TcpStream::from_std(unseen).expect("stream");
+    ask(&mut unseen, GET).await.expect("answer");
+    let _ = stopping.await.expect("stop");
+}
+
+#[tokio::test]
+async fn half_a_head_holds_a_stop_no_longer_than_its_own_deadline() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    let begun = Instant::now();
+    stream.write_all(HALF).await.expect("send");
+    sleep(LIMITS.header_timeout / 2).await;
+    let (drained, _) = server.stop().await;
+    assert_eq!(drained, Drained { aborted: 0 });
+    near(begun.elapsed(), LIMITS.header_timeout);
+}
+
+#[tokio::test]
+async fn half_a_head_that_completes_during_the_stop_is_answered() {
+    let server = start(LIMITS, LONG);
+    let mut stream = server.connect().await;
+    ask(&mut stream, GET).await.expect("answer");
+    stream.write_all(HALF).await.expect("send");
+    sleep(Duration::from_millis(20)).await;
+    let stopping = tokio::spawn(server.stop());
+    sleep(Duration::from_millis(200)).await;
+    stream.write_all(b"st: a\r\n\r\n").await.expect("send");
+    assert!(
+        answer(&mut stream)
+            .await
+            .expect("answer")
+            .contains("connection: close")
+    );
+    let _ = stopping.await.expect("stop");
+}
+
+#[tokio::test]
+async fn what_is_open_at_the_drain_deadline_is_cut_and_counted() {
+    let drain = Duration::from_millis(150);
+    let server = start(LIMITS, drain);
+    let mut half = server.connect().await;
+    half.write_all(HALF).await.expect("send");
+    let mut slow = server.connect().await;
+    let slower = b"GET /slower HTTP/1.1\r\nhost: a\r\n\r\n";
+    slow.write_all(slower).await.expect("send");
+    let mut idle = server.connect().await;
+    ask(&mut idle, GET).await.expect("answer");
+    server.open_becomes(3).await;
+    let open = Arc::clone(&server.open);
+    let (drained, took) = server.stop().await;
+    assert_eq!(drained, Drained { aborted: 2 });
+    near(took, drain);
+    assert_eq!(open.load(SeqCst), 0);
+    assert_eq!(rest(&mut half).await.0, "");
+    assert_eq!(rest(&mut slow).await.0, "");
+}
+
+#[tokio::test]
+async fn stop_without_time_cuts_at_once() {
+    let server = start(LIMITS, Duration::ZERO);
+    let _idle = server.connect().await;
+    server.open_becomes(1).await;
+    let (_, took) = server.stop().await;
+    near(took, Duration::ZERO);
+}
+
+/// Asks without pause until told to close; the answers it got, and whether it was told.
+async fn busy_client(mut stream: TcpStream) -> (usize, bool) {
+    let mut answers = 0;
+    while let Some(said) = ask(&mut stream, GET_SLOW).await {
+        assert!(
+            said.starts_with("HTTP/1.1 200") && said.ends_with("ok"),
+            "{said}"
+        );
+        answers += 1;
+        if said.contains("connection: close") {
+            return (answers, true);
+        }
+    }
+    (answers, false)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stop_under_load_answers_every_head_it_read_and_cuts_no_busy_client() {
+    let server = start(LIMITS, LONG);
+    let heads = Arc::clone(&server.heads);
+    let mut clients = JoinSet::new();
+    for _ in 0..64 {
+        clients.spawn(busy_client(server.connect().await));
+    }
+    while heads.load(SeqCst) < 300 {
+        sleep(Duration::from_millis(5)).await;
+    }
+    let (drained, took) = server.stop().await;
+    let ends = clients.join_all().await;
+    assert_eq!(drained, Drained { aborted: 0 });
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert_eq!(
+        ends.iter().map(|end| end.0).sum::<usize>(),
+        heads.load(SeqCst)
+    );
+    assert!(ends.iter().all(|end| end.1));
+}
+
+#[tokio::test]
+async fn taken_address_is_named() {
+    let taken = server::bind(([127, 0, 0, 1], 0).into(), 1).expect("bind");
+    let addr = taken.local_addr().expect("address");
+    let error = server::bind(addr, 1).expect_err("taken");
+    assert!(error.to_string().contains(&addr.to_string()), "{error}");
+}
