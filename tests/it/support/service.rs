@@ -69,30 +69,23 @@ impl Service {
         let mut child = command.spawn().expect("the program starts");
         let output = collect(child.stdout.take().expect("a pipe"));
         let errors = collect(child.stderr.take().expect("a pipe"));
-        let listening = || {
-            lines(&output)
-                .iter()
-                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-                .find(|line| line["message"] == "listening")
-        };
-        eventually("the service listens", SOON, async || {
-            assert!(
-                child.try_wait().expect("its status").is_none(),
-                "the service ended: {:?}",
-                lines(&errors)
-            );
-            listening().is_some()
-        })
-        .await;
-        let line = listening().expect("seen above");
-        let address = line["address"].as_str().expect("an address");
-        Self {
-            address: address.parse().expect("an address"),
+        // Made before anything can fail, so that a failing test leaves no process behind.
+        let mut service = Self {
+            address: SocketAddr::from(([127, 0, 0, 1], 0)),
             client: client(),
             child: Mutex::new(child),
             output,
             errors,
-        }
+        };
+        eventually("the service listens", SOON, async || {
+            let ended = service.child().try_wait().expect("its status");
+            assert!(ended.is_none(), "it ended: {}", service.printed());
+            !service.logged("listening").is_empty()
+        })
+        .await;
+        let address = service.logged("listening")[0]["address"].clone();
+        service.address = serde_json::from_value(address).expect("an address");
+        service
     }
 
     /// The address of a path.
