@@ -1,20 +1,22 @@
-//! Postgres: the visits, their exact count and the migrations.
+//! Postgres: the visits and their exact count.
 //!
 //! Each statement is a single one, committed by itself; none is ever repeated after it may have
 //! taken effect. The counting itself is in `migrations/`. It knows nothing of HTTP or of Redis.
 
-use std::borrow::Cow;
+mod migration;
+mod session;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity, PgSslMode};
-use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
+use sqlx::{Connection as _, PgConnection};
 use time::OffsetDateTime;
 
-use super::pool::{Connect, Pool};
+use self::migration::APPLIED;
+use self::session::{Session, failure};
+use super::pool::Pool;
 use super::{Cause, Error, State, Store};
-use crate::config::{PostgresConfig, SslMode};
+use crate::config::PostgresConfig;
 use crate::telemetry::call::{Operation, Target, Trace, call};
 use crate::telemetry::metric::System;
 
@@ -47,8 +49,6 @@ pub struct Recount {
     pub after: i64,
 }
 
-static MIGRATIONS: Migrator = sqlx::migrate!();
-
 static RECORD: Operation = Operation::procedure(
     "SELECT registrar_visitas",
     "registrar_visitas",
@@ -79,30 +79,16 @@ static RECOUNT: Operation = Operation::procedure(
     "recontar_visitas",
     "select antes, depois from public.recontar_visitas()",
 );
-static APPLIED: Operation = Operation::query(
-    "SELECT _sqlx_migrations",
-    "select version, checksum from public._sqlx_migrations where success",
-);
-
 /// What [`REHEARSE`] raises once everything that a visit needs has worked.
 const REHEARSED: &str = "VS001";
 const UNIQUE_VIOLATION: &str = "23505";
-const UNDEFINED_TABLE: &str = "42P01";
 
 /// The writer takes one connection and the health monitor one; the others leave room for what an
 /// outage left behind.
 const POOL_SIZE: u32 = 4;
 
-/// Serialises migrations between instances; any constant that nothing else uses.
-const MIGRATION_LOCK: i64 = 0x7669_7369_7461_7300;
-/// How long to wait for another instance's migration before saying so and trying again.
-const MIGRATION_LOCK_WAIT: Duration = Duration::from_secs(10);
-const MIGRATION_LOCK_RETRY: Duration = Duration::from_millis(50);
-/// Adopting a table with many rows rewrites it, which takes as long as it takes; this is only the
-/// end of waiting for a server that has gone.
-const MIGRATION_DEADLINE: Duration = Duration::from_mins(30);
-/// A manual transaction in the way of a migration is waited for this long, then again.
-const MIGRATION_STATEMENT_LOCK: Duration = Duration::from_secs(5);
+/// Counting takes as long as it takes; this is only the end of waiting for a server that has gone.
+const RECOUNT_DEADLINE: Duration = Duration::from_mins(30);
 
 impl Postgres {
     /// Prepares the connections; none is opened yet.
@@ -265,7 +251,7 @@ impl Postgres {
             &RECOUNT,
             None,
             &mut Trace::none(),
-            MIGRATION_DEADLINE,
+            RECOUNT_DEADLINE,
             work,
         )
         .await
@@ -306,96 +292,6 @@ impl Postgres {
             result
         })
         .await
-    }
-
-    /// Brings the database to this version, under a lock that only one instance holds. Returns
-    /// how many migrations were applied.
-    ///
-    /// # Errors
-    ///
-    /// Why it was not done. What had been applied stays; a migration is applied whole or not.
-    pub async fn migrate(&self) -> Result<usize, Error> {
-        let pending = self.pending().await?;
-        if pending > 0 {
-            tracing::info!(migrations.pending = pending, "migrating the database");
-            tokio::time::timeout(MIGRATION_DEADLINE, self.apply_migrations())
-                .await
-                .unwrap_or(Err(Error::Timeout(MIGRATION_DEADLINE)))?;
-            tracing::info!(migrations.applied = pending, "the database is migrated");
-        }
-        self.migrated.store(true, Ordering::Release);
-        Ok(pending)
-    }
-
-    /// How many migrations of this version the database lacks. It takes no lock, so that a
-    /// database in order is ready at once, whoever holds the lock.
-    async fn pending(&self) -> Result<usize, Error> {
-        let work = async {
-            let mut link = self.pool.open().await?;
-            let applied = link
-                .call(async |connection| {
-                    sqlx::query_as::<_, (i64, Vec<u8>)>(APPLIED.text())
-                        .fetch_all(connection)
-                        .await
-                        .map_err(failure)
-                })
-                .await;
-            match applied {
-                Err(Error::Refused { code, .. }) if code == UNDEFINED_TABLE => Ok(Vec::new()),
-                applied => applied,
-            }
-        };
-        let applied = call(
-            &self.target,
-            &APPLIED,
-            None,
-            &mut Trace::none(),
-            self.deadline,
-            work,
-        )
-        .await?;
-        let is_applied = |version, checksum: &[u8]| {
-            applied
-                .iter()
-                .any(|(applied, sum)| *applied == version && sum == checksum)
-        };
-        Ok(MIGRATIONS
-            .iter()
-            .filter(|migration| !is_applied(migration.version, &migration.checksum))
-            .count())
-    }
-
-    async fn apply_migrations(&self) -> Result<(), Error> {
-        let mut connection = self.session.open_unhurried().await?;
-        let started = Instant::now();
-        while !sqlx::query_scalar::<_, bool>("select pg_try_advisory_lock($1)")
-            .bind(MIGRATION_LOCK)
-            .fetch_one(&mut connection)
-            .await
-            .map_err(failure)?
-        {
-            if started.elapsed() > MIGRATION_LOCK_WAIT {
-                return Err(Error::Unexpected(Cause::from(
-                    "another session holds the migration lock",
-                )));
-            }
-            tokio::time::sleep(MIGRATION_LOCK_RETRY).await;
-        }
-        let migrator = Migrator {
-            migrations: Cow::Borrowed(&MIGRATIONS.migrations),
-            // A newer version may have migrated further; what it added is its own business.
-            ignore_missing: true,
-            // sqlx's own lock waits without limit; ours is held already.
-            locking: false,
-            ..Migrator::DEFAULT
-        };
-        migrator
-            .run_direct(None, &mut connection, false)
-            .await
-            .map_err(migration_failure)?;
-        // The session's end gives the lock back; nothing is left to say if it ends badly.
-        connection.close().await.ok();
-        Ok(())
     }
 
     async fn move_sequence(&self) -> Result<(), Error> {
@@ -488,138 +384,4 @@ async fn sequence_move(connection: &mut PgConnection) -> Result<(), Error> {
         .await
         .map_err(failure)?;
     Ok(())
-}
-
-/// How to open a session. Everything that the promise of a visit stands on is pinned here, so
-/// that no default of the server, the database or the role can weaken it.
-#[derive(Debug, Clone)]
-struct Session {
-    options: PgConnectOptions,
-    lock_timeout: Duration,
-    statement_timeout: Duration,
-    deadline: Duration,
-}
-
-impl Session {
-    fn new(config: &PostgresConfig) -> Self {
-        let mut options = PgConnectOptions::new_without_pgpass()
-            .host(&config.host)
-            .port(config.port)
-            .username(&config.user)
-            // Without a password of ours sqlx would take one from the environment.
-            .password(
-                config
-                    .password
-                    .as_ref()
-                    .map_or("", |password| password.expose()),
-            )
-            .database(&config.database)
-            .ssl_mode(match config.ssl_mode {
-                SslMode::Disable => PgSslMode::Disable,
-                SslMode::Allow => PgSslMode::Allow,
-                SslMode::Prefer => PgSslMode::Prefer,
-                SslMode::Require => PgSslMode::Require,
-                SslMode::VerifyCa => PgSslMode::VerifyCa,
-                SslMode::VerifyFull => PgSslMode::VerifyFull,
-            })
-            .application_name("visitas")
-            // Errors are logged once, where they are handled, and slow calls are a histogram.
-            .disable_statement_logging();
-        if config.host.starts_with('/') {
-            options = options.socket(&config.host);
-        }
-        if let Some(certificates) = &config.ssl_root_cert {
-            options = options.ssl_root_cert_from_pem(certificates.pem.clone());
-        }
-        options = options.options([
-            // Each statement of the recording function must see what the lock's last holder did.
-            ("default_transaction_isolation", "read committed"),
-            // A 200 means committed and flushed.
-            ("synchronous_commit", "on"),
-            ("search_path", "public"),
-            ("TimeZone", "UTC"),
-            // Compiling a statement costs more than running any of ours.
-            ("jit", "off"),
-        ]);
-        Self {
-            options,
-            lock_timeout: config.lock_timeout(),
-            statement_timeout: config.statement_timeout(),
-            deadline: config.timeout,
-        }
-    }
-
-    /// A session without a limit on how long a statement may run, for migrations and counting.
-    async fn open_unhurried(&self) -> Result<PgConnection, Error> {
-        let options = self
-            .options
-            .clone()
-            .options(timeouts(MIGRATION_STATEMENT_LOCK, Duration::ZERO));
-        tokio::time::timeout(self.deadline, options.connect())
-            .await
-            .map_err(|_elapsed| Error::Timeout(self.deadline))?
-            .map_err(connect_failure)
-    }
-}
-
-impl Connect for Session {
-    type Connection = PgConnection;
-
-    async fn open(&self) -> Result<PgConnection, Error> {
-        self.options
-            .clone()
-            .options(timeouts(self.lock_timeout, self.statement_timeout))
-            .connect()
-            .await
-            .map_err(connect_failure)
-    }
-
-    async fn ping(&self, connection: &mut PgConnection) -> Result<(), Error> {
-        connection.ping().await.map_err(failure)
-    }
-}
-
-/// The server gives up before the client does, so that a wait ends in a definite failure.
-fn timeouts(lock: Duration, statement: Duration) -> [(&'static str, String); 2] {
-    [
-        ("lock_timeout", lock.as_millis().to_string()),
-        ("statement_timeout", statement.as_millis().to_string()),
-    ]
-}
-
-/// What a failed statement says about itself.
-fn failure(error: sqlx::Error) -> Error {
-    match error {
-        sqlx::Error::Database(answer) => {
-            let answer = answer.downcast::<PgDatabaseError>();
-            let code = answer.code().to_owned();
-            let ended = matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic);
-            let source = answer as Cause;
-            if ended {
-                Error::Ended { code, source }
-            } else {
-                Error::Refused { code, source }
-            }
-        }
-        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => {
-            Error::Connection(error.into())
-        }
-        _ => Error::Unexpected(error.into()),
-    }
-}
-
-/// What a failed attempt to open a session says: nothing had been asked yet, so that whatever
-/// the server answered is a refusal.
-fn connect_failure(error: sqlx::Error) -> Error {
-    match failure(error) {
-        Error::Ended { code, source } => Error::Refused { code, source },
-        other => other,
-    }
-}
-
-fn migration_failure(error: MigrateError) -> Error {
-    match error {
-        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => failure(error),
-        other => Error::Unexpected(other.into()),
-    }
 }
