@@ -7,3 +7,4 @@ mod support;
 
 mod accept;
 mod http;
+mod outage;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{LazyLock, Mutex, PoisonError, Weak};
+use std::sync::{LazyLock, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
 use sqlx::postgres::PgConnectOptions;
@@ -10,17 +10,38 @@ use sqlx::{ConnectOptions as _, PgConnection};
 
 use super::Service;
 
-/// What a service needs around it.
+/// What a service needs around it. A test has one at a time: it may wait for its turn.
 pub(crate) struct World {
     pub(crate) postgres: Arc<Postgres>,
     pub(crate) redis: Redis,
     pub(crate) database: String,
+    _turn: Turn,
+}
+
+/// Tests run beside each other, save those that look at a clock: these have the machine alone.
+#[expect(dead_code, reason = "held for its lock")]
+enum Turn {
+    Shared(RwLockReadGuard<'static, ()>),
+    Alone(RwLockWriteGuard<'static, ()>),
+}
+
+static TURNS: RwLock<()> = RwLock::new(());
+
+impl Turn {
+    fn shared() -> Self {
+        Self::Shared(TURNS.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn alone() -> Self {
+        Self::Alone(TURNS.write().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 impl World {
     /// A fresh database on the Postgres that tests share, and a Redis.
     pub(crate) fn new() -> Self {
-        Self::beside(shared_postgres(), RedisOptions::default())
+        let turn = Turn::shared();
+        Self::beside(shared_postgres(), RedisOptions::default(), turn)
     }
 
     /// A Postgres and a Redis of the test's own, to be stopped, paused or broken.
@@ -30,11 +51,24 @@ impl World {
 
     /// A Postgres and a Redis of the test's own, with settings.
     pub(crate) fn with(postgres: PostgresOptions, redis: RedisOptions) -> Self {
-        let postgres = Postgres::start(postgres).expect("Postgres starts");
-        Self::beside(Arc::new(postgres), redis)
+        Self::own(postgres, redis, Turn::shared())
     }
 
-    fn beside(postgres: Arc<Postgres>, redis: RedisOptions) -> Self {
+    /// The same for a test that looks at a clock: no other test runs meanwhile.
+    pub(crate) fn alone() -> Self {
+        Self::start(
+            PostgresOptions::default(),
+            RedisOptions::default(),
+            Turn::alone(),
+        )
+    }
+
+    fn own(postgres: PostgresOptions, redis: RedisOptions, turn: Turn) -> Self {
+        let postgres = Postgres::start(postgres).expect("Postgres starts");
+        Self::beside(Arc::new(postgres), redis, turn)
+    }
+
+    fn beside(postgres: Arc<Postgres>, redis: RedisOptions, turn: Turn) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let database = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
         postgres
@@ -44,6 +78,7 @@ impl World {
             postgres,
             redis: Redis::start(redis).expect("Redis starts"),
             database,
+            _turn: turn,
         }
     }
 
@@ -91,15 +126,26 @@ impl World {
 
     /// A session of another role in the test's database.
     pub(crate) async fn session_as(&self, user: &str, password: &str) -> PgConnection {
+        self.options(user, password)
+            .connect()
+            .await
+            .expect("a session in the test's database")
+    }
+
+    /// A session of the superuser, where there may be no room for one.
+    pub(crate) async fn try_session(&self) -> sqlx::Result<PgConnection> {
+        self.options(devstack::USER, devstack::PASSWORD)
+            .connect()
+            .await
+    }
+
+    fn options(&self, user: &str, password: &str) -> PgConnectOptions {
         PgConnectOptions::new_without_pgpass()
             .host(self.postgres.host())
             .port(self.postgres.port())
             .username(user)
             .password(password)
             .database(&self.database)
-            .connect()
-            .await
-            .expect("a session in the test's database")
     }
 
     /// One number from the test's database.

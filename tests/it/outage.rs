@@ -1,0 +1,320 @@
+//! Stores that are not there, go away, stand still and come back, without a restart of anything.
+
+use std::time::{Duration, Instant};
+
+use devstack::{PostgresOptions, RedisOptions, Server};
+use reqwest::StatusCode;
+
+use crate::support::load::{Load, Visit, are_unique};
+use crate::support::{SOON, Service, World, eventually};
+
+/// What comes back is used again within this.
+const RECOVERY: Duration = Duration::from_secs(1);
+/// `VISIT_TIMEOUT` and a tenth.
+const LONGEST_ANSWER: Duration = Duration::from_millis(2200);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn service_starts_without_stores_and_serves_when_they_come() {
+    let world = World::alone();
+    world.postgres.kill().unwrap();
+    world.redis.kill().unwrap();
+    let service = world.start(&[]).await;
+    assert_eq!(service.get("/health/live").await.status, StatusCode::OK);
+    service.until_health("unavailable").await;
+    assert_eq!(
+        service.get("/").await.status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+
+    world.redis.start_again().unwrap();
+    world.postgres.start_again().unwrap();
+    let took = until_visit(&service, |visit| visit["redis_status"] == "ok").await;
+    assert!(took < RECOVERY, "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_killed_under_load_loses_and_repeats_no_visit() {
+    let world = World::alone();
+    let service = world.serve().await;
+    let load = Load::start(&[&service], 64);
+    eventually("visits are made", SOON, async || world.rows().await > 500).await;
+
+    let killed = Instant::now();
+    world.postgres.kill().unwrap();
+    service.until_health("unavailable").await;
+    let redis_while_down = world.redis_visits().await;
+    assert!(killed.elapsed() < RECOVERY);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(world.redis_visits().await, redis_while_down);
+
+    let returned = return_of(&world.postgres);
+    until_visit(&service, |visit| visit["db_status"] == "ok").await;
+    let visits = load.stop().await;
+    let recovery = first_ok_after(&visits, returned);
+    assert!(recovery < RECOVERY, "{recovery:?}");
+    assert!(visits.iter().all(|visit| visit.took < LONGEST_ANSWER));
+    assert!(
+        visits
+            .iter()
+            .all(|visit| [200, 503].contains(&visit.status))
+    );
+    assert!(are_unique(visits.iter().filter_map(Visit::total)));
+
+    let acknowledged = visits.iter().filter(|visit| visit.status == 200).count() as i64;
+    let in_doubt = counted(&service, "in_doubt").await;
+    let rows = world.rows().await;
+    assert!((acknowledged..=acknowledged + in_doubt + 1).contains(&rows));
+    assert_eq!(service.visit().await.0, rows + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_killed_under_load_fails_no_visit() {
+    let world = World::alone();
+    let service = world.serve().await;
+    let load = Load::start(&[&service], 64);
+    eventually("visits are made", SOON, async || world.rows().await > 500).await;
+
+    world.redis.kill().unwrap();
+    service.until_health("degraded").await;
+    let down = Instant::now();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let returning = Instant::now();
+    let returned = return_of(&world.redis);
+    until_visit(&service, |visit| visit["redis_status"] == "ok").await;
+    let visits = load.stop().await;
+
+    assert!(visits.iter().all(|visit| visit.status == 200));
+    let during = |visit: &&Visit| visit.sent > down && visit.answered() < returning;
+    let mut during_outage = visits.iter().filter(during).peekable();
+    assert!(during_outage.peek().is_some());
+    assert!(during_outage.all(|visit| visit.json["redis_status"] == "erro"));
+    let counted_again = visits
+        .iter()
+        .filter(|visit| visit.sent > returning && visit.json["redis_status"] == "ok")
+        .map(Visit::answered)
+        .min()
+        .unwrap();
+    assert!(counted_again.duration_since(returned) < RECOVERY);
+    let rows = world.rows().await;
+    assert!(rows >= visits.len() as i64);
+    assert_eq!(service.visit().await.0, rows + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paused_postgres_costs_one_deadline_and_then_nothing() {
+    let world = World::alone();
+    let service = world.serve().await;
+    world.postgres.pause().unwrap();
+    let first = timed_visit(&service).await;
+    assert_eq!(first.0, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(first.1 < LONGEST_ANSWER, "{:?}", first.1);
+    service.until_health("unavailable").await;
+    let later = timed_visit(&service).await;
+    assert_eq!(later.0, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(later.1 < Duration::from_millis(250), "{:?}", later.1);
+    assert_eq!(counted(&service, "in_doubt").await, 1);
+
+    world.postgres.resume().unwrap();
+    let took = until_visit(&service, |visit| visit["db_status"] == "ok").await;
+    assert!(took < RECOVERY, "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paused_redis_costs_one_deadline_and_then_nothing() {
+    let world = World::alone();
+    let service = world.serve().await;
+    world.redis.pause().unwrap();
+    let first = timed_visit(&service).await;
+    assert_eq!(first.0, StatusCode::OK);
+    assert!(first.1 < Duration::from_secs(1), "{:?}", first.1);
+    service.until_health("degraded").await;
+    let calls = redis_timeouts(&service).await;
+    let later = timed_visit(&service).await;
+    assert_eq!(later.0, StatusCode::OK);
+    assert!(later.1 < Duration::from_millis(200), "{:?}", later.1);
+    assert!(calls >= 1.0, "a call that times out is counted");
+
+    world.redis.resume().unwrap();
+    let took = until_visit(&service, |visit| visit["redis_status"] == "ok").await;
+    assert!(took < RECOVERY, "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn outage_has_one_line_when_it_begins_and_one_when_it_ends() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    for store in [&**world.postgres, &*world.redis] {
+        store.kill().unwrap();
+    }
+    service.until_health("unavailable").await;
+    eventually("both are known to be down", SOON, async || {
+        service.logged("store is down").len() == 2
+    })
+    .await;
+    for _ in 0..20 {
+        service.get("/").await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    world.redis.start_again().unwrap();
+    world.postgres.start_again().unwrap();
+    service.until_ready().await;
+
+    assert_eq!(service.logged("store is down").len(), 2);
+    let ends = service.logged("store is up again");
+    assert_eq!(ends.len(), 2);
+    assert!(
+        ends.iter()
+            .all(|line| line["down.seconds"].as_f64().unwrap() >= 0.5)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_that_answers_ping_and_takes_no_visit_is_down_without_flapping() {
+    for break_it in [
+        "set visitas_home text",
+        "config set maxmemory 1",
+        "replicaof 127.0.0.1 1",
+    ] {
+        let world = World::new();
+        let service = world.serve().await;
+        service.visit().await;
+        redis_command(&world, break_it).await;
+        service.until_health("degraded").await;
+        for _ in 0..50 {
+            assert_eq!(service.get("/").await.json()["redis_status"], "erro");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(service.logged("store is down").len(), 1, "{break_it}");
+
+        redis_command(&world, "config set maxmemory 0").await;
+        redis_command(&world, "replicaof no one").await;
+        redis_command(&world, "del visitas_home").await;
+        service.until_ready().await;
+        assert_eq!(service.logged("store is up again").len(), 1, "{break_it}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_that_reads_and_does_not_write_is_down_without_flapping() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    let database = &world.database;
+    let alter = |value: &str| {
+        let statement =
+            format!("alter database {database} set default_transaction_read_only = {value}");
+        world.postgres.sql("postgres", &statement).unwrap();
+        // Sessions that are open keep what they began with.
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity \
+                   where application_name = 'visitas'";
+        world.postgres.sql("postgres", end).unwrap();
+    };
+    alter("on");
+    service.get("/").await;
+    service.until_health("unavailable").await;
+    for _ in 0..20 {
+        assert_eq!(
+            service.get("/").await.status,
+            StatusCode::SERVICE_UNAVAILABLE
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(service.logged("store is down").len(), 1);
+    alter("off");
+    service.until_ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_taken_by_others_do_not_stop_visits() {
+    let config = vec![("max_connections".to_owned(), "12".to_owned())];
+    let options = PostgresOptions {
+        config,
+        ..PostgresOptions::default()
+    };
+    let world = World::with(options, RedisOptions::default());
+    let service = world.serve().await;
+    service.visit().await;
+    let mut taken = Vec::new();
+    while let Ok(session) = world.try_session().await {
+        taken.push(session);
+    }
+    for _ in 0..100 {
+        service.visit().await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(service.get("/health").await.json()["status"], "ok");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wait_for_the_counts_lock_ends_in_a_definite_failure() {
+    let world = World::new();
+    let service = world.serve().await;
+    let mut holder = world.session().await;
+    sqlx::raw_sql("begin; select pg_advisory_xact_lock(33329991663247731)")
+        .execute(&mut holder)
+        .await
+        .unwrap();
+    let (status, took) = timed_visit(&service).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(took < Duration::from_millis(1100), "{took:?}");
+    assert_eq!(counted(&service, "in_doubt").await, 0);
+    assert_eq!(counted(&service, "failed").await, 1);
+
+    drop(holder);
+    until_visit(&service, |visit| visit["db_status"] == "ok").await;
+    assert_eq!(world.rows().await, 1);
+}
+
+/// Starts a server again and says when it answered.
+fn return_of(server: &Server) -> Instant {
+    server.start_again().unwrap();
+    Instant::now()
+}
+
+fn first_ok_after(visits: &[Visit], returned: Instant) -> Duration {
+    let first = visits
+        .iter()
+        .filter(|visit| visit.status == 200 && visit.answered() > returned)
+        .map(Visit::answered)
+        .min();
+    first
+        .expect("a visit after the return")
+        .duration_since(returned)
+}
+
+/// Visits until the answer is as wanted, and says how long that took.
+async fn until_visit(service: &Service, is_so: impl Fn(&serde_json::Value) -> bool) -> Duration {
+    let started = Instant::now();
+    eventually("a visit is answered as wanted", SOON, async || {
+        is_so(&service.get("/").await.json())
+    })
+    .await;
+    started.elapsed()
+}
+
+async fn timed_visit(service: &Service) -> (StatusCode, Duration) {
+    let started = Instant::now();
+    let answer = service.get("/").await;
+    (answer.status, started.elapsed())
+}
+
+async fn counted(service: &Service, outcome: &str) -> i64 {
+    let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}}");
+    service.metric(&series).await.expect("the series is there") as i64
+}
+
+async fn redis_timeouts(service: &Service) -> f64 {
+    let series = "visitas_store_calls_total{db_system_name=\"redis\",db_operation_name=\"INCRBY\",outcome=\"timeout\"}";
+    service.metric(series).await.expect("the series is there")
+}
+
+async fn redis_command(world: &World, command: &str) {
+    let client = redis::Client::open(world.redis.url()).unwrap();
+    let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+    let mut words = command.split(' ');
+    let mut command = redis::cmd(words.next().unwrap());
+    command.arg(words.collect::<Vec<_>>());
+    command
+        .query_async::<redis::Value>(&mut connection)
+        .await
+        .unwrap();
+}

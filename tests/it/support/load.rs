@@ -1,0 +1,141 @@
+//! Clients that visit at once, and what they were told.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tokio::task::JoinSet;
+
+use super::Service;
+
+/// One visit as its client saw it.
+#[derive(Debug, Clone)]
+pub(crate) struct Visit {
+    /// Which client it was.
+    pub(crate) client: usize,
+    /// When it was sent.
+    pub(crate) sent: Instant,
+    /// How long the answer took.
+    pub(crate) took: Duration,
+    /// The status, or 0 if there was no answer.
+    pub(crate) status: u16,
+    /// The answer's fields.
+    pub(crate) json: Value,
+}
+
+impl Visit {
+    /// The number in Postgres of a visit that was acknowledged.
+    pub(crate) fn total(&self) -> Option<i64> {
+        self.json["total_registros_db"].as_i64()
+    }
+
+    /// The number in Redis, if there is one.
+    pub(crate) fn redis(&self) -> Option<i64> {
+        self.json["visitas_redis"].as_i64()
+    }
+
+    /// When its answer was read.
+    pub(crate) fn answered(&self) -> Instant {
+        self.sent + self.took
+    }
+}
+
+/// Clients that go on visiting until they are stopped.
+pub(crate) struct Load {
+    going: Arc<AtomicBool>,
+    clients: JoinSet<Vec<Visit>>,
+}
+
+impl Load {
+    /// Starts clients, each of which keeps one connection and visits again once it is answered.
+    pub(crate) fn start(services: &[&Service], clients: usize) -> Self {
+        Self::start_until(services, clients, i64::MAX)
+    }
+
+    fn start_until(services: &[&Service], clients: usize, visits: i64) -> Self {
+        let going = Arc::new(AtomicBool::new(true));
+        let left = Arc::new(AtomicI64::new(visits));
+        let mut set = JoinSet::new();
+        for client in 0..clients {
+            let url = services[client % services.len()].url("/");
+            let http = services[client % services.len()].client.clone();
+            let (going, left) = (Arc::clone(&going), Arc::clone(&left));
+            set.spawn(async move {
+                let mut visits = Vec::new();
+                while going.load(Ordering::Relaxed) && left.fetch_sub(1, Ordering::Relaxed) > 0 {
+                    let visit = visit(&http, &url, client).await;
+                    if visit.status != 200 {
+                        // A refusal is quick; asking again at once would only heat the machine.
+                        tokio::time::sleep(Duration::from_millis(2)).await;
+                    }
+                    visits.push(visit);
+                }
+                visits
+            });
+        }
+        Self {
+            going,
+            clients: set,
+        }
+    }
+
+    /// Lets every client finish its last visit and returns all of them.
+    pub(crate) async fn stop(self) -> Vec<Visit> {
+        self.going.store(false, Ordering::Relaxed);
+        self.finish().await
+    }
+
+    async fn finish(mut self) -> Vec<Visit> {
+        let mut visits = Vec::new();
+        while let Some(client) = self.clients.join_next().await {
+            visits.extend(client.expect("a client does not panic"));
+        }
+        visits
+    }
+}
+
+/// Makes so many visits from so many clients and returns all of them.
+pub(crate) async fn visits(services: &[&Service], clients: usize, count: i64) -> Vec<Visit> {
+    Load::start_until(services, clients, count).finish().await
+}
+
+async fn visit(http: &reqwest::Client, url: &str, client: usize) -> Visit {
+    let sent = Instant::now();
+    let (status, json) = match http.get(url).send().await {
+        Ok(response) => (
+            response.status().as_u16(),
+            response
+                .text()
+                .await
+                .ok()
+                .and_then(|body| serde_json::from_str(&body).ok())
+                .unwrap_or_default(),
+        ),
+        Err(_) => (0, Value::Null),
+    };
+    Visit {
+        client,
+        sent,
+        took: sent.elapsed(),
+        status,
+        json,
+    }
+}
+
+/// Whether these are exactly the numbers from 1 to their count.
+pub(crate) fn are_one_to_n(numbers: impl Iterator<Item = Option<i64>>) -> bool {
+    let mut numbers: Vec<_> = numbers.collect();
+    numbers.sort_unstable();
+    (1..)
+        .map(Some)
+        .zip(&numbers)
+        .all(|(expected, number)| expected == *number)
+}
+
+/// Whether no number occurs twice.
+pub(crate) fn are_unique(mut numbers: impl Iterator<Item = i64>) -> bool {
+    let mut seen = HashSet::new();
+    numbers.all(|number| seen.insert(number))
+}
