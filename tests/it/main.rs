@@ -6,5 +6,6 @@
 mod support;
 
 mod accept;
+mod count;
 mod http;
 mod outage;

@@ -56,7 +56,7 @@ impl World {
 
     /// The same for a test that looks at a clock: no other test runs meanwhile.
     pub(crate) fn alone() -> Self {
-        Self::start(
+        Self::own(
             PostgresOptions::default(),
             RedisOptions::default(),
             Turn::alone(),
@@ -154,6 +154,22 @@ impl World {
             .fetch_one(&mut self.session().await)
             .await
             .expect("a number")
+    }
+
+    /// One text from the test's database.
+    pub(crate) async fn text(&self, query: &str) -> String {
+        sqlx::query_scalar(sqlx::AssertSqlSafe(query.to_owned()))
+            .fetch_one(&mut self.session().await)
+            .await
+            .expect("a text")
+    }
+
+    /// Runs statements in the test's database.
+    pub(crate) async fn sql(&self, statements: &str) {
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned()))
+            .execute(&mut self.session().await)
+            .await
+            .expect("the statements succeed");
     }
 
     /// The number of rows.
