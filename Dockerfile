@@ -1,0 +1,53 @@
+# The service in an image that holds little else. Two rules keep a rebuild short: dependencies
+# are compiled from the manifests alone, and whatever changes with the source comes after them.
+
+FROM rust:1.95-slim-bookworm AS dependencies
+WORKDIR /build
+
+# Dependencies, with empty crates in place of ours: redone only when a manifest changes.
+COPY Cargo.toml Cargo.lock ./
+COPY devstack/Cargo.toml devstack/
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    mkdir -p src devstack/src \
+ && touch src/lib.rs devstack/src/lib.rs \
+ && echo 'fn main() {}' >src/main.rs \
+ && cargo build --release --locked --bin visitas
+
+FROM dependencies AS build
+
+# The program. Cargo goes by modification times, and a checkout's may be older than what was
+# built from the empty crates: hence the touch.
+COPY . .
+ARG VISITAS_REVISION
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    touch build.rs src/lib.rs src/main.rs \
+ && head=$(cat .git/HEAD 2>/dev/null || true) \
+ && case $head in "ref: "*) ref=${head#ref: } \
+     && head=$(cat ".git/$ref" 2>/dev/null || sed -n "s|^\([0-9a-f]*\) $ref\$|\1|p" .git/packed-refs 2>/dev/null || true) ;; esac \
+ && VISITAS_REVISION=${VISITAS_REVISION:-$(printf %.12s "$head")} cargo build --release --locked --bin visitas
+
+FROM debian:bookworm-slim
+
+# Root certificates for TLS to stores and collectors, and the challenge's ping. Debian's ping
+# carries cap_net_raw, and a file with a capability cannot be run by a process that may not gain
+# any; a plain copy can, since the Engine lets every group open ping sockets.
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends ca-certificates iputils-ping \
+ && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/debconf/*-old \
+ && install -m 0755 /bin/ping /bin/ping-plain \
+ && mv /bin/ping-plain /bin/ping
+
+COPY --from=build /build/target/release/visitas /usr/local/bin/visitas
+
+ARG VISITAS_REVISION
+LABEL org.opencontainers.image.title="visitas" \
+      org.opencontainers.image.description="Records visits in Postgres and counts them in Redis" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${VISITAS_REVISION}"
+
+# A number, so that an orchestrator can see that it is not root; nobody on the host has it.
+USER 10001:10001
+EXPOSE 5000
+# No shell in between: the program is PID 1 and gets SIGTERM itself.
+ENTRYPOINT ["/usr/local/bin/visitas"]
