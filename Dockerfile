@@ -33,7 +33,7 @@ FROM debian:bookworm-slim
 # any; a plain copy can, since the Engine lets every group open ping sockets.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates iputils-ping \
- && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/debconf/*-old \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log \
  && install -m 0755 /bin/ping /bin/ping-plain \
  && mv /bin/ping-plain /bin/ping
 

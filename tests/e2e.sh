@@ -1,0 +1,680 @@
+#!/usr/bin/env bash
+# Drives `docker compose` as a user does and says, a line a fact, whether it did what it should.
+#
+#   tests/e2e.sh              every case
+#   tests/e2e.sh CASE...      those, by the names of their functions
+#
+# Needs Docker Engine 25 with Compose 2.24, bash and curl. It works under a project name and on
+# ports of its own, ignores .env and the caller's variables, and however it ends it removes what
+# it made, and only that. A case whose image cannot be had is SKIPPED, with the reason.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# --- cases, in the order in which they run; each begins with everything up ---
+
+cases=(
+    compose_files_are_valid_without_a_warning
+    names_are_derived_from_the_project
+    cold_start_on_a_fresh_volume_is_healthy_five_times
+    visit_answers_with_both_totals
+    web_pings_db_and_cache
+    ps_says_that_all_three_are_healthy
+    total_survives_down_and_up
+    web_tells_an_outage_of_db_and_counts_on_after_it
+    web_serves_visits_without_the_cache
+    web_comes_up_beside_a_cache_that_never_becomes_healthy
+    stopped_service_resolves_to_nobody
+    killed_web_is_back_by_itself
+    web_stops_on_sigterm_at_once
+    web_runs_without_privileges
+    stores_are_reached_from_inside_only_and_hold_few_capabilities
+    every_service_is_bounded
+    db_and_cache_are_set_up_as_promised
+    image_says_what_it_is_and_holds_no_secret
+    change_of_the_source_leaves_dependencies_as_they_are
+    every_variable_of_env_example_takes_effect
+    env_example_shows_the_defaults
+    passwords_come_from_files
+    unreadable_password_file_ends_web_with_a_line_that_names_it
+    db_is_never_healthy_while_it_is_initialised
+    volume_of_the_flask_version_is_adopted
+    absent_collector_makes_web_neither_slow_nor_loud
+    watchers_start_without_web
+    prometheus_scrapes_web_and_has_its_rules
+    trace_of_a_visit_shows_both_store_calls
+    jaeger_stays_within_its_memory_under_load
+    grafana_has_its_data_sources
+    down_with_volumes_leaves_nothing
+    interrupted_run_leaves_nothing
+    volume_of_the_users_project_is_untouched
+)
+
+compose_files_are_valid_without_a_warning() {
+    local said
+    said=$(compose --profile '*' config --quiet 2>&1; with_secrets config --quiet 2>&1)
+    [ -z "$said" ] || fail "config says: $said"
+}
+
+names_are_derived_from_the_project() {
+    local config
+    config=$(compose --project-name other --profile '*' config)
+    grep -q 'container_name: other-web' <<<"$config" || fail "the container is not called other-web"
+    grep -q 'name: other-net' <<<"$config" || fail "the network is not called other-net"
+    grep -q 'name: other_db-data' <<<"$config" || fail "the volume is not called other_db-data"
+    ! grep -E 'name: .*desafio3' <<<"$config" || fail "a name is that of the user's project"
+}
+
+cold_start_on_a_fresh_volume_is_healthy_five_times() {
+    local started
+    for round in 1 2 3 4 5; do
+        remove_everything
+        started=$(now)
+        compose up --detach --build --wait --wait-timeout 120
+        note "round $round: $(since "$started") s from up to healthy"
+        for service in web db cache; do is_healthy $service || fail "$service is $(health $service)"; done
+        [ "$(total)" = 1 ] || fail "the volume was not fresh"
+    done
+}
+
+visit_answers_with_both_totals() {
+    visit | grep -Eqx '\{"db_status":"ok","redis_status":"ok","total_registros_db":[0-9]+,"visitas_redis":[0-9]+\}' ||
+        fail "the answer is $(visit)"
+}
+
+web_pings_db_and_cache() {
+    compose exec -T web ping -c 2 db
+    compose exec -T web ping -c 2 cache
+}
+
+ps_says_that_all_three_are_healthy() {
+    local listed
+    listed=$(compose ps --format '{{.Name}} {{.Status}}')
+    for service in web db cache; do
+        grep -q "^$project-$service Up .*(healthy)" <<<"$listed" || fail "ps says: $listed"
+    done
+}
+
+total_survives_down_and_up() {
+    local before after
+    before=$(total)
+    compose down
+    compose up --detach --wait
+    after=$(visit)
+    [ "$(field total_registros_db <<<"$after")" = $((before + 1)) ] || fail "after $before comes $after"
+    [ "$(field visitas_redis <<<"$after")" = 1 ] || fail "the cache did not start over: $after"
+}
+
+web_tells_an_outage_of_db_and_counts_on_after_it() {
+    local before incarnation
+    before=$(total)
+    incarnation=$(incarnation_of web)
+    compose stop db
+    within 5 status_is 503 /health
+    status_is 503 / || fail "a visit is not answered with 503"
+    [[ $(curl -s "$url/") == '{"db_status":"erro",'*'"total_registros_db":null,'* ]] || fail "$(curl -s "$url/")"
+    within 60 health_is unhealthy web
+    compose start db
+    within 60 health_is healthy web
+    [ "$(total)" = $((before + 1)) ] || fail "the total did not go on from $before"
+    [ "$(incarnation_of web)" = "$incarnation" ] || fail "web was restarted"
+}
+
+web_serves_visits_without_the_cache() {
+    local before incarnation
+    before=$(total)
+    incarnation=$(incarnation_of web)
+    compose stop cache
+    within 5 says '"status":"degraded"' /health
+    status_is 200 /health || fail "degraded is not answered with 200"
+    [[ $(visit) == *'"redis_status":"erro","total_registros_db":'$((before + 1))',"visitas_redis":null}' ]] || fail "$(visit)"
+    is_healthy web || fail "web is $(health web)"
+    compose start cache
+    within 30 says '"status":"ok","checks"' /health
+    [ "$(visit | field visitas_redis)" = 1 ] || fail "the cache does not count again"
+    [ "$(incarnation_of web)" = "$incarnation" ] || fail "web was restarted"
+}
+
+web_comes_up_beside_a_cache_that_never_becomes_healthy() {
+    cat >"$work/sick-cache.yml" <<'END'
+services:
+  cache:
+    healthcheck: { test: ["CMD", "false"], interval: 500ms, retries: 2, start_period: 1s }
+END
+    compose down
+    compose --file "$work/sick-cache.yml" up --detach
+    within 30 health_is unhealthy cache
+    within 60 health_is healthy web
+    visit
+}
+
+stopped_service_resolves_to_nobody() {
+    local service
+    compose exec -T web getent hosts db cache || fail "the names do not resolve while all is up"
+    for service in web db cache; do
+        compose exec -T $service grep -qx 'search \.' /etc/resolv.conf || fail "$service completes names with a search domain"
+    done
+    compose stop db
+    ! compose exec -T web getent hosts db || fail "db resolves although it is stopped"
+    ! compose exec -T web getent hosts jaeger || fail "jaeger resolves although it is absent"
+}
+
+killed_web_is_back_by_itself() {
+    local before incarnation process
+    before=$(total)
+    incarnation=$(incarnation_of web)
+    process=$(docker inspect --format '{{.State.Pid}}' "$project-web")
+    # From the host: a container's own processes cannot kill its first.
+    docker run --rm --pid host --user 0 --entrypoint sh "$image" -c "kill -9 $process"
+    within 30 incarnation_is_not "$incarnation" web
+    within 60 health_is healthy web
+    [ "$(total)" = $((before + 1)) ] || fail "the total did not go on from $before"
+}
+
+web_stops_on_sigterm_at_once() {
+    local started
+    [ "$(compose exec -T web cat /proc/1/comm)" = visitas ] || fail "process 1 is not visitas"
+    started=$(now)
+    compose stop web
+    [ "$(docker inspect --format '{{.State.ExitCode}}' "$project-web")" = 0 ] || fail "it did not end by itself"
+    less "$(since "$started")" 5 || fail "it took $(since "$started") s"
+}
+
+web_runs_without_privileges() {
+    local status
+    status=$(compose exec -T web cat /proc/1/status)
+    grep -Eq '^Uid:\s10001\s10001\s' <<<"$status" || fail "$(grep Uid <<<"$status")"
+    for set in CapInh CapPrm CapEff CapBnd CapAmb; do
+        grep -Eq "^$set:\s0+$" <<<"$status" || fail "$(grep $set <<<"$status")"
+    done
+    grep -Eq '^NoNewPrivs:\s1$' <<<"$status" || fail "it may gain privileges"
+    for place in / /usr/local/bin /etc /home; do
+        ! compose exec -T --user 0 web sh -c "touch $place/there" || fail "$place can be written to"
+    done
+    compose exec -T web sh -c 'touch /tmp/there && rm /tmp/there' || fail "/tmp cannot be written to"
+    ! compose exec -T web sh -c 'command -v curl || command -v wget' || fail "there is a downloader"
+}
+
+stores_are_reached_from_inside_only_and_hold_few_capabilities() {
+    for service in db cache; do
+        [ "$(docker inspect --format '{{len .HostConfig.PortBindings}}' "$project-$service")" = 0 ] || fail "$service publishes a port"
+        [[ $(docker inspect --format '{{.HostConfig.SecurityOpt}}' "$project-$service") == *no-new-privileges* ]] || fail "$service may gain privileges"
+    done
+    # CHOWN, DAC_OVERRIDE, FOWNER, SETGID, SETUID for the entry point; the server itself has none.
+    [ "$(process_status db CapBnd)" = 00000000000000cb ] || fail "db may have $(process_status db CapBnd)"
+    [ "$(process_status db CapEff)" = 0000000000000000 ] || fail "db has $(process_status db CapEff)"
+    [ "$(process_status cache CapBnd)" = 0000000000000000 ] || fail "cache may have $(process_status cache CapBnd)"
+    [ "$(process_status cache Uid)" = 999 ] || fail "cache runs as $(process_status cache Uid)"
+}
+
+every_service_is_bounded() {
+    local missing container
+    compose --profile '*' create --no-build --pull never web db cache "${watchers[@]}"
+    for service in web db cache "${watchers[@]}"; do
+        container=$project-$service
+        missing=$(docker inspect --format '
+            {{- if not .HostConfig.Memory}} memory{{end}}{{if not .HostConfig.NanoCpus}} CPU{{end}}
+            {{- if not .HostConfig.PidsLimit}} pids{{end}}{{if not (index .HostConfig.LogConfig.Config "max-size")}} logs{{end}}
+            {{- if ne .HostConfig.RestartPolicy.Name "unless-stopped"}} restart{{end}}
+            {{- if not .Config.Healthcheck}} health{{end}}' "$container")
+        [ -z "$missing" ] || fail "$service is not bounded in:$missing"
+    done
+}
+
+db_and_cache_are_set_up_as_promised() {
+    local setting
+    for setting in data_checksums=on fsync=on synchronous_commit=on idle_in_transaction_session_timeout=1min \
+        tcp_keepalives_idle=30 tcp_keepalives_interval=10 tcp_keepalives_count=3 client_connection_check_interval=10s; do
+        # Over TCP, since a keepalive of a socket is always 0.
+        [ "$(sql "show ${setting%=*}")" = "${setting#*=}" ] || fail "${setting%=*} is $(sql "show ${setting%=*}")"
+    done
+    for setting in save= appendonly=no maxmemory=67108864 maxmemory-policy=noeviction; do
+        [ "$(compose exec -T cache redis-cli --raw config get "${setting%=*}" | tail -n +2)" = "${setting#*=}" ] ||
+            fail "$(compose exec -T cache redis-cli config get "${setting%=*}")"
+    done
+}
+
+image_says_what_it_is_and_holds_no_secret() {
+    local version label
+    version=$(compose exec -T web visitas --version)
+    label=$(docker inspect --format '{{index .Config.Labels "org.opencontainers.image.version"}}' "$image")
+    [[ $version == "visitas $label "* ]] || fail "the label says $label, the program $version"
+    for label in title description licenses revision; do
+        docker inspect --format '{{json .Config.Labels}}' "$image" | grep -q "org.opencontainers.image.$label" || fail "no label $label"
+    done
+    [ "$(docker inspect --format '{{.Config.User}}' "$image")" = 10001:10001 ] || fail "its user is not a number"
+    ! docker inspect --format '{{json .Config.Env}}' "$image" | grep -i passw || fail "its environment has a password"
+    ! docker history --no-trunc "$image" | grep -F senha123 || fail "a layer was made with the password"
+    # What is not sent to the build cannot get into a layer.
+    [ "$(docker run --rm --user 0 --entrypoint find "$image" / -xdev -newer /etc/debian_version \( -name '.env*' -o -name '*secret*' -o -name '*.rs' -o -name .git \) 2>/dev/null | grep -v ^/usr/share)" = '' ] ||
+        fail "the image holds more than the program"
+    note "$(docker image ls --format '{{.Size}}' "$image") is the image"
+}
+
+change_of_the_source_leaves_dependencies_as_they_are() {
+    local context=$work/context
+    mkdir "$context"
+    cp -r .dockerignore Dockerfile Cargo.toml Cargo.lock build.rs src migrations "$context"
+    mkdir "$context/devstack" && cp devstack/Cargo.toml "$context/devstack"
+    echo '// Changed.' >>"$context/src/main.rs"
+    docker build --progress plain --target dependencies "$context" >"$work/build.log" 2>&1 || { cat "$work/build.log"; return 1; }
+    local step
+    step=$(sed -n 's/^\(#[0-9]*\) .*RUN .*cargo build.*/\1/p' "$work/build.log" | head -1)
+    grep -qx "$step CACHED" "$work/build.log" || { cat "$work/build.log"; fail "dependencies were built again"; }
+}
+
+every_variable_of_env_example_takes_effect() {
+    local -A sample=(
+        [WEB_PORT]=127.0.0.1:19001 [JAEGER_PORT]=19002 [PROMETHEUS_PORT]=19003 [GRAFANA_PORT]=19004
+        [DB_USER]=ana [DB_PASSWORD]="'s3nha \$x # y'" [DB_NAME]=outra_base [DB_HOST]=db.example [DB_PORT]=5433
+        [REDIS_HOST]=cache.example [REDIS_PORT]=6380 [DB_SSLMODE]=require [SECRETS_DIR]="$work/elsewhere"
+        [DB_TIMEOUT]=1900ms [REDIS_TIMEOUT]=123ms [VISIT_TIMEOUT]=2900ms [QUEUE_CAPACITY]=4321
+        [HTTP_MAX_CONNECTIONS]=4322 [HEADER_TIMEOUT]=4s [IDLE_TIMEOUT]=77s [SHUTDOWN_DELAY]=3s [SHUTDOWN_TIMEOUT]=9s
+        [STOP_GRACE_PERIOD]=33s [LOG_FORMAT]=pretty [RUST_LOG]=visitas=debug [ACCESS_SLOW]=444ms
+        [OTEL_EXPORTER_OTLP_ENDPOINT]=http://collector.example:4318 [OTEL_SERVICE_NAME]=outro
+        [OTEL_RESOURCE_ATTRIBUTES]=deployment.environment=e2e [OTEL_TRACES_SAMPLER]=parentbased_traceidratio
+        [OTEL_TRACES_SAMPLER_ARG]=0.25 [VISITAS_REVISION]=f00dcafe1234
+    )
+    local variable plain changed listing value
+    for variable in "${!sample[@]}"; do
+        grep -q "^#$variable=" .env.example || fail "$variable is not in .env.example"
+    done
+    plain=$(with_secrets --profile '*' config; compose config)
+    : >"$work/all"
+    for variable in $(sed -n 's/^#\([A-Z_]*\)=.*/\1/p' .env.example); do
+        [ -n "${sample[$variable]:-}" ] || fail "$variable has no sample here"
+        echo "$variable=${sample[$variable]}" | tee "$work/one" >>"$work/all"
+        changed=$(env_file=$work/one; with_secrets --profile '*' config; compose config)
+        [ "$changed" != "$plain" ] || fail "$variable changes nothing"
+    done
+    # What reaches web gets into force there.
+    listing=$(env_file=$work/all; compose run --rm --no-deps -T web config)
+    for variable in $(compose config --format json | tr ',{' '\n\n' | sed -n 's/^ *"\([A-Z_]*\)": .*/\1/p' | sort -u); do
+        value=${sample[$variable]:-}
+        [[ $variable == DB_PASSWORD ]] && value='****'
+        [[ $variable =~ ^(POSTGRES_.*|VISITAS_REVISION)$ ]] || grep -Eq "^$variable=${value//\*/\\*} +# environment$" <<<"$listing" ||
+            fail "$variable is not in force: $(grep "^$variable=" <<<"$listing")"
+    done
+    # The port that is published, and a password that needs quotes.
+    [[ $(env_file=$work/all; compose config) == *'POSTGRES_PASSWORD: s3nha $$x # y'* ]] || fail "the password did not survive"
+}
+
+env_example_shows_the_defaults() {
+    # The argument contradicts the default sampler.
+    sed -n 's/^#\([A-Z_]*=\)/\1/p' .env.example | grep -v '^OTEL_TRACES_SAMPLER_ARG=' >"$work/uncommented"
+    : >"$work/empty"
+    local with without
+    with=$(env_file=$work/uncommented; compose run --rm --no-deps -T web config; with_secrets --profile '*' config | grep -v '^      [A-Z_]*:')
+    without=$(env_file=$work/empty; compose run --rm --no-deps -T web config; with_secrets --profile '*' config | grep -v '^      [A-Z_]*:')
+    diff <(sed 's/ *# .*//' <<<"$without") <(sed 's/ *# .*//' <<<"$with") || fail "a default is another one"
+}
+
+passwords_come_from_files() {
+    local password='s3gredo "com" \barra'
+    make_secrets "$password"
+    remove_everything
+    with_secrets up --detach --wait --wait-timeout 120
+    visit | grep -q '"db_status":"ok","redis_status":"ok"' || fail "$(visit)"
+    for service in web db cache; do
+        ! docker inspect "$project-$service" | grep -F 's3gredo' || fail "the password can be seen in $service"
+        ! docker inspect --format '{{json .Config.Env}}' "$project-$service" | grep -F senha123 || fail "$service has the plain password as well"
+    done
+    [[ $(docker exec "$project-cache" redis-cli ping 2>&1) == *NOAUTH* ]] || fail "the cache asks for no password"
+    ! docker exec -e PGPASSWORD=senha123 "$project-db" psql -h db -U usuario -d desafio3db -c 'select 1' || fail "the plain password still opens db"
+    remove_everything
+}
+
+unreadable_password_file_ends_web_with_a_line_that_names_it() {
+    local said status=0
+    make_secrets anything
+    chmod 0600 "$work/secrets/db_password"
+    said=$(with_secrets run --rm --no-deps -T web 2>&1) || status=$?
+    [ $status = 2 ] || fail "it ended with $status: $said"
+    grep -q 'DB_PASSWORD_FILE="/run/secrets/db_password": cannot be read by uid 10001' <<<"$said" || fail "$said"
+}
+
+db_is_never_healthy_while_it_is_initialised() {
+    remove_everything
+    # Takes long enough for several probes.
+    echo 'sleep 4' >"$work/slow.sh"
+    cat >"$work/slow-db.yml" <<END
+services:
+  db:
+    volumes: ["$work/slow.sh:/docker-entrypoint-initdb.d/slow.sh:ro"]
+END
+    chmod 0755 "$work/slow.sh"
+    compose --file "$work/slow-db.yml" up --detach db
+    local observed=0
+    while ! docker logs "$project-db" 2>&1 | grep -q 'init process complete'; do
+        ! is_healthy db || fail "db is healthy before it is initialised"
+        observed=$((observed + 1))
+        [ $observed -lt 600 ] || fail "db is not initialised in time"
+        sleep 0.1
+    done
+    [ $observed -gt 20 ] || fail "initialisation was too quick to observe"
+    within 30 health_is healthy db
+    remove_everything
+}
+
+volume_of_the_flask_version_is_adopted() {
+    remove_everything
+    compose up --detach --wait db
+    sql "create table visitas (id serial primary key, data_hora timestamp default now());
+         insert into visitas (data_hora) select '2024-05-01 12:00' from generate_series(1, 41)" >/dev/null
+    compose down
+    compose up --detach --wait --wait-timeout 120
+    [ "$(total)" = 42 ] || fail "the total is $(total)"
+    [ "$(sql "select count(*) from visitas where data = '2024-05-01 12:00+00'")" = 41 ] || fail "the moments are lost"
+    remove_everything
+}
+
+absent_collector_makes_web_neither_slow_nor_loud() {
+    local with without
+    echo 'OTEL_EXPORTER_OTLP_ENDPOINT=' >"$work/no-exporter"
+    cat "$env_file" >>"$work/no-exporter"
+    (env_file=$work/no-exporter; compose up --detach --wait)
+    without=$(thousand_visits)
+    compose up --detach --wait
+    # Long enough for the exports that fail before it is known that nobody takes spans.
+    within 60 gave_up_exporting
+    with=$(thousand_visits)
+    note "a thousand visits in a row took $without s without an exporter, $with s with an absent collector"
+    less "$with" "$(awk "BEGIN { print 2 * $without + 0.5 }")" || fail "$with s instead of $without s"
+    local lines
+    lines=$(docker logs "$project-web" 2>&1 | grep -c collector || true)
+    [ "$lines" = 1 ] || fail "$lines lines about the collector"
+    lines=$(docker logs "$project-web" 2>&1 | grep -c '' || true)
+    [ "$lines" -lt 20 ] || fail "$lines lines in all"
+}
+
+watchers_start_without_web() {
+    need_watchers
+    compose down
+    compose --profile obs up --detach --wait --wait-timeout 60 "${watchers[@]}"
+    ! exists "$project-web" || fail "web was started as well"
+}
+
+prometheus_scrapes_web_and_has_its_rules() {
+    need_image prometheus
+    compose --profile obs up --detach --wait --wait-timeout 120 web prometheus
+    within 30 prometheus_says 'query?query=up{job="visitas"}' '"value":\[[0-9.]*,"1"\]'
+    within 30 prometheus_says rules '"name":"VisitasDown"'
+    within 30 prometheus_says 'query?query=visitas:visits:rate1m' '"outcome":"ok"'
+    ! prometheus_says rules '"health":"err"' || fail "a rule cannot be evaluated"
+    docker exec "$project-prometheus" promtool check config /etc/prometheus/prometheus.yml
+}
+
+trace_of_a_visit_shows_both_store_calls() {
+    need_image jaeger
+    compose --profile obs up --detach --wait --wait-timeout 120 web jaeger
+    # The first visits may go untraced: it takes an export to find out that the collector is there.
+    within 60 some_trace_shows 'SELECT registrar_visitas' INCRBY
+    curl -fs "http://127.0.0.1:$JAEGER_PORT/api/services" | grep -q '"visitas"' || fail "Jaeger does not know the service"
+}
+
+jaeger_stays_within_its_memory_under_load() {
+    need_image jaeger
+    local incarnation most bytes found
+    compose --profile obs up --detach --wait --wait-timeout 120 web jaeger
+    within 60 some_trace_shows INCRBY
+    incarnation=$(incarnation_of jaeger)
+    most=$(sed -n 's/^ *max_traces: //p' observability/jaeger.yml)
+    within 300 exported_spans_exceed $((most * 6))
+    # A search for everything must fit as well.
+    found=$(curl -fs "http://127.0.0.1:$JAEGER_PORT/api/traces?service=visitas&limit=1000000" | grep -o '"traceID":"[0-9a-f]*","spans"' | wc -l)
+    note "Jaeger holds $found traces in $(docker stats --no-stream --format '{{.MemUsage}}' "$project-jaeger")"
+    [ "$found" -le "$most" ] || fail "Jaeger holds $found traces"
+    [ "$found" -gt 0 ] || fail "Jaeger holds nothing"
+    within 60 some_trace_shows INCRBY
+    [ "$(incarnation_of jaeger)" = "$incarnation" ] || fail "Jaeger was restarted"
+    is_healthy jaeger || fail "Jaeger is $(health jaeger)"
+}
+
+grafana_has_its_data_sources() {
+    need_image grafana
+    compose --profile grafana up --detach --wait --wait-timeout 180
+    for source in prometheus jaeger; do
+        within 30 curl -fs "http://127.0.0.1:$GRAFANA_PORT/api/datasources/uid/$source/health"
+    done
+}
+
+down_with_volumes_leaves_nothing() {
+    compose --profile obs up --detach --wait --wait-timeout 120 web db cache "${watchers[@]}"
+    print_memory
+    # A volume that an image declares has no label of the project, and outlives a plain `down`.
+    ! docker inspect --format '{{range .Mounts}}{{if eq .Type "volume"}}{{println .Name}}{{end}}{{end}}' $(compose --profile '*' ps --quiet) |
+        grep . | grep -v "^${project}_" || fail "there is a volume without a name"
+    compose --profile obs down --volumes
+    [ -z "$(remains "$project")" ] || fail "left: $(remains "$project")"
+}
+
+interrupted_run_leaves_nothing() {
+    compose down
+    "$0" total_survives_down_and_up >"$work/interrupted.log" 2>&1 &
+    local run=$! other=visitas-e2e-$!
+    within 60 exists "$other-db"
+    kill -TERM $run
+    wait $run && fail "it does not tell that it was interrupted"
+    [ -z "$(remains "$other")" ] || fail "left: $(remains "$other")"
+}
+
+volume_of_the_users_project_is_untouched() {
+    [ "$(users_volume)" = "$users_volume_before" ] || fail "it was $users_volume_before and is $(users_volume)"
+}
+
+# --- the words that cases are made of ---
+
+project=visitas-e2e-$$
+image=$project-web
+watchers=()
+skipped=77
+
+# Compose with nothing from outside: no .env, no override file, no variable of the caller.
+compose() {
+    clean docker compose --project-name "$project" --env-file "$env_file" --file docker-compose.yml "$@"
+}
+
+with_secrets() { compose --file docker-compose.secrets.yml "$@"; }
+
+clean() {
+    env -i PATH="$PATH" HOME="$HOME" ${DOCKER_HOST:+DOCKER_HOST="$DOCKER_HOST"} ${DOCKER_CONTEXT:+DOCKER_CONTEXT="$DOCKER_CONTEXT"} "$@"
+}
+
+visit() { curl -fsS --max-time 10 "$url/"; }
+
+field() { sed -n "s/.*\"$1\":\([0-9]*\).*/\1/p"; }
+
+total() { visit | field total_registros_db; }
+
+status_is() { [ "$(curl -s --max-time 10 -o /dev/null -w '%{http_code}' "$url$2")" = "$1" ]; }
+
+says() { curl -s --max-time 10 "$url$2" | grep -qF "$1"; }
+
+health() { docker inspect --format '{{.State.Health.Status}}' "$project-$1" 2>/dev/null || echo absent; }
+
+health_is() { [ "$(health "$2")" = "$1" ]; }
+
+is_healthy() { health_is healthy "$1"; }
+
+# What changes whenever a container's process is another one.
+incarnation_of() { docker inspect --format '{{.Id}} {{.State.StartedAt}} {{.RestartCount}}' "$project-$1"; }
+
+incarnation_is_not() { [ "$(incarnation_of "$2")" != "$1" ]; }
+
+exists() { docker inspect "$1" >/dev/null 2>&1; }
+
+# process_status SERVICE FIELD: of the container's first process.
+process_status() { docker exec "$project-$1" awk -v field="$2:" '$1 == field { print $2 }' /proc/1/status; }
+
+sql() { compose exec -T -e PGPASSWORD=senha123 db psql -h 127.0.0.1 -U usuario -d desafio3db -Atc "$1"; }
+
+make_secrets() {
+    rm -rf "$work/secrets" && mkdir -m 0700 "$work/secrets"
+    printf '%s\n' "$1" >"$work/secrets/db_password"
+    printf '%s\n' "$1" >"$work/secrets/redis_password"
+    chmod 0444 "$work/secrets/"*
+}
+
+thousand_visits() {
+    local started
+    started=$(now)
+    curl -fsS --max-time 60 "$url/?[1-1000]" -o /dev/null
+    since "$started"
+}
+
+# spans_exported FILTER...: the sum of what the filter lets through.
+spans_exported() {
+    curl -fs "$url/metrics" | grep '^otel_sdk_exporter_span_exported_total{' | "$@" | awk '{ sum += $2 } END { printf "%d", sum }'
+}
+
+gave_up_exporting() {
+    curl -fsS "$url/?[1-20]" -o /dev/null
+    [ "$(spans_exported grep error_type)" -gt 0 ] &&
+        # A visit that is not sampled has no traceresponse.
+        [ "$(curl -fs -D - -o /dev/null "$url/?[1-10]" | grep -ci ^traceresponse)" -le 1 ]
+}
+
+exported_spans_exceed() {
+    curl -fsS --parallel --parallel-max 16 --max-time 60 "$url/?[1-4000]" -o /dev/null 2>/dev/null
+    [ "$(spans_exported grep -v error_type)" -gt "$1" ]
+}
+
+# Makes a visit, and looks for its trace once its spans have had time to arrive.
+some_trace_shows() {
+    local trace word found
+    trace=$(curl -fs -D - -o /dev/null "$url/" | sed -n 's/^traceresponse: 00-\([0-9a-f]*\)-.*/\1/Ip')
+    [ -n "$trace" ] || return 1
+    for _ in $(seq 40); do
+        found=$(curl -s "http://127.0.0.1:$JAEGER_PORT/api/traces/$trace")
+        for word in "$@"; do [[ $found == *"\"operationName\":\"$word\""* ]] || continue 2 ; done
+        return 0
+    done
+    return 1
+}
+
+prometheus_says() { curl -fsg "http://127.0.0.1:$PROMETHEUS_PORT/api/v1/$1" | grep -q "$2"; }
+
+remains() {
+    docker ps --all --quiet --filter "label=com.docker.compose.project=$1"
+    docker network ls --quiet --filter "label=com.docker.compose.project=$1"
+    docker volume ls --quiet --filter "label=com.docker.compose.project=$1"
+}
+
+print_memory() { note "$(docker stats --no-stream --format '{{.Name}} {{.MemUsage}}' $(compose --profile '*' ps --quiet))"; }
+
+remove_everything() { compose --profile '*' down --volumes --remove-orphans --timeout 10; }
+
+# within SECONDS COMMAND...: until it succeeds.
+within() {
+    local deadline=$((SECONDS + $1)); shift
+    until "$@" >"$work/last" 2>&1; do
+        [ $SECONDS -lt $deadline ] || { cat "$work/last"; fail "in vain: $*"; }
+        sleep 0.2
+    done
+}
+
+now() { date +%s.%N; }
+
+since() { awk "BEGIN { printf \"%.1f\", $(now) - $1 }"; }
+
+less() { awk "BEGIN { exit !($1 < $2) }"; }
+
+note() { sed 's/^/# /' <<<"$*" >>"$work/notes"; }
+
+fail() { echo "failed: $*"; exit 1; }
+
+need_image() { [[ " ${watchers[*]} " == *" $1 "* ]] || { echo "the image of $1 cannot be had here"; exit $skipped; }; }
+
+need_watchers() { need_image jaeger; need_image prometheus; }
+
+# Which of the optional services have an image, here or for the asking.
+find_watchers() {
+    local name
+    for service in jaeger prometheus grafana; do
+        name=$(compose --profile '*' config --images | grep "/$service:")
+        if docker image inspect "$name" >/dev/null 2>&1 || docker pull --quiet "$name" >/dev/null 2>&1; then
+            watchers+=("$service")
+        fi
+    done
+}
+
+free_port() {
+    local port
+    while :; do
+        port=$((20000 + RANDOM % 10000))
+        (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+    done
+    echo $port
+}
+
+# --- a user's volume, real or made up, that must come out of this as it went in ---
+
+users_volume=desafio3_db-data
+decoy=
+
+users_volume() { docker volume inspect --format '{{.CreatedAt}} {{.Mountpoint}} {{.Labels}}' $users_volume 2>&1; }
+
+make_decoy() {
+    docker volume inspect $users_volume >/dev/null 2>&1 && return
+    docker volume create --label visitas-e2e="$$" $users_volume >/dev/null
+    decoy=yes
+}
+
+# --- running them ---
+
+clean_up() {
+    trap '' INT TERM HUP
+    remove_everything >/dev/null 2>&1 || echo "could not remove all of project $project"
+    docker image rm --force "$image" >/dev/null 2>&1 || true
+    if [ -n "$decoy" ]; then docker volume rm $users_volume >/dev/null 2>&1 || true; fi
+    rm -rf "$work"
+}
+
+run_case() {
+    local status=0 started
+    started=$(now)
+    : >"$work/notes"
+    set +e
+    (
+        set -e
+        case $1 in
+        cold_start*|compose_files*|names_*|interrupted*|volume_of_the_users*) ;;
+        *) compose up --detach --wait --wait-timeout 120 ;;
+        esac
+        "$1"
+    ) >"$work/log" 2>&1
+    status=$?
+    set -e
+    case $status in
+    0) echo "ok - $1 ($(since "$started") s)"; passed=$((passed + 1)) ;;
+    $skipped) echo "ok - $1 # SKIPPED: $(tail -1 "$work/log")"; skips=$((skips + 1)) ;;
+    *) echo "not ok - $1 ($(since "$started") s)"; tail -40 "$work/log" | sed 's/^/#   /'; failed=$((failed + 1)) ;;
+    esac
+    cat "$work/notes"
+}
+
+docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1 ||
+    { echo "needs a running Docker Engine with Compose 2.24 or newer" >&2; exit 1; }
+
+work=$(mktemp -d)
+trap 'exit 130' INT TERM HUP
+trap clean_up EXIT
+
+WEB_PORT=$(free_port) JAEGER_PORT=$(free_port) PROMETHEUS_PORT=$(free_port) GRAFANA_PORT=$(free_port)
+url=http://127.0.0.1:$WEB_PORT
+env_file=$work/env
+cat >"$env_file" <<END
+WEB_PORT=127.0.0.1:$WEB_PORT
+JAEGER_PORT=$JAEGER_PORT
+PROMETHEUS_PORT=$PROMETHEUS_PORT
+GRAFANA_PORT=$GRAFANA_PORT
+SECRETS_DIR=$work/secrets
+END
+make_decoy
+users_volume_before=$(users_volume)
+find_watchers
+
+passed=0 failed=0 skips=0
+begun=$(now)
+for case in "${@:-${cases[@]}}"; do run_case "$case"; done
+echo "$passed passed, $failed failed, $skips skipped in $(since "$begun") s"
+[ $failed = 0 ]
