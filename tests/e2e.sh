@@ -208,15 +208,17 @@ stores_are_reached_from_inside_only_and_hold_few_capabilities() {
 }
 
 every_service_is_bounded() {
-    local missing container
-    compose --profile '*' create --no-build --pull never web db cache "${watchers[@]}"
-    for service in web db cache "${watchers[@]}"; do
-        container=$project-$service
+    local config services missing
+    config=$(compose --profile '*' config)
+    services=$(grep -c '^    container_name: ' <<<"$config")
+    for bound in '    mem_limit: ' '    cpus: ' '    pids_limit: ' '        max-size: ' '    restart: unless-stopped' \
+        '    healthcheck:' '      - no-new-privileges:true' '    cap_drop:'; do
+        [ "$(grep -c "^$bound" <<<"$config")" = "$services" ] || fail "not every service has$bound"
+    done
+    for service in web db cache; do
         missing=$(docker container inspect --format '
             {{- if not .HostConfig.Memory}} memory{{end}}{{if not .HostConfig.NanoCpus}} CPU{{end}}
-            {{- if not .HostConfig.PidsLimit}} pids{{end}}{{if not (index .HostConfig.LogConfig.Config "max-size")}} logs{{end}}
-            {{- if ne .HostConfig.RestartPolicy.Name "unless-stopped"}} restart{{end}}
-            {{- if not .Config.Healthcheck}} health{{end}}' "$container")
+            {{- if not .HostConfig.PidsLimit}} pids{{end}}' "$project-$service")
         [ -z "$missing" ] || fail "$service is not bounded in:$missing"
     done
 }
