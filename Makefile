@@ -18,5 +18,8 @@ test: setup ## Check and test everything
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
 	cargo test --workspace --locked
 
+e2e: ## Run Compose for real, and break it; needs Docker
+	@tests/e2e.sh
+
 clean: ## Forget what was built and what the servers of `make run` have stored
 	rm -rf target .devstack
