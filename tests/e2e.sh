@@ -4,7 +4,7 @@
 #   tests/e2e.sh              every case
 #   tests/e2e.sh CASE...      those, by the names of their functions
 #
-# Needs Docker Engine 25 with Compose 2.24, bash and curl. It works under a project name and on
+# Needs Docker Engine 25 with Compose 2.24, curl, bash and GNU coreutils. It works under a project name and on
 # ports of its own, ignores .env and the caller's variables, and however it ends it removes what
 # it made, and only that. A case whose image cannot be had is SKIPPED, with the reason.
 set -euo pipefail
@@ -259,7 +259,7 @@ change_of_the_source_leaves_dependencies_as_they_are() {
     cp -r .dockerignore Dockerfile Cargo.toml Cargo.lock build.rs src migrations "$context"
     mkdir "$context/devstack" && cp devstack/Cargo.toml "$context/devstack"
     echo '// Changed.' >>"$context/src/main.rs"
-    docker build --progress plain --target dependencies "$context" >"$work/build.log" 2>&1 || { cat "$work/build.log"; return 1; }
+    clean docker build --progress plain --target dependencies "$context" >"$work/build.log" 2>&1 || { cat "$work/build.log"; return 1; }
     local step
     step=$(sed -n 's/^\(#[0-9]*\) .*RUN .*cargo build.*/\1/p' "$work/build.log" | head -1)
     grep -qx "$step CACHED" "$work/build.log" || { cat "$work/build.log"; fail "dependencies were built again"; }
@@ -330,7 +330,7 @@ unreadable_password_file_ends_web_with_a_line_that_names_it() {
     local said status=0
     make_secrets anything
     chmod 0600 "$work/secrets/db_password"
-    said=$(with_secrets run --rm --no-deps -T web 2>&1) || status=$?
+    said=$(deadline=30 with_secrets run --rm --no-deps -T web 2>&1) || status=$?
     [ $status = 2 ] || fail "it ended with $status: $said"
     grep -q 'DB_PASSWORD_FILE="/run/secrets/db_password": cannot be read by uid 10001' <<<"$said" || fail "$said"
 }
@@ -484,7 +484,8 @@ compose() {
 with_secrets() { compose --file docker-compose.secrets.yml "$@"; }
 
 clean() {
-    env -i PATH="$PATH" HOME="$HOME" ${DOCKER_HOST:+DOCKER_HOST="$DOCKER_HOST"} ${DOCKER_CONTEXT:+DOCKER_CONTEXT="$DOCKER_CONTEXT"} "$@"
+    env -i PATH="$PATH" HOME="$HOME" ${DOCKER_HOST:+DOCKER_HOST="$DOCKER_HOST"} ${DOCKER_CONTEXT:+DOCKER_CONTEXT="$DOCKER_CONTEXT"} \
+        timeout --foreground --kill-after 10 "${deadline:-900}" "$@"
 }
 
 visit() { curl -fsS --max-time 10 "$url/"; }
