@@ -10,7 +10,7 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use visitas::app::App;
 use visitas::command;
-use visitas::config::{self, Command, Config, ConfigError};
+use visitas::config::{self, Command, Config, ConfigError, LogConfig};
 use visitas::telemetry::Telemetry;
 
 /// How long tasks that cannot be cancelled, such as a name being looked up, may hold up the end.
@@ -40,23 +40,14 @@ fn run(command: Command) -> anyhow::Result<()> {
         .map_err(|_provider| anyhow::anyhow!("a TLS provider is installed already"))?;
     match command {
         Command::Serve(config) => serve(*config),
-        Command::Migrate { postgres, log } => {
-            let _telemetry = Telemetry::start(&log, None)?;
-            say(command::migrate(&postgres))
-        }
+        Command::Migrate { postgres, log } => say(Some(&log), command::migrate(&postgres)),
         Command::Reconcile {
             postgres,
             redis,
             log,
-        } => {
-            let _telemetry = Telemetry::start(&log, None)?;
-            say(command::reconcile(&postgres, &redis))
-        }
-        Command::Recount { postgres, log } => {
-            let _telemetry = Telemetry::start(&log, None)?;
-            say(command::recount(&postgres))
-        }
-        Command::Healthcheck { url } => say(command::healthcheck(&url)),
+        } => say(Some(&log), command::reconcile(&postgres, &redis)),
+        Command::Recount { postgres, log } => say(Some(&log), command::recount(&postgres)),
+        Command::Healthcheck { url } => say(None, command::healthcheck(&url)),
         Command::Print(text) => {
             print(&text);
             Ok(())
@@ -65,12 +56,19 @@ fn run(command: Command) -> anyhow::Result<()> {
 }
 
 /// Runs a command that ends by itself and prints what it did.
-fn say(command: impl Future<Output = anyhow::Result<String>>) -> anyhow::Result<()> {
+fn say(
+    log: Option<&LogConfig>,
+    command: impl Future<Output = anyhow::Result<String>>,
+) -> anyhow::Result<()> {
+    let telemetry = log.map(|log| Telemetry::start(log, None)).transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    let done = runtime.block_on(command)?;
+    let done = runtime.block_on(command);
+    // The log has a writer of its own, so without this it could go on after the result.
+    drop(telemetry);
+    let done = done?;
     print(&format!("{done}\n"));
     Ok(())
 }
