@@ -1,12 +1,16 @@
 //! Servers, programs and questions for the tests. It asserts nothing about what is tested.
 
+mod ended;
 pub(crate) mod load;
 mod service;
+mod wire;
 mod world;
 
 use std::time::Duration;
 
+pub(crate) use self::ended::{Ended, settings};
 pub(crate) use self::service::{Answer, Service, client, program};
+pub(crate) use self::wire::Wire;
 pub(crate) use self::world::World;
 
 /// How long a test waits for what should happen soon, on a machine that is busy with other tests.

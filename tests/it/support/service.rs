@@ -32,6 +32,20 @@ pub(crate) struct Answer {
 type Lines = Arc<Mutex<Vec<String>>>;
 
 impl Answer {
+    /// Reads a response to its end.
+    pub(crate) async fn of(response: reqwest::Response) -> reqwest::Result<Self> {
+        Ok(Self {
+            status: response.status(),
+            headers: response.headers().clone(),
+            body: response.text().await?,
+        })
+    }
+
+    /// All that was answered.
+    pub(crate) fn text(&self) -> String {
+        format!("{} {:?}\n{}\n", self.status, self.headers, self.body)
+    }
+
     /// The body as JSON.
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body)
@@ -60,12 +74,16 @@ pub(crate) fn program(arguments: &[&str], settings: &[(String, String)]) -> Comm
 impl Service {
     /// Starts a service on a free port and waits until it listens.
     pub(crate) async fn start(settings: &[(String, String)]) -> Self {
-        let mut command = program(&["serve"], &[]);
-        command
-            .env("BIND_ADDR", "127.0.0.1:0")
-            .envs(settings.iter().map(|(name, value)| (name, value)))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        Self::spawn(program(&["serve"], settings)).await
+    }
+
+    /// Starts a service by a command that becomes it, and waits until it listens; on a free port
+    /// if the command says nothing else.
+    pub(crate) async fn spawn(mut command: Command) -> Self {
+        if !command.get_envs().any(|(name, _)| name == "BIND_ADDR") {
+            command.env("BIND_ADDR", "127.0.0.1:0");
+        }
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let output = collect(child.stdout.take().expect("a pipe"));
         let errors = collect(child.stderr.take().expect("a pipe"));
@@ -131,11 +149,7 @@ impl Service {
             .headers(headers)
             .send()
             .await?;
-        Ok(Answer {
-            status: response.status(),
-            headers: response.headers().clone(),
-            body: response.text().await?,
-        })
+        Answer::of(response).await
     }
 
     /// Makes a visit and returns its two numbers. Both stores must be up.

@@ -44,6 +44,11 @@ impl World {
         Self::beside(shared_postgres(), RedisOptions::default(), turn)
     }
 
+    /// A fresh database on the Postgres that tests share, and a Redis with settings.
+    pub(crate) fn with_redis(redis: RedisOptions) -> Self {
+        Self::beside(shared_postgres(), redis, Turn::shared())
+    }
+
     /// A Postgres and a Redis of the test's own, to be stopped, paused or broken.
     pub(crate) fn of_its_own() -> Self {
         Self::with(PostgresOptions::default(), RedisOptions::default())
@@ -96,6 +101,19 @@ impl World {
         .to_vec()
     }
 
+    /// The settings that lead to these stores, with others in place of those that begin with
+    /// `prefix`, such as a URL in place of its parts.
+    pub(crate) fn settings_but(
+        &self,
+        prefix: &str,
+        settings: &[(&str, &str)],
+    ) -> Vec<(String, String)> {
+        let mut all = self.settings();
+        all.retain(|(name, _)| !name.starts_with(prefix));
+        all.extend(super::settings(settings));
+        all
+    }
+
     /// A service that is ready.
     pub(crate) async fn serve(&self) -> Service {
         self.serve_with(&[]).await
@@ -111,11 +129,7 @@ impl World {
     /// A service that listens, whatever its stores do.
     pub(crate) async fn start(&self, settings: &[(&str, &str)]) -> Service {
         let mut all = self.settings();
-        all.extend(
-            settings
-                .iter()
-                .map(|&(name, value)| (name.to_owned(), value.to_owned())),
-        );
+        all.extend(super::settings(settings));
         Service::start(&all).await
     }
 
@@ -179,17 +193,23 @@ impl World {
 
     /// The value of `visitas_home`.
     pub(crate) async fn redis_visits(&self) -> i64 {
+        self.redis_says::<Option<i64>>(&["GET", "visitas_home"])
+            .await
+            .unwrap_or(0)
+    }
+
+    /// What Redis answers to a command.
+    pub(crate) async fn redis_says<T: redis::FromRedisValue>(&self, command: &[&str]) -> T {
         let client = redis::Client::open(self.redis.url()).expect("an address");
         let mut connection = client
             .get_multiplexed_async_connection()
             .await
             .expect("a connection to Redis");
-        redis::cmd("GET")
-            .arg("visitas_home")
-            .query_async::<Option<i64>>(&mut connection)
+        redis::cmd(command[0])
+            .arg(&command[1..])
+            .query_async(&mut connection)
             .await
-            .expect("a value")
-            .unwrap_or(0)
+            .expect("an answer")
     }
 }
 

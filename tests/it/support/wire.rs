@@ -1,0 +1,86 @@
+//! A connection to the service, byte by byte.
+
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::{SOON, Service};
+
+/// An open connection.
+pub(crate) struct Wire {
+    stream: TcpStream,
+    opened: Instant,
+}
+
+impl Wire {
+    /// Connects and sends nothing.
+    pub(crate) async fn open(service: &Service) -> Self {
+        let opened = Instant::now();
+        let stream = TcpStream::connect(service.address).await;
+        Self {
+            stream: stream.expect("a connection"),
+            opened,
+        }
+    }
+
+    /// Sends bytes, of which the service need not read all.
+    pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.write_all(bytes.as_ref()).await.ok();
+    }
+
+    /// Asks for a path and returns the answer, which has a `Content-Length`.
+    pub(crate) async fn get(&mut self, path: &str) -> String {
+        self.send(format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n"))
+            .await;
+        self.answer().await.expect("an answer")
+    }
+
+    /// The next answer, or nothing if none comes soon.
+    pub(crate) async fn answer_within(&mut self, patience: Duration) -> Option<String> {
+        timeout(patience, self.answer()).await.ok().flatten()
+    }
+
+    /// The next answer, or nothing if the connection closes first.
+    async fn answer(&mut self) -> Option<String> {
+        let mut bytes = Vec::new();
+        loop {
+            let text = String::from_utf8_lossy(&bytes);
+            if let Some((head, body)) = text.split_once("\r\n\r\n") {
+                let length = head
+                    .lines()
+                    .find_map(|line| line.strip_prefix("content-length: "))
+                    .map_or(0, |length| length.parse().expect("a length"));
+                if body.len() >= length {
+                    return Some(text.into_owned());
+                }
+            }
+            let read = timeout(SOON, self.stream.read_buf(&mut bytes)).await;
+            if !matches!(read.expect("an answer or an end"), Ok(1..)) {
+                return None;
+            }
+        }
+    }
+
+    /// Reads until the service closes the connection. A reset counts as closed, too.
+    pub(crate) async fn rest(&mut self) -> String {
+        let mut bytes = Vec::new();
+        timeout(SOON, self.stream.read_to_end(&mut bytes))
+            .await
+            .expect("the connection is closed")
+            .ok();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Whether the service leaves it open for a while, without a word.
+    pub(crate) async fn is_open_after(&mut self, pause: Duration) -> bool {
+        let mut byte = [0];
+        timeout(pause, self.stream.read(&mut byte)).await.is_err()
+    }
+
+    /// For how long it has been open.
+    pub(crate) fn age(&self) -> Duration {
+        self.opened.elapsed()
+    }
+}
