@@ -1,8 +1,15 @@
 //! Every row of the table of requests and answers.
 
-use reqwest::StatusCode;
+use std::time::{Duration, Instant};
 
-use crate::support::World;
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use sqlx::PgConnection;
+
+use crate::support::{Answer, SOON, Service, Wire, World, eventually};
+
+const PATHS: [&str; 5] = ["/", "/health", "/health/ready", "/health/live", "/metrics"];
 
 #[tokio::test]
 async fn second_visit_counts_two() {
@@ -25,4 +32,627 @@ async fn visit_answers_the_four_fields_in_order() {
         answer.body,
         r#"{"db_status":"ok","redis_status":"ok","total_registros_db":1,"visitas_redis":1}"#
     );
+}
+
+#[tokio::test]
+async fn head_has_no_body_and_records_no_visit() {
+    let world = World::new();
+    let service = world.serve().await;
+    let answer = ask(&service, Method::HEAD, "/").await;
+    assert_eq!(answer.status, StatusCode::OK);
+    assert_eq!(answer.header("content-type"), "application/json");
+    assert_eq!(answer.body, "");
+    assert_eq!(service.visit().await, (1, 1));
+}
+
+#[tokio::test]
+async fn other_method_on_a_known_path_is_405_with_allow() {
+    let world = World::new();
+    let service = world.serve().await;
+    for path in PATHS {
+        for method in ["POST", "PUT", "DELETE", "OPTIONS", "BREW"] {
+            let method = Method::from_bytes(method.as_bytes()).expect("a method");
+            let answer = ask(&service, method, path).await;
+            assert_problem(&answer, StatusCode::METHOD_NOT_ALLOWED);
+            assert_eq!(answer.header("allow"), "GET,HEAD", "{path}");
+        }
+    }
+    assert_eq!(world.rows().await, 0);
+}
+
+#[tokio::test]
+async fn unknown_path_is_404_whatever_the_method() {
+    let world = World::new();
+    let service = world.serve().await;
+    for path in ["/nope", "/health/", "//", "/metrics/x", "/%00"] {
+        for method in [Method::GET, Method::POST] {
+            let answer = ask(&service, method, path).await;
+            assert_problem(&answer, StatusCode::NOT_FOUND);
+            assert_eq!(answer.header("allow"), "", "{path}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn body_above_the_limit_is_413_and_no_visit() {
+    let world = World::new();
+    let service = world.serve().await;
+    let with_body = async |bytes: usize| {
+        let request = service.client.get(service.url("/")).body(vec![b'x'; bytes]);
+        read(request.send().await).await
+    };
+    assert_eq!(with_body(64 * 1024).await.status, StatusCode::OK);
+    assert_problem(
+        &with_body(64 * 1024 + 1).await,
+        StatusCode::PAYLOAD_TOO_LARGE,
+    );
+    assert_eq!(world.rows().await, 1);
+}
+
+#[tokio::test]
+async fn visit_without_redis_is_recorded_and_says_so() {
+    let world = World::new();
+    let service = world.serve().await;
+    world.redis.kill().expect("Redis ends");
+    let answer = service.get("/").await;
+    assert_eq!(answer.status, StatusCode::OK);
+    assert_eq!(
+        answer.body,
+        r#"{"db_status":"ok","redis_status":"erro","total_registros_db":1,"visitas_redis":null}"#
+    );
+    assert_eq!(world.rows().await, 1);
+}
+
+#[tokio::test]
+async fn only_visits_that_find_redis_slow_wait_for_it_and_for_no_more_than_its_deadline() {
+    let world = World::new();
+    let service = world.serve_with(&SLOW_REDIS).await;
+    world.redis.pause().expect("Redis pauses");
+    let first = elapsed(async || assert_degraded(&service.get("/").await)).await;
+    assert!(first < REDIS_TIMEOUT + SLACK, "{first:?}");
+    service.until_health("degraded").await;
+    let next_twenty = elapsed(async || {
+        for _ in 0..20 {
+            assert_degraded(&service.get("/").await);
+        }
+    })
+    .await;
+    assert!(next_twenty < REDIS_TIMEOUT, "{next_twenty:?}");
+    assert_eq!(world.rows().await, 21);
+}
+
+#[tokio::test]
+async fn redis_that_can_be_read_and_not_written_is_skipped_until_it_can() {
+    let world = World::new();
+    let service = world.serve().await;
+    assert_eq!(service.visit().await, (1, 1));
+    let replicas = async |wanted| {
+        let command = ["CONFIG", "SET", "min-replicas-to-write", wanted];
+        world.redis_says::<()>(&command).await;
+    };
+    replicas("1").await;
+    assert_degraded(&service.get("/").await);
+    probed_in_vain(&service, 3.0).await;
+    assert!(service.logged("store is up again").is_empty());
+    assert_degraded(&service.get("/").await);
+    assert_eq!(world.redis_visits().await, 1);
+    replicas("0").await;
+    service.until_ready().await;
+    assert_eq!(service.visit().await, (4, 2));
+}
+
+#[tokio::test]
+async fn visit_without_postgres_is_503_and_increments_nothing() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    service.visit().await;
+    until_redis_is_read_as(&service, 1.0).await;
+    world.postgres.kill().expect("Postgres ends");
+    for _ in 0..3 {
+        let answer = service.get("/").await;
+        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(answer.header("retry-after"), "1");
+        assert_eq!(answer.header("content-type"), "application/json");
+        assert_eq!(answer.header("cache-control"), "no-store");
+        assert_eq!(
+            answer.body,
+            r#"{"db_status":"erro","redis_status":"ok","total_registros_db":null,"visitas_redis":1}"#
+        );
+    }
+    assert_eq!(world.redis_visits().await, 1);
+}
+
+#[tokio::test]
+async fn visit_with_a_slow_postgres_is_503_by_its_deadline() {
+    let world = World::of_its_own();
+    let service = world
+        .serve_with(&[("DB_TIMEOUT", "800ms"), ("VISIT_TIMEOUT", "1s")])
+        .await;
+    world.postgres.pause().expect("Postgres pauses");
+    let took = elapsed(async || {
+        let answer = service.get("/").await;
+        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(answer.header("retry-after"), "1");
+        assert_eq!(answer.json()["db_status"], "erro");
+        assert_eq!(answer.json()["total_registros_db"], Value::Null);
+    })
+    .await;
+    assert!(took < Duration::from_secs(1) + SLACK, "{took:?}");
+    assert_eq!(world.redis_visits().await, 0);
+}
+
+#[tokio::test]
+async fn visit_without_either_store_is_503_with_both_in_error() {
+    let world = World::of_its_own();
+    world.postgres.kill().expect("Postgres ends");
+    world.redis.kill().expect("Redis ends");
+    let service = world.start(&[]).await;
+    let answer = service.get("/").await;
+    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(
+        answer.body,
+        r#"{"db_status":"erro","redis_status":"erro","total_registros_db":null,"visitas_redis":null}"#
+    );
+}
+
+#[tokio::test]
+async fn visit_that_finds_the_queue_full_is_503_at_once_with_the_state_of_postgres() {
+    let world = World::new();
+    let service = world.serve_with(&QUEUE_OF_ONE).await;
+    until_redis_is_read_as(&service, 0.0).await;
+    let lock = count_locked(&world).await;
+    let (first, second) = two_visits_wait(&service).await;
+    for _ in 0..9 {
+        let answer = service.get("/").await;
+        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(answer.header("retry-after"), "1");
+        assert_eq!(
+            answer.body,
+            r#"{"db_status":"ok","redis_status":"ok","total_registros_db":null,"visitas_redis":0}"#
+        );
+    }
+    // One may have had to wait for a processor. No visit has been answered otherwise yet.
+    assert!(answered_within(&service, "/", "0.005").await >= 8);
+    drop(lock);
+    assert_eq!(first.await.expect("an answer"), StatusCode::OK);
+    assert_eq!(second.await.expect("an answer"), StatusCode::OK);
+    assert_eq!(world.rows().await, 2);
+    assert_eq!(world.redis_visits().await, 2);
+}
+
+#[tokio::test]
+async fn visit_after_the_stop_delay_is_503_and_ends_its_connection() {
+    let world = World::new();
+    let service = world.serve().await;
+    let mut wire = Wire::open(&service).await;
+    wire.send("GET / HTTP/1.1\r\nhost: test\r\n").await;
+    // The answer to a later connection shows that the head above is being read.
+    service.visit().await;
+    service.signal("TERM");
+    let connect = async || tokio::net::TcpStream::connect(service.address).await;
+    eventually("nobody listens", SOON, async || connect().await.is_err()).await;
+    wire.send("\r\n").await;
+    let answer = wire.rest().await;
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+    assert!(answer.contains(r#"{"db_status":"ok","#), "{answer}");
+    assert_eq!(world.rows().await, 1);
+}
+
+#[tokio::test]
+async fn request_id_of_1_to_128_visible_ascii_characters_is_kept() {
+    let world = World::new();
+    let service = world.serve().await;
+    for id in ["a", "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", &"x".repeat(128)] {
+        let answer = with_header(&service, "/", "x-request-id", id.as_bytes()).await;
+        assert_eq!(answer.header("x-request-id"), id);
+    }
+}
+
+#[tokio::test]
+async fn any_other_request_id_is_replaced() {
+    let world = World::new();
+    let service = world.serve().await;
+    for id in [
+        "",
+        "two words",
+        "a\tb",
+        "\u{e9}",
+        "ok\u{e9}",
+        &"x".repeat(129),
+    ] {
+        let answer = with_header(&service, "/", "x-request-id", id.as_bytes()).await;
+        assert_hexadecimal(answer.header("x-request-id"), 32);
+    }
+}
+
+#[tokio::test]
+async fn every_answer_has_a_request_id_of_its_own() {
+    let world = World::new();
+    let service = world.start(&[("DB_PORT", "1"), ("REDIS_PORT", "1")]).await;
+    let mut ids = std::collections::HashSet::new();
+    for method in [Method::GET, Method::HEAD, Method::POST] {
+        for path in PATHS.into_iter().chain(["/nope"]) {
+            let answer = ask(&service, method.clone(), path).await;
+            let id = answer.header("x-request-id").to_owned();
+            assert_hexadecimal(&id, 32);
+            assert!(ids.insert(id), "{method} {path} repeats one");
+        }
+    }
+}
+
+#[tokio::test]
+async fn traceresponse_names_the_callers_trace_and_a_span_of_the_server() {
+    let world = World::new();
+    let service = world.serve_with(&TRACED).await;
+    let answer = with_header(&service, "/", "traceparent", SAMPLED.as_bytes()).await;
+    let parts: Vec<&str> = answer.header("traceresponse").split('-').collect();
+    let [version, trace, span, flags] = parts[..] else {
+        panic!("{parts:?}")
+    };
+    assert_eq!((version, trace, flags), ("00", TRACE, "01"));
+    assert_hexadecimal(span, 16);
+    assert_ne!(span, PARENT);
+    let unsampled = with_header(&service, "/", "traceparent", UNSAMPLED.as_bytes()).await;
+    assert_eq!(unsampled.header("traceresponse"), "");
+}
+
+#[tokio::test]
+async fn probes_and_scrapes_have_no_traceresponse() {
+    let world = World::new();
+    let service = world.serve_with(&TRACED).await;
+    for path in PATHS.into_iter().filter(|path| *path != "/") {
+        let answer = with_header(&service, path, "traceparent", SAMPLED.as_bytes()).await;
+        assert_eq!(answer.header("traceresponse"), "", "{path}");
+    }
+}
+
+#[tokio::test]
+async fn without_an_exporter_nothing_is_sampled() {
+    let world = World::new();
+    let service = world.serve().await;
+    let answer = with_header(&service, "/", "traceparent", SAMPLED.as_bytes()).await;
+    assert_eq!(answer.header("traceresponse"), "");
+}
+
+#[tokio::test]
+async fn no_answer_says_what_a_store_said_or_where_it_is() {
+    let world = World::new();
+    for settings in [
+        [
+            ("DB_HOST", "postgres.invalid"),
+            ("REDIS_HOST", "redis.invalid"),
+            ("DB_PASSWORD", "c4nary"),
+        ],
+        [
+            ("DB_PASSWORD", "c4nary"),
+            ("REDIS_PASSWORD", "c4nary"),
+            ("DB_USER", "n0body"),
+        ],
+    ] {
+        let service = world.start(&settings).await;
+        until_both_stores_have_failed(&service).await;
+        let answers = every_answer(&service).await;
+        for text in [
+            "invalid",
+            "127.0.0.1",
+            "c4nary",
+            "senha",
+            "n0body",
+            "lookup",
+            "WRONGPASS",
+            "NOAUTH",
+            "28P01:",
+            "os error",
+            "authentication",
+            "refused",
+        ] {
+            assert!(!answers.contains(text), "{text} in {answers}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn health_is_ok_when_both_stores_work() {
+    let world = World::new();
+    let service = world.serve().await;
+    for path in ["/health", "/health/ready"] {
+        let answer = service.get(path).await;
+        assert_eq!(answer.status, StatusCode::OK);
+        assert_eq!(answer.header("content-type"), "application/json");
+        assert_eq!(answer.header("cache-control"), "no-store");
+        let mut health = answer.json();
+        for store in ["postgres", "redis"] {
+            let latency = health["checks"][store]["latency_ms"].take();
+            assert!(latency.as_f64().is_some_and(|ms| ms > 0.0), "{latency}");
+        }
+        let store = json!({"status": "ok", "latency_ms": null});
+        let checks = json!({"postgres": store, "redis": store, "migrations": {"status": "ok"}});
+        let version = env!("CARGO_PKG_VERSION");
+        assert_eq!(
+            health,
+            json!({"status": "ok", "checks": checks, "version": version})
+        );
+    }
+}
+
+#[tokio::test]
+async fn health_is_degraded_and_200_without_redis() {
+    let world = World::new();
+    let service = world.serve().await;
+    world.redis.kill().expect("Redis ends");
+    service.until_health("degraded").await;
+    for path in ["/health", "/health/ready"] {
+        let answer = service.get(path).await;
+        assert_eq!(answer.status, StatusCode::OK);
+        assert_eq!(
+            answer.json()["checks"]["redis"],
+            json!({"status": "unavailable"})
+        );
+        assert_eq!(answer.json()["checks"]["postgres"]["status"], "ok");
+    }
+}
+
+#[tokio::test]
+async fn health_is_unavailable_and_503_without_postgres_while_the_process_lives() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    world.postgres.kill().expect("Postgres ends");
+    service.until_health("unavailable").await;
+    for path in ["/health", "/health/ready"] {
+        let answer = service.get(path).await;
+        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(
+            answer.json()["checks"]["postgres"],
+            json!({"status": "unavailable"})
+        );
+        assert_eq!(answer.json()["checks"]["redis"]["status"], "ok");
+    }
+    assert_alive(&service).await;
+}
+
+#[tokio::test]
+async fn health_is_unavailable_until_the_database_is_migrated() {
+    let world = World::new();
+    let lock = "select pg_advisory_lock(8532478930943832832)";
+    let mut session = world.session().await;
+    sqlx::query(lock).execute(&mut session).await.expect(lock);
+    let service = world.start(&[]).await;
+    let answer = service.get("/health").await;
+    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    let migrations = json!({"status": "pending"});
+    assert_eq!(answer.json()["checks"]["migrations"], migrations);
+    drop(session);
+    service.until_ready().await;
+}
+
+#[tokio::test]
+async fn health_is_unavailable_while_stopping_and_visits_are_still_recorded() {
+    let world = World::new();
+    let service = world.serve_with(&[("SHUTDOWN_DELAY", "5m")]).await;
+    service.signal("TERM");
+    service.until_health("unavailable").await;
+    let answer = service.get("/health/ready").await;
+    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(answer.json()["checks"]["postgres"]["status"], "ok");
+    assert_alive(&service).await;
+    assert_eq!(service.visit().await, (1, 1));
+}
+
+#[tokio::test]
+async fn health_answers_within_100_ms_while_neither_store_does() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    world.postgres.pause().expect("Postgres pauses");
+    world.redis.pause().expect("Redis pauses");
+    service.until_health("unavailable").await;
+    assert_alive(&service).await;
+    for route in ["/health", "/health/live"] {
+        let answered = answered_within(&service, route, "+Inf").await;
+        assert!(answered > 0, "{route} was not asked");
+        assert_eq!(answered_within(&service, route, "0.1").await, answered);
+    }
+}
+
+#[tokio::test]
+async fn metrics_are_prometheus_text() {
+    let world = World::new();
+    let answer = world.serve().await.get("/metrics").await;
+    assert_eq!(answer.status, StatusCode::OK);
+    assert_eq!(
+        answer.header("content-type"),
+        "text/plain; version=0.0.4; charset=utf-8"
+    );
+    assert!(answer.body.starts_with("# "), "{}", answer.body);
+}
+
+#[tokio::test]
+async fn metrics_are_only_at_their_own_address_where_it_is_set() {
+    let world = World::new();
+    let service = world.serve_with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
+    assert_problem(&service.get("/metrics").await, StatusCode::NOT_FOUND);
+    let address = &service.logged("listening")[0]["metrics.address"];
+    let address = address.as_str().expect("an address");
+    let at = async |path| {
+        let url = format!("http://{address}{path}");
+        read(service.client.get(url).send().await).await
+    };
+    let metrics = at("/metrics").await;
+    assert_eq!(metrics.status, StatusCode::OK);
+    assert!(
+        metrics.body.contains("\nvisitas_queue_depth "),
+        "{metrics:?}"
+    );
+    for path in ["/", "/health"] {
+        assert_problem(&at(path).await, StatusCode::NOT_FOUND);
+    }
+    assert_eq!(world.rows().await, 0);
+}
+
+/// More than any scheduler takes away on a machine that is busy with other tests.
+const SLACK: Duration = Duration::from_millis(900);
+const REDIS_TIMEOUT: Duration = Duration::from_secs(1);
+const SLOW_REDIS: [(&str, &str); 3] = [
+    ("REDIS_TIMEOUT", "1s"),
+    ("DB_TIMEOUT", "3s"),
+    ("VISIT_TIMEOUT", "6s"),
+];
+const QUEUE_OF_ONE: [(&str, &str); 3] = [
+    ("QUEUE_CAPACITY", "1"),
+    ("DB_TIMEOUT", "20s"),
+    ("VISIT_TIMEOUT", "40s"),
+];
+
+/// An exporter that has nothing to send until the test is over.
+const TRACED: [(&str, &str); 2] = [
+    ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1"),
+    ("OTEL_BSP_SCHEDULE_DELAY", "600000"),
+];
+const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+const PARENT: &str = "b7ad6b7169203331";
+const SAMPLED: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+const UNSAMPLED: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
+
+fn assert_problem(answer: &Answer, status: StatusCode) {
+    assert_eq!(answer.status, status, "{answer:?}");
+    assert_eq!(answer.header("content-type"), "application/problem+json");
+    assert_eq!(
+        answer.json(),
+        json!({
+            "type": "about:blank",
+            "title": status.canonical_reason(),
+            "status": status.as_u16(),
+        })
+    );
+}
+
+fn assert_degraded(answer: &Answer) {
+    assert_eq!(answer.status, StatusCode::OK, "{answer:?}");
+    let json = answer.json();
+    assert_eq!(
+        (&json["redis_status"], &json["visitas_redis"]),
+        (&json!("erro"), &Value::Null)
+    );
+}
+
+async fn assert_alive(service: &Service) {
+    let answer = service.get("/health/live").await;
+    assert_eq!(answer.status, StatusCode::OK);
+    assert_eq!(answer.json(), json!({"status": "ok"}));
+}
+
+fn assert_hexadecimal(text: &str, length: usize) {
+    assert!(
+        text.len() == length && text.bytes().all(|byte| byte.is_ascii_hexdigit()),
+        "{text:?}"
+    );
+}
+
+async fn ask(service: &Service, method: Method, path: &str) -> Answer {
+    service.ask(method, path, HeaderMap::new()).await
+}
+
+async fn with_header(service: &Service, path: &str, name: &'static str, value: &[u8]) -> Answer {
+    let value = HeaderValue::from_bytes(value).expect("a header's value");
+    let headers = HeaderMap::from_iter([(HeaderName::from_static(name), value)]);
+    service.ask(Method::GET, path, headers).await
+}
+
+async fn read(response: reqwest::Result<reqwest::Response>) -> Answer {
+    let response = response.expect("an answer");
+    Answer::of(response).await.expect("a whole answer")
+}
+
+async fn elapsed(work: impl AsyncFnOnce()) -> Duration {
+    let started = Instant::now();
+    work().await;
+    started.elapsed()
+}
+
+/// A session that holds the lock under which visits are counted, until it is dropped.
+async fn count_locked(world: &World) -> PgConnection {
+    let mut session = world.session().await;
+    for statement in ["begin", "select pg_advisory_xact_lock(33329991663247731)"] {
+        sqlx::query(statement)
+            .execute(&mut session)
+            .await
+            .expect(statement);
+    }
+    session
+}
+
+type Asked = tokio::task::JoinHandle<StatusCode>;
+
+/// One visit that the writer has taken, and one that waits in the queue.
+async fn two_visits_wait(service: &Service) -> (Asked, Asked) {
+    let visit = || {
+        let request = service.client.get(service.url("/"));
+        tokio::spawn(async move { request.send().await.expect("an answer").status() })
+    };
+    let until = async |series: &str| {
+        eventually(series, SOON, async || {
+            service.metric(series).await == Some(1.0)
+        })
+        .await;
+    };
+    let first = visit();
+    until("visitas_batch_size_count").await;
+    let second = visit();
+    until("visitas_queue_depth").await;
+    (first, second)
+}
+
+/// How many requests for a route the service itself says it has answered within a bucket's bound.
+async fn answered_within(service: &Service, route: &str, bound: &str) -> u64 {
+    let metrics = service.get("/metrics").await.body;
+    let series = metrics.lines().filter_map(|line| line.rsplit_once(' '));
+    series
+        .filter(|(series, _)| {
+            series.starts_with("http_server_request_duration_seconds_bucket{")
+                && series.contains("http_request_method=\"GET\"")
+                && series.contains(&format!("http_route=\"{route}\""))
+                && series.contains(&format!("le=\"{bound}\""))
+        })
+        .map(|(_, value)| value.parse::<u64>().expect("a count"))
+        .sum()
+}
+
+async fn until_redis_is_read_as(service: &Service, visits: f64) {
+    eventually("the monitor has read Redis", SOON, async || {
+        service.metric("visitas_redis_visits").await == Some(visits)
+    })
+    .await;
+}
+
+/// Waits until Redis has refused so many more calls, those of probes.
+async fn probed_in_vain(service: &Service, times: f64) {
+    let refused = async || {
+        let series = "visitas_store_calls_total{db_system_name=\"redis\",\
+                      db_operation_name=\"INCRBY\",outcome=\"error\"}";
+        service.metric(series).await.unwrap_or(0.0)
+    };
+    let before = refused().await;
+    eventually("probes fail", SOON, async || {
+        refused().await >= before + times
+    })
+    .await;
+}
+
+async fn until_both_stores_have_failed(service: &Service) {
+    eventually("both stores are down", SOON, async || {
+        service.logged("store is down").len() == 2
+    })
+    .await;
+}
+
+/// Heads and bodies of all kinds of answers.
+async fn every_answer(service: &Service) -> String {
+    let mut answers = String::new();
+    for method in [Method::GET, Method::HEAD, Method::POST] {
+        for path in PATHS.into_iter().chain(["/nope"]) {
+            let answer = ask(service, method.clone(), path).await;
+            answers += &answer.text();
+        }
+    }
+    answers
 }
