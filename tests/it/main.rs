@@ -9,3 +9,4 @@ mod accept;
 mod count;
 mod http;
 mod outage;
+mod server;
