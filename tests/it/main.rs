@@ -10,3 +10,4 @@ mod count;
 mod http;
 mod outage;
 mod server;
+mod settings;

@@ -1,0 +1,327 @@
+//! Settings that are wrong end the program before it binds, and secrets are never shown.
+
+use std::collections::BTreeSet;
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+
+use devstack::RedisOptions;
+use reqwest::Method;
+use reqwest::header::HeaderMap;
+
+use crate::support::{Ended, SOON, Service, World, eventually, settings};
+
+/// Part of every secret here, so nothing that is shown may contain it.
+const CANARY: &str = "c4nary";
+
+/// Every variable with a value that is not accepted.
+const BAD: [(&str, &str); 51] = [
+    ("DB_HOST", "two words"),
+    ("DB_PORT", "0"),
+    ("DB_USER", "bell\u{7}"),
+    ("DB_PASSWORD", "c4nary\nand more"),
+    ("DB_NAME", "a\tb"),
+    ("DB_SSLMODE", "yes"),
+    ("DATABASE_URL", "mysql://ana:c4nary@db/visitas"),
+    ("REDIS_HOST", "http://cache"),
+    ("REDIS_PORT", "65536"),
+    ("REDIS_PASSWORD", "c4nary\nand more"),
+    ("REDIS_URL", "http://:c4nary@cache"),
+    ("DB_SSLROOTCERT", "/nonexistent/ca.pem"),
+    ("REDIS_TLS_CA", "/dev/null"),
+    ("DB_PASSWORD_FILE", "/nonexistent/password"),
+    ("DATABASE_URL_FILE", "/nonexistent/url"),
+    ("REDIS_PASSWORD_FILE", "/"),
+    ("REDIS_URL_FILE", "/dev/zero"),
+    ("BIND_ADDR", "localhost"),
+    ("METRICS_ADDR", ":9090"),
+    ("DB_TIMEOUT", "1"),
+    ("REDIS_TIMEOUT", "0s"),
+    ("VISIT_TIMEOUT", "1h"),
+    ("QUEUE_CAPACITY", "0"),
+    ("HTTP_MAX_CONNECTIONS", "-1"),
+    ("HEADER_TIMEOUT", "99ms"),
+    ("IDLE_TIMEOUT", "forever"),
+    ("SHUTDOWN_DELAY", "1.5s"),
+    ("SHUTDOWN_TIMEOUT", "0s"),
+    ("LOG_FORMAT", "logfmt"),
+    ("RUST_LOG", "visitas=loud"),
+    ("ACCESS_SLOW", "500"),
+    ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318"),
+    ("OTEL_EXPORTER_OTLP_HEADERS", "c4nary"),
+    ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
+    ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"),
+    ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+    ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "ftp://collector"),
+    ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "a=c4nary,a=c4nary"),
+    ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "-1"),
+    ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "on"),
+    ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json"),
+    ("OTEL_SDK_DISABLED", "1"),
+    ("OTEL_TRACES_EXPORTER", "console"),
+    ("OTEL_TRACES_SAMPLER", "sometimes"),
+    ("OTEL_TRACES_SAMPLER_ARG", "1.5"),
+    ("OTEL_SERVICE_NAME", "two\nlines"),
+    ("OTEL_RESOURCE_ATTRIBUTES", "no equals sign"),
+    ("OTEL_BSP_SCHEDULE_DELAY", "5s"),
+    ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
+    ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "x"),
+    ("OTEL_BSP_EXPORT_TIMEOUT", "0"),
+];
+
+/// Every variable that there is.
+pub(crate) fn variables() -> BTreeSet<&'static str> {
+    BAD.into_iter().map(|(variable, _)| variable).collect()
+}
+
+#[tokio::test]
+async fn bad_setting_ends_the_program_before_it_binds() {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let taken = taken.local_addr().expect("an address").to_string();
+    for (variable, value) in BAD {
+        // A program that came as far as binding would fail with another status.
+        let given = settings(&[("BIND_ADDR", &taken), (variable, value)]);
+        let ended = Ended::of(&[], &given).await;
+        assert_eq!(
+            (ended.code, ended.output.as_str()),
+            (Some(2), ""),
+            "{ended:?}"
+        );
+        let line = ended.error();
+        assert!(line.starts_with(&format!("visitas: {variable}")), "{line}");
+        assert!(line.contains("expected "), "{line}");
+        if value.contains(CANARY) {
+            assert!(!line.contains(CANARY), "{line}");
+        } else {
+            assert!(line.contains(&format!("{variable}={value:?}")), "{line}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn settings_that_contradict_each_other_are_exit_2_and_both_named() {
+    let database = ("DATABASE_URL", "postgres://ana:c4nary@db/visitas");
+    let cache = ("REDIS_URL", "redis://:c4nary@cache");
+    let file = secret_file(CANARY);
+    let path = file.path().to_str().expect("a path of ASCII");
+    for given in [
+        [database, ("DB_HOST", "db")],
+        [database, ("DB_PORT", "5432")],
+        [database, ("DB_USER", "ana")],
+        [database, ("DB_PASSWORD", CANARY)],
+        [database, ("DB_PASSWORD_FILE", path)],
+        [database, ("DB_NAME", "visitas")],
+        [database, ("DB_SSLMODE", "require")],
+        [cache, ("REDIS_HOST", "cache")],
+        [cache, ("REDIS_PORT", "6379")],
+        [cache, ("REDIS_PASSWORD", CANARY)],
+        [cache, ("REDIS_PASSWORD_FILE", path)],
+        [database, ("DATABASE_URL_FILE", path)],
+        [cache, ("REDIS_URL_FILE", path)],
+        [("DB_PASSWORD", CANARY), ("DB_PASSWORD_FILE", path)],
+        [("REDIS_PASSWORD", CANARY), ("REDIS_PASSWORD_FILE", path)],
+        [("REDIS_TIMEOUT", "700ms"), ("DB_TIMEOUT", "1s")],
+        [("VISIT_TIMEOUT", "1s"), ("DB_TIMEOUT", "2s")],
+        [("METRICS_ADDR", "0.0.0.0:9"), ("BIND_ADDR", "0.0.0.0:9")],
+    ] {
+        let ended = Ended::of(&[], &settings(&given)).await;
+        assert_eq!(
+            (ended.code, ended.output.as_str()),
+            (Some(2), ""),
+            "{ended:?}"
+        );
+        let line = ended.error();
+        let names = given.map(|(variable, _)| line.contains(variable));
+        assert_eq!(names, [true, true], "{line}");
+        assert!(!line.contains(CANARY), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn unreadable_secret_file_is_exit_2_with_variable_path_and_user() {
+    let uid = rustix::process::geteuid().as_raw();
+    for variable in [
+        "DB_PASSWORD_FILE",
+        "DATABASE_URL_FILE",
+        "REDIS_PASSWORD_FILE",
+        "REDIS_URL_FILE",
+    ] {
+        let ended = Ended::of(&[], &settings(&[(variable, "/nonexistent/secret")])).await;
+        assert_eq!(ended.code, Some(2), "{ended:?}");
+        let line = ended.error();
+        for part in [
+            variable,
+            "\"/nonexistent/secret\"",
+            &format!("by uid {uid}: "),
+        ] {
+            assert!(line.contains(part), "{part} in {line}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn help_shows_no_setting_of_the_environment() {
+    let secrets: Vec<_> = BAD
+        .into_iter()
+        .filter(|(_, value)| value.contains(CANARY))
+        .collect();
+    let ended = Ended::of(&["--help"], &settings(&secrets)).await;
+    assert_eq!(ended.code, Some(0));
+    assert!(!ended.output.contains(CANARY), "{}", ended.output);
+}
+
+#[tokio::test]
+async fn secrets_that_work_are_shown_nowhere() {
+    let world = world_with_canaries().await;
+    for given in SecretsBy::ALL {
+        let secrets = Secrets::of(&world, given, CANARY);
+        let service = Service::start(&secrets.settings).await;
+        service.until_ready().await;
+        assert_nothing_shows(&service, &secrets.settings).await;
+    }
+}
+
+#[tokio::test]
+async fn secrets_that_a_store_refuses_are_shown_nowhere() {
+    let world = world_with_canaries().await;
+    for given in SecretsBy::ALL {
+        let secrets = Secrets::of(&world, given, "c4nary-wrong");
+        let service = Service::start(&secrets.settings).await;
+        eventually("both stores refuse", SOON, async || {
+            service.logged("store is down").len() == 2
+        })
+        .await;
+        assert_nothing_shows(&service, &secrets.settings).await;
+    }
+}
+
+/// Searches everything that the program tells for the canary.
+async fn assert_nothing_shows(service: &Service, given: &[(String, String)]) {
+    let mut told = String::new();
+    for path in ["/", "/health", "/metrics", "/nope"] {
+        let answer = service.ask(Method::GET, path, HeaderMap::new()).await;
+        told += &answer.text();
+    }
+    let refused = "the collector does not take spans";
+    eventually(refused, SOON, async || !service.logged(refused).is_empty()).await;
+    let command_line = std::fs::read_to_string(format!("/proc/{}/cmdline", service.pid()));
+    told += &command_line.expect("a command line");
+    let config = Ended::of(&["config"], given).await;
+    assert_eq!(config.code, Some(0), "{config:?}");
+    told += &config.output;
+    service.stop().await;
+    told += &service.printed();
+    assert!(told.contains("postgresql") && told.contains("TRACE"));
+    let shown = told.lines().find(|line| line.contains(CANARY));
+    assert_eq!(shown, None);
+}
+
+/// How a service is given its secrets.
+#[derive(Clone, Copy)]
+enum SecretsBy {
+    Variables,
+    Urls,
+    Files,
+    FilesOfUrls,
+}
+
+impl SecretsBy {
+    const ALL: [Self; 4] = [Self::Variables, Self::Urls, Self::Files, Self::FilesOfUrls];
+}
+
+struct Secrets {
+    settings: Vec<(String, String)>,
+    _files: [tempfile::NamedTempFile; 2],
+}
+
+/// The address of a collector that refuses what it gets, and tells the secret in doing so.
+fn indiscreet_collector() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("an address");
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let answer = "HTTP/1.1 401 c4nary\r\ncontent-length: 6\r\n\r\nc4nary";
+            let mut stream = stream.expect("a connection");
+            let mut request = [0; 4096];
+            if stream.read(&mut request).is_ok_and(|bytes| bytes > 0) {
+                // A client that has gone needs no answer.
+                stream.write_all(answer.as_bytes()).ok();
+            }
+        }
+    });
+    format!("http://{address}")
+}
+
+impl Secrets {
+    fn of(world: &World, given: SecretsBy, password: &str) -> Self {
+        let (postgres, redis) = (&world.postgres, &world.redis);
+        let urls = [
+            format!(
+                "postgres://canary:{password}@{}:{}/{}",
+                postgres.host(),
+                postgres.port(),
+                world.database
+            ),
+            format!("redis://:{password}@{}:{}", redis.host(), redis.port()),
+        ];
+        let passwords = [password.to_owned(), password.to_owned()];
+        let (variables, secrets) = match given {
+            SecretsBy::Variables | SecretsBy::Files => {
+                (["DB_PASSWORD", "REDIS_PASSWORD"], passwords)
+            }
+            SecretsBy::Urls | SecretsBy::FilesOfUrls => (["DATABASE_URL", "REDIS_URL"], urls),
+        };
+        let files = [secret_file(&secrets[0]), secret_file(&secrets[1])];
+        let mut settings = settings(&[
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", &indiscreet_collector()),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=c4nary"),
+            ("OTEL_BSP_SCHEDULE_DELAY", "50"),
+            ("RUST_LOG", "trace"),
+        ]);
+        let parts = world.settings_but("DB_PASSWORD", &[("DB_USER", "canary")]);
+        match given {
+            SecretsBy::Variables => {
+                settings.extend(parts);
+                settings.extend(std::iter::zip(variables.map(str::to_owned), secrets));
+            }
+            SecretsBy::Urls => {
+                settings.extend(std::iter::zip(variables.map(str::to_owned), secrets));
+            }
+            SecretsBy::Files | SecretsBy::FilesOfUrls => {
+                if matches!(given, SecretsBy::Files) {
+                    settings.extend(parts);
+                }
+                let variables = variables.map(|variable| format!("{variable}_FILE"));
+                let paths = files
+                    .each_ref()
+                    .map(|file| file.path().display().to_string());
+                settings.extend(std::iter::zip(variables, paths));
+            }
+        }
+        Self {
+            settings,
+            _files: files,
+        }
+    }
+}
+
+/// Stores whose passwords are the canary.
+async fn world_with_canaries() -> World {
+    let world = World::with(
+        devstack::PostgresOptions::default(),
+        RedisOptions {
+            password: Some(CANARY.to_owned()),
+            ..RedisOptions::default()
+        },
+    );
+    sqlx::query("create role canary login superuser password 'c4nary'")
+        .execute(&mut world.session().await)
+        .await
+        .expect("a role");
+    world
+}
+
+fn secret_file(secret: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    writeln!(file, "{secret}").expect("a secret on the disk");
+    file
+}
