@@ -6,6 +6,7 @@
 mod support;
 
 mod accept;
+mod commands;
 mod count;
 mod http;
 mod outage;
