@@ -12,3 +12,4 @@ mod http;
 mod outage;
 mod server;
 mod settings;
+mod tls;
