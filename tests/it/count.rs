@@ -65,8 +65,9 @@ async fn two_instances_give_no_number_twice() {
 async fn five_instances_migrate_an_empty_database_once() {
     let world = World::new();
     let start = || world.start(&[]);
-    let (a, b, c, d, e) = tokio::join!(start(), start(), start(), start(), start());
-    for service in [&a, &b, &c, &d, &e] {
+    let five = tokio::join!(start(), start(), start(), start(), start());
+    let five = [&five.0, &five.1, &five.2, &five.3, &five.4];
+    for service in five {
         service.until_ready().await;
     }
     assert_eq!(
@@ -75,7 +76,7 @@ async fn five_instances_migrate_an_empty_database_once() {
             .await,
         2
     );
-    let visits = visits(&[&a, &b, &c, &d, &e], 10, 500).await;
+    let visits = visits(&five, 10, 500).await;
     assert!(are_one_to_n(visits.iter().map(Visit::total)));
 }
 
@@ -91,7 +92,10 @@ async fn count_follows_what_is_done_by_hand() {
             1003,
         ),
         ("update visitas set data = now() where id > 3", 1004),
-        ("delete from visitas where id % 2 = 0", 505),
+        (
+            "delete from visitas where id in (select id from visitas limit 500)",
+            505,
+        ),
         (
             "insert into visitas (id) values (1) on conflict (id) do update set data = now()",
             506,

@@ -9,7 +9,7 @@ mod world;
 use std::time::Duration;
 
 pub(crate) use self::ended::{Ended, settings};
-pub(crate) use self::service::{Answer, Service, client, program};
+pub(crate) use self::service::{Answer, Service, program};
 pub(crate) use self::wire::Wire;
 pub(crate) use self::world::World;
 
