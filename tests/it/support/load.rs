@@ -68,7 +68,7 @@ impl Load {
                     let visit = visit(&http, &url, client).await;
                     if visit.status != 200 {
                         // A refusal is quick; asking again at once would only heat the machine.
-                        tokio::time::sleep(Duration::from_millis(2)).await;
+                        tokio::time::sleep(Duration::from_millis(20)).await;
                     }
                     visits.push(visit);
                 }
