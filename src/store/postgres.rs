@@ -29,6 +29,7 @@ pub struct Postgres {
     target: Target,
     deadline: Duration,
     migrated: AtomicBool,
+    migration_announced: AtomicBool,
 }
 
 /// Why a batch of visits was not acknowledged.
@@ -116,6 +117,7 @@ impl Postgres {
             target,
             deadline: config.timeout,
             migrated: AtomicBool::new(false),
+            migration_announced: AtomicBool::new(false),
         }
     }
 

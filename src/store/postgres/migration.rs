@@ -38,16 +38,20 @@ impl Postgres {
     ///
     /// Why it was not done. What had been applied stays; a migration is applied whole or not.
     pub async fn migrate(&self) -> Result<usize, Error> {
+        let mut applied = 0;
         let pending = self.pending().await?;
         if pending > 0 {
-            tracing::info!(migrations.pending = pending, "migrating the database");
-            tokio::time::timeout(MIGRATION_DEADLINE, self.apply_migrations())
+            // Said once: what keeps it from succeeding is said by the store's state.
+            if !self.migration_announced.swap(true, Ordering::Relaxed) {
+                tracing::info!(migrations.pending = pending, "migrating the database");
+            }
+            applied = tokio::time::timeout(MIGRATION_DEADLINE, self.apply_migrations())
                 .await
                 .unwrap_or(Err(Error::Timeout(MIGRATION_DEADLINE)))?;
-            tracing::info!(migrations.applied = pending, "the database is migrated");
+            tracing::info!(migrations.applied = applied, "the database is migrated");
         }
         self.migrated.store(true, Ordering::Release);
-        Ok(pending)
+        Ok(applied)
     }
 
     /// How many migrations of this version the database lacks. It takes no lock, so that a
@@ -88,7 +92,7 @@ impl Postgres {
             .count())
     }
 
-    async fn apply_migrations(&self) -> Result<(), Error> {
+    async fn apply_migrations(&self) -> Result<usize, Error> {
         let mut connection = self.session.open_unhurried().await?;
         let started = Instant::now();
         while !sqlx::query_scalar::<_, bool>("select pg_try_advisory_lock($1)")
@@ -104,6 +108,8 @@ impl Postgres {
             }
             tokio::time::sleep(MIGRATION_LOCK_RETRY).await;
         }
+        // Whoever held the lock may have done it all.
+        let pending = self.pending().await?;
         let migrator = Migrator {
             migrations: Cow::Borrowed(&MIGRATIONS.migrations),
             // A newer version may have migrated further; what it added is its own business.
@@ -118,7 +124,7 @@ impl Postgres {
             .map_err(migration_failure)?;
         // The session's end gives the lock back; nothing is left to say if it ends badly.
         connection.close().await.ok();
-        Ok(())
+        Ok(pending)
     }
 }
 
