@@ -1,11 +1,18 @@
 //! Clients that visit at once, and what they were told.
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
+use axum::body::Body;
+use http::Request;
+use http::header::HOST;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::Service;
@@ -59,13 +66,12 @@ impl Load {
         let left = Arc::new(AtomicI64::new(visits));
         let mut set = JoinSet::new();
         for client in 0..clients {
-            let url = services[client % services.len()].url("/");
-            let http = services[client % services.len()].client.clone();
+            let mut visitor = Visitor::of(services[client % services.len()]);
             let (going, left) = (Arc::clone(&going), Arc::clone(&left));
             set.spawn(async move {
                 let mut visits = Vec::new();
                 while going.load(Ordering::Relaxed) && left.fetch_sub(1, Ordering::Relaxed) > 0 {
-                    let visit = visit(&http, &url, client).await;
+                    let visit = visitor.visit(client).await;
                     if visit.status != 200 {
                         // A refusal is quick; asking again at once would only heat the machine.
                         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -101,26 +107,53 @@ pub(crate) async fn visits(services: &[&Service], clients: usize, count: i64) ->
     Load::start_until(services, clients, count).finish().await
 }
 
-async fn visit(http: &reqwest::Client, url: &str, client: usize) -> Visit {
-    let sent = Instant::now();
-    let (status, json) = match http.get(url).send().await {
-        Ok(response) => (
-            response.status().as_u16(),
-            response
-                .text()
-                .await
-                .ok()
-                .and_then(|body| serde_json::from_str(&body).ok())
-                .unwrap_or_default(),
-        ),
-        Err(_) => (0, Value::Null),
-    };
-    Visit {
-        client,
-        sent,
-        took: sent.elapsed(),
-        status,
-        json,
+/// One client with one connection, which it opens again when it has ended. It is hyper's own: a
+/// client with more comfort would be the slower half of a test.
+struct Visitor {
+    address: SocketAddr,
+    connection: Option<SendRequest<Body>>,
+}
+
+impl Visitor {
+    fn of(service: &Service) -> Self {
+        Self {
+            address: service.address,
+            connection: None,
+        }
+    }
+
+    async fn visit(&mut self, client: usize) -> Visit {
+        let sent = Instant::now();
+        let (status, json) = self.ask().await.unwrap_or_else(|_| {
+            self.connection = None;
+            (0, Value::Null)
+        });
+        Visit {
+            client,
+            sent,
+            took: sent.elapsed(),
+            status,
+            json,
+        }
+    }
+
+    async fn ask(&mut self) -> anyhow::Result<(u16, Value)> {
+        if self.connection.as_ref().is_none_or(SendRequest::is_closed) {
+            let stream = TcpStream::connect(self.address).await?;
+            stream.set_nodelay(true)?;
+            let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+            tokio::spawn(connection);
+            self.connection = Some(sender);
+        }
+        let connection = self.connection.as_mut().expect("opened above");
+        let request = Request::get("/")
+            .header(HOST, "visitas")
+            .body(Body::empty())?;
+        connection.ready().await?;
+        let answer = connection.send_request(request).await?;
+        let status = answer.status().as_u16();
+        let body = axum::body::to_bytes(Body::new(answer.into_body()), 1024).await?;
+        Ok((status, serde_json::from_slice(&body)?))
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod ended;
 pub(crate) mod load;
+mod proxy;
 mod service;
 mod wire;
 mod world;
@@ -9,9 +10,10 @@ mod world;
 use std::time::Duration;
 
 pub(crate) use self::ended::{Ended, settings};
+pub(crate) use self::proxy::slow_way_to;
 pub(crate) use self::service::{Answer, Service, program};
 pub(crate) use self::wire::Wire;
-pub(crate) use self::world::World;
+pub(crate) use self::world::{World, execute};
 
 /// How long a test waits for what should happen soon, on a machine that is busy with other tests.
 pub(crate) const SOON: Duration = Duration::from_secs(10);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
-use sqlx::postgres::PgConnectOptions;
+use sqlx::postgres::{PgConnectOptions, PgRow};
 use sqlx::{ConnectOptions as _, PgConnection};
 
 use super::Service;
@@ -170,18 +170,29 @@ impl World {
             .expect("a number")
     }
 
-    /// One text from the test's database.
-    pub(crate) async fn text(&self, query: &str) -> String {
-        sqlx::query_scalar(sqlx::AssertSqlSafe(query.to_owned()))
+    /// One row from the test's database.
+    pub(crate) async fn row<R>(&self, query: &'static str) -> R
+    where
+        R: for<'r> sqlx::FromRow<'r, PgRow> + Send + Unpin,
+    {
+        sqlx::query_as(query)
             .fetch_one(&mut self.session().await)
             .await
-            .expect("a text")
+            .expect("a row")
+    }
+
+    /// A transaction of the superuser's that has made these statements, and stays open.
+    pub(crate) async fn transaction(&self, statements: &str) -> PgConnection {
+        let mut session = self.session().await;
+        execute(&mut session, &format!("begin; {statements}"))
+            .await
+            .expect("the statements succeed");
+        session
     }
 
     /// Runs statements in the test's database.
     pub(crate) async fn sql(&self, statements: &str) {
-        sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned()))
-            .execute(&mut self.session().await)
+        execute(&mut self.session().await, statements)
             .await
             .expect("the statements succeed");
     }
@@ -211,6 +222,14 @@ impl World {
             .await
             .expect("an answer")
     }
+}
+
+/// Runs statements in a session.
+pub(crate) async fn execute(session: &mut PgConnection, statements: &str) -> sqlx::Result<()> {
+    sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned()))
+        .execute(session)
+        .await
+        .map(drop)
 }
 
 impl Drop for World {
