@@ -9,6 +9,7 @@ mod accept;
 mod commands;
 mod count;
 mod http;
+mod load;
 mod outage;
 mod server;
 mod settings;
