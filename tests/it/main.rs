@@ -6,6 +6,7 @@
 mod support;
 
 mod accept;
+mod adoption;
 mod commands;
 mod count;
 mod http;

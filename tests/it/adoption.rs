@@ -1,0 +1,310 @@
+//! What an earlier version, a newer one or somebody else left in the database.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+
+use time::OffsetDateTime;
+use tokio::task::JoinHandle;
+
+use crate::support::load::visits;
+use crate::support::{Ended, SOON, Service, World, eventually, execute};
+
+/// The table as the challenge's Flask program makes it.
+const FLASK: &str =
+    "create table visitas (id serial primary key, data_hora timestamp default now())";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_the_flask_version_are_kept_and_counted() {
+    let rows =
+        "insert into visitas (data_hora) values ('2024-05-06 07:08:09.123456'), ('2025-01-01')";
+    let (world, service) = adopt(&[FLASK, rows]).await;
+    assert_eq!(service.visit().await.0, 3);
+    assert_eq!(world.rows().await, 3);
+    assert_eq!(ids(&world).await[..2], [1, 2]);
+    let moved = "select count(*) from visitas where data = data_hora::timestamptz";
+    assert_eq!(world.number(moved).await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn adopted_table_has_the_columns_of_a_new_one() {
+    let new = columns(&adopt(&[]).await.0).await;
+    for table in [
+        FLASK,
+        "create table visitas (id serial primary key, data timestamp)",
+        "create table visitas (id int generated always as identity primary key, data date not null)",
+        "create table visitas (data timestamptz)",
+    ] {
+        let adopted = columns(&adopt(&[table]).await.0).await;
+        assert_eq!(adopted, new, "{table}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_without_a_moment_get_the_migrations() {
+    let table = "create table visitas (id serial primary key)";
+    let before = OffsetDateTime::now_utc();
+    let (world, service) = adopt(&[
+        table,
+        "insert into visitas select from generate_series(1, 3)",
+    ])
+    .await;
+    let (first, last): (OffsetDateTime, OffsetDateTime) =
+        world.row("select min(data), max(data) from visitas").await;
+    assert!(before <= first && first == last && last <= OffsetDateTime::now_utc());
+    assert_eq!(service.visit().await.0, 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn moment_that_must_be_given_is_moved_to_data_and_need_not_be_given() {
+    let table = "create table visitas (id serial primary key, momento timestamptz not null)";
+    let rows = "insert into visitas (momento) values ('2024-05-06 07:08:09+03')";
+    let (world, service) = adopt(&[table, rows]).await;
+    assert_eq!(service.visit().await.0, 2);
+    let moved =
+        "select count(*) from visitas where data = '2024-05-06 04:08:09+00' and momento = data";
+    assert_eq!(world.number(moved).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_column_that_must_be_given_does_not_stop_visits() {
+    let table = "create table visitas (id serial primary key, ip text not null, agente text not null default '-')";
+    let (world, service) = adopt(&[table, "insert into visitas (ip) values ('192.0.2.1')"]).await;
+    assert_eq!(service.visit().await.0, 2);
+    let kept = "select count(*) from visitas where ip = '192.0.2.1' and agente = '-'";
+    assert_eq!(world.number(kept).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn timestamps_without_zone_are_read_in_the_servers() {
+    let world = World::of_its_own();
+    world
+        .sql("alter system set timezone = 'America/Sao_Paulo'")
+        .await;
+    world.sql("select pg_reload_conf()").await;
+    world
+        .sql("create table visitas (id serial primary key, data timestamp default now())")
+        .await;
+    world
+        .sql("insert into visitas (data) values ('2024-05-06 07:08:09.123456')")
+        .await;
+    assert_eq!(world.serve().await.visit().await.0, 2);
+    let meant = "select count(*) from visitas where data = '2024-05-06 10:08:09.123456+00'";
+    assert_eq!(world.number(meant).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn program_that_inserts_meanwhile_goes_on_and_is_counted() {
+    let world = World::new();
+    world.sql(FLASK).await;
+    world
+        .sql("insert into visitas select from generate_series(1, 100000)")
+        .await;
+    let old = OldProgram::start(&world).await;
+    old.until_it_has_inserted(20).await;
+    let service = world.serve().await;
+    old.until_it_has_inserted(20).await;
+    visits(&[&service], 4, 50).await;
+    let inserted = old.stop().await;
+    assert_eq!(service.visit().await.0, 100_000 + inserted + 51);
+    assert_eq!(world.rows().await, 100_000 + inserted + 51);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn database_that_a_newer_version_has_migrated_is_accepted() {
+    let world = World::new();
+    drop(world.serve().await);
+    let newer = "insert into _sqlx_migrations (version, description, success, checksum, execution_time) \
+                 values (9999, 'newer', true, '', 0)";
+    world.sql(newer).await;
+    assert_eq!(world.serve().await.visit().await.0, 1);
+    let ended = Ended::of(&["migrate"], &world.settings()).await;
+    assert_eq!(ended.output, "the database is up to date\n");
+    assert_eq!(ended.code, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migration_that_a_newer_version_left_out_is_applied() {
+    let world = World::new();
+    drop(world.serve().await);
+    world
+        .sql("update _sqlx_migrations set version = 9999 where version = 2")
+        .await;
+    world
+        .sql(
+            "drop trigger visitas_anota_insercao on visitas; \
+               drop trigger visitas_anota_remocao on visitas; \
+               drop trigger visitas_anota_truncamento on visitas",
+        )
+        .await;
+    assert_eq!(world.serve().await.visit().await.0, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn held_migration_lock_does_not_delay_a_database_in_order() {
+    let world = World::new();
+    drop(world.serve().await);
+    let _lock = world.transaction(MIGRATION_LOCK).await;
+    let asked = Instant::now();
+    let ended = Ended::of(&["migrate"], &world.settings()).await;
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(asked.elapsed() < LOCK_WAIT);
+    assert_eq!(world.serve().await.visit().await.0, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn service_migrates_once_the_migration_lock_is_free() {
+    let world = World::new();
+    let lock = world.transaction(MIGRATION_LOCK).await;
+    let service = world.start(&[]).await;
+    let waiting = "select count(*) from pg_stat_activity \
+                   where datname = current_database() and query like '%pg_try_advisory_lock%' \
+                   and pid <> pg_backend_pid()";
+    eventually("it waits for the lock", SOON, async || {
+        world.number(waiting).await == 1
+    })
+    .await;
+    assert_eq!(service.get("/health/ready").await.status, 503);
+    assert_eq!(service.get("/").await.status, 503);
+    drop(lock);
+    service.until_ready().await;
+    assert_eq!(service.visit().await, (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wait_for_the_migration_lock_is_bounded() {
+    let world = World::new();
+    let _lock = world.transaction(MIGRATION_LOCK).await;
+    let service = world.start(&[]).await;
+    eventually("it says that it waits", 2 * LOCK_WAIT, async || {
+        why_down(&service).contains("another session holds the migration lock")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn view_in_place_of_the_table_is_named_and_can_be_removed() {
+    let world = World::new();
+    world.sql("create view visitas as select 1 as id").await;
+    let service = world.start(&[]).await;
+    eventually("it says why it does not migrate", SOON, async || {
+        why_down(&service).contains("public.visitas exists and is not an ordinary table")
+    })
+    .await;
+    assert_eq!(service.get("/health/ready").await.status, 503);
+    assert_eq!(service.get("/").await.status, 503);
+    until_it_has_tried(&service, 5).await;
+    world.sql("drop view visitas").await;
+    service.until_ready().await;
+    assert_eq!(service.visit().await, (1, 1));
+    for said_once in [
+        "store is down",
+        "migrating the database",
+        "store is up again",
+    ] {
+        assert_eq!(service.logged(said_once).len(), 1, "{said_once}");
+    }
+}
+
+/// What migrations are serialised by, and how long it is waited for.
+const MIGRATION_LOCK: &str = "select pg_advisory_xact_lock(x'7669736974617300'::bigint)";
+const LOCK_WAIT: Duration = Duration::from_secs(10);
+
+/// A database in which these statements were made, and a service that has adopted what they left.
+async fn adopt(statements: &[&str]) -> (World, Service) {
+    let world = World::new();
+    for statement in statements {
+        world.sql(statement).await;
+    }
+    let service = world.serve().await;
+    (world, service)
+}
+
+async fn ids(world: &World) -> Vec<i64> {
+    sqlx::query_scalar("select id from visitas order by id")
+        .fetch_all(&mut world.session().await)
+        .await
+        .unwrap()
+}
+
+/// The two columns that visits fill, and the key, in SQL's words.
+async fn columns(world: &World) -> Vec<(String, String, String, Option<String>, String)> {
+    sqlx::query_as(
+        "select column_name::text, data_type::text, is_nullable::text, column_default::text, \
+                coalesce(identity_generation::text, '-') \
+           from information_schema.columns \
+          where table_name = 'visitas' \
+            and column_name in ('id', 'data') \
+         union all \
+         select pg_get_constraintdef(oid), '', '', '', '' \
+           from pg_constraint \
+          where conrelid = 'visitas'::regclass \
+          order by 1",
+    )
+    .fetch_all(&mut world.session().await)
+    .await
+    .unwrap()
+}
+
+/// Why the service said that a store is down.
+fn why_down(service: &Service) -> String {
+    service
+        .logged("store is down")
+        .iter()
+        .map(|line| line["error"].to_string())
+        .collect()
+}
+
+/// Waits until the service has looked so often for what it is to migrate.
+async fn until_it_has_tried(service: &Service, times: u32) {
+    let calls = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="SELECT",outcome="ok"}"#;
+    eventually("it tries again", SOON, async || {
+        service.metric(calls).await >= Some(times.into())
+    })
+    .await;
+}
+
+/// A program that knows nothing of the count and inserts all the time.
+struct OldProgram {
+    inserted: Arc<AtomicI64>,
+    going: Arc<AtomicBool>,
+    task: JoinHandle<()>,
+}
+
+impl OldProgram {
+    async fn start(world: &World) -> Self {
+        let inserted = Arc::new(AtomicI64::new(0));
+        let going = Arc::new(AtomicBool::new(true));
+        let mut session = world.session().await;
+        let task = tokio::spawn({
+            let (inserted, going) = (Arc::clone(&inserted), Arc::clone(&going));
+            async move {
+                while going.load(Ordering::Relaxed) {
+                    let insert = "insert into visitas (data_hora) values (now())";
+                    execute(&mut session, insert).await.unwrap();
+                    inserted.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        Self {
+            inserted,
+            going,
+            task,
+        }
+    }
+
+    async fn until_it_has_inserted(&self, more: i64) {
+        let before = self.inserted.load(Ordering::Relaxed);
+        eventually("the old program inserts", SOON, async || {
+            self.inserted.load(Ordering::Relaxed) >= before + more
+        })
+        .await;
+    }
+
+    /// Returns how many rows it has inserted.
+    async fn stop(self) -> i64 {
+        self.going.store(false, Ordering::Relaxed);
+        self.task.await.unwrap();
+        self.inserted.load(Ordering::Relaxed)
+    }
+}
