@@ -12,6 +12,7 @@ mod count;
 mod http;
 mod load;
 mod outage;
+mod repair;
 mod server;
 mod settings;
 mod tls;
