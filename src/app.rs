@@ -115,20 +115,15 @@ impl App {
         let upkeep = tokio::spawn(upkeep(service.clone()));
         let mut writing = tokio::spawn(writer.run());
 
-        let router = routes(
-            &service,
-            Observer::new(
-                service.telemetry.sampler(),
-                config.telemetry.log.access_slow,
-            ),
-            metrics_listener.is_none(),
-        );
+        let slow = config.telemetry.log.access_slow;
+        let observer = Observer::new(service.telemetry.sampler(), slow);
+        let router = routes(&service, Arc::clone(&observer), metrics_listener.is_none());
         // A part of the time is kept for the last spans, and a part of that for the end itself.
         let flush = (shutdown.timeout / 5).min(FLUSH_TIMEOUT);
         let drain = shutdown.timeout.saturating_sub(flush);
         let (metrics_stop, metrics_stopped) = tokio::sync::oneshot::channel::<()>();
         let metrics_server = metrics_listener.map(|listener| {
-            let router = metrics_routes(&service);
+            let router = metrics_routes(&service, observer);
             tokio::spawn(async move {
                 let stop = async {
                     metrics_stopped.await.ok();
@@ -201,8 +196,6 @@ async fn finish_writing(mut writing: JoinHandle<()>, deadline: Instant) {
     }
 }
 
-/// The routes. Of the layers the last one added sees a request first: what is observed includes
-/// what the others refuse, and a panic is caught before it can pass anything unobserved.
 fn routes(service: &Service, observer: Arc<Observer>, with_metrics: bool) -> Router {
     let mut router = Router::new()
         .route("/", get(visit::record).head(visit::head))
@@ -212,20 +205,22 @@ fn routes(service: &Service, observer: Arc<Observer>, with_metrics: bool) -> Rou
     if with_metrics {
         router = router.route("/metrics", get(metrics::render));
     }
+    layered(router.with_state(service.clone()), observer)
+}
+
+fn metrics_routes(service: &Service, observer: Arc<Observer>) -> Router {
+    let router = Router::new().route("/metrics", get(metrics::render));
+    layered(router.with_state(service.clone()), observer)
+}
+
+/// Of the layers the last one added sees a request first: what is observed includes what the
+/// others refuse, and a panic is caught before it can pass anything unobserved.
+fn layered(router: Router, observer: Arc<Observer>) -> Router {
     router
-        .with_state(service.clone())
         .layer(RequestBodyLimitLayer::new(BODY_LIMIT))
         .layer(CatchPanicLayer::new())
         .layer(map_response(error::problem_document))
         .layer(from_fn_with_state(observer, observe))
-}
-
-fn metrics_routes(service: &Service) -> Router {
-    Router::new()
-        .route("/metrics", get(metrics::render))
-        .with_state(service.clone())
-        .layer(CatchPanicLayer::new())
-        .layer(map_response(error::problem_document))
 }
 
 async fn monitor(service: Service) {

@@ -43,8 +43,9 @@ use tower::Service;
 
 use super::Limits;
 
-/// hyper's cap on a head, and on what it buffers of an answer before it writes. A longer head is
-/// answered 431, more than 100 fields too. Buffers start at 8 KiB each way and grow as needed.
+/// hyper's cap on what it has read of a head before it reads on, and on what it buffers of an
+/// answer before it writes. A head of more than twice this is answered 431, more than 100 fields
+/// too. Buffers start at 8 KiB each way and grow as needed.
 const BUFFER_MAX: usize = 64 * 1024;
 
 /// How long a client may go on sending what nobody reads after its answer: a body that the handler

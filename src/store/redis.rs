@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo,
-    RedisError, TlsCertificates,
+    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, IntoConnectionInfo,
+    RedisConnectionInfo, RedisError, TlsCertificates,
 };
 
 use super::pool::{Connect, Pool};
@@ -239,6 +239,11 @@ fn failure(error: RedisError) -> Error {
     match error.code() {
         Some(code) => Error::Refused {
             code: code.to_owned(),
+            source: error.into(),
+        },
+        // The driver keeps the server's word of a refused login from us.
+        None if error.kind() == ErrorKind::AuthenticationFailed => Error::Refused {
+            code: "WRONGPASS".to_owned(),
             source: error.into(),
         },
         None if error.is_io_error() || error.is_connection_dropped() => {

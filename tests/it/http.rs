@@ -479,6 +479,7 @@ async fn metrics_are_only_at_their_own_address_where_it_is_set() {
     };
     let metrics = at("/metrics").await;
     assert_eq!(metrics.status, StatusCode::OK);
+    assert!(!metrics.header("x-request-id").is_empty());
     assert!(
         metrics.body.contains("\nvisitas_queue_depth "),
         "{metrics:?}"

@@ -201,6 +201,26 @@ async fn redis_that_answers_ping_and_takes_no_visit_is_down_without_flapping() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn refused_login_is_named_in_log_and_metrics() {
+    let world = World::new();
+    let url = format!(
+        "redis://:wrong@{}:{}",
+        world.redis.host(),
+        world.redis.port()
+    );
+    redis_command(&world, "config set requirepass right").await;
+    let mut settings = world.settings();
+    settings.retain(|(name, _)| !name.starts_with("REDIS_"));
+    settings.push(("REDIS_URL".to_owned(), url));
+    let service = Service::start(&settings).await;
+    eventually("the refusal is counted", SOON, async || {
+        let metrics = service.get("/metrics").await.body;
+        metrics.contains("error_type=\"WRONGPASS\"")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn postgres_that_reads_and_does_not_write_is_down_without_flapping() {
     let world = World::of_its_own();
     let service = world.serve().await;
