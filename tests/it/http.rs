@@ -340,7 +340,7 @@ async fn no_answer_says_what_a_store_said_or_where_it_is() {
             "senha",
             "n0body",
             "lookup",
-            "WRONGPASS",
+            "WRONGPASS ",
             "NOAUTH",
             "28P01:",
             "os error",
