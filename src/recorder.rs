@@ -110,6 +110,10 @@ impl Recorder {
     /// Why the visit is not known to be recorded. After a full queue, a stop or a refusal by
     /// Postgres it certainly is not.
     pub async fn record(&self) -> Result<Recorded, Refusal> {
+        // The writer closes the queue, but only once it has done with the batch in its hands.
+        if *self.stop.borrow() {
+            return Err(shed(Refusal::Stopping));
+        }
         let (answer, answered) = oneshot::channel();
         let queued = Instant::now();
         let deadline = queued + self.deadline;
@@ -120,12 +124,9 @@ impl Recorder {
             span: Span::current(),
             answer,
         };
-        self.queue.try_send(visit).map_err(|error| {
-            metric::visits(Outcome::Shed, 1);
-            match error {
-                mpsc::error::TrySendError::Full(_) => Refusal::QueueFull,
-                mpsc::error::TrySendError::Closed(_) => Refusal::Stopping,
-            }
+        self.queue.try_send(visit).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => shed(Refusal::QueueFull),
+            mpsc::error::TrySendError::Closed(_) => shed(Refusal::Stopping),
         })?;
         match tokio::time::timeout_at(deadline, answered).await {
             Ok(Ok(answer)) => answer,
@@ -145,6 +146,12 @@ impl Recorder {
     pub fn depth(&self) -> usize {
         self.queue.max_capacity() - self.queue.capacity()
     }
+}
+
+/// Counts a visit that was not taken.
+fn shed(refusal: Refusal) -> Refusal {
+    metric::visits(Outcome::Shed, 1);
+    refusal
 }
 
 impl Writer {
