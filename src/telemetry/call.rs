@@ -229,3 +229,40 @@ impl Drop for Running<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::{Context, Waker};
+
+    use metrics_exporter_prometheus::PrometheusBuilder;
+
+    use super::*;
+
+    #[test]
+    fn call_whose_caller_goes_away_is_counted() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let target = Target {
+            system: System::Redis,
+            namespace: "0".to_owned(),
+            address: "localhost".to_owned(),
+            port: 6379,
+        };
+        let operation = Operation::command("INCRBY");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let _entered = runtime.enter();
+        metrics::with_local_recorder(&recorder, || {
+            let mut trace = Trace::none();
+            let never = std::future::pending::<Result<(), Error>>();
+            let deadline = Duration::from_secs(1);
+            let mut call = Box::pin(call(&target, &operation, None, &mut trace, deadline, never));
+            let mut context = Context::from_waker(Waker::noop());
+            assert!(call.as_mut().poll(&mut context).is_pending());
+        });
+        let text = recorder.handle().render();
+        assert!(text.contains("outcome=\"cancelled\"} 1"), "{text}");
+        assert!(text.contains("error_type=\"cancelled\""), "{text}");
+    }
+}
