@@ -290,6 +290,95 @@ async fn wait_for_the_counts_lock_ends_in_a_definite_failure() {
     assert_eq!(world.rows().await, 1);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn both_stores_killed_are_used_again_within_a_second_of_their_return() {
+    let world = World::alone();
+    let service = world.serve().await;
+    assert_eq!(service.visit().await, (1, 1));
+    world.redis.kill().unwrap();
+    world.postgres.kill().unwrap();
+    service.until_health("unavailable").await;
+    let (status, took) = timed_visit(&service).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(took < Duration::from_millis(250), "{took:?}");
+
+    world.redis.start_again().unwrap();
+    world.postgres.start_again().unwrap();
+    let took = until_visit(&service, |visit| visit["redis_status"] == "ok").await;
+    assert!(took < RECOVERY, "{took:?}");
+    assert!(world.redis_visits().await < world.rows().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wait_for_a_table_lock_ends_in_a_definite_failure() {
+    let world = World::new();
+    let service = world.serve().await;
+    let mut holder = world.session().await;
+    sqlx::raw_sql("begin; lock table visitas in access exclusive mode")
+        .execute(&mut holder)
+        .await
+        .unwrap();
+    fails_definitely(&service).await;
+    drop(holder);
+    until_visit(&service, |visit| visit["db_status"] == "ok").await;
+    assert_eq!(world.rows().await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn insertion_that_takes_too_long_ends_in_a_definite_failure() {
+    let world = World::new();
+    let service = world.serve().await;
+    world
+        .sql(
+            "create function demorar() returns trigger language plpgsql \
+             as 'begin perform pg_sleep(5); return null; end'; \
+             create trigger demora before insert on visitas execute function demorar()",
+        )
+        .await;
+    fails_definitely(&service).await;
+    world.sql("drop trigger demora on visitas").await;
+    until_visit(&service, |visit| visit["db_status"] == "ok").await;
+    assert_eq!(world.rows().await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn open_sessions_that_become_read_only_are_one_outage() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    let read_only = |value: &str| {
+        let set = format!("alter system set default_transaction_read_only = {value}");
+        world.postgres.sql("postgres", &set).unwrap();
+        let reload = "select pg_reload_conf()";
+        world.postgres.sql("postgres", reload).unwrap();
+    };
+    service.visit().await;
+    read_only("on");
+    until_visit(&service, |visit| visit["db_status"] == "erro").await;
+    for _ in 0..20 {
+        service.get("/").await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(service.logged("store is up again").is_empty());
+    assert_eq!(counted(&service, "in_doubt").await, 0);
+
+    read_only("off");
+    service.until_ready().await;
+    eventually("its end is logged", SOON, async || {
+        service.logged("store is up again").len() == 1
+    })
+    .await;
+    assert_eq!(service.logged("store is down").len(), 1);
+}
+
+/// Makes a visit, which must fail in time and for certain.
+async fn fails_definitely(service: &Service) {
+    let (status, took) = timed_visit(service).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(took < LONGEST_ANSWER, "{took:?}");
+    assert_eq!(counted(service, "in_doubt").await, 0);
+    assert_eq!(counted(service, "failed").await, 1);
+}
+
 fn count<'a>(visits: impl Iterator<Item = &'a Visit>) -> i64 {
     visits.map(|_visit| 1).sum()
 }
