@@ -5,6 +5,7 @@
 
 mod support;
 
+mod abandoned;
 mod accept;
 mod adoption;
 mod commands;

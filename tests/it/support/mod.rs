@@ -13,7 +13,7 @@ pub(crate) use self::ended::{Ended, settings};
 pub(crate) use self::proxy::slow_way_to;
 pub(crate) use self::service::{Answer, Service, program};
 pub(crate) use self::wire::Wire;
-pub(crate) use self::world::{World, execute};
+pub(crate) use self::world::{HeldCount, World, execute};
 
 /// How long a test waits for what should happen soon, on a machine that is busy with other tests.
 pub(crate) const SOON: Duration = Duration::from_secs(10);

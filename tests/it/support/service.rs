@@ -152,6 +152,35 @@ impl Service {
         Answer::of(response).await
     }
 
+    /// Begins a visit, whose answer is awaited later.
+    pub(crate) fn begin_visit(&self) -> tokio::task::JoinHandle<Answer> {
+        let request = self.client.get(self.url("/"));
+        tokio::spawn(async move {
+            let response = request.send().await.expect("an answer");
+            Answer {
+                status: response.status(),
+                headers: response.headers().clone(),
+                body: response.text().await.expect("a body"),
+            }
+        })
+    }
+
+    /// How many visits had this outcome.
+    pub(crate) async fn counted(&self, outcome: &str) -> u64 {
+        let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}} ");
+        let text = self.get("/metrics").await.body;
+        let count = text.lines().find_map(|line| line.strip_prefix(&series));
+        count.and_then(|count| count.parse().ok()).expect("a count")
+    }
+
+    /// Waits until so many visits wait for the writer.
+    pub(crate) async fn until_queued(&self, visits: u32) {
+        eventually("the visits are queued", SOON, async || {
+            self.metric("visitas_queue_depth").await == Some(f64::from(visits))
+        })
+        .await;
+    }
+
     /// Makes a visit and returns its two numbers. Both stores must be up.
     pub(crate) async fn visit(&self) -> (i64, i64) {
         let answer = self.get("/").await;

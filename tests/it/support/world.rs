@@ -8,7 +8,7 @@ use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
 use sqlx::postgres::{PgConnectOptions, PgRow};
 use sqlx::{ConnectOptions as _, PgConnection};
 
-use super::Service;
+use super::{SOON, Service, eventually};
 
 /// What a service needs around it. A test has one at a time: it may wait for its turn.
 pub(crate) struct World {
@@ -230,6 +230,43 @@ pub(crate) async fn execute(session: &mut PgConnection, statements: &str) -> sql
         .execute(session)
         .await
         .map(drop)
+}
+
+/// The count's lock: visits wait until it is released.
+pub(crate) struct HeldCount(PgConnection);
+
+impl HeldCount {
+    /// Takes it.
+    pub(crate) async fn of(world: &World) -> Self {
+        let mut session = world.session().await;
+        sqlx::raw_sql("begin; select public.travar_contagem()")
+            .execute(&mut session)
+            .await
+            .expect("the lock");
+        Self(session)
+    }
+
+    /// Waits until a batch of visits is with Postgres and waits for it.
+    pub(crate) async fn until_waited_for(&mut self) {
+        let waiting = "select exists (select from pg_locks as l \
+                       where l.locktype = 'advisory' and not l.granted and l.database = \
+                       (select d.oid from pg_database as d where d.datname = current_database()))";
+        eventually("a batch waits for the lock", SOON, async || {
+            sqlx::query_scalar::<_, bool>(waiting)
+                .fetch_one(&mut self.0)
+                .await
+                .expect("the locks")
+        })
+        .await;
+    }
+
+    /// Gives it back.
+    pub(crate) async fn release(mut self) {
+        sqlx::raw_sql("commit")
+            .execute(&mut self.0)
+            .await
+            .expect("the end of the lock");
+    }
 }
 
 impl Drop for World {

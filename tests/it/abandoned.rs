@@ -1,0 +1,126 @@
+//! Visits that nobody waits for any more, and the moment from which a visit counts.
+
+use std::time::{Duration, Instant};
+
+use reqwest::StatusCode;
+
+use crate::support::{HeldCount, SOON, Service, Wire, World, eventually};
+
+/// Deadlines that leave a test the time to hold the count's lock.
+const PATIENT: [(&str, &str); 2] = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn visit_is_acknowledged_only_after_its_commit() {
+    let world = World::new();
+    let service = world.serve_with(&PATIENT).await;
+    let mut count = HeldCount::of(&world).await;
+    let visit = service.begin_visit();
+    count.until_waited_for().await;
+    assert_eq!(service.counted("ok").await, 0);
+    assert!(!visit.is_finished());
+    assert_eq!(world.rows().await, 0);
+
+    count.release().await;
+    assert_eq!(visit.await.unwrap().json()["total_registros_db"], 1);
+    assert_eq!(world.rows().await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn visit_whose_client_leaves_the_queue_is_not_recorded() {
+    let world = World::new();
+    let service = world.serve_with(&PATIENT).await;
+    let mut count = HeldCount::of(&world).await;
+    let first = service.begin_visit();
+    count.until_waited_for().await;
+    let mut leaving = Wire::open(&service).await;
+    leaving.send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    service.until_queued(1).await;
+    drop(leaving);
+    until_requests(&service, 2.0).await;
+
+    count.release().await;
+    assert_eq!(first.await.unwrap().status, StatusCode::OK);
+    eventually("it is counted", SOON, async || {
+        service.counted("abandoned").await == 1
+    })
+    .await;
+    assert_eq!(service.visit().await, (2, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn visit_whose_client_leaves_after_the_flush_is_recorded() {
+    let world = World::new();
+    let service = world.serve_with(&PATIENT).await;
+    let mut count = HeldCount::of(&world).await;
+    let mut leaving = Wire::open(&service).await;
+    leaving.send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    count.until_waited_for().await;
+    drop(leaving);
+    until_requests(&service, 1.0).await;
+
+    count.release().await;
+    assert_eq!(service.visit().await, (2, 2));
+    assert_eq!(service.counted("abandoned").await, 0);
+}
+
+/// The first visit takes 2.4 s in Postgres and 2.7 s in Redis; the one behind it waits for 4 s.
+#[tokio::test(flavor = "multi_thread")]
+async fn visit_whose_deadline_passes_in_the_queue_is_refused_then_and_not_recorded() {
+    let world = World::new();
+    let timeouts = [
+        ("DB_TIMEOUT", "4s"),
+        ("VISIT_TIMEOUT", "4s"),
+        ("REDIS_TIMEOUT", "2700ms"),
+    ];
+    let service = world.serve_with(&timeouts).await;
+    slow_inserts(&world, 2.4).await;
+    let first = service.begin_visit();
+    until_inserting(&world).await;
+    world.redis.pause().unwrap();
+    let began = Instant::now();
+    let second = service.begin_visit();
+    service.until_queued(1).await;
+
+    assert_eq!(
+        second.await.unwrap().status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+    let took = began.elapsed();
+    let expected = Duration::from_millis(3900)..Duration::from_millis(4400);
+    assert!(expected.contains(&took), "{took:?}");
+    assert_eq!(first.await.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
+    eventually("both are counted", SOON, async || {
+        service.counted("failed").await == 1 && service.counted("in_doubt").await == 1
+    })
+    .await;
+    assert_eq!(world.rows().await, 1, "the first one, told of by nobody");
+}
+
+/// Waits until so many requests are being answered, the one that asks included.
+async fn until_requests(service: &Service, requests: f64) {
+    let series = r#"http_server_active_requests{http_request_method="GET",url_scheme="http"}"#;
+    eventually("the client is known to have left", SOON, async || {
+        service.metric(series).await == Some(requests)
+    })
+    .await;
+}
+
+/// Makes each insertion take a while.
+async fn slow_inserts(world: &World, seconds: f64) {
+    world
+        .sql(&format!(
+            "create function demorar() returns trigger language plpgsql \
+             as 'begin perform pg_sleep({seconds}); return null; end'; \
+             create trigger demora before insert on visitas execute function demorar()"
+        ))
+        .await;
+}
+
+async fn until_inserting(world: &World) {
+    let inserting = "select count(*) from pg_stat_activity \
+                     where datname = current_database() and wait_event = 'PgSleep'";
+    eventually("an insertion is under way", SOON, async || {
+        world.number(inserting).await == 1
+    })
+    .await;
+}
