@@ -16,4 +16,5 @@ mod outage;
 mod repair;
 mod server;
 mod settings;
+mod shutdown;
 mod tls;

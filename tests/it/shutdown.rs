@@ -1,0 +1,239 @@
+//! The way out: what is still answered after a signal, and how long the end may take.
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use devstack::Server;
+use reqwest::StatusCode;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use crate::support::{HeldCount, SOON, Service, Wire, World, eventually};
+
+const VISIT: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stop_under_load_answers_every_request_and_keeps_every_visit() {
+    let world = World::alone();
+    let service = world.serve().await;
+    let mut clients = JoinSet::new();
+    for _ in 0..32 {
+        clients.spawn(visit_until_closed(Wire::open(&service).await));
+    }
+    eventually("visits are made", SOON, async || world.rows().await > 200).await;
+    let stopped = Instant::now();
+    service.signal("TERM");
+
+    let mut acknowledged = 0;
+    for client in clients.join_all().await {
+        assert_eq!(client.unanswered, 0);
+        acknowledged += client.acknowledged;
+    }
+    assert!(service.ended(SOON).await.success());
+    assert!(stopped.elapsed() < Duration::from_secs(2));
+    assert_eq!(world.rows().await, acknowledged);
+    assert_eq!(world.redis_visits().await, acknowledged);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn queued_visits_are_recorded_after_the_stop_and_later_ones_refused() {
+    let world = World::new();
+    let patient = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
+    let service = world.serve_with(&patient).await;
+    let mut count = HeldCount::of(&world).await;
+    let first = service.begin_visit();
+    count.until_waited_for().await;
+    let queued: JoinSet<_> = (0..10).map(|_| service.begin_visit()).collect();
+    let (begun, rest) = VISIT.split_at(20);
+    let mut late = Wire::open(&service).await;
+    late.send(begun).await;
+    service.until_queued(10).await;
+
+    service.signal("TERM");
+    eventually("the stop is under way", SOON, async || {
+        TcpStream::connect(service.address).await.is_err()
+    })
+    .await;
+    late.send(rest).await;
+    let refused = late.rest().await;
+    assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
+    assert!(refused.to_lowercase().contains("\r\nconnection: close\r\n"));
+    assert!(refused.contains(r#""db_status":"ok""#), "{refused}");
+
+    count.release().await;
+    assert_eq!(first.await.unwrap().status, StatusCode::OK);
+    for answer in queued.join_all().await {
+        assert_eq!(answer.unwrap().status, StatusCode::OK);
+    }
+    assert!(service.ended(SOON).await.success());
+    assert_eq!(world.rows().await, 11);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stop_delay_serves_as_before_and_says_that_it_is_not_ready() {
+    let world = World::new();
+    let delay = Duration::from_secs(2);
+    let service = world.serve_with(&[("SHUTDOWN_DELAY", "2s")]).await;
+    let stopped = Instant::now();
+    stop(&service).await;
+    let ready = service.get("/health/ready").await;
+    assert_eq!(ready.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(ready.json()["status"], "unavailable");
+    assert_eq!(service.get("/health/live").await.status, StatusCode::OK);
+    let mut visits = 0;
+    while stopped.elapsed() < delay * 3 / 4 {
+        visits += 1;
+        assert_eq!(service.visit().await, (visits, visits));
+    }
+    assert!(service.ended(SOON).await.success());
+    assert!(stopped.elapsed() >= delay);
+    assert_eq!(world.rows().await, visits);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn half_sent_request_holds_no_stop_beyond_its_time() {
+    let world = World::alone();
+    let service = world
+        .serve_with(&[
+            ("SHUTDOWN_DELAY", "200ms"),
+            ("SHUTDOWN_TIMEOUT", "1s"),
+            ("HEADER_TIMEOUT", "1m"),
+        ])
+        .await;
+    let mut half = Wire::open(&service).await;
+    half.send("GET / HTTP/1.1\r\nhost:").await;
+    eventually("it is open", SOON, async || {
+        service.metric("visitas_http_connections").await >= Some(2.0)
+    })
+    .await;
+    ends_within(&service, Duration::from_millis(1200)).await;
+    assert_eq!(half.rest().await, "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn second_signal_ends_the_program_at_once() {
+    let world = World::new();
+    for second in ["TERM", "INT"] {
+        let service = world.serve_with(&[("SHUTDOWN_DELAY", "1m")]).await;
+        stop(&service).await;
+        service.signal(second);
+        let status = service.ended(Duration::from_secs(1)).await;
+        assert_eq!(status.code(), Some(1));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn interrupt_stops_like_a_termination() {
+    let world = World::new();
+    let service = world.serve_with(&[("SHUTDOWN_DELAY", "300ms")]).await;
+    let stopped = Instant::now();
+    service.signal("INT");
+    service.until_health("unavailable").await;
+    assert_eq!(service.visit().await, (1, 1));
+    assert!(service.ended(SOON).await.success());
+    assert!(stopped.elapsed() >= Duration::from_millis(300));
+    until_logged(&service, "stopped").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stop_is_in_time_while_postgres_stands_still() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    world.postgres.pause().unwrap();
+    let visit = service.begin_visit();
+    until_in_flight(&service).await;
+    ends_within(&service, Duration::from_secs(3)).await;
+    assert_eq!(visit.await.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stop_is_in_time_while_redis_stands_still() {
+    let world = World::new();
+    let service = world.serve_with(&[("REDIS_TIMEOUT", "600ms")]).await;
+    world.redis.pause().unwrap();
+    let visit = service.begin_visit();
+    until_in_flight(&service).await;
+    ends_within(&service, Duration::from_secs(4)).await;
+    assert_eq!(visit.await.unwrap().status, StatusCode::OK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stop_is_in_time_without_any_store() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    for store in [&**world.postgres as &Server, &world.redis] {
+        store.kill().unwrap();
+    }
+    service.until_health("unavailable").await;
+    ends_within(&service, Duration::from_secs(2)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stop_is_in_time_beside_a_collector_that_never_answers() {
+    let world = World::alone();
+    let silent = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    let settings = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        ("SHUTDOWN_TIMEOUT", "2s"),
+    ];
+    let service = world.serve_with(&settings).await;
+    assert!(!service.get("/").await.header("traceresponse").is_empty());
+    ends_within(&service, Duration::from_secs(2)).await;
+    until_logged(&service, "the last spans were not exported").await;
+}
+
+/// What a client has seen that visits until its connection is closed.
+struct Seen {
+    acknowledged: i64,
+    unanswered: u32,
+}
+
+async fn visit_until_closed(mut wire: Wire) -> Seen {
+    let mut acknowledged = 0;
+    loop {
+        wire.send(VISIT).await;
+        let Some(answer) = wire.answer_within(SOON).await else {
+            let unanswered = 1;
+            return Seen {
+                acknowledged,
+                unanswered,
+            };
+        };
+        acknowledged += i64::from(answer.starts_with("HTTP/1.1 200 "));
+        if answer.to_lowercase().contains("\r\nconnection: close\r\n") {
+            return Seen {
+                acknowledged,
+                unanswered: 0,
+            };
+        }
+    }
+}
+
+/// Sends SIGTERM and waits until it is noticed.
+async fn stop(service: &Service) {
+    service.signal("TERM");
+    until_logged(service, "stopping").await;
+}
+
+async fn until_logged(service: &Service, message: &str) {
+    eventually(message, SOON, async || service.logged(message).len() == 1).await;
+}
+
+async fn ends_within(service: &Service, limit: Duration) {
+    let stopped = Instant::now();
+    service.signal("TERM");
+    let status = service.ended(SOON).await;
+    let took = stopped.elapsed();
+    assert!(status.success(), "{status}: {}", service.printed());
+    assert!(took < limit, "{took:?}");
+}
+
+/// Waits until a visit is being answered beside the request that asks.
+async fn until_in_flight(service: &Service) {
+    let series = r#"http_server_active_requests{http_request_method="GET",url_scheme="http"}"#;
+    eventually("a visit is in flight", SOON, async || {
+        service.metric(series).await == Some(2.0)
+    })
+    .await;
+}
