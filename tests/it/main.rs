@@ -17,4 +17,5 @@ mod repair;
 mod server;
 mod settings;
 mod shutdown;
+mod telemetry;
 mod tls;

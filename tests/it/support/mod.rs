@@ -1,5 +1,6 @@
 //! Servers, programs and questions for the tests. It asserts nothing about what is tested.
 
+pub(crate) mod collector;
 mod ended;
 pub(crate) mod load;
 mod proxy;
