@@ -51,7 +51,7 @@ async fn postgres_killed_under_load_loses_and_repeats_no_visit() {
     until_visit(&service, |visit| visit["db_status"] == "ok").await;
     let visits = load.stop().await;
     let recovery = first_ok_after(&visits, returned);
-    assert!(recovery < RECOVERY, "{recovery:?}");
+    assert!(recovery < RECOVERY, "{recovery:?}\n{}", service.printed());
     assert!(visits.iter().all(|visit| visit.took < LONGEST_ANSWER));
     assert!(
         visits
