@@ -523,11 +523,14 @@ make_secrets() {
     chmod 0444 "$work/secrets/"*
 }
 
+# How long they take, at best: what else the machine does is not web's fault.
 thousand_visits() {
     local started
-    started=$(now)
-    curl -fsS --max-time 60 "$url/?[1-1000]" -o /dev/null
-    since "$started"
+    for _ in 1 2 3 4 5; do
+        started=$(now)
+        curl -fsS --max-time 60 "$url/?[1-1000]" -o /dev/null
+        since "$started"; echo
+    done | sort -n | head -1
 }
 
 # spans_exported FILTER...: the sum of what the filter lets through.
@@ -600,7 +603,7 @@ find_watchers() {
     local name
     for service in jaeger prometheus grafana; do
         name=$(compose --profile '*' config --images | grep "/$service:")
-        if docker image inspect "$name" >/dev/null 2>&1 || docker pull --quiet "$name" >/dev/null 2>&1; then
+        if docker image inspect "$name" >/dev/null 2>&1 || deadline=600 clean docker pull --quiet "$name" >/dev/null 2>&1; then
             watchers+=("$service")
         fi
     done
