@@ -371,21 +371,21 @@ volume_of_the_flask_version_is_adopted() {
 }
 
 absent_collector_makes_web_neither_slow_nor_loud() {
-    local with without
-    echo 'OTEL_EXPORTER_OTLP_ENDPOINT=' >"$work/no-exporter"
-    cat "$env_file" >>"$work/no-exporter"
-    (env_file=$work/no-exporter; compose up --detach --wait)
-    without=$(thousand_visits)
-    compose up --detach --wait
-    # Long enough for the exports that fail before it is known that nobody takes spans.
+    local peer lines
+    peer=$(free_port)
+    compose run --detach --no-deps --publish "127.0.0.1:$peer:5000" -e OTEL_EXPORTER_OTLP_ENDPOINT= web
+    within 30 curl -fs "http://127.0.0.1:$peer/health"
+    compose up --detach --wait --force-recreate --no-deps web
+    # Until then it exports, and fails.
     within 60 gave_up_exporting
-    with=$(thousand_visits)
-    note "a thousand visits in a row took $without s without an exporter, $with s with an absent collector"
-    less "$with" "$(awk "BEGIN { print 2 * $without + 0.5 }")" || fail "$with s instead of $without s"
-    local lines
+    echo 1000 >"$work/best-without" && echo 1000 >"$work/best-with"
+    # In turns, since this machine may do something else as well; what is slow in itself stays so.
+    for _ in 1 2 3 4 5; do is_half_as_fast_as_without_an_exporter "http://127.0.0.1:$peer" || true; done
+    within 60 is_half_as_fast_as_without_an_exporter "http://127.0.0.1:$peer"
+    note "500 visits in a row took $(cat "$work/best-without") s without an exporter, $(cat "$work/best-with") s with an absent collector"
     lines=$(docker logs "$project-web" 2>&1 | grep -c collector || true)
     [ "$lines" = 1 ] || fail "$lines lines about the collector"
-    lines=$(docker logs "$project-web" 2>&1 | grep -c '' || true)
+    lines=$(docker logs "$project-web" 2>&1 | grep -vc '"target":"access"' || true)
     [ "$lines" -lt 20 ] || fail "$lines lines in all"
 }
 
@@ -523,14 +523,19 @@ make_secrets() {
     chmod 0444 "$work/secrets/"*
 }
 
-# How long they take, at best: what else the machine does is not web's fault.
-thousand_visits() {
-    local started
-    for _ in 1 2 3 4 5; do
-        started=$(now)
-        curl -fsS --max-time 60 "$url/?[1-1000]" -o /dev/null
-        since "$started"; echo
-    done | sort -n | head -1
+# One more round of both, and the best of all rounds is compared.
+is_half_as_fast_as_without_an_exporter() {
+    visits_in_a_row "$1" "$work/best-without"
+    visits_in_a_row "$url" "$work/best-with"
+    less "$(cat "$work/best-with")" "$(awk "BEGIN { print 2 * $(cat "$work/best-without") }")"
+}
+
+visits_in_a_row() {
+    local started took
+    started=$(now)
+    curl -fsS --max-time 60 "$1/?[1-500]" -o /dev/null
+    took=$(since "$started")
+    if less "$took" "$(cat "$2")"; then echo "$took" >"$2"; fi
 }
 
 # spans_exported FILTER...: the sum of what the filter lets through.
