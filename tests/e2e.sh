@@ -664,7 +664,7 @@ run_case() {
     case $status in
     0) echo "ok - $1 ($(since "$started") s)"; passed=$((passed + 1)) ;;
     $skipped) echo "ok - $1 # SKIPPED: $(tail -1 "$work/log")"; skips=$((skips + 1)) ;;
-    *) echo "not ok - $1 ($(since "$started") s)"; grep -Ev '^ (Container|Network|Volume) ' "$work/log" | tail -40 | sed 's/^/#   /'; failed=$((failed + 1)) ;;
+    *) echo "not ok - $1 ($(since "$started") s)"; grep -Ev '^(#[0-9]| (Container|Network|Volume) |$)' "$work/log" | tail -40 | sed 's/^/#   /'; failed=$((failed + 1)) ;;
     esac
     cat "$work/notes"
 }
