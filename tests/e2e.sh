@@ -373,7 +373,9 @@ volume_of_the_flask_version_is_adopted() {
 absent_collector_makes_web_neither_slow_nor_loud() {
     local peer lines
     peer=$(free_port)
-    compose run --detach --no-deps --publish "127.0.0.1:$peer:5000" -e OTEL_EXPORTER_OTLP_ENDPOINT= web
+    # A container of `run` is none of `down`'s, and would keep the network.
+    trap 'docker rm --force "$project-peer" >/dev/null 2>&1' EXIT
+    compose run --detach --name "$project-peer" --no-deps --publish "127.0.0.1:$peer:5000" -e OTEL_EXPORTER_OTLP_ENDPOINT= web
     within 30 curl -fs "http://127.0.0.1:$peer/health"
     compose up --detach --wait --force-recreate --no-deps web
     # Until then it exports, and fails.
