@@ -2,17 +2,117 @@
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::header::CONTENT_TYPE;
+use http::HeaderMap;
+use http::header::{ACCEPT, CONTENT_TYPE, VARY};
+use mediatype::{MediaType, MediaTypeList, Name, ReadParams as _};
 
 use crate::service::Service;
 use crate::store::Store as _;
+use crate::telemetry::exposition::Format;
 use crate::telemetry::metric;
 
-/// Renders every metric.
-pub async fn render(State(service): State<Service>) -> Response {
+/// Renders every metric, in the format that the scraper likes best.
+pub async fn render(State(service): State<Service>, headers: HeaderMap) -> Response {
     service.postgres.report();
     service.redis.report();
     metric::queue_depth(service.recorder.depth());
-    let text = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    (text, service.telemetry.render_metrics()).into_response()
+    let format = format(&headers);
+    let about = [
+        (CONTENT_TYPE, format.content_type()),
+        (VARY, ACCEPT.as_str()),
+    ];
+    (about, service.telemetry.render_metrics(format)).into_response()
+}
+
+/// OpenMetrics for whoever names it and likes nothing better; the text format for everybody else,
+/// also where none of the two is accepted (RFC 9110, 12.5.1).
+fn format(headers: &HeaderMap) -> Format {
+    let (mut openmetrics, mut text) = (0.0, 0.0);
+    for accepted in headers.get_all(ACCEPT) {
+        let list = MediaTypeList::new(accepted.to_str().unwrap_or_default());
+        for media in list.flatten() {
+            let weight = weight(&media);
+            if is(&media, "application", "openmetrics-text", "1.0.0") {
+                openmetrics = weight.max(openmetrics);
+            } else if is(&media, "text", "plain", "0.0.4") {
+                text = weight.max(text);
+            }
+        }
+    }
+    if openmetrics > 0.0 && openmetrics >= text {
+        Format::OpenMetrics
+    } else {
+        Format::Text
+    }
+}
+
+/// Whether a media type is this one, in this version if it names one.
+fn is(media: &MediaType<'_>, main: &str, sub: &str, version: &str) -> bool {
+    let named = media.get_param(Name::new_unchecked("version"));
+    media.ty == main && media.subty == sub && named.is_none_or(|named| named == version)
+}
+
+/// How much a media type is liked, from 0 (not at all) to 1.
+fn weight(media: &MediaType<'_>) -> f32 {
+    media
+        .get_param(Name::new_unchecked("q"))
+        .map_or(Some(1.0), |weight| weight.as_str().parse().ok())
+        .unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn openmetrics_is_for_who_names_it_and_likes_nothing_better() {
+        let prometheus_2 = "application/openmetrics-text;version=1.0.0,\
+            application/openmetrics-text;version=0.0.1;q=0.75,\
+            text/plain;version=0.0.4;q=0.5,*/*;q=0.1";
+        let prometheus_3 = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,\
+            application/openmetrics-text;version=0.0.1;q=0.4,\
+            text/plain;version=1.0.0;escaping=allow-utf-8;q=0.3,\
+            text/plain;version=0.0.4;q=0.2,*/*;q=0.1";
+        for (accept, expected) in [
+            (prometheus_2, Format::OpenMetrics),
+            (prometheus_3, Format::OpenMetrics),
+            ("application/openmetrics-text", Format::OpenMetrics),
+            (
+                "Application/OpenMetrics-Text; Version=\"1.0.0\"",
+                Format::OpenMetrics,
+            ),
+            ("application/openmetrics-text;version=0.0.1", Format::Text),
+            ("application/openmetrics-text;version=2.0.0", Format::Text),
+            ("application/openmetrics-text;q=0, */*", Format::Text),
+            (
+                "application/openmetrics-text;q=0.4, text/plain",
+                Format::Text,
+            ),
+            ("application/openmetrics-text;q=much", Format::Text),
+            ("*/*", Format::Text),
+            ("text/html, application/xhtml+xml", Format::Text),
+            ("", Format::Text),
+            ("ação, ;;,=", Format::Text),
+        ] {
+            assert_eq!(format(&asking(&[accept])), expected, "{accept}");
+        }
+    }
+
+    #[test]
+    fn accept_may_be_several_lines() {
+        let both = ["text/plain;q=0.5", "application/openmetrics-text"];
+        assert_eq!(format(&asking(&both)), Format::OpenMetrics);
+        assert_eq!(format(&HeaderMap::new()), Format::Text);
+    }
+
+    fn asking(lines: &[&str]) -> HeaderMap {
+        let values = lines
+            .iter()
+            .map(|line| HeaderValue::from_bytes(line.as_bytes()));
+        values
+            .map(|value| (ACCEPT, value.expect("a header's value")))
+            .collect()
+    }
 }

@@ -140,7 +140,8 @@ impl Seen<'_> {
         let took = self.started.elapsed();
         let route = self.route.as_ref().map(MatchedPath::as_str);
         let code = status.map(|status| status.as_u16());
-        metric::request(self.method, route, code, self.version, took);
+        let span = self.context.as_ref();
+        metric::request(self.method, route, code, self.version, took, span);
         metric::request_active(self.method, -1.0);
         let failed = status.is_some_and(|status| status.is_server_error());
         if failed || took >= self.observer.slow {

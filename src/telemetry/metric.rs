@@ -8,8 +8,11 @@ use std::fmt::Write as _;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use metrics::{Counter, Gauge, Histogram, Label, Unit};
+use metrics::{Counter, Gauge, Histogram, Key, Label, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use opentelemetry::trace::SpanContext;
+
+use super::exposition::{self, Exemplars, Format};
 
 /// Names, units, help texts and buckets.
 mod name {
@@ -387,48 +390,69 @@ pub fn dependency_up(system: System, up: bool) {
 // --- HTTP ---
 
 static HTTP_ACTIVE: LazyLock<Gauge> = LazyLock::new(|| active_requests("GET"));
-static ROOT_OK: LazyLock<Histogram> =
-    LazyLock::new(|| request_histogram("GET", Some("/"), Some(200), "1.1"));
-static ROOT_UNAVAILABLE: LazyLock<Histogram> =
-    LazyLock::new(|| request_histogram("GET", Some("/"), Some(503), "1.1"));
+static ROOT_OK: LazyLock<Requests> =
+    LazyLock::new(|| Requests::new("GET", Some("/"), Some(200), "1.1"));
+static ROOT_UNAVAILABLE: LazyLock<Requests> =
+    LazyLock::new(|| Requests::new("GET", Some("/"), Some(503), "1.1"));
+static REQUEST_EXEMPLARS: LazyLock<Exemplars> = LazyLock::new(|| Exemplars::new(HTTP_BUCKETS));
 
 /// Records a request's duration. The method and the protocol version are names from fixed sets;
-/// the status is absent when the client left before there was one.
+/// the status is absent when the client left before there was one, the span when the request was
+/// not sampled.
 pub fn request(
     method: &'static str,
     route: Option<&str>,
     status: Option<u16>,
     version: &'static str,
     took: Duration,
+    span: Option<&SpanContext>,
 ) {
     match (method, route, status, version) {
-        ("GET", Some("/"), Some(200), "1.1") => ROOT_OK.record(took),
-        ("GET", Some("/"), Some(503), "1.1") => ROOT_UNAVAILABLE.record(took),
-        _ => request_histogram(method, route, status, version).record(took),
+        ("GET", Some("/"), Some(200), "1.1") => ROOT_OK.record(took, span),
+        ("GET", Some("/"), Some(503), "1.1") => ROOT_UNAVAILABLE.record(took, span),
+        _ => Requests::new(method, route, status, version).record(took, span),
     }
 }
 
-fn request_histogram(
-    method: &'static str,
-    route: Option<&str>,
-    status: Option<u16>,
-    version: &'static str,
-) -> Histogram {
-    let mut labels = vec![
-        Label::from_static_parts("http_request_method", method),
-        Label::from_static_parts("url_scheme", "http"),
-        Label::from_static_parts("network_protocol_version", version),
-    ];
-    if let Some(route) = route {
-        labels.push(Label::new("http_route", route.to_owned()));
-    }
-    if let Some(status) = status {
-        labels.push(Label::new("http_response_status_code", status.to_string()));
-        if status >= 500 {
-            labels.push(Label::new("error_type", status.to_string()));
+/// The requests of one series.
+struct Requests {
+    series: Key,
+    durations: Histogram,
+}
+
+impl Requests {
+    fn new(
+        method: &'static str,
+        route: Option<&str>,
+        status: Option<u16>,
+        version: &'static str,
+    ) -> Self {
+        let mut labels = vec![
+            Label::from_static_parts("http_request_method", method),
+            Label::from_static_parts("url_scheme", "http"),
+            Label::from_static_parts("network_protocol_version", version),
+        ];
+        if let Some(route) = route {
+            labels.push(Label::new("http_route", route.to_owned()));
+        }
+        if let Some(status) = status {
+            labels.push(Label::new("http_response_status_code", status.to_string()));
+            if status >= 500 {
+                labels.push(Label::new("error_type", status.to_string()));
+            }
+        }
+        Self {
+            series: Key::from_parts(name::HTTP_DURATION, labels.clone()),
+            durations: metrics::histogram!(name::HTTP_DURATION, labels),
         }
     }
-    metrics::histogram!(name::HTTP_DURATION, labels)
+
+    fn record(&self, took: Duration, span: Option<&SpanContext>) {
+        self.durations.record(took);
+        if let Some(span) = span {
+            REQUEST_EXEMPLARS.keep(&self.series, took.as_secs_f64(), span);
+        }
+    }
 }
 
 /// Adds to the number of requests being answered, or takes from it.
@@ -601,9 +625,9 @@ pub fn spans(fate: Spans, spans: usize) {
 
 // --- the process, read when somebody scrapes ---
 
-/// Renders everything in the Prometheus text format, the process's own figures read now.
+/// Renders everything, the process's own figures read now.
 #[must_use]
-pub fn render(handle: &PrometheusHandle, log_lines_dropped: u64) -> String {
+pub fn render(handle: &PrometheusHandle, log_lines_dropped: u64, format: Format) -> String {
     metrics::counter!(name::LOG_LINES_DROPPED).absolute(log_lines_dropped);
     let process = metrics_process::collector::collect();
     let gauges = [
@@ -628,8 +652,9 @@ pub fn render(handle: &PrometheusHandle, log_lines_dropped: u64) -> String {
         .map(|worker| runtime.worker_total_busy_duration(worker))
         .sum();
 
-    // The exporter's counters are whole numbers, so fractional ones are written beside its output.
+    let exemplars = REQUEST_EXEMPLARS.suffixes();
     let mut text = handle.render();
+    // The exporter's counters are whole numbers, so fractional ones are written beside its output.
     let mut fraction = |name, help, value| {
         // Writing to a string cannot fail.
         let _ = writeln!(
@@ -649,5 +674,5 @@ pub fn render(handle: &PrometheusHandle, log_lines_dropped: u64) -> String {
             cpu,
         );
     }
-    text
+    exposition::write(&text, format, &exemplars)
 }

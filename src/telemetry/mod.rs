@@ -4,6 +4,7 @@
 //! reads. [`call`] wraps every store call, [`http`] every request, [`metric`] spells every name.
 
 pub mod call;
+pub mod exposition;
 pub mod http;
 mod log;
 pub mod metric;
@@ -21,6 +22,7 @@ use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
+use self::exposition::Format;
 use self::log::Writing;
 use self::sampling::Sampler;
 use self::trace::Pipeline;
@@ -91,10 +93,10 @@ impl Telemetry {
         }
     }
 
-    /// Everything in the Prometheus text format.
+    /// Every metric, in a format that a scraper reads.
     #[must_use]
-    pub fn render_metrics(&self) -> String {
-        metric::render(&self.prometheus, self.writing.lines_dropped())
+    pub fn render_metrics(&self, format: Format) -> String {
+        metric::render(&self.prometheus, self.writing.lines_dropped(), format)
     }
 
     /// Moves samples from where they are recorded to where they are kept. Unless it is called

@@ -1,0 +1,265 @@
+//! What a scrape is answered with: the exporter's text put in order, or the same in OpenMetrics
+//! 1.0 with exemplars, of which the exporter knows nothing.
+//!
+//! It knows the two formats, and no metric by its name.
+//!
+//! Sources: <https://prometheus.io/docs/instrumenting/exposition_formats/> and
+//! <https://prometheus.io/docs/specs/om/open_metrics_spec/>.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use metrics::Key;
+use opentelemetry::trace::{SpanContext, SpanId, TraceId};
+
+/// A format that a scraper may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// The Prometheus text format 0.0.4.
+    Text,
+    /// OpenMetrics 1.0.
+    OpenMetrics,
+}
+
+impl Format {
+    /// The value of `Content-Type`.
+    #[must_use]
+    pub const fn content_type(self) -> &'static str {
+        match self {
+            Self::Text => "text/plain; version=0.0.4; charset=utf-8",
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        }
+    }
+}
+
+/// Writes what the exporter wrote, which comes in any order, in the order of names.
+pub(super) fn write(exported: &str, format: Format, exemplars: &Suffixes) -> String {
+    let mut families: Vec<Family<'_>> = exported.split("\n\n").filter_map(Family::read).collect();
+    families.sort_unstable_by_key(|family| family.name);
+    let mut output = String::with_capacity(exported.len() * 5 / 4);
+    for family in &families {
+        match format {
+            Format::Text => family.write_text(&mut output),
+            Format::OpenMetrics => family.write_openmetrics(&mut output, exemplars),
+        }
+    }
+    if format == Format::OpenMetrics {
+        output.push_str("# EOF\n");
+    }
+    output
+}
+
+/// A metric with its samples, each a line.
+struct Family<'a> {
+    name: &'a str,
+    help: &'a str,
+    kind: &'a str,
+    samples: Vec<&'a str>,
+}
+
+impl<'a> Family<'a> {
+    /// Units of which a name may speak, as OpenMetrics has them.
+    const UNITS: [&'static str; 2] = ["seconds", "bytes"];
+
+    fn read(block: &'a str) -> Option<Self> {
+        let mut lines = block.lines();
+        let (_, help) = lines.next()?.strip_prefix("# HELP ")?.split_once(' ')?;
+        let (name, kind) = lines.next()?.strip_prefix("# TYPE ")?.split_once(' ')?;
+        let mut samples: Vec<_> = lines.collect();
+        // A histogram's samples are in the order of its buckets.
+        if kind != "histogram" {
+            samples.sort_unstable();
+        }
+        Some(Self {
+            name,
+            help,
+            kind,
+            samples,
+        })
+    }
+
+    fn write_text(&self, output: &mut String) {
+        let Self {
+            name, help, kind, ..
+        } = self;
+        // Writing to a string cannot fail, here and below.
+        let _ = write!(output, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+        for sample in &self.samples {
+            let _ = writeln!(output, "{sample}");
+        }
+        output.push('\n');
+    }
+
+    fn write_openmetrics(&self, output: &mut String, exemplars: &Suffixes) {
+        let Self { help, kind, .. } = self;
+        // A counter's family is called as its samples are, without their suffix.
+        let name = self.name.strip_suffix("_total").unwrap_or(self.name);
+        let _ = writeln!(output, "# TYPE {name} {kind}");
+        let unit = Self::UNITS.iter().find(|unit| name.ends_with(*unit));
+        if let Some(unit) = unit {
+            let _ = writeln!(output, "# UNIT {name} {unit}");
+        }
+        let _ = writeln!(output, "# HELP {name} {help}");
+        for sample in &self.samples {
+            let Some((series, value)) = sample.rsplit_once(' ') else {
+                continue;
+            };
+            let series = with_float_bound(series);
+            let exemplar = exemplars.get(series.as_ref()).map_or("", String::as_str);
+            let _ = writeln!(output, "{series} {value}{exemplar}");
+        }
+    }
+}
+
+/// A bucket's series with its bound written as a float.
+fn with_float_bound(series: &str) -> Cow<'_, str> {
+    let bound = series
+        .rsplit_once("le=\"")
+        .filter(|(labels, _)| labels.ends_with(['{', ',']))
+        .and_then(|(_, bound)| bound.strip_suffix("\"}"));
+    match bound {
+        Some(bound) if bound.bytes().all(|byte| byte.is_ascii_digit()) => {
+            let start = &series[..series.len() - 2];
+            Cow::Owned(format!("{start}.0\"}}"))
+        }
+        _ => Cow::Borrowed(series),
+    }
+}
+
+/// What follows the value of a bucket, by the bucket's series.
+pub(super) type Suffixes = HashMap<String, String>;
+
+/// The last sampled observation in each bucket of a histogram.
+#[derive(Debug)]
+pub(super) struct Exemplars {
+    bounds: &'static [f64],
+    series: Mutex<HashMap<Key, Vec<Option<Exemplar>>>>,
+}
+
+#[derive(Debug, Clone)]
+struct Exemplar {
+    trace: TraceId,
+    span: SpanId,
+    value: f64,
+    at: SystemTime,
+}
+
+impl Exemplars {
+    /// None yet, for a histogram with these upper bounds.
+    pub(super) fn new(bounds: &'static [f64]) -> Self {
+        Self {
+            bounds,
+            series: Mutex::default(),
+        }
+    }
+
+    /// Keeps an observation that a series has recorded, in place of the last one in its bucket.
+    pub(super) fn keep(&self, series: &Key, value: f64, span: &SpanContext) {
+        let bucket = self.bounds.partition_point(|bound| *bound < value);
+        let exemplar = Exemplar {
+            trace: span.trace_id(),
+            span: span.span_id(),
+            value,
+            at: SystemTime::now(),
+        };
+        let mut kept = self.series.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(buckets) = kept.get_mut(series) {
+            buckets[bucket] = Some(exemplar);
+        } else {
+            let mut buckets = vec![None; self.bounds.len() + 1];
+            buckets[bucket] = Some(exemplar);
+            kept.insert(series.clone(), buckets);
+        }
+    }
+
+    /// What follows each bucket's value. Taken before the exporter renders, so that no bucket has
+    /// an exemplar that it has not counted.
+    pub(super) fn suffixes(&self) -> Suffixes {
+        let kept = self.series.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut suffixes = Suffixes::new();
+        for (series, buckets) in kept.iter() {
+            let mut start = format!("{}_bucket{{", series.name());
+            for label in series.labels() {
+                let _ = write!(start, "{}=\"{}\",", label.key(), label.value());
+            }
+            for (bucket, exemplar) in buckets.iter().enumerate() {
+                let Some(exemplar) = exemplar else { continue };
+                let bound = match self.bounds.get(bucket) {
+                    Some(bound) => Cow::Owned(format!("{bound:?}")),
+                    None => Cow::Borrowed("+Inf"),
+                };
+                suffixes.insert(format!("{start}le=\"{bound}\"}}"), exemplar.suffix());
+            }
+        }
+        suffixes
+    }
+}
+
+impl Exemplar {
+    fn suffix(&self) -> String {
+        let at = self.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (trace, span, value) = (self.trace, self.span, self.value);
+        let at = at.as_secs_f64();
+        format!(" # {{trace_id=\"{trace}\",span_id=\"{span}\"}} {value} {at:.3}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use metrics::Label;
+    use opentelemetry::trace::{TraceFlags, TraceState};
+
+    use super::*;
+
+    #[test]
+    fn each_bucket_keeps_its_last_exemplar() {
+        let exemplars = Exemplars::new(&[0.5, 1.0]);
+        let series = Key::from_parts("took_seconds", vec![Label::new("route", "/")]);
+        for (value, span) in [(0.5, 1), (0.25, 2), (0.75, 3), (7.0, 4)] {
+            exemplars.keep(&series, value, &span_context(span));
+        }
+        let suffixes = exemplars.suffixes();
+        let of = |bound: &str| {
+            let series = format!("took_seconds_bucket{{route=\"/\",le=\"{bound}\"}}");
+            suffixes[&series].clone()
+        };
+        let trace = "00000000000000000000000000000009";
+        for (bound, span, value) in [("0.5", 2, "0.25"), ("1.0", 3, "0.75"), ("+Inf", 4, "7")] {
+            let ids = format!(" # {{trace_id=\"{trace}\",span_id=\"{span:016}\"}} {value} ");
+            assert!(of(bound).starts_with(&ids), "{}", of(bound));
+        }
+        assert_eq!(suffixes.len(), 3);
+    }
+
+    #[test]
+    fn only_bounds_that_are_whole_numbers_change() {
+        for (text, openmetrics) in [
+            ("a_bucket{le=\"1\"}", "a_bucket{le=\"1.0\"}"),
+            (
+                "a_bucket{b=\"c\",le=\"4096\"}",
+                "a_bucket{b=\"c\",le=\"4096.0\"}",
+            ),
+            ("a_bucket{le=\"0.5\"}", "a_bucket{le=\"0.5\"}"),
+            ("a_bucket{le=\"+Inf\"}", "a_bucket{le=\"+Inf\"}"),
+            ("a{style=\"1\"}", "a{style=\"1\"}"),
+            ("a", "a"),
+        ] {
+            assert_eq!(with_float_bound(text), openmetrics);
+        }
+    }
+
+    fn span_context(span: u64) -> SpanContext {
+        let trace = TraceId::from(9);
+        let span = SpanId::from(span);
+        SpanContext::new(
+            trace,
+            span,
+            TraceFlags::SAMPLED,
+            false,
+            TraceState::default(),
+        )
+    }
+}
