@@ -5,6 +5,7 @@ mod ended;
 pub(crate) mod load;
 mod proxy;
 mod service;
+pub(crate) mod traces;
 mod wire;
 mod world;
 

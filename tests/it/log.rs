@@ -1,0 +1,152 @@
+//! The log: lines about requests and their ids.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::Stdio;
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use serde_json::Value;
+
+use crate::support::collector::Collector;
+use crate::support::traces::{UNSAMPLED, ask, traced_with};
+use crate::support::{HeldCount, SOON, Service, World, eventually, program};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn access_line_has_the_ids_of_its_request() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let debug = [("RUST_LOG", "info,access=debug")];
+    let service = traced_with(&world, &collector, &debug).await;
+    let answer = ask(&service, "/", &[("x-request-id", "sampled")]).await;
+    let line = access_line(&service, "sampled").await;
+    let trace = answer.header("traceresponse");
+    assert_eq!(line["level"], "DEBUG");
+    assert_eq!(line["trace_id"], trace[3..35]);
+    assert_eq!(line["span_id"], trace[36..52]);
+    assert_eq!(line["http.response.status_code"], 200);
+    assert_eq!(line["http.route"], "/");
+    assert!(line["duration.seconds"].as_f64().unwrap() > 0.0);
+
+    let headers = [("x-request-id", "unsampled"), ("traceparent", UNSAMPLED)];
+    ask(&service, "/", &headers).await;
+    let line = access_line(&service, "unsampled").await;
+    assert_eq!(line["trace_id"], UNSAMPLED[3..35]);
+    assert_eq!(line["span_id"], Value::Null);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ordinary_request_has_no_line_at_info() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    ask(&service, "/", &[("x-request-id", "ordinary")]).await;
+    world.postgres.kill().unwrap();
+    service.until_health("unavailable").await;
+    ask(&service, "/", &[("x-request-id", "failed")]).await;
+    eventually("a failure has a line", SOON, async || {
+        let lines = service.logged("request");
+        lines.iter().any(|line| line["http.route"] == "/")
+    })
+    .await;
+    let lines = service.logged("request");
+    assert!(lines.iter().all(|line| line["level"] == "INFO"));
+    assert!(lines.iter().all(|line| line["request_id"] != "ordinary"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_request_has_a_line_at_info() {
+    let world = World::new();
+    let service = world
+        .serve_with(&[("ACCESS_SLOW", "1s"), ("DB_TIMEOUT", "2s")])
+        .await;
+    let mut count = HeldCount::of(&world).await;
+    let slow = service.begin_visit();
+    count.until_waited_for().await;
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    count.release().await;
+    assert_eq!(slow.await.unwrap().status, StatusCode::OK);
+    eventually("it has a line", SOON, async || {
+        let lines = service.logged("request");
+        lines
+            .iter()
+            .any(|line| line["level"] == "INFO" && line["http.response.status_code"] == 200)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failing_requests_have_at_most_ten_lines_a_second_and_the_rest_is_counted() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    world.postgres.kill().unwrap();
+    service.until_health("unavailable").await;
+    let (mut failed, mut told_of) = (0, 0);
+    // The next line that is written counts those left out before it.
+    eventually("all failures are told of", SOON, async || {
+        service.get("/").await;
+        failed = failures(&service).await;
+        told_of = service.logged("request").len() as u64 + left_out(&service);
+        failed > 100 && told_of == failed
+    })
+    .await;
+    let lines = service.logged("request");
+    let second = |line: &Value| line["timestamp"].as_str().unwrap()[..19].to_owned();
+    for line in &lines {
+        let same = lines.iter().filter(|other| second(other) == second(line));
+        assert!(
+            same.count() <= 2 * 10,
+            "a second of ours begins at any moment"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pretty_log_is_for_people() {
+    let world = World::new();
+    let mut settings = world.settings();
+    settings.push(("LOG_FORMAT".to_owned(), "pretty".to_owned()));
+    settings.push(("BIND_ADDR".to_owned(), "127.0.0.1:0".to_owned()));
+    let mut command = program(&["serve"], &settings);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let output = BufReader::new(child.stdout.take().unwrap());
+    let line = output.lines().map_while(Result::ok).next();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let line = line.expect("a line");
+    assert!(line.contains("INFO listening address="), "{line}");
+    assert!(
+        !line.contains('\u{1b}'),
+        "no colours where nobody sees them"
+    );
+}
+
+// --- wiring ---
+
+async fn access_line(service: &Service, request_id: &str) -> Value {
+    let mut found = Value::Null;
+    eventually("the request has a line", SOON, async || {
+        let lines = service.logged("request");
+        let line = lines.iter().find(|line| line["request_id"] == request_id);
+        found = line.cloned().unwrap_or_default();
+        !found.is_null()
+    })
+    .await;
+    found
+}
+
+/// How many requests were answered 503.
+async fn failures(service: &Service) -> u64 {
+    let text = service.get("/metrics").await.body;
+    text.lines()
+        .filter(|line| line.starts_with("http_server_request_duration_seconds_count{"))
+        .filter(|line| line.contains("error_type=\"503\""))
+        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
+        .sum()
+}
+
+/// How many lines were left out, as the lines say that were written.
+fn left_out(service: &Service) -> u64 {
+    let lines = service.logged("request");
+    lines
+        .iter()
+        .filter_map(|line| line["lines.left_out"].as_u64())
+        .sum()
+}

@@ -1,0 +1,56 @@
+//! Services whose spans are exported, requests with headers, and the counters of spans.
+
+use http::Method;
+
+use super::collector::Collector;
+use super::{Answer, Service, World};
+
+/// A caller that is sampled.
+pub(crate) const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+/// A caller that is not.
+pub(crate) const UNSAMPLED: &str = "00-1af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
+
+/// A service whose spans go to the collector at once.
+pub(crate) async fn traced(world: &World, collector: &Collector) -> Service {
+    traced_with(world, collector, &[]).await
+}
+
+pub(crate) async fn traced_with(
+    world: &World,
+    collector: &Collector,
+    settings: &[(&str, &str)],
+) -> Service {
+    let endpoint = collector.endpoint();
+    let mut all = vec![
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        ("OTEL_BSP_SCHEDULE_DELAY", "20"),
+    ];
+    all.extend(settings);
+    world.serve_with(&all).await
+}
+
+pub(crate) async fn ask(service: &Service, path: &str, headers: &[(&'static str, &str)]) -> Answer {
+    let headers = headers
+        .iter()
+        .map(|&(name, value)| {
+            let value = value.parse().expect("a header's value");
+            (http::HeaderName::from_static(name), value)
+        })
+        .collect();
+    service.ask(Method::GET, path, headers).await
+}
+
+/// How many spans the exporter or the processor has counted, those with an error or those without.
+pub(crate) async fn spans(service: &Service, component: &str, error: &str) -> u64 {
+    let text = service.get("/metrics").await.body;
+    let line = text
+        .lines()
+        .filter(|line| line.starts_with(&format!("otel_sdk_{component}_span_")))
+        .find(|line| match error {
+            "" => !line.contains("error_type"),
+            error => line.contains(&format!("error_type=\"{error}\"")),
+        })
+        .expect("the series is there");
+    let (_, count) = line.rsplit_once(' ').expect("a value");
+    count.parse().expect("a number")
+}
