@@ -69,10 +69,8 @@ impl<'a> Family<'a> {
         let (_, help) = lines.next()?.strip_prefix("# HELP ")?.split_once(' ')?;
         let (name, kind) = lines.next()?.strip_prefix("# TYPE ")?.split_once(' ')?;
         let mut samples: Vec<_> = lines.collect();
-        // A histogram's samples are in the order of its buckets.
-        if kind != "histogram" {
-            samples.sort_unstable();
-        }
+        // The buckets of a series stay in their order.
+        samples.sort_by_key(|sample| labels(sample));
         Some(Self {
             name,
             help,
@@ -114,12 +112,27 @@ impl<'a> Family<'a> {
     }
 }
 
+/// The labels of a sample, without the bound of a bucket.
+fn labels(sample: &str) -> &str {
+    let Some((_, labels)) = sample.split_once('{') else {
+        return "";
+    };
+    let end = bound_at(labels).or_else(|| labels.rfind('}'));
+    labels[..end.unwrap_or(0)].trim_end_matches(',')
+}
+
+/// Where the bound of a bucket begins, which comes last.
+fn bound_at(series: &str) -> Option<usize> {
+    let start = series.rfind("le=\"")?;
+    (start == 0 || series[..start].ends_with(['{', ','])).then_some(start)
+}
+
 /// A bucket's series with its bound written as a float.
 fn with_float_bound(series: &str) -> Cow<'_, str> {
-    let bound = series
-        .rsplit_once("le=\"")
-        .filter(|(labels, _)| labels.ends_with(['{', ',']))
-        .and_then(|(_, bound)| bound.strip_suffix("\"}"));
+    let bound = bound_at(series).and_then(|start| {
+        let (_, bound) = series[start..].split_once('"')?;
+        bound.strip_suffix("\"}")
+    });
     match bound {
         Some(bound) if bound.bytes().all(|byte| byte.is_ascii_digit()) => {
             let start = &series[..series.len() - 2];
@@ -249,6 +262,19 @@ mod tests {
         ] {
             assert_eq!(with_float_bound(text), openmetrics);
         }
+    }
+
+    #[test]
+    fn families_and_series_are_in_order_and_buckets_stay_in_theirs() {
+        let exported = "# HELP b B\n# TYPE b histogram\nb_bucket{x=\"2\",le=\"1\"} 0\n\
+            b_bucket{x=\"2\",le=\"+Inf\"} 0\nb_sum{x=\"2\"} 0\nb_bucket{x=\"1\",le=\"1\"} 0\n\
+            b_bucket{x=\"1\",le=\"+Inf\"} 0\nb_sum{x=\"1\"} 0\n\n\
+            # HELP a A\n# TYPE a gauge\na 1\n\n";
+        let text = write(exported, Format::Text, &Suffixes::new());
+        let series: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let b = "b_bucket{x=\"1\",le=\"1\"} 0|b_bucket{x=\"1\",le=\"+Inf\"} 0|b_sum{x=\"1\"} 0|\
+            b_bucket{x=\"2\",le=\"1\"} 0|b_bucket{x=\"2\",le=\"+Inf\"} 0|b_sum{x=\"2\"} 0";
+        assert_eq!(series.join("|"), format!("a 1||{b}|"));
     }
 
     fn span_context(span: u64) -> SpanContext {

@@ -11,6 +11,7 @@ mod adoption;
 mod collectors;
 mod commands;
 mod count;
+mod exposition;
 mod http;
 mod load;
 mod log;

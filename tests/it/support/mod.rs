@@ -2,6 +2,7 @@
 
 pub(crate) mod collector;
 mod ended;
+pub(crate) mod exposition;
 pub(crate) mod load;
 mod proxy;
 mod service;

@@ -1,0 +1,248 @@
+//! What a scraper reads: every name, type, unit, help text, label and bucket, in both formats,
+//! and the exemplars that lead to traces.
+//!
+//! The two expositions beside this file are what dashboards and rules are written against.
+//! `UPDATE_EXPECT=1 cargo test --test it exposition` writes them anew.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use expect_test::expect_file;
+use http::{HeaderMap, Method};
+
+use crate::support::collector::{Collector, hex};
+use crate::support::exposition::{Exemplar, Exposition, Family};
+use crate::support::traces::{UNSAMPLED, ask, traced, traced_with};
+use crate::support::{HeldCount, Service, World};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn first_scrape_has_every_series_in_the_text_format() {
+    let (world, service) = without_stores().await;
+    let exposition = Exposition::text(&service).await;
+    expect_file!["exposition/text.txt"].assert_eq(&skeleton(&exposition, &world));
+    let content_type = "text/plain; version=0.0.4; charset=utf-8";
+    assert_eq!(exposition.content_type, content_type);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn first_scrape_has_every_series_in_openmetrics() {
+    let (world, service) = without_stores().await;
+    let exposition = Exposition::openmetrics(&service).await;
+    expect_file!["exposition/openmetrics.txt"].assert_eq(&skeleton(&exposition, &world));
+    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    assert_eq!(exposition.content_type, content_type);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_formats_have_the_same_samples() {
+    let (_world, _collector, service) = after_requests_of_all_kinds().await;
+    let text = Exposition::text(&service).await.families();
+    let openmetrics = Exposition::openmetrics(&service).await.families();
+    let described = |families: &[Family]| {
+        let of = |family: &Family| {
+            (
+                family.name.clone(),
+                family.kind.clone(),
+                family.help.clone(),
+            )
+        };
+        families.iter().map(of).collect::<Vec<_>>()
+    };
+    assert_eq!(described(&text), described(&openmetrics));
+    let (text, openmetrics) = (samples(&text), samples(&openmetrics));
+    let series = |samples: &Samples| samples.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(series(&text), series(&openmetrics));
+    let is_at_rest = |(name, labels): &Series| {
+        name == "visitas_visits_total" || labels.get("http_route").is_some_and(|route| route == "/")
+    };
+    let at_rest: Vec<_> = text.keys().filter(|series| is_at_rest(series)).collect();
+    assert!(at_rest.len() > 60, "{at_rest:?}");
+    for series in at_rest {
+        assert_eq!(text[series], openmetrics[series], "{series:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn units_are_those_of_the_names() {
+    let (_world, service) = without_stores().await;
+    for family in Exposition::openmetrics(&service).await.families() {
+        let unit = ["seconds", "bytes"]
+            .into_iter()
+            .find(|unit| family.name.ends_with(unit));
+        assert_eq!(family.unit, unit.unwrap_or(""), "{}", family.name);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn promtool_has_its_one_known_complaint() {
+    let (_world, _collector, service) = after_requests_of_all_kinds().await;
+    let known = "db_client_connection_count non-histogram and non-summary metrics should not \
+                 have \"_count\" suffix";
+    assert_eq!(Exposition::text(&service).await.complaints(), [known]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_paths_and_methods_add_no_series() {
+    let world = World::new();
+    let service = world.serve().await;
+    let strange = async |number: usize| {
+        let method = Method::from_bytes(format!("M{number}").as_bytes()).unwrap();
+        let path = format!("/{number}?query={number}");
+        service.ask(method, &path, HeaderMap::new()).await;
+    };
+    strange(0).await;
+    let before = Exposition::text(&service).await.families();
+    for number in 1..=10_000 {
+        strange(number).await;
+    }
+    let after = Exposition::text(&service).await.families();
+    let series = |families: &[Family]| samples(families).into_keys().collect::<Vec<_>>();
+    // The scrape itself has been counted meanwhile.
+    let mut known = series(&before);
+    known.extend(series(&after).into_iter().filter(|series| {
+        series
+            .1
+            .get("http_route")
+            .is_some_and(|route| route == "/metrics")
+    }));
+    known.sort_unstable();
+    assert_eq!(series(&after), known);
+}
+
+// --- exemplars ---
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bucket_has_the_trace_and_span_of_its_last_sampled_request() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    let (fast, slow) = (service.get("/").await, slow_visit(&world, &service).await);
+    let exemplars = exemplars(&service).await;
+    assert_eq!(exemplars.len(), 2, "{exemplars:?}");
+    for (answer, (bounds, exemplar)) in [fast, slow].iter().zip(&exemplars) {
+        let ids = &answer.header("traceresponse")[3..52];
+        let (trace, span) = (&exemplar.labels["trace_id"], &exemplar.labels["span_id"]);
+        assert_eq!(format!("{trace}-{span}"), ids);
+        assert!(bounds.contains(&exemplar.value), "{bounds:?} {exemplar:?}");
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let age = now.as_secs_f64() - exemplar.timestamp;
+        assert!((0.0..60.0).contains(&age), "{age} s old");
+        let spans = collector.trace_of(answer, 3).await;
+        let server = spans.iter().find(|exported| exported.span.name == "GET /");
+        assert_eq!(&hex(&server.unwrap().span.span_id), span);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn request_that_is_not_sampled_leaves_no_exemplar() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    ask(&service, "/", &[("traceparent", UNSAMPLED)]).await;
+    assert!(exemplars(&service).await.is_empty());
+    service.visit().await;
+    assert_eq!(exemplars(&service).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn text_format_has_no_exemplars() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    service.visit().await;
+    let text = Exposition::text(&service).await;
+    assert!(!text.body.contains("trace_id"), "{}", text.body);
+}
+
+// --- wiring ---
+
+type Series = (String, BTreeMap<String, String>);
+type Samples = BTreeMap<Series, String>;
+
+/// A service that has only just begun, beside stores that are down.
+async fn without_stores() -> (World, Service) {
+    let world = World::of_its_own();
+    world.postgres.kill().unwrap();
+    world.redis.kill().unwrap();
+    let service = world.start(&[]).await;
+    (world, service)
+}
+
+/// A service that has answered, refused and failed, sampled.
+async fn after_requests_of_all_kinds() -> (World, Collector, Service) {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced_with(&world, &collector, &[]).await;
+    service.visit().await;
+    slow_visit(&world, &service).await;
+    for (method, path) in [
+        (Method::HEAD, "/"),
+        (Method::POST, "/"),
+        (Method::GET, "/nothing"),
+    ] {
+        service.ask(method, path, HeaderMap::new()).await;
+    }
+    // One scrape of each format has been counted.
+    Exposition::text(&service).await;
+    let held = HeldCount::of(&world).await;
+    service.get("/").await;
+    held.release().await;
+    service.until_ready().await;
+    (world, collector, service)
+}
+
+/// A visit that waits a moment for the count's lock.
+async fn slow_visit(world: &World, service: &Service) -> crate::support::Answer {
+    let mut held = HeldCount::of(world).await;
+    let visit = service.begin_visit();
+    held.until_waited_for().await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    held.release().await;
+    visit.await.unwrap()
+}
+
+/// An exposition without what differs from run to run: values, names of the test's own, and the
+/// calls that have failed.
+fn skeleton(exposition: &Exposition, world: &World) -> String {
+    let mut lines = Vec::new();
+    let body = exposition.body.replace(&world.database, "desafio3db");
+    for line in body.lines() {
+        let value = line.rfind(' ').filter(|_| !line.starts_with('#'));
+        let line = value.map_or(line, |value| &line[..value]);
+        if line.starts_with("visitas_build_info") {
+            let labels = line.split('"').step_by(2).collect::<Vec<_>>();
+            lines.push(labels.join("\"…\""));
+        } else if !line.contains("error_type=\"connection\"") {
+            lines.push(line.to_owned());
+        }
+    }
+    lines.join("\n") + "\n"
+}
+
+fn samples(families: &[Family]) -> Samples {
+    let samples = families.iter().flat_map(|family| &family.samples);
+    let of = |sample: &crate::support::exposition::Sample| {
+        let series = (sample.name.clone(), sample.labels.clone());
+        (series, sample.value.clone())
+    };
+    samples.map(of).collect()
+}
+
+/// The exemplars of visits that succeeded, each with what its bucket may hold, in the order of
+/// buckets.
+async fn exemplars(service: &Service) -> Vec<(std::ops::RangeInclusive<f64>, Exemplar)> {
+    let mut below = 0.0;
+    let mut exemplars = Vec::new();
+    for family in Exposition::openmetrics(service).await.families() {
+        for sample in family.samples {
+            let Some(bound) = sample.labels.get("le") else {
+                assert!(sample.exemplar.is_none(), "{sample:?}");
+                continue;
+            };
+            let bound = bound.parse().unwrap_or(f64::INFINITY);
+            let bounds = below..=bound;
+            below = if bound.is_finite() { bound } else { 0.0 };
+            if let Some(exemplar) = sample.exemplar {
+                assert_eq!(sample.name, "http_server_request_duration_seconds_bucket");
+                exemplars.push((bounds, exemplar));
+            }
+        }
+    }
+    exemplars
+}
