@@ -1,8 +1,8 @@
 #!/bin/sh
 # Makes sure, before anything is compiled, that Rust, PostgreSQL and Redis are there, and every
-# COMMAND=PACKAGE given.
+# COMMAND=PACKAGE and python3:MODULE=PACKAGE given.
 #
-#   devstack/install.sh [promtool=prometheus wrk=wrk ...]
+#   devstack/install.sh [promtool=prometheus python3:prometheus_client=python3-prometheus-client ...]
 #
 # As root, or with a sudo that asks nothing, it installs what is missing with apt-get. Otherwise it
 # says what to type. Rust it never installs.
@@ -20,8 +20,11 @@ if [ "${minor:-0}" -lt 94 ] || [ -z "$(command -v cargo)" ]; then
     exit 1
 fi
 
+has_module() { "$1" -c "import $2" >/dev/null 2>&1; }
+
 apt_packages=
 brew_packages=
+pip_packages=
 if ! find_postgres >/dev/null 2>&1; then
     apt_packages="$apt_packages postgresql"
     brew_packages="$brew_packages postgresql@16"
@@ -31,7 +34,14 @@ if ! find_redis >/dev/null 2>&1; then
     brew_packages="$brew_packages redis"
 fi
 for pair in "$@"; do
-    if [ -z "$(command -v "${pair%%=*}")" ]; then
+    wanted=${pair%%=*}
+    module=${wanted#python3:}
+    if [ "$module" != "$wanted" ]; then
+        if ! has_module python3 "$module" && ! has_module /usr/bin/python3 "$module"; then
+            apt_packages="$apt_packages ${pair#*=}"
+            pip_packages="$pip_packages $module"
+        fi
+    elif [ -z "$(command -v "$wanted")" ]; then
         apt_packages="$apt_packages ${pair#*=}"
         brew_packages="$brew_packages ${pair#*=}"
     fi
@@ -51,7 +61,12 @@ if [ -z "$(command -v apt-get)" ] || ! as_root true; then
     {
         echo "Missing:$apt_packages. To install:"
         echo "  Debian, Ubuntu:  sudo apt-get install -y --no-install-recommends$apt_packages"
-        echo "  macOS:           brew install$brew_packages"
+        if [ -n "$brew_packages" ]; then
+            echo "  macOS:           brew install$brew_packages"
+        fi
+        if [ -n "$pip_packages" ]; then
+            echo "  macOS:           python3 -m pip install$pip_packages"
+        fi
     } >&2
     exit 1
 fi
