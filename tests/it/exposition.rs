@@ -109,6 +109,43 @@ async fn ten_thousand_paths_and_methods_add_no_series() {
     assert_eq!(series(&after), known);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn readme_has_a_row_for_every_metric_with_its_type_and_labels() {
+    let (_world, service) = without_stores().await;
+    let text = Exposition::text(&service).await;
+    let readme = include_str!("../../README.md");
+    let (_, table) = readme.split_once("\n### Metrics\n").unwrap();
+    let table = table.split("\n## ").next().unwrap();
+    let rows: Vec<_> = table
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .collect();
+    let mut named: Vec<_> = rows.iter().flat_map(|row| words(row, 1)).collect();
+    for family in text.families() {
+        let total = if family.kind == "counter" {
+            "_total"
+        } else {
+            ""
+        };
+        let name = format!("{}{total}", family.name);
+        let row = rows
+            .iter()
+            .find(|row| words(row, 1).contains(&name.as_str()));
+        let row = row.unwrap_or_else(|| panic!("no row for {name}"));
+        assert_eq!(row.split('|').nth(2).unwrap().trim(), family.kind, "{name}");
+        let labels = family
+            .samples
+            .iter()
+            .flat_map(|sample| sample.labels.keys());
+        let unknown: Vec<_> = labels
+            .filter(|label| *label != "le" && !words(row, 3).contains(&label.as_str()))
+            .collect();
+        assert!(unknown.is_empty(), "{name}: {unknown:?}");
+        named.retain(|other| *other != name);
+    }
+    assert!(named.is_empty(), "not exported: {named:?}");
+}
+
 // --- exemplars ---
 
 #[tokio::test(flavor = "multi_thread")]
@@ -213,6 +250,12 @@ fn skeleton(exposition: &Exposition, world: &World) -> String {
         }
     }
     lines.join("\n") + "\n"
+}
+
+/// The words of a cell that are code.
+fn words(row: &'static str, cell: usize) -> Vec<&'static str> {
+    let cell = row.split('|').nth(cell).unwrap_or("");
+    cell.split('`').skip(1).step_by(2).collect()
 }
 
 fn samples(families: &[Family]) -> Samples {
