@@ -40,8 +40,10 @@ cases=(
     volume_of_the_flask_version_is_adopted
     absent_collector_makes_web_neither_slow_nor_loud
     watchers_start_without_web
-    prometheus_scrapes_web_and_has_its_rules
+    prometheus_scrapes_web_and_evaluates_every_expression
     trace_of_a_visit_shows_both_store_calls
+    slow_visits_lead_from_the_alert_to_the_trace_and_the_log
+    refused_visits_raise_the_availability_alert
     jaeger_stays_within_its_memory_under_load
     grafana_has_its_data_sources
     down_with_volumes_leaves_nothing
@@ -398,14 +400,48 @@ watchers_start_without_web() {
     ! exists "$project-web" || fail "web was started as well"
 }
 
-prometheus_scrapes_web_and_has_its_rules() {
+prometheus_scrapes_web_and_evaluates_every_expression() {
     need_image prometheus
+    local expression silent=()
     compose --profile obs up --detach --wait --wait-timeout 120 web prometheus
-    within 30 prometheus_says 'query?query=up{job="visitas"}' '"value":\[[0-9.]*,"1"\]'
-    within 30 prometheus_says rules '"name":"VisitasDown"'
-    within 30 prometheus_says 'query?query=visitas:visits:rate1m' '"outcome":"ok"'
-    ! prometheus_says rules '"health":"err"' || fail "a rule cannot be evaluated"
     docker exec "$project-prometheus" promtool check config /etc/prometheus/prometheus.yml
+    within 30 prometheus_has 'up{job="visitas"} == 1'
+    [ "$(expressions | wc -l)" -gt 50 ] || fail "expressions were not found: $(expressions)"
+    while IFS= read -r expression; do
+        within 60 prometheus_has "$expression" || silent+=("$expression")
+    done < <(expressions)
+    [ ${#silent[@]} = 0 ] || fail "no series: $(printf '%s\n' "${silent[@]}")"
+    ! prometheus_says rules '"health":"err"' || fail "a rule cannot be evaluated"
+}
+
+slow_visits_lead_from_the_alert_to_the_trace_and_the_log() {
+    need_watchers
+    local trace found took call
+    start_observed
+    # Shorter than web waits for a lock, so that every visit succeeds.
+    hold_the_count 0.6 50 &
+    for _ in $(seq 60); do visit >/dev/null; done &
+    within 60 prometheus_has 'ALERTS{alertname="VisitasLatencyBurnFast"}'
+    ! prometheus_has 'ALERTS{alertname="VisitasAvailabilityBurnFast"}' || fail "slow visits are taken for failed ones"
+    within 20 exemplar_of_a_slow_visit
+    trace=$(exemplar_of_a_slow_visit)
+    found=$(curl -fs "http://127.0.0.1:$JAEGER_PORT/api/traces/$trace")
+    read -r took call < <(longest_call <<<"$found")
+    [ "$call" = 'SELECT registrar_visitas' ] && [ "$took" -gt 500000 ] || fail "the longest call is $call of $took µs"
+    note "the exemplar's trace has $call of $took µs"
+    docker logs "$project-web" 2>&1 | grep -F "\"trace_id\":\"$trace\"" | grep -F '"http.response.status_code":200' ||
+        fail "the log has no line of $trace"
+    wait
+}
+
+refused_visits_raise_the_availability_alert() {
+    need_watchers
+    start_observed
+    # Longer than web waits for a lock.
+    hold_the_count 5 5 &
+    for _ in $(seq 40); do curl -s -o /dev/null "$url/"; done &
+    within 60 prometheus_has 'ALERTS{alertname="VisitasAvailabilityBurnFast"}'
+    wait
 }
 
 trace_of_a_visit_shows_both_store_calls() {
@@ -571,6 +607,49 @@ some_trace_shows() {
 }
 
 prometheus_says() { curl -fsg "http://127.0.0.1:$PROMETHEUS_PORT/api/v1/$1" | grep -q "$2"; }
+
+# Whether an expression returns a series.
+prometheus_has() { curl -fsG "http://127.0.0.1:$PROMETHEUS_PORT/api/v1/query" --data-urlencode "query=$1" | grep -q '"result":\[{'; }
+
+# Every expression of the dashboards and of the rules, a line each. An alert's comparisons are left
+# out, since what is well does not return them.
+expressions() {
+    {
+        sed -n 's/^ *"expr": \("\(\\.\|[^"\\]\)*"\).*/\1/p' observability/grafana/dashboards/*.json
+        curl -fs "http://127.0.0.1:$PROMETHEUS_PORT/api/v1/rules" | grep -o '"query":"\(\\.\|[^"\\]\)*"' | sed 's/^"query"://'
+    } | sed -E 's/^"//; s/"$//; s/\\n/ /g; s/\\u003c/</g; s/\\u003e/>/g; s/\\u0026/\&/g; s/\\(.)/\1/g
+        s/ (==|!=|<=|>=|<|>) [0-9.]+//g; s/\$__rate_interval/1m/g; s/\$__(range|interval)/5m/g'
+}
+
+# All anew, so that what was measured before has no share in what is measured now; and traced.
+start_observed() {
+    remove_everything
+    compose --profile obs up --detach --wait --wait-timeout 120 web prometheus jaeger
+    within 60 some_trace_shows INCRBY
+    within 30 prometheus_has 'up{job="visitas"} == 1'
+}
+
+# hold_the_count SECONDS TIMES: keeps every recorder waiting, with a moment between.
+hold_the_count() {
+    for _ in $(seq "$2"); do
+        printf 'begin; select travar_contagem(); select pg_sleep(%s); commit; select pg_sleep(0.05);\n' "$1"
+    done | compose exec -T -e PGPASSWORD=senha123 db psql -h 127.0.0.1 -U usuario -d desafio3db -qAt >/dev/null
+}
+
+# The trace of a visit that took between half a second and a whole one.
+exemplar_of_a_slow_visit() {
+    curl -fsG "http://127.0.0.1:$PROMETHEUS_PORT/api/v1/query_exemplars" --data-urlencode "start=$(($(date +%s) - 300))" \
+        --data-urlencode "end=$(($(date +%s) + 1))" \
+        --data-urlencode 'query=http_server_request_duration_seconds_bucket{http_route="/",http_response_status_code="200",le=~"0.75|1.0"}' |
+        grep -o '"trace_id":"[0-9a-f]*"' | tail -1 | cut -d '"' -f 4 | grep .
+}
+
+# The microseconds of a trace's longest call, and its name.
+longest_call() {
+    grep -o '"operationName":"[^"]*"\|"duration":[0-9]*' |
+        awk -F : '/operationName/ { gsub("\"", "", $2); name = $2 } /duration/ && name !~ /^GET/ && $2 > longest { longest = $2; call = name }
+            END { print longest, call }'
+}
 
 remains() {
     docker ps --all --quiet --filter "label=com.docker.compose.project=$1"
