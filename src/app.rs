@@ -42,8 +42,6 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 const BACKLOG: u32 = 4096;
 /// A client that takes nothing of its answer for this long is cut off.
 const STALL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the last spans may take, where the time to stop allows it.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Descriptors for everything that is not a client connection.
 const OTHER_FILES: u64 = 64;
 
@@ -118,9 +116,6 @@ impl App {
         let slow = config.telemetry.log.access_slow;
         let observer = Observer::new(service.telemetry.sampler(), slow);
         let router = routes(&service, Arc::clone(&observer), metrics_listener.is_none());
-        // A part of the time is kept for the last spans, and a part of that for the end itself.
-        let flush = (shutdown.timeout / 5).min(FLUSH_TIMEOUT);
-        let drain = shutdown.timeout.saturating_sub(flush);
         let (metrics_stop, metrics_stopped) = tokio::sync::oneshot::channel::<()>();
         let metrics_server = metrics_listener.map(|listener| {
             let router = metrics_routes(&service, observer);
@@ -158,9 +153,10 @@ impl App {
             }
             service.recorder.stop();
         };
+        let drain = shutdown.for_requests();
         let drained =
             server::serve(listener, router, limits, metric::connections, stop, drain).await;
-        let deadline = Instant::now() + flush * 3 / 4;
+        let deadline = Instant::now() + shutdown.for_spans();
         monitoring.abort();
         upkeep.abort();
         finish_writing(writing, deadline).await;

@@ -189,6 +189,37 @@ pub struct ShutdownConfig {
     pub timeout: Duration,
 }
 
+impl ShutdownConfig {
+    /// The part of `timeout` that requests under way have. The rest is for what ends after them,
+    /// each of which may stand still; what they leave of it is for the process itself.
+    #[must_use]
+    pub fn for_requests(&self) -> Duration {
+        self.timeout.saturating_sub(self.rest())
+    }
+
+    /// The part for the last spans, which a collector may not take.
+    #[must_use]
+    pub fn for_spans(&self) -> Duration {
+        self.rest() * 6 / 10
+    }
+
+    /// The part for tasks that cannot be cancelled, such as a name being looked up.
+    #[must_use]
+    pub fn for_tasks(&self) -> Duration {
+        self.rest() / 20
+    }
+
+    /// The part for the last lines of the log, which nobody may read.
+    #[must_use]
+    pub fn for_log(&self) -> Duration {
+        self.rest() * 2 / 10
+    }
+
+    fn rest(&self) -> Duration {
+        (self.timeout / 5).min(Duration::from_secs(2))
+    }
+}
+
 /// Logs and traces.
 #[derive(Clone, Debug)]
 pub struct TelemetryConfig {

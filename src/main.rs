@@ -13,8 +13,8 @@ use visitas::command;
 use visitas::config::{self, Command, Config, ConfigError, LogConfig};
 use visitas::telemetry::Telemetry;
 
-/// How long tasks that cannot be cancelled, such as a name being looked up, may hold up the end.
-const RUNTIME_END: Duration = Duration::from_millis(100);
+/// How long a command waits for whoever reads its log.
+const LOG_END: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let command = match config::from_process() {
@@ -60,7 +60,9 @@ fn say(
     log: Option<&LogConfig>,
     command: impl Future<Output = anyhow::Result<String>>,
 ) -> anyhow::Result<()> {
-    let telemetry = log.map(|log| Telemetry::start(log, None)).transpose()?;
+    let telemetry = log
+        .map(|log| Telemetry::start(log, None, LOG_END))
+        .transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -79,9 +81,11 @@ fn print(text: &str) {
 }
 
 fn serve(config: Config) -> anyhow::Result<()> {
+    let shutdown = config.shutdown.clone();
     let telemetry = Arc::new(Telemetry::start(
         &config.telemetry.log,
         config.telemetry.traces.as_ref(),
+        shutdown.for_log(),
     )?);
     let runtime = Runtime::new().context("starting the runtime")?;
     let result = runtime.block_on(async {
@@ -91,8 +95,8 @@ fn serve(config: Config) -> anyhow::Result<()> {
             .await
     });
     // On the way out by an error too; after a regular stop nothing is left to send.
-    telemetry.flush(Duration::from_secs(1));
-    runtime.shutdown_timeout(RUNTIME_END);
+    telemetry.flush(shutdown.for_spans());
+    runtime.shutdown_timeout(shutdown.for_tasks());
     result
 }
 

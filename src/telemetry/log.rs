@@ -1,10 +1,13 @@
 //! The log: a line an event, written by a thread of its own, so that nobody who logs waits for
 //! whoever reads.
 
-use std::io::IsTerminal as _;
+use std::collections::VecDeque;
+use std::io::{self, IsTerminal as _, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use anyhow::Context as _;
 use tracing::Subscriber;
-use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Layer};
 
@@ -13,42 +16,130 @@ use crate::config::{LogConfig, LogFormat};
 /// Lines that may wait to be written. What does not fit is dropped and counted.
 const BUFFERED_LINES: usize = 8192;
 
-/// The thread that writes, flushed when this is dropped.
+/// The thread that writes. Dropping this waits until everything is written, though not for ever:
+/// nobody may read.
 pub(super) struct Writing {
-    _thread: WorkerGuard,
-    dropped: ErrorCounter,
+    buffer: Arc<Buffer>,
+    patience: Duration,
 }
 
 impl Writing {
-    pub(super) fn start() -> (NonBlocking, Self) {
-        let (writer, thread) = NonBlockingBuilder::default()
-            .lossy(true)
-            .buffered_lines_limit(BUFFERED_LINES)
-            .thread_name("log")
-            .finish(std::io::stdout());
-        let dropped = writer.error_counter();
-        let writing = Self {
-            _thread: thread,
-            dropped,
-        };
-        (writer, writing)
+    pub(super) fn start(patience: Duration) -> anyhow::Result<Self> {
+        let buffer = Arc::new(Buffer::default());
+        let emptied = Arc::clone(&buffer);
+        std::thread::Builder::new()
+            .name("log".to_owned())
+            .spawn(move || emptied.write_to(io::stdout()))
+            .context("starting the log's thread")?;
+        Ok(Self { buffer, patience })
+    }
+
+    pub(super) fn buffer(&self) -> Arc<Buffer> {
+        Arc::clone(&self.buffer)
     }
 
     pub(super) fn lines_dropped(&self) -> u64 {
-        self.dropped.dropped_lines() as u64
+        self.buffer.lines().dropped
+    }
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        let lines = self.buffer.lines();
+        drop(
+            self.buffer
+                .emptied
+                .wait_timeout_while(lines, self.patience, |lines| lines.unwritten()),
+        );
+    }
+}
+
+/// Lines between those who log and the thread that writes.
+#[derive(Debug, Default)]
+pub(super) struct Buffer {
+    lines: Mutex<Lines>,
+    filled: Condvar,
+    emptied: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Lines {
+    waiting: VecDeque<Vec<u8>>,
+    /// Whether one more has been taken and is being written.
+    writing: bool,
+    dropped: u64,
+}
+
+impl Lines {
+    fn unwritten(&self) -> bool {
+        self.writing || !self.waiting.is_empty()
+    }
+}
+
+impl Buffer {
+    /// Writes lines as they come, for ever. One that cannot be written is lost.
+    fn write_to(&self, mut output: impl Write) {
+        loop {
+            let line = self.take();
+            let written = output.write_all(&line);
+            let mut lines = self.lines();
+            lines.writing = false;
+            lines.dropped += u64::from(written.is_err());
+            if !lines.unwritten() {
+                self.emptied.notify_all();
+            }
+        }
+    }
+
+    fn take(&self) -> Vec<u8> {
+        let mut lines = self.lines();
+        loop {
+            if let Some(line) = lines.waiting.pop_front() {
+                lines.writing = true;
+                return line;
+            }
+            lines = self
+                .filled
+                .wait(lines)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The lock is never held while anything is written.
+    fn lines(&self) -> MutexGuard<'_, Lines> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Write for &Buffer {
+    /// Takes a whole line, or drops it.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut lines = self.lines();
+        if lines.waiting.len() < BUFFERED_LINES {
+            lines.waiting.push_back(line.to_vec());
+            drop(lines);
+            self.filled.notify_one();
+        } else {
+            lines.dropped += 1;
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
 /// The layer that formats lines.
 pub(super) fn layer<S>(
     config: &LogConfig,
-    writer: NonBlocking,
+    buffer: Arc<Buffer>,
 ) -> anyhow::Result<Box<dyn Layer<S> + Send + Sync>>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
     let filter = EnvFilter::try_new(&config.filter)?;
-    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
+    let lines = tracing_subscriber::fmt::layer().with_writer(buffer);
     Ok(match config.format {
         LogFormat::Json => lines
             .json()

@@ -45,13 +45,17 @@ pub struct Telemetry {
 
 impl Telemetry {
     /// Starts logs, metrics and, where there is an exporter, traces. Must be called once, and
-    /// outside the runtime.
+    /// outside the runtime. The end of the log is waited for no longer than `patience`.
     ///
     /// # Errors
     ///
     /// If a part cannot be built, or telemetry has been started before.
-    pub fn start(log: &LogConfig, traces: Option<&TracesConfig>) -> anyhow::Result<Self> {
-        let (writer, writing) = Writing::start();
+    pub fn start(
+        log: &LogConfig,
+        traces: Option<&TracesConfig>,
+        patience: Duration,
+    ) -> anyhow::Result<Self> {
+        let writing = Writing::start(patience)?;
         let pipeline = traces
             .and_then(|traces| Some((traces, traces.exporter.as_ref()?)))
             .map(|(traces, exporter)| Pipeline::new(traces, exporter))
@@ -70,7 +74,7 @@ impl Telemetry {
                 }))
         });
         tracing_subscriber::registry()
-            .with(log::layer(log, writer)?)
+            .with(log::layer(log, writing.buffer())?)
             .with(spans)
             .try_init()?;
         Ok(Self {

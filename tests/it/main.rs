@@ -23,3 +23,4 @@ mod settings;
 mod shutdown;
 mod spans;
 mod tls;
+mod unread;

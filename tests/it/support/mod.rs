@@ -14,7 +14,7 @@ use std::time::Duration;
 
 pub(crate) use self::ended::{Ended, settings};
 pub(crate) use self::proxy::slow_way_to;
-pub(crate) use self::service::{Answer, Service, program};
+pub(crate) use self::service::{Answer, Reader, Service, program};
 pub(crate) use self::wire::Wire;
 pub(crate) use self::world::{HeldCount, World, execute};
 

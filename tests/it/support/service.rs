@@ -29,7 +29,26 @@ pub(crate) struct Answer {
     pub(crate) body: String,
 }
 
-type Lines = Arc<Mutex<Vec<String>>>;
+/// What whoever reads a service's log does once the service listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reader {
+    /// Reads on.
+    Stays,
+    /// Keeps the pipe and reads no more.
+    Stalls,
+    /// Closes the pipe.
+    Leaves,
+}
+
+/// What a process has printed.
+#[derive(Default)]
+struct Printed {
+    lines: Mutex<Vec<String>>,
+    /// The pipe that nobody reads any more.
+    unread: Mutex<Option<Box<dyn Read + Send>>>,
+}
+
+type Lines = Arc<Printed>;
 
 impl Answer {
     /// Reads a response to its end.
@@ -79,14 +98,19 @@ impl Service {
 
     /// Starts a service by a command that becomes it, and waits until it listens; on a free port
     /// if the command says nothing else.
-    pub(crate) async fn spawn(mut command: Command) -> Self {
+    pub(crate) async fn spawn(command: Command) -> Self {
+        Self::read_by(Reader::Stays, command).await
+    }
+
+    /// The same for a service whose log is read like this.
+    pub(crate) async fn read_by(reader: Reader, mut command: Command) -> Self {
         if !command.get_envs().any(|(name, _)| name == "BIND_ADDR") {
             command.env("BIND_ADDR", "127.0.0.1:0");
         }
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
-        let output = collect(child.stdout.take().expect("a pipe"));
-        let errors = collect(child.stderr.take().expect("a pipe"));
+        let output = collect(child.stdout.take().expect("a pipe"), reader);
+        let errors = collect(child.stderr.take().expect("a pipe"), Reader::Stays);
         // Made before anything can fail, so that a failing test leaves no process behind.
         let mut service = Self {
             address: SocketAddr::from(([127, 0, 0, 1], 0)),
@@ -252,7 +276,7 @@ impl Service {
     }
 
     fn child(&self) -> std::sync::MutexGuard<'_, Child> {
-        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.child)
     }
 }
 
@@ -275,20 +299,29 @@ pub(crate) fn client() -> reqwest::Client {
         .expect("a client")
 }
 
-fn collect(pipe: impl Read + Send + 'static) -> Lines {
-    let lines = Lines::default();
-    let collected = Arc::clone(&lines);
+fn collect(pipe: impl Read + Send + 'static, reader: Reader) -> Lines {
+    let printed = Lines::default();
+    let collected = Arc::clone(&printed);
     std::thread::spawn(move || {
-        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
-            collected
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(line);
+        let mut pipe = BufReader::new(pipe);
+        for line in pipe.by_ref().lines().map_while(Result::ok) {
+            let is_last = reader != Reader::Stays && line.contains("\"listening\"");
+            locked(&collected.lines).push(line);
+            if is_last {
+                break;
+            }
+        }
+        if reader == Reader::Stalls {
+            *locked(&collected.unread) = Some(Box::new(pipe));
         }
     });
-    lines
+    printed
 }
 
-fn lines(lines: &Lines) -> Vec<String> {
-    lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
+fn lines(printed: &Lines) -> Vec<String> {
+    locked(&printed.lines).clone()
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
