@@ -150,6 +150,8 @@ fn paused_server_stops_and_is_dropped() {
     let redis = Redis::start(RedisOptions::default()).unwrap();
     redis.pause().unwrap();
     redis.restart().unwrap();
+    let log = std::fs::read_to_string(redis.folder().join("log")).unwrap();
+    assert!(log.contains("Redis is now ready to exit"), "{log}");
     redis.pause().unwrap();
     let pids = family(redis.pid().unwrap());
     drop(redis);
