@@ -419,7 +419,7 @@ slow_visits_lead_from_the_alert_to_the_trace_and_the_log() {
     local trace found took call
     start_observed
     # Shorter than web waits for a lock, so that every visit succeeds.
-    hold_the_count 0.6 50 &
+    hold_the_count 0.55 50 &
     for _ in $(seq 60); do visit >/dev/null; done &
     within 60 prometheus_has 'ALERTS{alertname="VisitasLatencyBurnFast"}'
     ! prometheus_has 'ALERTS{alertname="VisitasAvailabilityBurnFast"}' || fail "slow visits are taken for failed ones"
@@ -629,10 +629,10 @@ start_observed() {
     within 30 prometheus_has 'up{job="visitas"} == 1'
 }
 
-# hold_the_count SECONDS TIMES: keeps every recorder waiting, with a moment between.
+# hold_the_count SECONDS TIMES: keeps every recorder waiting; in between one that waits has its turn.
 hold_the_count() {
     for _ in $(seq "$2"); do
-        printf 'begin; select travar_contagem(); select pg_sleep(%s); commit; select pg_sleep(0.05);\n' "$1"
+        printf 'begin; select travar_contagem(); select pg_sleep(%s); commit;\n' "$1"
     done | compose exec -T -e PGPASSWORD=senha123 db psql -h 127.0.0.1 -U usuario -d desafio3db -qAt >/dev/null
 }
 
