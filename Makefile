@@ -6,12 +6,14 @@ help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: # Everything that is needed and missing, installed where that is allowed
-	@devstack/install.sh
+	@devstack/install.sh $(PACKAGES)
 
 run: setup ## Serve on port 8000 with a PostgreSQL and a Redis of its own
 	@cargo build --release --locked --quiet --bin visitas --bin devstack --workspace
 	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
 
+# What tests need beside the servers: each program with the package it is in.
+test: PACKAGES = promtool=prometheus
 test: setup ## Check and test everything
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings

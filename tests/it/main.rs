@@ -16,6 +16,7 @@ mod http;
 mod load;
 mod log;
 mod metrics;
+mod observability;
 mod outage;
 mod repair;
 mod server;

@@ -4,6 +4,7 @@ pub(crate) mod collector;
 mod ended;
 pub(crate) mod exposition;
 pub(crate) mod load;
+pub(crate) mod prometheus;
 mod proxy;
 mod service;
 pub(crate) mod traces;

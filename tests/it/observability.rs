@@ -1,0 +1,456 @@
+//! What watches the service: that Prometheus takes its configuration, that rules do what they say,
+//! and that no panel and no alert asks for something that the service does not export.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::prometheus::{OBSERVABILITY, Prometheus, installed};
+use crate::support::{SOON, Service, World};
+
+const VISITS: &str = "grafana/dashboards/visits.json";
+const STORES: &str = "grafana/dashboards/stores.json";
+const DATA_SOURCES: &str = "grafana/provisioning/datasources/visitas.yml";
+const RUNBOOK: &str = "runbook.md";
+
+// --- Prometheus ---
+
+#[test]
+fn configuration_and_rules_are_valid() {
+    promtool(&["check", "config"], &[path("prometheus.yml")]);
+    promtool(&["check", "rules", "--lint-fatal"], &files("rules"));
+}
+
+#[test]
+fn rules_do_what_their_tests_say() {
+    promtool(&["test", "rules"], &files("tests"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_alert_is_tested_firing_and_not_firing() {
+    let tested = tested_alerts();
+    let untested: Vec<_> = alerts(&Prometheus::start(&[]).await)
+        .await
+        .into_iter()
+        .map(|alert| text(&alert["name"]).to_owned())
+        .filter(|name| tested.get(name) != Some(&HashSet::from([true, false])))
+        .collect();
+    assert!(untested.is_empty(), "{untested:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_alert_says_what_users_see_and_leads_to_the_runbook() {
+    let headings: HashSet<_> = anchors(&read(RUNBOOK)).collect();
+    for alert in alerts(&Prometheus::start(&[]).await).await {
+        let name = text(&alert["name"]);
+        let annotations = &alert["annotations"];
+        assert!(text(&annotations["summary"]).len() > 20, "{name}");
+        assert!(text(&annotations["description"]).len() > 40, "{name}");
+        let severity = text(&alert["labels"]["severity"]);
+        assert!(["page", "ticket"].contains(&severity), "{name}");
+        assert!(alert["duration"].as_f64() > Some(0.0), "{name}");
+        let anchor = name.to_lowercase();
+        let page = format!("observability/{RUNBOOK}#{anchor}");
+        assert_eq!(text(&annotations["runbook_url"]), page);
+        assert!(headings.contains(&anchor), "{anchor} in {headings:?}");
+    }
+}
+
+/// First while all is well: what exists only after a failure would look like a broken panel.
+/// Then while nothing is: that is when somebody looks.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_expression_returns_series_from_a_live_run() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    let prometheus = Prometheus::start(&[service.address]).await;
+    let mut expressions = expressions_of_dashboards();
+    expressions.extend(expressions_of_data_sources());
+    expressions.extend(expressions_of_rules(&prometheus).await);
+    assert!(expressions.len() > 90, "{}", expressions.len());
+    until_answered(&expressions, &prometheus, &service, |values| {
+        values.iter().any(|value| !value.is_nan())
+    })
+    .await;
+
+    world.redis.kill().unwrap();
+    service.until_health("degraded").await;
+    service.get("/").await;
+    world.postgres.kill().unwrap();
+    service.until_health("unavailable").await;
+    let outcome = |outcome| format!("visitas_visits_total{{outcome=\"{outcome}\"}} > 0");
+    expressions.extend(["degraded", "failed"].map(|failure| Expression {
+        of: format!("the test: visits that are {failure}"),
+        text: outcome(failure),
+    }));
+    until_answered(&expressions, &prometheus, &service, |values| {
+        !values.is_empty()
+    })
+    .await;
+}
+
+// --- Grafana ---
+
+#[test]
+fn panels_are_told_apart_described_and_ask_prometheus() {
+    let mut names = HashSet::new();
+    for file in [VISITS, STORES] {
+        let dashboard = dashboard(file);
+        assert!(names.insert(text(&dashboard["uid"]).to_owned()), "{file}");
+        let mut ids = HashSet::new();
+        for panel in panels(&dashboard) {
+            let title = text(&panel["title"]);
+            assert!(ids.insert(panel["id"].as_u64()), "{title}");
+            if panel["type"] == "row" {
+                continue;
+            }
+            assert!(text(&panel["description"]).len() > 40, "{title}");
+            assert_eq!(panel["datasource"]["uid"], "prometheus", "{title}");
+            let targets = array(&panel["targets"]);
+            assert!(!targets.is_empty(), "{title}");
+            let mut letters = HashSet::new();
+            for target in targets {
+                assert!(letters.insert(text(&target["refId"])), "{title}");
+                assert_eq!(target["datasource"]["uid"], "prometheus", "{title}");
+            }
+        }
+    }
+}
+
+#[test]
+fn panels_lie_side_by_side() {
+    for file in [VISITS, STORES] {
+        let mut taken = HashSet::new();
+        for panel in panels(&dashboard(file)) {
+            let at = |key: &str| panel["gridPos"][key].as_u64().expect("a place");
+            assert!(at("x") + at("w") <= 24, "{}", panel["title"]);
+            for x in at("x")..at("x") + at("w") {
+                for y in at("y")..at("y") + at("h") {
+                    assert!(taken.insert((x, y)), "{}", panel["title"]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn durations_of_visits_lead_to_traces() {
+    for file in [VISITS, STORES] {
+        for target in targets(&dashboard(file)) {
+            let expression = text(&target["expr"]);
+            let leads = target["exemplar"] == true;
+            let has_exemplars = expression.contains("http_server_request_duration_seconds_bucket");
+            assert!(leads || !has_exemplars, "{expression}");
+        }
+    }
+}
+
+#[test]
+fn links_between_dashboards_lead_somewhere() {
+    let uids = [VISITS, STORES].map(|file| text(&dashboard(file)["uid"]).to_owned());
+    for file in [VISITS, STORES] {
+        let json = read(file);
+        let links: Vec<_> = json.split("\"/d/").skip(1).collect();
+        assert!(!links.is_empty(), "{file}");
+        for link in links {
+            let known = |uid: &String| link.starts_with(uid.as_str());
+            assert!(uids.iter().any(known), "{link:.40}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dashboards_name_only_metrics_that_exist() {
+    let world = World::new();
+    let exported = world.serve().await.get("/metrics").await.body;
+    let mut known: HashSet<String> = exported
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| Some(line.split(['{', ' ']).next()?.to_owned()))
+        .collect();
+    known.extend(recorded());
+    // What Prometheus writes itself.
+    known.extend(["up", "ALERTS"].map(str::to_owned));
+    for expression in expressions_of_dashboards() {
+        let names = metrics(&expression.text);
+        assert!(!names.is_empty(), "{expression:?}");
+        for name in names {
+            assert!(known.contains(&name), "{name} in {expression:?}");
+        }
+    }
+}
+
+#[test]
+fn runbook_names_only_panels_that_exist() {
+    let mut known = HashSet::new();
+    for file in [VISITS, STORES] {
+        let dashboard = dashboard(file);
+        for panel in panels(&dashboard) {
+            known.insert(format!(
+                "{} › {}",
+                text(&dashboard["title"]),
+                text(&panel["title"])
+            ));
+        }
+    }
+    let runbook = read(RUNBOOK);
+    let named: Vec<_> = runbook
+        .split('*')
+        .filter(|text| text.contains(" › ") && !text.contains('\n'))
+        .collect();
+    assert!(named.len() > 20, "{named:?}");
+    for panel in named {
+        assert!(known.contains(panel), "{panel} in {known:?}");
+    }
+}
+
+#[test]
+fn links_of_the_runbook_lead_to_its_headings() {
+    let runbook = read(RUNBOOK);
+    let headings: HashSet<_> = anchors(&runbook).collect();
+    for link in runbook.split("](#").skip(1) {
+        let (anchor, _) = link.split_once(')').expect("the end of a link");
+        assert!(headings.contains(anchor), "{anchor} in {headings:?}");
+    }
+}
+
+// --- wiring ---
+
+/// What Prometheus can be asked, and where it is from.
+#[derive(Clone, Debug)]
+struct Expression {
+    of: String,
+    text: String,
+}
+
+/// Polls until Prometheus answers each expression well, visiting meanwhile. All that are left are
+/// listed at once.
+async fn until_answered(
+    expressions: &[Expression],
+    prometheus: &Prometheus,
+    service: &Service,
+    well: impl Fn(&[f64]) -> bool,
+) {
+    let deadline = Instant::now() + 3 * SOON;
+    let mut left = expressions.to_vec();
+    loop {
+        service.get("/").await;
+        let mut unanswered = Vec::new();
+        let mut said = Vec::new();
+        for expression in left {
+            let values = prometheus.query(&expression.text).await;
+            if !values.as_ref().is_ok_and(|values| well(values)) {
+                said.push(format!(
+                    "{}: {}\n  {values:?}",
+                    expression.of, expression.text
+                ));
+                unanswered.push(expression);
+            }
+        }
+        left = unanswered;
+        if left.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "no series:\n{}", said.join("\n"));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Those of every panel, with Grafana's variables replaced.
+fn expressions_of_dashboards() -> Vec<Expression> {
+    let mut expressions = Vec::new();
+    for file in [VISITS, STORES] {
+        for panel in panels(&dashboard(file)) {
+            for target in panel["targets"].as_array().into_iter().flatten() {
+                let text = text(&target["expr"])
+                    .replace("$__rate_interval", "1m")
+                    .replace("$__range", "1m")
+                    .replace("$instance", ".*");
+                assert!(!text.contains('$'), "a variable is left: {text}");
+                let of = format!("{file}, {}", panel["title"]);
+                expressions.push(Expression { of, text });
+            }
+        }
+    }
+    expressions
+}
+
+/// Those that lead from a span to metrics, for a span without attributes.
+fn expressions_of_data_sources() -> Vec<Expression> {
+    let queries = read(DATA_SOURCES);
+    queries
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("query: "))
+        .map(|query| Expression {
+            of: DATA_SOURCES.to_owned(),
+            text: query.replace("$$__tags", ""),
+        })
+        .collect()
+}
+
+/// Those of every rule; of alerts what they compare.
+async fn expressions_of_rules(prometheus: &Prometheus) -> Vec<Expression> {
+    let rules = prometheus.rules().await;
+    let expression = |rule: &Value| {
+        let query = text(&rule["query"]);
+        let is_alert = rule["type"] == "alerting";
+        Expression {
+            of: format!("rule {}", rule["name"]),
+            text: if is_alert {
+                without_comparisons(query)
+            } else {
+                query.to_owned()
+            },
+        }
+    };
+    rules.iter().map(expression).collect()
+}
+
+/// The expression of an alert, in which each comparison is with a number, without those.
+fn without_comparisons(alert: &str) -> String {
+    let mut words = alert.split_whitespace();
+    let (mut left, mut comparisons) = (Vec::new(), 0);
+    while let Some(word) = words.next() {
+        if ["==", "!=", "<=", ">=", "<", ">"].contains(&word) {
+            let number = words.next().and_then(|number| number.parse::<f64>().ok());
+            assert!(number.is_some(), "compared with no number: {alert}");
+            comparisons += 1;
+        } else {
+            left.push(word);
+        }
+    }
+    assert!(comparisons > 0, "compares nothing: {alert}");
+    left.join(" ")
+}
+
+/// The metrics that an expression of a dashboard names: selectors, and what rules record.
+fn metrics(expression: &str) -> Vec<String> {
+    let is_of_name = |letter: char| letter.is_ascii_alphanumeric() || "_:".contains(letter);
+    let mut names = Vec::new();
+    let mut rest = expression;
+    while let Some(start) = rest.find(is_of_name) {
+        let name: String = rest[start..]
+            .chars()
+            .take_while(|&letter| is_of_name(letter))
+            .collect();
+        rest = &rest[start + name.len()..];
+        let selector = rest.starts_with('{');
+        if selector || name.contains(':') {
+            names.push(name);
+        }
+        if selector {
+            rest = &rest[rest.find('}').expect("the end of a selector")..];
+        }
+    }
+    names
+}
+
+/// The names of what rules record.
+fn recorded() -> HashSet<String> {
+    files("rules")
+        .iter()
+        .flat_map(|file| {
+            let rules = std::fs::read_to_string(file).expect("rules");
+            let names = rules
+                .lines()
+                .filter_map(|line| line.trim().strip_prefix("- record: "));
+            names.map(str::to_owned).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+/// Which alerts are tested, and whether as firing, as not firing, or as both.
+fn tested_alerts() -> HashMap<String, HashSet<bool>> {
+    let mut tested: HashMap<_, HashSet<_>> = HashMap::new();
+    for file in files("tests") {
+        let cases = std::fs::read_to_string(file).expect("cases");
+        let mut lines = cases.lines().map(str::trim);
+        while let Some(line) = lines.next() {
+            if let Some(alert) = line.strip_prefix("alertname: ") {
+                let expected = lines
+                    .next()
+                    .and_then(|line| line.strip_prefix("exp_alerts:"));
+                let firing = expected.expect("what is expected of it").trim() != "[]";
+                tested.entry(alert.to_owned()).or_default().insert(firing);
+            }
+        }
+    }
+    tested
+}
+
+async fn alerts(prometheus: &Prometheus) -> Vec<Value> {
+    let mut rules = prometheus.rules().await;
+    rules.retain(|rule| rule["type"] == "alerting");
+    assert!(rules.len() > 10, "{rules:?}");
+    rules
+}
+
+/// Runs `promtool` and expects success.
+fn promtool(arguments: &[&str], files: &[PathBuf]) {
+    let mut command = installed("promtool");
+    command.stdout(Stdio::piped()).args(arguments).args(files);
+    let output = command.output().expect("promtool runs");
+    let said = [output.stdout, output.stderr].concat();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&said)
+    );
+}
+
+fn path(file: &str) -> PathBuf {
+    Path::new(OBSERVABILITY).join(file)
+}
+
+fn read(file: &str) -> String {
+    std::fs::read_to_string(path(file)).expect(file)
+}
+
+/// The files of a folder.
+fn files(folder: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(path(folder)).expect(folder);
+    let files: Vec<_> = entries.map(|entry| entry.expect("a file").path()).collect();
+    assert!(!files.is_empty(), "{folder}");
+    files
+}
+
+fn dashboard(file: &str) -> Value {
+    serde_json::from_str(&read(file)).expect(file)
+}
+
+fn panels(dashboard: &Value) -> Vec<Value> {
+    array(&dashboard["panels"]).clone()
+}
+
+fn targets(dashboard: &Value) -> Vec<Value> {
+    let panels = panels(dashboard);
+    let targets = panels
+        .iter()
+        .filter_map(|panel| panel["targets"].as_array());
+    targets.flatten().cloned().collect()
+}
+
+fn array(value: &Value) -> &Vec<Value> {
+    value
+        .as_array()
+        .unwrap_or_else(|| panic!("no list: {value}"))
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_else(|| panic!("no text: {value}"))
+}
+
+/// The anchors of a page's headings, as those who show Markdown make them.
+fn anchors(page: &str) -> impl Iterator<Item = String> {
+    page.lines()
+        .filter(|line| line.starts_with('#'))
+        .map(|line| {
+            line.trim_start_matches('#')
+                .trim()
+                .to_lowercase()
+                .replace(' ', "-")
+                .replace(',', "")
+        })
+}

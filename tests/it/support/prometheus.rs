@@ -1,0 +1,176 @@
+//! A Prometheus with the project's own configuration and rules, made to look more often and at
+//! other addresses. It knows nothing of what is scraped.
+
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use url::Url;
+
+use super::{SOON, eventually};
+
+/// Where the configuration, the rules and the dashboards are.
+pub(crate) const OBSERVABILITY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/observability");
+
+/// How often it scrapes and evaluates: a test does not wait for seconds.
+const OFTEN: &str = "200ms";
+
+/// A running Prometheus. Dropping it kills it.
+pub(crate) struct Prometheus {
+    address: SocketAddr,
+    client: reqwest::Client,
+    child: Child,
+    folder: TempDir,
+}
+
+impl Prometheus {
+    /// Starts one that scrapes these as the job `visitas`, and waits until it is ready.
+    pub(crate) async fn start(targets: &[SocketAddr]) -> Self {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let folder = tempfile::tempdir().expect("a folder");
+        let configuration = folder.path().join("prometheus.yml");
+        std::fs::write(&configuration, configured(address, targets)).expect("a configuration");
+        symlink(rules(), folder.path().join("rules")).expect("the rules");
+        let log = File::create(folder.path().join("log")).expect("a log");
+        let child = installed("prometheus")
+            .arg(format!("--config.file={}", configuration.display()))
+            .arg(format!(
+                "--storage.tsdb.path={}",
+                folder.path().join("data").display()
+            ))
+            .arg(format!("--web.listen-address={address}"))
+            .arg("--enable-feature=exemplar-storage")
+            .stderr(log)
+            .spawn()
+            .expect("prometheus starts");
+        let mut prometheus = Self {
+            address,
+            client: super::service::client(),
+            child,
+            folder,
+        };
+        prometheus.until_ready().await;
+        prometheus
+    }
+
+    async fn until_ready(&mut self) {
+        let url = format!("http://{}/-/ready", self.address);
+        eventually("Prometheus is ready", 2 * SOON, async || {
+            let ended = self.child.try_wait().expect("its status");
+            assert!(ended.is_none(), "it ended: {}", self.log());
+            let answer = self.client.get(&url).send().await;
+            answer.is_ok_and(|answer| answer.status().is_success())
+        })
+        .await;
+    }
+
+    /// What its HTTP API answers to `path` beneath `/api/v1/`, a failure included.
+    pub(crate) async fn api(&self, path: &str, parameters: &[(&str, &str)]) -> Value {
+        let url = format!("http://{}/api/v1/{path}", self.address);
+        let url = Url::parse_with_params(&url, parameters).expect("an address");
+        let answer = self.client.get(url).send().await.expect("an answer");
+        let body = answer.text().await.expect("a body");
+        serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error} in {body}"))
+    }
+
+    /// The values that an expression has now, one a series.
+    ///
+    /// # Errors
+    ///
+    /// What Prometheus has against the expression.
+    pub(crate) async fn query(&self, expression: &str) -> Result<Vec<f64>, String> {
+        let answer = self.api("query", &[("query", expression)]).await;
+        if answer["status"] != "success" {
+            return Err(answer["error"].as_str().unwrap_or_default().to_owned());
+        }
+        let series = answer["data"]["result"].as_array().expect("a vector");
+        let value = |series: &Value| series["value"][1].as_str().expect("a sample").parse();
+        Ok(series
+            .iter()
+            .map(|series| value(series).expect("a number"))
+            .collect())
+    }
+
+    /// The rules that it keeps, as it says them itself.
+    pub(crate) async fn rules(&self) -> Vec<Value> {
+        let answer = self.api("rules", &[]).await;
+        let groups = answer["data"]["groups"].as_array().expect("groups");
+        groups
+            .iter()
+            .flat_map(|group| group["rules"].as_array().expect("rules").clone())
+            .collect()
+    }
+
+    /// What it has logged.
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Prometheus {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// A program of Debian's package `prometheus`, which is there once `make test` has set up.
+pub(crate) fn installed(program: &str) -> Command {
+    let found = Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    assert!(
+        found.is_ok_and(|status| status.success()),
+        "{program} was not found; `devstack/install.sh {program}=prometheus` installs it"
+    );
+    let mut command = Command::new(program);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
+/// The folder of the rules.
+pub(crate) fn rules() -> PathBuf {
+    PathBuf::from(OBSERVABILITY).join("rules")
+}
+
+/// The project's own configuration for Prometheus, but for how often it looks, and where.
+fn configured(address: SocketAddr, targets: &[SocketAddr]) -> String {
+    let text = std::fs::read_to_string(PathBuf::from(OBSERVABILITY).join("prometheus.yml"));
+    let targets: Vec<_> = targets
+        .iter()
+        .map(|target| format!("\"{target}\""))
+        .collect();
+    let mut text = text.expect("a configuration");
+    for (own, instead) in [
+        ("scrape_interval: 5s", format!("scrape_interval: {OFTEN}")),
+        ("scrape_timeout: 3s", format!("scrape_timeout: {OFTEN}")),
+        (
+            "evaluation_interval: 5s",
+            format!("evaluation_interval: {OFTEN}"),
+        ),
+        ("\"web:5000\"", targets.join(", ")),
+        ("\"localhost:9090\"", format!("\"{address}\"")),
+    ] {
+        assert!(text.contains(own), "{own} in {text}");
+        text = text.replace(own, &instead);
+    }
+    text
+}
+
+/// A port below the range that systems take client ports from, so that no client of another test
+/// has it before Prometheus does, and above those of the stores.
+fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = u16::try_from(std::process::id() % 500).expect("below 500");
+    (0..500)
+        .map(|_| 32_000 + (first + NEXT.fetch_add(1, Ordering::Relaxed)) % 500)
+        .find(|&port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok())
+        .expect("a free port")
+}
