@@ -8,6 +8,7 @@ pub mod exposition;
 pub mod http;
 mod log;
 pub mod metric;
+mod otlp;
 pub mod sampling;
 mod trace;
 
@@ -117,12 +118,7 @@ impl Telemetry {
         if self.flushed.swap(true, Ordering::AcqRel) {
             return;
         }
-        if let Err(error) = pipeline.provider.shutdown_with_timeout(timeout) {
-            tracing::warn!(
-                error = error.to_string(),
-                "the last spans were not exported"
-            );
-        }
+        pipeline.end(timeout);
     }
 }
 

@@ -4,18 +4,13 @@
 //! A collector that is absent must cost nothing: after a few failed exports hardly anything is
 //! sampled until one succeeds. Nothing here knows what a span is about.
 
-use std::collections::HashMap;
-use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry::{InstrumentationScope, KeyValue};
-use opentelemetry_otlp::{
-    Protocol, SpanExporter as OtlpExporter, WithExportConfig as _, WithHttpConfig as _,
-};
+use opentelemetry_otlp::SpanExporter as OtlpExporter;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{
@@ -25,7 +20,8 @@ use opentelemetry_sdk::trace::{
 use tracing::{info, warn};
 
 use super::metric::{self, Spans};
-use crate::config::{Compression, ExporterConfig, TracesConfig};
+use super::otlp::{self, Meetings};
+use crate::config::{ExporterConfig, TracesConfig};
 
 /// The version of the semantic conventions that names and attributes follow.
 const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
@@ -33,7 +29,7 @@ const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
 /// What makes spans and sends them.
 #[derive(Debug)]
 pub(super) struct Pipeline {
-    pub(super) provider: SdkTracerProvider,
+    provider: SdkTracerProvider,
     pub(super) tracer: SdkTracer,
     pub(super) breaker: Arc<Breaker>,
 }
@@ -43,8 +39,10 @@ impl Pipeline {
     pub(super) fn new(config: &TracesConfig, exporter: &ExporterConfig) -> anyhow::Result<Self> {
         let breaker = Arc::new(Breaker::default());
         let queued = Arc::new(AtomicUsize::new(0));
+        let meetings = Meetings::default();
         let exporter = Counted {
-            exporter: otlp_exporter(exporter)?,
+            exporter: otlp::exporter(exporter, meetings.clone())?,
+            meetings,
             queued: Arc::clone(&queued),
             breaker: Arc::clone(&breaker),
         };
@@ -58,6 +56,7 @@ impl Pipeline {
                 .with_batch_config(batches)
                 .build(),
             queued,
+            breaker: Arc::clone(&breaker),
             capacity: config.max_queue_size,
         };
         let provider = SdkTracerProvider::builder()
@@ -77,31 +76,20 @@ impl Pipeline {
             breaker,
         })
     }
-}
 
-fn otlp_exporter(config: &ExporterConfig) -> anyhow::Result<OtlpExporter> {
-    let client = reqwest::blocking::Client::builder()
-        .timeout(config.timeout)
-        // What the environment says of proxies is no setting of ours.
-        .no_proxy()
-        .build()
-        .context("building the exporter's HTTP client")?;
-    let headers: HashMap<_, _> = config
-        .headers
-        .iter()
-        .map(|(name, value)| (name.clone(), value.expose().to_owned()))
-        .collect();
-    let mut builder = OtlpExporter::builder()
-        .with_http()
-        .with_http_client(client)
-        .with_protocol(Protocol::HttpBinary)
-        .with_endpoint(&config.endpoint)
-        .with_timeout(config.timeout)
-        .with_headers(headers);
-    if config.compression == Compression::Gzip {
-        builder = builder.with_compression(opentelemetry_otlp::Compression::Gzip);
+    /// Sends the spans that are left, for at most `timeout`, and says how many were lost since the
+    /// collector last took any.
+    pub(super) fn end(&self, timeout: Duration) {
+        let ended = self.provider.shutdown_with_timeout(timeout);
+        let lost = self.breaker.lost();
+        if lost > 0 {
+            warn!(
+                spans.lost = lost,
+                error = ended.err().map(|error| error.to_string()),
+                "the last spans were not exported"
+            );
+        }
     }
-    builder.build().context("building the OTLP exporter")
 }
 
 fn resource(config: &TracesConfig) -> Resource {
@@ -128,9 +116,13 @@ fn resource(config: &TracesConfig) -> Resource {
 pub(super) struct Breaker {
     began: Instant,
     failures: AtomicUsize,
-    /// The second since `began` in which a request was last let through, plus one.
+    /// The second since `began`, from 1, in which a request was last let through.
     admitted: AtomicU64,
     outage: Mutex<Option<Outage>>,
+    /// Spans that wait for their export or are in it. It falls under the outage's lock, so that no
+    /// span counts twice.
+    unexported: AtomicUsize,
+    rejections: Mutex<Rejections>,
 }
 
 /// Exports that have failed in a row.
@@ -140,22 +132,42 @@ struct Outage {
     lost: usize,
 }
 
+/// Spans that the collector took and threw away.
+#[derive(Debug, Default)]
+struct Rejections {
+    told: Option<Instant>,
+    untold: usize,
+}
+
 impl Breaker {
     const FAILURES: usize = 3;
+    const REJECTIONS_TOLD_EVERY: Duration = Duration::from_mins(1);
 
     /// Whether a request that is to be sampled may be.
     pub(super) fn admits(&self) -> bool {
         if self.failures.load(Ordering::Relaxed) < Self::FAILURES {
             return true;
         }
-        let second = self.began.elapsed().as_secs() + 1;
-        self.admitted.swap(second, Ordering::Relaxed) != second
+        self.admits_in(self.began.elapsed().as_secs() + 1)
     }
 
-    fn exported(&self, spans: usize) {
-        metric::spans(Spans::Exported, spans);
+    fn admits_in(&self, second: u64) -> bool {
+        // The first look is for all those who come later in that second. A late one must not move
+        // the second back.
+        self.admitted.load(Ordering::Relaxed) < second
+            && self.admitted.fetch_max(second, Ordering::Relaxed) < second
+    }
+
+    /// The collector has taken so many spans, some of them only to throw them away: that is its
+    /// will, so it counts as being there.
+    fn exported(&self, spans: usize, rejected: usize) {
+        metric::spans(Spans::Exported, spans - rejected);
+        metric::spans(Spans::NotExported, rejected);
         self.failures.store(0, Ordering::Relaxed);
-        if let Some(outage) = self.outage().take() {
+        self.rejected(rejected);
+        let mut outage = self.outage();
+        self.unexported.fetch_sub(spans, Ordering::AcqRel);
+        if let Some(outage) = outage.take() {
             info!(
                 down.seconds = outage.since.elapsed().as_secs_f64(),
                 spans.lost = outage.lost,
@@ -164,15 +176,13 @@ impl Breaker {
         }
     }
 
-    fn failed(&self, spans: usize, error: &dyn std::error::Error) {
+    fn failed(&self, spans: usize, error: &str) {
         metric::spans(Spans::NotExported, spans);
         self.failures.fetch_add(1, Ordering::Relaxed);
         let mut outage = self.outage();
+        self.unexported.fetch_sub(spans, Ordering::AcqRel);
         if outage.is_none() {
-            warn!(
-                error = error.to_string(),
-                "the collector does not take spans"
-            );
+            warn!(error, "the collector does not take spans");
         }
         outage
             .get_or_insert(Outage {
@@ -180,6 +190,36 @@ impl Breaker {
                 lost: 0,
             })
             .lost += spans;
+    }
+
+    /// Rejections have a line at most once a minute, with all since the last one.
+    fn rejected(&self, spans: usize) {
+        if spans == 0 {
+            return;
+        }
+        let mut rejections = self
+            .rejections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        rejections.untold += spans;
+        let told = rejections.told;
+        if told.is_none_or(|told| told.elapsed() >= Self::REJECTIONS_TOLD_EVERY) {
+            warn!(
+                spans.lost = rejections.untold,
+                "the collector rejects spans"
+            );
+            *rejections = Rejections {
+                told: Some(Instant::now()),
+                untold: 0,
+            };
+        }
+    }
+
+    /// How many spans are lost since the collector last took any, if it takes no more.
+    fn lost(&self) -> usize {
+        let outage = self.outage();
+        let lost = outage.as_ref().map_or(0, |outage| outage.lost);
+        lost + self.unexported.load(Ordering::Acquire)
     }
 
     fn outage(&self) -> std::sync::MutexGuard<'_, Option<Outage>> {
@@ -194,6 +234,8 @@ impl Default for Breaker {
             failures: AtomicUsize::new(0),
             admitted: AtomicU64::new(0),
             outage: Mutex::new(None),
+            unexported: AtomicUsize::new(0),
+            rejections: Mutex::default(),
         }
     }
 }
@@ -204,6 +246,7 @@ struct Bounded {
     processor: BatchSpanProcessor,
     /// Spans handed over that the exporter has not taken yet.
     queued: Arc<AtomicUsize>,
+    breaker: Arc<Breaker>,
     capacity: usize,
 }
 
@@ -218,6 +261,7 @@ impl SpanProcessor for Bounded {
             metric::spans(Spans::QueueFull, 1);
             return;
         }
+        self.breaker.unexported.fetch_add(1, Ordering::AcqRel);
         metric::spans(Spans::Queued, 1);
         self.processor.on_end(span);
     }
@@ -239,6 +283,7 @@ impl SpanProcessor for Bounded {
 #[derive(Debug)]
 struct Counted {
     exporter: OtlpExporter,
+    meetings: Meetings,
     queued: Arc<AtomicUsize>,
     breaker: Arc<Breaker>,
 }
@@ -248,9 +293,13 @@ impl SpanExporter for Counted {
         let spans = batch.len();
         self.queued.fetch_sub(spans, Ordering::Relaxed);
         let result = self.exporter.export(batch).await;
+        let met = self.meetings.take();
         match &result {
-            Ok(()) => self.breaker.exported(spans),
-            Err(error) => self.breaker.failed(spans, error),
+            Ok(()) => self.breaker.exported(spans, met.rejected.min(spans)),
+            Err(error) => {
+                let why = met.failure.unwrap_or_else(|| error.to_string());
+                self.breaker.failed(spans, &why);
+            }
         }
         result
     }
@@ -265,5 +314,20 @@ impl SpanExporter for Counted {
 
     fn set_resource(&mut self, resource: &Resource) {
         self.exporter.set_resource(resource);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn open_breaker_admits_one_request_a_second() {
+        let breaker = Breaker::default();
+        assert!(breaker.admits_in(5));
+        assert!(!breaker.admits_in(5));
+        assert!(breaker.admits_in(6));
+        assert!(!breaker.admits_in(5), "a second that is over");
+        assert!(!breaker.admits_in(6));
     }
 }

@@ -1,74 +1,278 @@
-//! Collectors that do not take spans: no visit notices them.
+//! Collectors that do not take spans, or not as they should: no visit notices them, and no span is
+//! lost unseen.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use reqwest::StatusCode;
 
-use crate::support::collector::Collector;
-use crate::support::traces::{spans, traced};
+use crate::support::collector::{Collector, Manner};
+use crate::support::load::{Load, Visit, are_one_to_n};
+use crate::support::traces::traced_with;
 use crate::support::{SOON, Service, World, eventually};
 
+const DOWN: &str = "the collector does not take spans";
+const UP: &str = "the collector takes spans again";
+const CLIENTS: usize = 64;
+
 #[tokio::test(flavor = "multi_thread")]
-async fn absent_collector_fails_no_request_and_is_one_line() {
-    let world = World::new();
-    let settings = [
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1"),
-        ("OTEL_BSP_SCHEDULE_DELAY", "20"),
-    ];
-    let service = world.serve_with(&settings).await;
-    eventually("ten exports have failed", 2 * SOON, async || {
-        let before = spans(&service, "exporter", "_OTHER").await;
-        service.visit().await;
-        before >= 12
-    })
-    .await;
-    let warnings: Vec<_> = service
-        .log()
-        .into_iter()
-        .filter(|line| line["level"] != "INFO")
-        .collect();
-    assert_eq!(warnings.len(), 1, "{warnings:?}");
-    assert_eq!(warnings[0]["message"], "the collector does not take spans");
+async fn absent_collector_harms_nothing() {
+    harms_nothing(Manner::Absent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn collector_that_refuses_is_hardly_sampled_for_until_it_takes_spans() {
+async fn refusing_collector_harms_nothing() {
+    harms_nothing(Manner::Refuses(StatusCode::SERVICE_UNAVAILABLE)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn collector_that_finds_the_request_bad_harms_nothing() {
+    harms_nothing(Manner::Refuses(StatusCode::BAD_REQUEST)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_collector_harms_nothing() {
+    harms_nothing(Manner::Silent).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn swallowed_packets_harm_nothing() {
+    harms_nothing(Manner::Swallows).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn resetting_collector_harms_nothing() {
+    harms_nothing(Manner::Resets).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_collector_harms_nothing_and_what_it_misses_is_counted() {
     let (world, collector) = (World::new(), Collector::start().await);
-    let service = traced(&world, &collector).await;
-    collector.refuse(true);
-    eventually("visits are hardly sampled", SOON, async || {
-        let sampled = sampled(&service, 20).await;
-        sampled <= 2
+    let slow = Manner::Slow(Duration::from_secs(1));
+    collector.becomes(slow).await;
+    let service = exporting(&world, &collector, "10000").await;
+    let load = Load::start(&[&service], CLIENTS);
+    eventually("the queue has been full", SOON, async || {
+        Spans::of(&service).await.overflowed > 0
     })
     .await;
-    let lost = spans(&service, "exporter", "_OTHER").await;
-    assert!(
-        lost >= 9,
-        "after three exports of a visit, not {lost} spans"
-    );
-    collector.refuse(false);
-    eventually("all visits are sampled", SOON, async || {
-        sampled(&service, 20).await == 20
+    let visits = load.stop().await;
+    are_recorded(&world, &visits).await;
+    let spans = at_rest(&service).await;
+    // Each visit has a span and a wait, save that the first of a batch has the two calls instead.
+    assert!(visits.iter().all(|visit| visit.sampled));
+    assert_eq!(spans.made(), 2 * spans.visits + spans.batches);
+    assert_eq!(kept(&collector), spans.exported);
+    assert_eq!(spans.lost, 0);
+    assert_eq!(service.logged(DOWN).len(), 0);
+    stops_under_load(&service).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn line_says_why_spans_are_not_taken() {
+    let bad = Manner::Refuses(StatusCode::BAD_REQUEST);
+    for (manner, why) in [(Manner::Absent, "Connection refused"), (bad, "400")] {
+        let (world, collector) = (World::new(), Collector::start().await);
+        collector.becomes(manner).await;
+        let service = exporting(&world, &collector, "1000").await;
+        service.visit().await;
+        eventually("it is logged", SOON, async || {
+            !service.logged(DOWN).is_empty()
+        })
+        .await;
+        let error = service.logged(DOWN)[0]["error"].clone();
+        assert!(error.as_str().unwrap().contains(why), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_that_the_collector_throws_away_are_lost() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    collector.becomes(Manner::Rejects(1)).await;
+    let service = exporting(&world, &collector, "10000").await;
+    service.visit().await;
+    let spans = at_rest(&service).await;
+    assert_eq!(spans.made(), 3);
+    assert_eq!(spans.lost, collector.exports().len() as u64);
+    eventually("it is logged", SOON, async || {
+        service.logged("the collector rejects spans").len() == 1
     })
     .await;
-    eventually("its return is logged", SOON, async || {
-        service.logged("the collector takes spans again").len() == 1
-    })
-    .await;
-    let down = service.logged("the collector does not take spans");
-    assert_eq!(down.len(), 1);
-    let up = &service.logged("the collector takes spans again")[0];
-    assert!(up["down.seconds"].as_f64().unwrap() > 0.0);
-    assert!(up["spans.lost"].as_u64().unwrap() >= lost);
+    for _ in 0..5 {
+        service.visit().await;
+        at_rest(&service).await;
+    }
+    let lines = service.logged("the collector rejects spans");
+    assert_eq!(lines.len(), 1, "one a minute: {lines:?}");
+    assert_eq!(service.logged(DOWN).len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_that_a_stop_loses_are_told_of() {
+    for manner in [Manner::Refuses(StatusCode::BAD_GATEWAY), Manner::Silent] {
+        let (world, collector) = (World::new(), Collector::start().await);
+        collector.becomes(manner).await;
+        let late = [("OTEL_BSP_SCHEDULE_DELAY", "600000")];
+        let service = traced_with(&world, &collector, &late).await;
+        for _ in 0..4 {
+            service.visit().await;
+        }
+        service.stop().await;
+        eventually("the loss is logged", SOON, async || {
+            service.logged("the last spans were not exported").len() == 1
+        })
+        .await;
+        let line = &service.logged("the last spans were not exported")[0];
+        assert_eq!(line["spans.lost"], 4 * 3);
+    }
+}
+
+/// Load, a collector that stops to take spans, one that takes them again, and a stop without one.
+async fn harms_nothing(manner: Manner) {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = exporting(&world, &collector, "1000").await;
+    let load = Load::start(&[&service], CLIENTS);
+    until_sampled(&service, "every visit", |share| share >= 1.5).await;
+    collector.becomes(manner).await;
+    until_sampled(&service, "hardly a visit", |share| share <= 0.1).await;
+    assert_eq!(service.logged(DOWN).len(), 1);
+    collector.becomes(Manner::Takes).await;
+    until_sampled(&service, "every visit again", |share| share >= 1.5).await;
+
+    let visits = load.stop().await;
+    are_recorded(&world, &visits).await;
+    let spans = at_rest(&service).await;
+    let sampled = visits.iter().filter(|visit| visit.sampled).count() as u64;
+    assert!((2 * sampled..=3 * sampled).contains(&spans.made()));
+    assert!((spans.exported..=spans.exported + spans.lost).contains(&kept(&collector)));
+    let (down, up) = (service.logged(DOWN), service.logged(UP));
+    assert_eq!((down.len(), up.len()), (1, 1));
+    assert!(up[0]["down.seconds"].as_f64().unwrap() > 0.0);
+    assert_eq!(up[0]["spans.lost"], spans.lost);
+
+    collector.becomes(manner).await;
+    stops_under_load(&service).await;
 }
 
 // --- wiring ---
 
-/// How many of so many visits are sampled.
-async fn sampled(service: &Service, visits: u32) -> u32 {
-    let mut sampled = 0;
-    for _ in 0..visits {
-        let answer = service.get("/").await;
-        assert_eq!(answer.status, StatusCode::OK);
-        sampled += u32::from(!answer.header("traceresponse").is_empty());
+/// A service whose exports have so many milliseconds each.
+async fn exporting(world: &World, collector: &Collector, timeout: &str) -> Service {
+    let settings = [
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", timeout),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "1024"),
+        ("SHUTDOWN_TIMEOUT", "5s"),
+        // Longer than the load lets a busy machine take.
+        ("DB_TIMEOUT", "10s"),
+        ("REDIS_TIMEOUT", "5s"),
+        ("VISIT_TIMEOUT", "20s"),
+    ];
+    traced_with(world, collector, &settings).await
+}
+
+/// What became of spans, of one scrape.
+#[derive(Debug, Clone, Copy)]
+struct Spans {
+    visits: u64,
+    batches: u64,
+    queued: u64,
+    overflowed: u64,
+    exported: u64,
+    lost: u64,
+}
+
+impl Spans {
+    async fn of(service: &Service) -> Self {
+        let text = service.get("/metrics").await.body;
+        Self {
+            visits: sum(&text, "visitas_visits_total", |_| true),
+            batches: sum(&text, "visitas_batch_size_count", |_| true),
+            queued: sum(&text, "otel_sdk_processor_span", |line| {
+                !line.contains("error_type")
+            }),
+            overflowed: sum(&text, "otel_sdk_processor_span", |line| {
+                line.contains("queue_full")
+            }),
+            exported: sum(&text, "otel_sdk_exporter_span", |line| {
+                !line.contains("error_type")
+            }),
+            lost: sum(&text, "otel_sdk_exporter_span", |line| {
+                line.contains("error_type")
+            }),
+        }
     }
-    sampled
+
+    /// All that were ever made.
+    fn made(&self) -> u64 {
+        self.queued + self.overflowed
+    }
+}
+
+fn sum(text: &str, name: &str, is_meant: impl Fn(&str) -> bool) -> u64 {
+    text.lines()
+        .filter(|line| line.starts_with(name) && is_meant(line))
+        .map(|line| line.rsplit_once(' ').expect("a value").1)
+        .map(|value| value.parse::<u64>().expect("a count"))
+        .sum()
+}
+
+/// Waits until so many spans are made for each of some hundred visits under load: two or more where
+/// each is sampled.
+async fn until_sampled(service: &Service, what: &str, is_so: impl Fn(f64) -> bool) {
+    eventually(&format!("{what} is sampled"), 3 * SOON, async || {
+        let before = Spans::of(service).await;
+        let mut after = before;
+        eventually("visits are made", SOON, async || {
+            after = Spans::of(service).await;
+            after.visits >= before.visits + 500
+        })
+        .await;
+        let (spans, visits) = (after.made() - before.made(), after.visits - before.visits);
+        is_so(spans as f64 / visits as f64)
+    })
+    .await;
+}
+
+/// Waits until each span is exported or lost.
+async fn at_rest(service: &Service) -> Spans {
+    let mut spans = Spans::of(service).await;
+    eventually("each span has its end", SOON, async || {
+        spans = Spans::of(service).await;
+        spans.queued > 0 && spans.queued == spans.exported + spans.lost
+    })
+    .await;
+    spans
+}
+
+/// How many spans a collector has, each counted once.
+fn kept(collector: &Collector) -> u64 {
+    let ids = collector.spans().into_iter().map(|kept| kept.span.span_id);
+    ids.collect::<HashSet<_>>().len() as u64
+}
+
+/// Whether none of these visits failed, and their numbers are those from 1 to their count.
+async fn are_recorded(world: &World, visits: &[Visit]) {
+    assert!(visits.iter().all(|visit| visit.status == 200));
+    assert!(are_one_to_n(visits.iter().map(Visit::total)));
+    assert!(are_one_to_n(visits.iter().map(Visit::redis)));
+    assert_eq!(world.rows().await, i64::try_from(visits.len()).unwrap());
+}
+
+async fn stops_under_load(service: &Service) {
+    let before = Spans::of(service).await.visits;
+    let load = Load::start(&[service], CLIENTS);
+    eventually("visits are made", SOON, async || {
+        Spans::of(service).await.visits > before + 500
+    })
+    .await;
+    let stopped = Instant::now();
+    service.stop().await;
+    let took = stopped.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    for visit in load.stop().await {
+        assert!(
+            visit.status == 200 || visit.answered() > stopped,
+            "{visit:?}"
+        );
+    }
 }

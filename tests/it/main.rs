@@ -17,6 +17,7 @@ mod load;
 mod log;
 mod metrics;
 mod observability;
+mod otlp;
 mod outage;
 mod repair;
 mod server;

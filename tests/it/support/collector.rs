@@ -1,20 +1,29 @@
-//! A collector that keeps the spans it is sent: OTLP over HTTP, encoded as protobuf.
+//! A collector that keeps the spans it is sent, and can be told to behave badly: OTLP over HTTP,
+//! encoded as protobuf.
 
+use std::io::Read as _;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::State;
-use axum::routing::post;
-use http::StatusCode;
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse as _, Response};
+use http::{HeaderMap, StatusCode};
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTracePartialSuccess, ExportTraceServiceRequest, ExportTraceServiceResponse,
+};
 use opentelemetry_proto::tonic::common::v1::KeyValue;
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message as _;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::timeout;
 
 use super::{Answer, SOON, eventually};
 
@@ -22,6 +31,28 @@ use super::{Answer, SOON, eventually};
 pub(crate) struct Collector {
     address: SocketAddr,
     received: Arc<Received>,
+    serving: Mutex<JoinHandle<()>>,
+}
+
+/// What a collector does with what it is sent.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Manner {
+    /// Keeps it.
+    Takes,
+    /// Keeps it, and says so after a while.
+    Slow(Duration),
+    /// Keeps it, and says that it has thrown away so many spans of each request.
+    Rejects(i64),
+    /// Answers with this status.
+    Refuses(StatusCode),
+    /// Reads it and never answers.
+    Silent,
+    /// Lets nobody connect, without saying so.
+    Swallows,
+    /// Resets each connection.
+    Resets,
+    /// Does not listen.
+    Absent,
 }
 
 /// A span with what it was sent beneath.
@@ -32,23 +63,37 @@ pub(crate) struct Exported {
     pub(crate) schema_url: String,
 }
 
-#[derive(Default)]
+/// A request that was taken.
+#[derive(Clone, Debug)]
+pub(crate) struct Export {
+    pub(crate) path: String,
+    pub(crate) headers: HeaderMap,
+    pub(crate) spans: usize,
+}
+
 struct Received {
+    manner: Mutex<Manner>,
     spans: Mutex<Vec<Exported>>,
-    refusing: AtomicBool,
+    exports: Mutex<Vec<Export>>,
 }
 
 impl Collector {
-    /// Starts one on a free port.
+    /// Starts one that takes spans, on a free port.
     pub(crate) async fn start() -> Self {
-        let received = Arc::new(Received::default());
-        let router = Router::new()
-            .route("/v1/traces", post(receive))
-            .with_state(Arc::clone(&received));
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+        let received = Arc::new(Received {
+            manner: Mutex::new(Manner::Takes),
+            spans: Mutex::default(),
+            exports: Mutex::default(),
+        });
+        // An address that nobody else uses, so that the port is still free after an absence.
+        let listener = TcpListener::bind(("127.0.0.2", 0)).await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        tokio::spawn(async move { axum::serve(listener, router).await });
-        Self { address, received }
+        let serving = tokio::spawn(serve(listener, Arc::clone(&received)));
+        Self {
+            address,
+            received,
+            serving: Mutex::new(serving),
+        }
     }
 
     /// The value of `OTEL_EXPORTER_OTLP_ENDPOINT`.
@@ -56,15 +101,35 @@ impl Collector {
         format!("http://{}", self.address)
     }
 
-    /// Answers 503 from now on, or takes spans again.
-    pub(crate) fn refuse(&self, refusing: bool) {
-        self.received.refusing.store(refusing, Ordering::Relaxed);
+    /// Closes all connections and behaves like this from now on.
+    pub(crate) async fn becomes(&self, manner: Manner) {
+        let end = |serving: JoinHandle<()>| async move {
+            serving.abort();
+            serving.await.ok();
+        };
+        *locked(&self.received.manner) = manner;
+        let nothing = tokio::spawn(std::future::ready(()));
+        let served = std::mem::replace(&mut *locked(&self.serving), nothing);
+        end(served).await;
+        let serving = match manner {
+            Manner::Absent => return,
+            Manner::Swallows => tokio::spawn(swallow(bound(self.address))),
+            _ => {
+                let listener = bound(self.address).listen(1024).expect("the port again");
+                tokio::spawn(serve(listener, Arc::clone(&self.received)))
+            }
+        };
+        *locked(&self.serving) = serving;
+    }
+
+    /// Every request that was taken so far.
+    pub(crate) fn exports(&self) -> Vec<Export> {
+        locked(&self.received.exports).clone()
     }
 
     /// Everything that has come so far.
     pub(crate) fn spans(&self) -> Vec<Exported> {
-        let spans = self.received.spans.lock();
-        spans.unwrap_or_else(PoisonError::into_inner).clone()
+        locked(&self.received.spans).clone()
     }
 
     /// The spans of an answer's trace, once there are so many.
@@ -137,12 +202,92 @@ fn value<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a Value> {
     attribute.value.as_ref()?.value.as_ref()
 }
 
-async fn receive(State(received): State<Arc<Received>>, body: Bytes) -> StatusCode {
-    if received.refusing.load(Ordering::Relaxed) {
-        return StatusCode::SERVICE_UNAVAILABLE;
+fn bound(address: SocketAddr) -> TcpSocket {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_reuseaddr(true).expect("a socket's option");
+    socket.bind(address).expect("a port");
+    socket
+}
+
+/// Serves until it is aborted, and then closes every connection.
+async fn serve(listener: TcpListener, received: Arc<Received>) {
+    let router = Router::new()
+        .fallback(receive)
+        .with_state(Arc::clone(&received));
+    let mut connections = JoinSet::new();
+    while let Ok((stream, _)) = listener.accept().await {
+        if matches!(*locked(&received.manner), Manner::Resets) {
+            stream.set_zero_linger().expect("a socket's option");
+            continue;
+        }
+        let service = TowerToHyperService::new(router.clone());
+        connections.spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
     }
-    let request = ExportTraceServiceRequest::decode(body).expect("spans in protobuf");
-    let spans = request.resource_spans.into_iter().flat_map(|of_resource| {
+}
+
+/// Fills the queue of those who wait to be accepted, which nobody is. Whoever comes then has no
+/// answer to its first packet.
+async fn swallow(socket: TcpSocket) {
+    let full = socket.listen(0).expect("a queue");
+    let address = full.local_addr().expect("an address");
+    let mut waiting = Vec::new();
+    while let Ok(connected) = timeout(Duration::from_millis(200), TcpStream::connect(address)).await
+    {
+        waiting.push(connected.expect("a place in the queue"));
+    }
+    std::future::pending::<()>().await;
+    drop((full, waiting));
+}
+
+async fn receive(State(received): State<Arc<Received>>, request: Request) -> Response {
+    let manner = *locked(&received.manner);
+    match manner {
+        Manner::Silent => std::future::pending().await,
+        Manner::Refuses(status) => return status.into_response(),
+        _ => {}
+    }
+    let (head, body) = request.into_parts();
+    let body = axum::body::to_bytes(body, usize::MAX).await;
+    let body = decoded(&head.headers, body.expect("a body"));
+    let spans = spans(ExportTraceServiceRequest::decode(body).expect("spans in protobuf"));
+    let export = Export {
+        path: head.uri.path().to_owned(),
+        headers: head.headers,
+        spans: spans.len(),
+    };
+    locked(&received.exports).push(export);
+    locked(&received.spans).extend(spans);
+    match manner {
+        Manner::Slow(pause) => tokio::time::sleep(pause).await,
+        Manner::Rejects(rejected_spans) => {
+            let partial_success = Some(ExportTracePartialSuccess {
+                rejected_spans,
+                error_message: "too many".to_owned(),
+            });
+            let answer = ExportTraceServiceResponse { partial_success };
+            return answer.encode_to_vec().into_response();
+        }
+        _ => {}
+    }
+    StatusCode::OK.into_response()
+}
+
+fn decoded(headers: &HeaderMap, body: Bytes) -> Bytes {
+    if headers
+        .get("content-encoding")
+        .is_none_or(|encoding| encoding != "gzip")
+    {
+        return body;
+    }
+    let mut plain = Vec::new();
+    let read = flate2::read::GzDecoder::new(&body[..]).read_to_end(&mut plain);
+    read.expect("gzip");
+    plain.into()
+}
+
+fn spans(request: ExportTraceServiceRequest) -> Vec<Exported> {
+    let of_resources = request.resource_spans.into_iter();
+    let spans = of_resources.flat_map(|of_resource| {
         let resource = of_resource.resource.unwrap_or_default().attributes;
         of_resource.scope_spans.into_iter().flat_map(move |scope| {
             let resource = resource.clone();
@@ -153,7 +298,9 @@ async fn receive(State(received): State<Arc<Received>>, body: Bytes) -> StatusCo
             })
         })
     });
-    let mut kept = received.spans.lock();
-    kept.as_mut().expect("nothing panics here").extend(spans);
-    StatusCode::OK
+    spans.collect()
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -28,6 +28,8 @@ pub(crate) struct Visit {
     pub(crate) took: Duration,
     /// The status, or 0 if there was no answer.
     pub(crate) status: u16,
+    /// Whether the answer names a trace.
+    pub(crate) sampled: bool,
     /// The answer's fields.
     pub(crate) json: Value,
 }
@@ -124,20 +126,21 @@ impl Visitor {
 
     async fn visit(&mut self, client: usize) -> Visit {
         let sent = Instant::now();
-        let (status, json) = self.ask().await.unwrap_or_else(|_| {
+        let (status, sampled, json) = self.ask().await.unwrap_or_else(|_| {
             self.connection = None;
-            (0, Value::Null)
+            (0, false, Value::Null)
         });
         Visit {
             client,
             sent,
             took: sent.elapsed(),
             status,
+            sampled,
             json,
         }
     }
 
-    async fn ask(&mut self) -> anyhow::Result<(u16, Value)> {
+    async fn ask(&mut self) -> anyhow::Result<(u16, bool, Value)> {
         if self.connection.as_ref().is_none_or(SendRequest::is_closed) {
             let stream = TcpStream::connect(self.address).await?;
             stream.set_nodelay(true)?;
@@ -152,8 +155,9 @@ impl Visitor {
         connection.ready().await?;
         let answer = connection.send_request(request).await?;
         let status = answer.status().as_u16();
+        let sampled = answer.headers().contains_key("traceresponse");
         let body = axum::body::to_bytes(Body::new(answer.into_body()), 1024).await?;
-        Ok((status, serde_json::from_slice(&body)?))
+        Ok((status, sampled, serde_json::from_slice(&body)?))
     }
 }
 
