@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use reqwest::StatusCode;
 
 use crate::support::collector::{Collector, Manner};
-use crate::support::load::{Load, Visit, are_one_to_n};
+use crate::support::load::{Load, Visit, are_one_to_n, visits};
 use crate::support::traces::traced_with;
 use crate::support::{SOON, Service, World, eventually};
 
@@ -125,6 +125,35 @@ async fn spans_that_a_stop_loses_are_told_of() {
         let line = &service.logged("the last spans were not exported")[0];
         assert_eq!(line["spans.lost"], 4 * 3);
     }
+}
+
+/// A service takes 1.8 times as long for visits that are all sampled as for those that are not.
+#[tokio::test(flavor = "multi_thread")]
+async fn absent_collector_costs_no_throughput() {
+    let (world, collector) = (World::alone(), Collector::start().await);
+    collector.becomes(Manner::Absent).await;
+    let without = world.serve().await;
+    let with = exporting(&world, &collector, "1000").await;
+    let load = Load::start(&[&with, &without], CLIENTS);
+    until_sampled(&with, "hardly a visit", |share| share <= 0.1).await;
+    load.stop().await;
+
+    let mut ratios = Vec::new();
+    for _ in 0..11 {
+        // Each goes first in turn, so that neither has the machine's better moments.
+        let (none, absent) = (
+            time_for_visits(&without).await,
+            time_for_visits(&with).await,
+        );
+        ratios.push(absent / none);
+        let (absent, none) = (
+            time_for_visits(&with).await,
+            time_for_visits(&without).await,
+        );
+        ratios.push(absent / none);
+    }
+    ratios.sort_by(f64::total_cmp);
+    assert!(ratios[ratios.len() / 2] < 1.25, "{ratios:?}");
 }
 
 /// Load, a collector that stops to take spans, one that takes them again, and a stop without one.
@@ -256,6 +285,12 @@ async fn are_recorded(world: &World, visits: &[Visit]) {
     assert!(are_one_to_n(visits.iter().map(Visit::total)));
     assert!(are_one_to_n(visits.iter().map(Visit::redis)));
     assert_eq!(world.rows().await, i64::try_from(visits.len()).unwrap());
+}
+
+async fn time_for_visits(service: &Service) -> f64 {
+    let began = Instant::now();
+    visits(&[service], CLIENTS, 2_000).await;
+    began.elapsed().as_secs_f64()
 }
 
 async fn stops_under_load(service: &Service) {
