@@ -18,7 +18,7 @@ use tracing::{Instrument as _, Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use super::metric;
-use super::sampling::{Decision, Sampler};
+use super::sampling::Sampler;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACE_RESPONSE: HeaderName = HeaderName::from_static("traceresponse");
@@ -54,10 +54,7 @@ pub async fn observe(
     let route = request.extensions().get::<MatchedPath>().cloned();
     let id = request_id(&request);
     let decision = if is_probe_or_scrape(route.as_ref()) {
-        Decision {
-            sampled: false,
-            parent: None,
-        }
+        Sampler::decline(request.headers())
     } else {
         observer.sampler.decide(request.headers())
     };

@@ -52,13 +52,19 @@ impl Sampler {
         }
     }
 
+    /// Decides against a request with these headers, which may have a parent all the same.
+    #[must_use]
+    pub fn decline(headers: &HeaderMap) -> Decision {
+        Decision {
+            sampled: false,
+            parent: remote_parent(headers),
+        }
+    }
+
     /// Decides about a request with these headers.
     #[must_use]
     pub fn decide(&self, headers: &HeaderMap) -> Decision {
-        let parent = headers
-            .contains_key("traceparent")
-            .then(|| remote_parent(headers))
-            .flatten();
+        let parent = remote_parent(headers);
         let wanted = match &parent {
             Some(parent) if self.rule.parent_based => parent.is_sampled(),
             _ => match self.rule.root {
@@ -95,10 +101,29 @@ fn is_in_ratio(trace: TraceId, ratio: f64) -> bool {
 }
 
 fn remote_parent(headers: &HeaderMap) -> Option<SpanContext> {
+    if !is_well_formed(headers.get("traceparent")?.as_bytes()) {
+        return None;
+    }
     let context =
         TraceContextPropagator::new().extract_with_context(&Context::new(), &Headers(headers));
     let parent = context.span().span_context().clone();
     parent.is_valid().then_some(parent)
+}
+
+/// Whether a `traceparent` has the fields that W3C's Trace Context wants, each of its length. The
+/// propagator takes fields of any length.
+fn is_well_formed(traceparent: &[u8]) -> bool {
+    const LENGTH: usize = 55;
+    let Some((fields, rest)) = traceparent.split_at_checked(LENGTH) else {
+        return false;
+    };
+    let is_in_place = |(at, byte): (usize, &u8)| match at {
+        2 | 35 | 52 => *byte == b'-',
+        _ => matches!(byte, b'0'..=b'9' | b'a'..=b'f'),
+    };
+    // Only a version to come may have more fields.
+    let may_end = rest.is_empty() || (!fields.starts_with(b"00") && rest[0] == b'-');
+    may_end && fields.iter().enumerate().all(is_in_place)
 }
 
 struct Headers<'a>(&'a HeaderMap);
@@ -110,5 +135,57 @@ impl Extractor for Headers<'_> {
 
     fn keys(&self) -> Vec<&str> {
         self.0.keys().map(http::HeaderName::as_str).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use opentelemetry::trace::SpanKind;
+    use opentelemetry_sdk::trace::{Sampler as Reference, SamplingDecision, ShouldSample as _};
+
+    use super::*;
+
+    #[test]
+    fn ratio_takes_the_traces_that_the_sdk_takes() {
+        for ratio in [0.0, 0.001, 0.1, 0.5, 0.999, 1.0] {
+            let reference = Reference::TraceIdRatioBased(ratio);
+            for _ in 0..1000 {
+                let trace = RandomIdGenerator::default().new_trace_id();
+                let taken = reference
+                    .should_sample(None, trace, "", &SpanKind::Server, &[], &[])
+                    .decision;
+                let expected = taken == SamplingDecision::RecordAndSample;
+                assert_eq!(is_in_ratio(trace, ratio), expected, "{ratio} of {trace}");
+            }
+        }
+    }
+
+    #[test]
+    fn parent_decides_only_where_the_rule_says_so() {
+        let (on, off) = (Root::AlwaysOn, Root::AlwaysOff);
+        for (parent_based, root, without, sampled, unsampled) in [
+            (true, on, true, true, false),
+            (true, off, false, true, false),
+            (false, on, true, true, true),
+            (false, off, false, false, false),
+            (true, Root::Ratio(0.0), false, true, false),
+            (false, Root::Ratio(1.0), true, true, true),
+        ] {
+            let rule = Rule { parent_based, root };
+            let sampler = Sampler::new(rule, Arc::new(Breaker::default()));
+            let decide = |flags: &str| {
+                let parent =
+                    format!("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-{flags}");
+                let value = parent.parse().unwrap();
+                sampler.decide(&HeaderMap::from_iter([(
+                    http::header::HeaderName::from_static("traceparent"),
+                    value,
+                )]))
+            };
+            assert_eq!(sampler.decide(&HeaderMap::new()).sampled, without);
+            assert_eq!(decide("01").sampled, sampled, "{parent_based} {root:?}");
+            assert_eq!(decide("00").sampled, unsampled, "{parent_based} {root:?}");
+            assert!(decide("00").parent.is_some());
+        }
     }
 }

@@ -8,7 +8,7 @@ use reqwest::StatusCode;
 use serde_json::Value;
 
 use crate::support::collector::Collector;
-use crate::support::traces::{UNSAMPLED, ask, traced_with};
+use crate::support::traces::{PARENT, UNSAMPLED, ask, traced_with};
 use crate::support::{HeldCount, SOON, Service, World, eventually, program};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -30,6 +30,12 @@ async fn access_line_has_the_ids_of_its_request() {
     ask(&service, "/", &headers).await;
     let line = access_line(&service, "unsampled").await;
     assert_eq!(line["trace_id"], UNSAMPLED[3..35]);
+    assert_eq!(line["span_id"], Value::Null);
+
+    let headers = [("x-request-id", "probe"), ("traceparent", PARENT)];
+    ask(&service, "/health/live", &headers).await;
+    let line = access_line(&service, "probe").await;
+    assert_eq!(line["trace_id"], PARENT[3..35]);
     assert_eq!(line["span_id"], Value::Null);
 }
 
@@ -87,6 +93,7 @@ async fn failing_requests_have_at_most_ten_lines_a_second_and_the_rest_is_counte
         failed > 100 && told_of == failed
     })
     .await;
+    assert_eq!(service.logged("store is down").len(), 1, "never left out");
     let lines = service.logged("request");
     let second = |line: &Value| line["timestamp"].as_str().unwrap()[..19].to_owned();
     for line in &lines {

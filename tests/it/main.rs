@@ -20,6 +20,7 @@ mod observability;
 mod otlp;
 mod outage;
 mod repair;
+mod sampled;
 mod server;
 mod settings;
 mod shutdown;

@@ -6,8 +6,8 @@ use opentelemetry_proto::tonic::trace::v1::status::StatusCode as SpanStatus;
 use reqwest::StatusCode;
 
 use crate::support::collector::{Collector, Exported, hex, named, text};
-use crate::support::traces::{PARENT, UNSAMPLED, ask, spans, traced, traced_with};
-use crate::support::{HeldCount, World};
+use crate::support::traces::{UNSAMPLED, ask, traced, traced_with};
+use crate::support::{Answer, HeldCount, SOON, Wire, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lone_visit_has_a_server_span_and_both_calls_beneath_it() {
@@ -94,6 +94,103 @@ async fn failed_call_is_an_error_in_its_span_and_in_the_servers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn call_without_an_answer_has_no_code_of_the_store() {
+    type Break = fn(&World);
+    let breaks: [(&str, Break); 2] = [
+        ("timeout", |world| world.redis.pause().unwrap()),
+        ("connection", |world| world.redis.kill().unwrap()),
+    ];
+    for (error, break_it) in breaks {
+        let (world, collector) = (World::new(), Collector::start().await);
+        let service = traced(&world, &collector).await;
+        // After a call the next probe, which could find it out first, is a second away.
+        service.visit().await;
+        break_it(&world);
+        let spans = collector.trace_of(&service.get("/").await, 3).await;
+        let call = named(&spans, "INCRBY");
+        assert_eq!(status(call), SpanStatus::Error);
+        assert_eq!(call.text("error.type"), Some(error));
+        assert_eq!(call.text("db.response.status_code"), None);
+        let server = named(&spans, "GET /");
+        assert_eq!(status(server), SpanStatus::Unset, "the visit is counted");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusal_by_redis_has_its_prefix() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    service.visit().await;
+    world.redis_says::<()>(&["DEL", "visitas_home"]).await;
+    world
+        .redis_says::<()>(&["LPUSH", "visitas_home", "1"])
+        .await;
+    let spans = collector.trace_of(&service.get("/").await, 3).await;
+    let call = named(&spans, "INCRBY");
+    assert_eq!(status(call), SpanStatus::Error);
+    assert_eq!(call.text("error.type"), Some("WRONGTYPE"));
+    assert_eq!(call.text("db.response.status_code"), Some("WRONGTYPE"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mistake_of_the_client_is_no_error_of_the_server() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    for (method, path, name, code) in [
+        (Method::HEAD, "/", "HEAD /", 200),
+        (Method::POST, "/", "POST /", 405),
+        (Method::GET, "/nothing", "GET", 404),
+    ] {
+        let answer = service.ask(method, path, HeaderMap::new()).await;
+        let spans = collector.trace_of(&answer, 1).await;
+        let server = named(&spans, name);
+        assert_eq!(server.integer("http.response.status_code"), Some(code));
+        assert_eq!(server.text("error.type"), None);
+        assert_eq!(status(server), SpanStatus::Unset);
+        assert_eq!(spans.len(), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn older_protocol_is_named() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    let mut wire = Wire::open(&service).await;
+    wire.send("GET /nothing HTTP/1.0\r\n\r\n").await;
+    wire.rest().await;
+    eventually("its span is exported", SOON, async || {
+        collector.spans().len() == 1
+    })
+    .await;
+    let version = "network.protocol.version";
+    assert_eq!(collector.spans()[0].text(version), Some("1.0"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_address_query_and_body_are_recorded_nowhere() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced_with(&world, &collector, &[("RUST_LOG", "debug")]).await;
+    let address = "127.0.0.77";
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .local_address(Some(address.parse().unwrap()))
+        .build()
+        .unwrap();
+    let visit = client
+        .get(service.url("/?a=query-of-it"))
+        .body("body-of-it");
+    let answer = Answer::of(visit.send().await.unwrap()).await.unwrap();
+    let spans = format!("{:?}", collector.trace_of(&answer, 3).await);
+    let metrics = service.get("/metrics").await.body;
+    service.stop().await;
+    for record in [spans, metrics, service.printed()] {
+        for secret in [address, "query-of-it", "body-of-it"] {
+            assert!(!record.contains(secret), "{secret} in {record}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn resource_names_service_version_and_instance() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
@@ -104,38 +201,6 @@ async fn resource_names_service_version_and_instance() {
     assert_eq!(text(resource, "service.instance.id").unwrap().len(), 36);
     let schema = "https://opentelemetry.io/schemas/1.44.0";
     assert_eq!(spans[0].schema_url, schema);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn inbound_traceparent_is_the_parent() {
-    let (world, collector) = (World::new(), Collector::start().await);
-    let service = traced(&world, &collector).await;
-    let answer = ask(&service, "/", &[("traceparent", PARENT)]).await;
-    let spans = collector.trace_of(&answer, 3).await;
-    let server = named(&spans, "GET /");
-    assert_eq!(hex(&server.span.trace_id), PARENT[3..35]);
-    assert_eq!(hex(&server.span.parent_span_id), PARENT[36..52]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn unsampled_traceparent_leaves_no_span() {
-    let (world, collector) = (World::new(), Collector::start().await);
-    let service = traced(&world, &collector).await;
-    let unsampled = ask(&service, "/", &[("traceparent", UNSAMPLED)]).await;
-    assert_eq!(unsampled.header("traceresponse"), "");
-    collector.trace_of(&service.get("/").await, 3).await;
-    assert_eq!(collector.spans().len(), 3, "of the second visit alone");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn probes_and_scrapes_are_not_traced() {
-    let (world, collector) = (World::new(), Collector::start().await);
-    let service = traced(&world, &collector).await;
-    for path in ["/health", "/health/ready", "/health/live", "/metrics"] {
-        ask(&service, path, &[("traceparent", PARENT)]).await;
-    }
-    collector.trace_of(&service.get("/").await, 3).await;
-    assert_eq!(collector.spans().len(), 3, "of the visit alone");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -193,18 +258,40 @@ async fn visits_of_one_batch_link_to_the_calls_that_recorded_them() {
         assert_eq!(wait.span.parent_span_id, server.span.span_id);
         let linked: Vec<_> = wait.span.links.iter().map(|link| &link.span_id).collect();
         assert_eq!(linked, calls.map(|call| &call.span.span_id));
+        let (wait, server) = (&wait.span, &server.span);
+        assert!(wait.start_time_unix_nano >= server.start_time_unix_nano);
+        assert!(wait.end_time_unix_nano <= server.end_time_unix_nano);
+        for call in calls {
+            assert!(wait.end_time_unix_nano >= call.span.end_time_unix_nano);
+        }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_sampled_without_an_endpoint() {
-    let world = World::new();
-    let service = world.serve().await;
-    let answer = ask(&service, "/", &[("traceparent", PARENT)]).await;
-    assert_eq!(answer.status, StatusCode::OK);
-    assert_eq!(answer.header("traceresponse"), "");
-    assert_eq!(spans(&service, "processor", "").await, 0);
-    assert_eq!(spans(&service, "exporter", "").await, 0);
+async fn calls_belong_to_the_first_visit_of_their_batch_that_is_sampled() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let patient = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
+    let service = traced_with(&world, &collector, &patient).await;
+    let mut count = HeldCount::of(&world).await;
+    let alone = service.begin_visit();
+    count.until_waited_for().await;
+    let unsampled = service.client.get(service.url("/"));
+    let unsampled = tokio::spawn(unsampled.header("traceparent", UNSAMPLED).send());
+    service.until_queued(1).await;
+    let sampled = service.begin_visit();
+    service.until_queued(2).await;
+    count.release().await;
+    alone.await.unwrap();
+
+    let spans = collector.trace_of(&sampled.await.unwrap(), 3).await;
+    let server = named(&spans, "GET /");
+    for call in ["SELECT registrar_visitas", "INCRBY"] {
+        let call = named(&spans, call);
+        assert_eq!(call.span.parent_span_id, server.span.span_id);
+        assert_eq!(call.integer("visitas.batch.size"), Some(2));
+    }
+    assert_eq!(unsampled.await.unwrap().unwrap().status(), StatusCode::OK);
+    assert_eq!(collector.spans().len(), 3 + 3, "none of the unsampled one");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,141 @@
+//! Which requests are traced, whose children they are, and what the others leave behind: nothing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::Router;
+use axum::body::Body;
+use axum::middleware::from_fn_with_state;
+use http::Request;
+use reqwest::StatusCode;
+use tower::Service as _;
+use tracing::Span;
+use tracing::span::{Attributes, Id};
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::{Context, SubscriberExt as _};
+use visitas::telemetry::http::{Observer, observe};
+use visitas::telemetry::sampling::Sampler;
+
+use crate::support::collector::{Collector, hex, named};
+use crate::support::load::visits;
+use crate::support::traces::{PARENT, UNSAMPLED, ask, spans, traced, traced_with};
+use crate::support::{SOON, World};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn inbound_traceparent_is_the_parent() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    let answer = ask(&service, "/", &[("traceparent", PARENT)]).await;
+    let spans = collector.trace_of(&answer, 3).await;
+    let server = named(&spans, "GET /");
+    assert_eq!(hex(&server.span.trace_id), PARENT[3..35]);
+    assert_eq!(hex(&server.span.parent_span_id), PARENT[36..52]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn malformed_traceparent_is_no_parent() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    let of_nobody = format!("00-{}-b7ad6b7169203331-01", "0".repeat(32));
+    let malformed = [
+        "",
+        "00",
+        &PARENT[..54],
+        &PARENT.replace("00-", "ff-"),
+        &PARENT.replace("-01", "-+1"),
+        &PARENT.replace("-01", "-01-"),
+        &PARENT.replace("-01", "-01-more"),
+        &PARENT.to_uppercase(),
+        "00-1-1-01",
+        &of_nobody,
+    ];
+    for malformed in malformed {
+        let answer = ask(&service, "/", &[("traceparent", malformed)]).await;
+        let spans = collector.trace_of(&answer, 3).await;
+        let server = named(&spans, "GET /");
+        assert_eq!(hex(&server.span.parent_span_id), "", "{malformed}");
+        assert_ne!(hex(&server.span.trace_id), PARENT[3..35], "{malformed}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unsampled_visits_make_no_span_and_all_metrics() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let off = [("OTEL_TRACES_SAMPLER", "always_off")];
+    let service = traced_with(&world, &collector, &off).await;
+    let visits = visits(&[&service], 16, 500).await;
+    assert!(
+        visits
+            .iter()
+            .all(|visit| visit.status == 200 && !visit.sampled)
+    );
+    for (component, error) in [
+        ("processor", ""),
+        ("processor", "queue_full"),
+        ("exporter", ""),
+    ] {
+        assert_eq!(spans(&service, component, error).await, 0);
+    }
+    let calls = r#"db_system_name="postgresql",db_operation_name="SELECT",outcome="ok""#;
+    let calls = format!("visitas_store_calls_total{{{calls}}}");
+    assert_eq!(service.counted("ok").await, 500);
+    assert!(service.metric(&calls).await >= service.metric("visitas_batch_size_count").await);
+}
+
+#[tokio::test]
+async fn handler_of_an_unsampled_request_is_in_no_span() {
+    let made = Arc::new(AtomicUsize::new(0));
+    let counting = tracing_subscriber::registry().with(Counting(Arc::clone(&made)));
+    let _counting = tracing::subscriber::set_default(counting);
+    let handler = || async { Span::current().is_none().to_string() };
+    let observer = Observer::new(Sampler::off(), SOON);
+    let mut router = Router::new()
+        .route("/", axum::routing::get(handler))
+        .layer(from_fn_with_state(observer, observe));
+    let request = Request::get("/").header("traceparent", PARENT);
+    let answer = router.call(request.body(Body::empty()).unwrap()).await;
+    let body = axum::body::to_bytes(answer.unwrap().into_body(), 16).await;
+    assert_eq!(body.unwrap(), "true");
+    assert_eq!(made.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unsampled_traceparent_leaves_no_span() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    let unsampled = ask(&service, "/", &[("traceparent", UNSAMPLED)]).await;
+    assert_eq!(unsampled.header("traceresponse"), "");
+    collector.trace_of(&service.get("/").await, 3).await;
+    assert_eq!(collector.spans().len(), 3, "of the second visit alone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_and_scrapes_are_not_traced() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    for path in ["/health", "/health/ready", "/health/live", "/metrics"] {
+        ask(&service, path, &[("traceparent", PARENT)]).await;
+    }
+    collector.trace_of(&service.get("/").await, 3).await;
+    assert_eq!(collector.spans().len(), 3, "of the visit alone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_sampled_without_an_endpoint() {
+    let world = World::new();
+    let service = world.serve().await;
+    let answer = ask(&service, "/", &[("traceparent", PARENT)]).await;
+    assert_eq!(answer.status, StatusCode::OK);
+    assert_eq!(answer.header("traceresponse"), "");
+    assert_eq!(spans(&service, "processor", "").await, 0);
+    assert_eq!(spans(&service, "exporter", "").await, 0);
+}
+
+/// Counts the spans that are made, for whatever reason.
+struct Counting(Arc<AtomicUsize>);
+
+impl<S: tracing::Subscriber> Layer<S> for Counting {
+    fn on_new_span(&self, _: &Attributes<'_>, _: &Id, _: Context<'_, S>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
