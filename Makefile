@@ -13,7 +13,7 @@ run: setup ## Serve on port 8000 with a PostgreSQL and a Redis of its own
 	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
 
 # What tests need beside the servers: each program with the package it is in.
-test: PACKAGES = promtool=prometheus
+test: PACKAGES = promtool=prometheus python3:prometheus_client=python3-prometheus-client
 test: setup ## Check and test everything
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings

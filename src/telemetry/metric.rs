@@ -84,7 +84,7 @@ const COUNTERS: &[(&str, &str)] = &[
     ),
     (
         name::LOG_LINES_DROPPED,
-        "Log lines dropped because nobody reads the log fast enough.",
+        "Log lines dropped because nobody reads the log fast enough, or it is closed.",
     ),
 ];
 
