@@ -12,8 +12,9 @@ use http::{HeaderMap, Method};
 
 use crate::support::collector::{Collector, hex};
 use crate::support::exposition::{Exemplar, Exposition, Family};
+use crate::support::prometheus::Prometheus;
 use crate::support::traces::{UNSAMPLED, ask, traced, traced_with};
-use crate::support::{HeldCount, Service, World};
+use crate::support::{HeldCount, SOON, Service, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn first_scrape_has_every_series_in_the_text_format() {
@@ -186,6 +187,23 @@ async fn text_format_has_no_exemplars() {
     service.visit().await;
     let text = Exposition::text(&service).await;
     assert!(!text.body.contains("trace_id"), "{}", text.body);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prometheus_keeps_exemplars_that_lead_to_traces() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    let prometheus = Prometheus::start(&[service.address]).await;
+    let visit = slow_visit(&world, &service).await;
+    let slow = "http_server_request_duration_seconds_bucket{http_route=\"/\",le=\"0.5\"}";
+    let always = [("query", slow), ("start", "0"), ("end", "32503680000")];
+    eventually("the exemplar is stored", SOON, async || {
+        let answer = prometheus.api("query_exemplars", &always).await;
+        let labels = &answer["data"][0]["exemplars"][0]["labels"];
+        labels["trace_id"] == visit.header("traceresponse")[3..35]
+            && labels["span_id"] == visit.header("traceresponse")[36..52]
+    })
+    .await;
 }
 
 // --- wiring ---
