@@ -146,6 +146,12 @@ impl Postgres {
         self.ca.as_deref()
     }
 
+    /// The folder of its installed programs: `psql`, `pgbench` and the others.
+    #[must_use]
+    pub fn programs(&self) -> &Path {
+        &self.programs
+    }
+
     /// Makes an empty database.
     ///
     /// # Errors
