@@ -6,11 +6,12 @@ WORKDIR /build
 
 # Dependencies, with empty crates in place of ours: redone only when a manifest changes.
 COPY Cargo.toml Cargo.lock ./
+COPY bench/Cargo.toml bench/
 COPY devstack/Cargo.toml devstack/
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    mkdir -p src devstack/src \
+    mkdir -p src bench/src devstack/src \
  && touch src/lib.rs devstack/src/lib.rs \
- && echo 'fn main() {}' >src/main.rs \
+ && echo 'fn main() {}' | tee src/main.rs >bench/src/main.rs \
  && cargo build --release --locked --bin visitas
 
 FROM dependencies AS build

@@ -1,9 +1,9 @@
 # What a person types. `make` alone lists it.
 
-.PHONY: help run test check bench e2e setup clean
+.PHONY: help run test check bench bench-quick bench-soak bench-ready e2e setup clean
 
 help: ## List what can be made
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: # Everything that is needed and missing, installed where that is allowed
 	@devstack/install.sh $(PACKAGES)
@@ -19,6 +19,20 @@ test: setup ## Check and test everything
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
 	cargo test --workspace --locked
+
+bench: bench-ready ## Measure everything, half an hour, and write bench/report.md
+	@target/release/bench full
+
+bench-quick: bench-ready ## Measure the essentials, two minutes
+	@target/release/bench quick
+
+bench-soak: bench-ready ## Watch memory at the peak, twenty minutes, and write bench/soak.md
+	@target/release/bench soak
+
+# The bench and what it measures, built as they are for `make run`.
+bench-ready:
+	@devstack/install.sh wrk=wrk
+	@cargo build --release --locked --quiet --bin visitas --bin bench --workspace
 
 e2e: ## Run Compose for real, and break it; needs Docker
 	@tests/e2e.sh

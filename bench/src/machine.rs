@@ -1,0 +1,163 @@
+//! Where it is measured: the processors that everything shares, and the versions of what runs.
+
+use std::fmt::Write as _;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::ground::{Ground, visitas};
+use crate::measure::grouped;
+use crate::progress;
+
+/// Load, subject and stores share so many processors, on every machine.
+const PROCESSORS: usize = 2;
+
+/// Confines this process, and with it whatever it starts, to the first two processors. Must be
+/// called before there are other threads. Where it cannot be done, the report says so.
+pub(crate) fn confine() {
+    let Some(allowed) = allowed() else { return };
+    if allowed.len() <= PROCESSORS {
+        return;
+    }
+    let list: Vec<_> = allowed[..PROCESSORS]
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    let confined = Command::new("taskset")
+        .args(["--cpu-list", "--pid", &list.join(",")])
+        .arg(std::process::id().to_string())
+        .output();
+    if !confined.is_ok_and(|output| output.status.success()) {
+        progress!("taskset does not work: everything uses all processors");
+    }
+}
+
+/// The head of the report: machine, versions, and how it was done.
+pub(crate) fn describe(ground: &Ground, command: &str, rounds: usize) -> Result<String> {
+    let processor = field("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".to_owned());
+    let memory = field("/proc/meminfo", "MemTotal")
+        .and_then(|value| value.strip_suffix(" kB")?.parse::<f64>().ok())
+        .map_or_else(
+            || "unknown".to_owned(),
+            |kibibytes| format!("{} GiB", grouped((kibibytes / 1024.0 / 1024.0).round())),
+        );
+    let processors = std::thread::available_parallelism()?;
+    let files = said(
+        "stat",
+        &[
+            "-f",
+            "-c",
+            "%T",
+            &ground.postgres.folder().display().to_string(),
+        ],
+    );
+    let visitas = said(&visitas()?.display().to_string(), &["--version"])?;
+    let lines = [
+        ("date", time::OffsetDateTime::now_utc().date().to_string()),
+        ("command", format!("`{command}`")),
+        (
+            "machine",
+            format!(
+                "{processor}, {memory} of memory, {} {}, data on {}",
+                std::env::consts::OS,
+                std::env::consts::ARCH,
+                files.unwrap_or_else(|_| "an unknown file system".to_owned())
+            ),
+        ),
+        (
+            "processors",
+            format!("{processors}, shared by load generator, subject, PostgreSQL and Redis"),
+        ),
+        (
+            "service",
+            format!(
+                "{visitas}, {}",
+                said("rustc", &["--version"]).unwrap_or_default()
+            ),
+        ),
+        (
+            "stores",
+            format!(
+                "PostgreSQL {} with `fsync` and `synchronous_commit` on and its default settings, {}",
+                ground
+                    .postgres
+                    .sql(devstack::DATABASE, "show server_version")?,
+                said("redis-server", &["--version"])
+                    .unwrap_or_default()
+                    .split(" sha=")
+                    .next()
+                    .unwrap_or_default()
+            ),
+        ),
+        ("load", wrk()?),
+    ];
+    let mut head = String::new();
+    for (name, value) in lines {
+        writeln!(head, "- {name}: {value}")?;
+    }
+    writeln!(
+        head,
+        "\nFigures are medians of {rounds} rounds (lowest – highest). In each round every subject \
+         is measured once, in turn, and ratios are taken within a round: the machine's own ups and \
+         downs meet all of them. Each measurement starts the subject anew and warms it up; after it \
+         the service's number is compared with `select count(*)`, and a difference ends the run. \
+         Goals are met or not by the median."
+    )?;
+    Ok(head)
+}
+
+fn wrk() -> Result<String> {
+    // It says its version only together with how it is used, and calls that a failure.
+    let output = Command::new("wrk")
+        .arg("-v")
+        .output()
+        .context("cannot run wrk")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let version = said.split_whitespace().take(2).collect::<Vec<_>>();
+    Ok(format!(
+        "{} for throughput, a client of this bench for latency",
+        version.join(" ")
+    ))
+}
+
+fn said(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).output()?;
+    ensure!(output.status.success(), "{program} failed");
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+/// The processors that this process may use, where the system says so.
+fn allowed() -> Option<Vec<u32>> {
+    parse_list(&field("/proc/self/status", "Cpus_allowed_list")?)
+}
+
+/// A list such as `0-2,5`.
+fn parse_list(list: &str) -> Option<Vec<u32>> {
+    let mut all = Vec::new();
+    for part in list.split(',') {
+        let (from, to) = part.split_once('-').unwrap_or((part, part));
+        all.extend(from.parse::<u32>().ok()?..=to.parse().ok()?);
+    }
+    Some(all)
+}
+
+/// The value of a line `name : value`, where there is such a file.
+fn field(file: &str, name: &str) -> Option<String> {
+    let text = std::fs::read_to_string(file).ok()?;
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(key, _)| key.trim() == name)
+        .map(|(_, value)| value.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn list_of_processors_is_read() {
+        assert_eq!(parse_list("0-2,5").unwrap(), [0, 1, 2, 5]);
+        assert_eq!(parse_list("3").unwrap(), [3]);
+        assert!(parse_list("x").is_none());
+    }
+}

@@ -1,0 +1,48 @@
+//! What more or fewer connections change, and what they cost in memory.
+
+use anyhow::{Context as _, Result};
+
+use super::VISITAS;
+use crate::ground::Ground;
+use crate::measure::Mebibytes;
+use crate::report::{Goal, Section, throughputs};
+use crate::round::{self, Case, Effort};
+use crate::subject::Subject;
+
+const COUNTS: [usize; 4] = [1, 64, 256, 1024];
+
+pub(crate) fn connections(ground: &mut Ground, effort: Effort) -> Result<Section> {
+    let cases = COUNTS.map(|connections| {
+        [Subject::Ceiling, VISITAS, Subject::Textbook].map(|subject| Case {
+            subject,
+            connections,
+            rows: 0,
+        })
+    });
+    let all = round::interleaved(ground, cases.as_flattened(), effort)?;
+    let text = throughputs(
+        &all,
+        |case| format!("{}, {}", case.connections, case.subject),
+        "of the ceiling",
+        |case| {
+            let connections = case.connections;
+            round::of(&all, |case| {
+                case.subject == Subject::Ceiling && case.connections == connections
+            })
+        },
+    );
+    let crowded = round::of(&all, |case| {
+        case.subject == VISITAS && case.connections == COUNTS[3]
+    });
+    let memory = crowded.context("not measured")?.memory();
+    Ok(Section {
+        title: "Connections",
+        text,
+        goals: vec![Goal::at_most(
+            "1 024 connections under load: memory",
+            64.0,
+            memory.0,
+            |mebibytes| Mebibytes(mebibytes).to_string(),
+        )],
+    })
+}

@@ -1,0 +1,67 @@
+//! What the service takes before anybody visits: time to start, memory, disk.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::VISITAS;
+use crate::ground::{Ground, Owner, visitas};
+use crate::measure::{Mebibytes, Spread, milliseconds};
+use crate::progress;
+use crate::report::{Goal, Section, table};
+
+const STARTS: usize = 10;
+/// The monitors have looked around by then.
+const IDLE: Duration = Duration::from_secs(3);
+
+pub(crate) fn footprint(ground: &mut Ground) -> Result<Section> {
+    let mut fresh = Vec::new();
+    let mut migrated = Vec::new();
+    let mut idle = None;
+    for start in 1..=STARTS {
+        let database = "starts";
+        ground.fresh_database(database)?;
+        for starts in [&mut fresh, &mut migrated] {
+            let mut running = VISITAS.start(ground, database)?;
+            starts.push(running.started_in.as_secs_f64());
+            if start == STARTS {
+                std::thread::sleep(IDLE);
+                idle = running.process.resident_memory();
+            }
+            running.process.stop()?;
+            ground.settle(database)?;
+        }
+    }
+    let database = ground.database(Owner::Visitas, 0)?;
+    drop(database);
+    progress!("{STARTS} starts on a fresh database and as many on a migrated one");
+
+    let migrated = Spread::of(migrated);
+    let fresh = Spread::of(fresh);
+    let idle = idle.map_or(f64::NAN, |idle| idle.0);
+    let program = std::fs::metadata(visitas()?)?.len() as f64 / 1e6;
+    let in_mebibytes = |number| Mebibytes(number).to_string();
+    let in_megabytes = |number| format!("{number:.1} MB");
+    let text = table(
+        &["", "measured"],
+        [
+            ["from start to ready", &*migrated.written(milliseconds)],
+            [
+                "the same with a database to migrate",
+                &fresh.written(milliseconds),
+            ],
+            ["memory, idle", &in_mebibytes(idle)],
+            ["size of the program", &in_megabytes(program)],
+        ]
+        .map(|row| row.map(str::to_owned)),
+    );
+    Ok(Section {
+        title: "Start, memory, size",
+        text,
+        goals: vec![
+            Goal::at_most("idle: memory", 24.0, idle, in_mebibytes),
+            Goal::at_most("from start to ready", 0.3, migrated.median, milliseconds),
+            Goal::at_most("size of the program", 20.0, program, in_megabytes),
+        ],
+    })
+}

@@ -1,0 +1,169 @@
+//! How long a visit takes: a lone one beside the insert that it cannot be faster than, and many
+//! that come whether or not earlier ones have been answered.
+
+use anyhow::Result;
+
+use super::limits::{Inserting, insert};
+use super::{CONNECTIONS, VISITAS};
+use crate::ground::Ground;
+use crate::measure::{Spread, grouped, milliseconds, ratio};
+use crate::paced::{self, Latency, Pace};
+use crate::progress;
+use crate::report::{Goal, Section, table};
+use crate::round::{Effort, warm_up};
+use crate::subject::{Running, Subject};
+
+/// The shares of the most that the service takes at which its latency is measured.
+const SHARES: [f64; 2] = [0.5, 0.8];
+
+/// One connection.
+pub(crate) fn lone(ground: &mut Ground, effort: Effort) -> Result<Section> {
+    let mut visits = Vec::new();
+    let mut inserts = Vec::new();
+    for round in 1..=effort.rounds {
+        let inserted = insert(ground, Inserting { clients: 1 }, effort.duration)?;
+        let visited = latency(ground, VISITAS, 1, Pace::Closed, effort)?;
+        progress!(
+            "round {round} of {}: one visit {}, one insert {}",
+            effort.rounds,
+            milliseconds(visited.median),
+            milliseconds(inserted.median)
+        );
+        inserts.push(inserted.median);
+        visits.push(visited);
+    }
+    let medians: Vec<_> = visits.iter().map(|visit| visit.median).collect();
+    let visit = Spread::of(medians.iter().copied());
+    let insert = Spread::of(inserts.iter().copied());
+    // What is left of a visit when a tenth of a millisecond is taken off, in inserts.
+    let less: Vec<_> = medians.iter().map(|median| median - 0.1e-3).collect();
+    let in_inserts = Spread::ratio(&less, &inserts);
+    let p99 = Spread::of(visits.iter().map(|visit| visit.p99));
+    let text = table(
+        &["one connection", "median"],
+        [
+            [
+                "an insert, by pgbench".to_owned(),
+                insert.written(milliseconds),
+            ],
+            ["a visit".to_owned(), visit.written(milliseconds)],
+            ["a visit, p99".to_owned(), p99.written(milliseconds)],
+        ],
+    );
+    Ok(Section {
+        title: "A lone visit",
+        text,
+        goals: vec![Goal::at_most(
+            "one connection: inserts that a visit takes, less 0.1 ms",
+            1.25,
+            in_inserts.median,
+            ratio,
+        )],
+    })
+}
+
+/// Many connections, at a constant rate of visits. `peak` is the most that the service takes.
+pub(crate) fn paced(ground: &mut Ground, peak: f64, effort: Effort) -> Result<Section> {
+    let cases = SHARES.map(|share| [Subject::Ceiling, VISITAS].map(|subject| (subject, share)));
+    let mut all = cases
+        .as_flattened()
+        .iter()
+        .map(|&case| (case, Vec::new()))
+        .collect::<Vec<_>>();
+    for round in 1..=effort.rounds {
+        for ((subject, share), latencies) in &mut all {
+            let pace = Pace::Constant(peak * *share);
+            let latency = latency(ground, *subject, CONNECTIONS, pace, effort)?;
+            progress!(
+                "round {round} of {}: {subject}, {}/s: median {}, p99 {}",
+                effort.rounds,
+                grouped(peak * *share),
+                milliseconds(latency.median),
+                milliseconds(latency.p99)
+            );
+            latencies.push(latency);
+        }
+    }
+    let spread = |latencies: &[Latency], figure: fn(&Latency) -> f64| {
+        Spread::of(latencies.iter().map(figure))
+    };
+    let mut text = format!(
+        "{CONNECTIONS} connections, visits at a constant rate, each counted from when it was due. \
+         The client needs processor time as well: the ceiling at the same rate is what that costs.\n\n"
+    );
+    text += &table(
+        &[
+            "",
+            "visits/s",
+            "median",
+            "p99",
+            "p99 / median",
+            "p99.9",
+            "worst",
+            "answered",
+        ],
+        all.iter().map(|((subject, share), latencies)| {
+            [
+                subject.to_string(),
+                format!(
+                    "{}, {:.0} % of the most",
+                    grouped(peak * share),
+                    share * 100.0
+                ),
+                spread(latencies, |latency| latency.median).written(milliseconds),
+                spread(latencies, |latency| latency.p99).written(milliseconds),
+                spread(latencies, |latency| latency.p99 / latency.median).written(ratio),
+                milliseconds(spread(latencies, |latency| latency.p999).median),
+                milliseconds(spread(latencies, |latency| latency.max).max),
+                format!(
+                    "{:.2} %",
+                    spread(latencies, |latency| latency.answered).min * 100.0
+                ),
+            ]
+        }),
+    );
+    let goals = all
+        .iter()
+        .filter(|((subject, _), _)| *subject == VISITAS)
+        .map(|((_, share), latencies)| {
+            Goal::at_most(
+                &format!(
+                    "{CONNECTIONS} connections at {:.0} % of the most: p99 in medians",
+                    share * 100.0
+                ),
+                3.0,
+                spread(latencies, |latency| latency.p99 / latency.median).median,
+                ratio,
+            )
+        })
+        .collect();
+    Ok(Section {
+        title: "Latency under load",
+        text,
+        goals,
+    })
+}
+
+fn latency(
+    ground: &mut Ground,
+    subject: Subject,
+    connections: usize,
+    pace: Pace,
+    effort: Effort,
+) -> Result<Latency> {
+    let measure = |running: &Running| {
+        warm_up(running, connections, effort)?;
+        paced::run(running.address, connections, pace, effort.duration)
+    };
+    let Some(owner) = subject.owner() else {
+        return measure(&subject.start(ground, "")?);
+    };
+    let database = ground.database(owner, 0)?;
+    let mut running = subject.start(ground, &database)?;
+    let latency = measure(&running)?;
+    running.check_number(ground, &database)?;
+    running.process.stop()?;
+    ground.settle(&database)?;
+    ground.sink.take()?;
+    Ok(latency)
+}

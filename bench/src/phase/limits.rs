@@ -1,0 +1,206 @@
+//! The physical limits: what the two stores do when nothing is between them and who asks.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::ground::{Ground, Owner, scratch};
+use crate::measure::{Spread, grouped, milliseconds};
+use crate::process;
+use crate::progress;
+use crate::report::{Section, table};
+use crate::round::Effort;
+
+/// Clients of each tool, one and many.
+const CLIENTS: [usize; 2] = [1, 64];
+
+/// Inserts of one row, each committed and flushed, made by so many clients of pgbench.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Inserting {
+    pub(crate) clients: usize,
+}
+
+/// What came of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Inserted {
+    pub(crate) throughput: f64,
+    /// Seconds.
+    pub(crate) median: f64,
+}
+
+pub(crate) fn limits(ground: &mut Ground, effort: Effort) -> Result<Section> {
+    let mut inserts = CLIENTS.map(|clients| (clients, Vec::new()));
+    let mut increments = CLIENTS.map(|clients| (clients, Vec::new()));
+    for round in 1..=effort.rounds {
+        for (clients, all) in &mut inserts {
+            all.push(insert(
+                ground,
+                Inserting { clients: *clients },
+                effort.duration,
+            )?);
+        }
+        for (clients, all) in &mut increments {
+            all.push(increment(ground, *clients)?);
+        }
+        progress!("round {round} of {}: limits of the stores", effort.rounds);
+    }
+    let inserts = inserts.map(|(clients, all)| {
+        [
+            format!("PostgreSQL: an insert a commit, {clients} of pgbench's clients"),
+            Spread::of(all.iter().map(|inserted| inserted.throughput)).written(grouped),
+            milliseconds(Spread::of(all.iter().map(|inserted| inserted.median)).median),
+        ]
+    });
+    let increments = increments.map(|(clients, all)| {
+        [
+            format!("Redis: an `INCR`, {clients} of redis-benchmark's clients"),
+            Spread::of(all.iter().map(|&(throughput, _)| throughput)).written(grouped),
+            milliseconds(Spread::of(all.iter().map(|&(_, median)| median)).median),
+        ]
+    });
+    Ok(Section {
+        title: "What the stores allow",
+        text: table(
+            &["", "a second", "median"],
+            inserts.into_iter().chain(increments),
+        ),
+        goals: Vec::new(),
+    })
+}
+
+/// Inserts into a table of the same shape, for a while.
+pub(crate) fn insert(
+    ground: &mut Ground,
+    inserting: Inserting,
+    duration: Duration,
+) -> Result<Inserted> {
+    let database = ground.database(Owner::Peer, 0)?;
+    let folder = scratch()?;
+    let script = folder.join("insert.sql");
+    std::fs::write(&script, "insert into visitas default values;\n")?;
+    let log = folder.join("pgbench");
+    remove_logs(&log)?;
+    let clients = inserting.clients.to_string();
+    let output = process::command(ground.postgres.programs().join("pgbench"))
+        .env("PGPASSWORD", devstack::PASSWORD)
+        .args(["--no-vacuum", "--protocol", "prepared", "--log"])
+        .arg(format!("--log-prefix={}", log.display()))
+        .args(["--client", &clients, "--jobs", "1"])
+        .args(["--time", &duration.as_secs().max(1).to_string()])
+        .arg("--file")
+        .arg(&script)
+        .args(["--host", ground.postgres.host()])
+        .args(["--port", &ground.postgres.port().to_string()])
+        .args(["--username", devstack::USER, &database])
+        .output()
+        .context("cannot run pgbench")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success(),
+        "pgbench: {said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let throughput = tps(&said).with_context(|| format!("pgbench said\n{said}"))?;
+    let mut times = Vec::new();
+    for path in logs(&log)? {
+        times.extend(times_in(&std::fs::read_to_string(path)?)?);
+    }
+    remove_logs(&log)?;
+    Ok(Inserted {
+        throughput,
+        median: Spread::of(times).median,
+    })
+}
+
+fn tps(said: &str) -> Option<f64> {
+    said.lines()
+        .find_map(|line| line.strip_prefix("tps = "))?
+        .split_whitespace()
+        .next()?
+        .parse()
+        .ok()
+}
+
+/// Seconds, of the lines that pgbench writes of each transaction: its third column has them.
+fn times_in(log: &str) -> Result<Vec<f64>> {
+    log.lines()
+        .map(|line| {
+            let column = line.split(' ').nth(2).context("a line without a time")?;
+            Ok(column.parse::<f64>()? / 1e6)
+        })
+        .collect()
+}
+
+fn logs(prefix: &std::path::Path) -> Result<Vec<std::path::PathBuf>> {
+    let folder = prefix.parent().context("no folder")?;
+    let mut logs = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.file_stem() == prefix.file_name() {
+            logs.push(path);
+        }
+    }
+    Ok(logs)
+}
+
+fn remove_logs(prefix: &std::path::Path) -> Result<()> {
+    for path in logs(prefix)? {
+        std::fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+/// Increments, as many as take about a second: how many a second, and the median of one.
+fn increment(ground: &Ground, clients: usize) -> Result<(f64, f64)> {
+    let requests = if clients == 1 { "20000" } else { "100000" };
+    let output = process::command("redis-benchmark")
+        .args(["-h", ground.redis.host()])
+        .args(["-p", &ground.redis.port().to_string()])
+        .args(["-t", "incr", "-n", requests, "-c", &clients.to_string()])
+        .arg("--csv")
+        .output()
+        .context("cannot run redis-benchmark")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    increments(&said).with_context(|| format!("redis-benchmark said\n{said}"))
+}
+
+/// Of `"test","rps","avg_latency_ms","min_latency_ms","p50_latency_ms",…` and the line below it.
+fn increments(csv: &str) -> Result<(f64, f64)> {
+    let line = csv
+        .lines()
+        .find(|line| line.starts_with("\"INCR\""))
+        .context("no line of INCR")?;
+    let columns: Vec<_> = line
+        .split(',')
+        .map(|column| column.trim_matches('"'))
+        .collect();
+    ensure!(columns.len() >= 5, "too few columns");
+    Ok((columns[1].parse()?, columns[4].parse::<f64>()? / 1e3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn throughput_of_pgbench_is_read() {
+        let said = "latency average = 0.555 ms\ninitial connection time = 3.9 ms\n\
+                    tps = 1801.370241 (without initial connection time)\n";
+        assert_eq!(tps(said), Some(1_801.370_241));
+    }
+
+    #[test]
+    fn times_of_pgbench_are_microseconds() {
+        let log = "0 1 612 0 1764000000 100\n0 2 498 0 1764000000 700\n";
+        assert_eq!(times_in(log).unwrap(), [0.000_612, 0.000_498]);
+        assert!(times_in("0 1").is_err());
+    }
+
+    #[test]
+    fn report_of_redis_benchmark_is_read() {
+        let csv = "\"test\",\"rps\",\"avg_latency_ms\",\"min_latency_ms\",\"p50_latency_ms\"\n\
+                   \"INCR\",\"52631.58\",\"0.015\",\"0.008\",\"0.016\",\"0.023\"\n";
+        assert_eq!(increments(csv).unwrap(), (52631.58, 0.000_016));
+        assert!(increments("").is_err());
+    }
+}

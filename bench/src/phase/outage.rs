@@ -1,0 +1,67 @@
+//! What visits cost while Redis is down.
+
+use anyhow::{Result, ensure};
+
+use super::{CONNECTIONS, VISITAS};
+use crate::client;
+use crate::ground::{Ground, Owner};
+use crate::load;
+use crate::measure::{Spread, grouped, ratio};
+use crate::progress;
+use crate::report::{Section, table};
+use crate::round::{Effort, warm_up};
+
+pub(crate) fn outage(ground: &mut Ground, effort: Effort) -> Result<Section> {
+    let mut up = Vec::new();
+    let mut down = Vec::new();
+    for round in 1..=effort.rounds {
+        let database = ground.database(Owner::Visitas, 0)?;
+        let mut running = VISITAS.start(ground, &database)?;
+        warm_up(&running, CONNECTIONS, effort)?;
+        up.push(load::run(running.address, CONNECTIONS, effort.duration)?.throughput);
+
+        ground.redis.kill()?;
+        let load = load::run(running.address, CONNECTIONS, effort.duration)?;
+        ensure!(
+            load.failed == 0,
+            "{} visits failed without Redis",
+            load.failed
+        );
+        let (_, redis) = client::numbers(running.address)?;
+        ensure!(redis.is_none(), "Redis counted while it was down");
+        down.push(load.throughput);
+        running.check_number(ground, &database)?;
+
+        running.process.stop()?;
+        ground.settle(&database)?;
+        ground.redis.start_again()?;
+        progress!(
+            "round {round} of {}: {}/s, without Redis {}/s",
+            effort.rounds,
+            grouped(up[up.len() - 1]),
+            grouped(down[down.len() - 1])
+        );
+    }
+    let text = table(
+        &["", "visits/s", "of both up"],
+        [
+            [
+                "both up".to_owned(),
+                Spread::of(up.iter().copied()).written(grouped),
+                String::new(),
+            ],
+            [
+                "Redis down".to_owned(),
+                Spread::of(down.iter().copied()).written(grouped),
+                Spread::ratio(&down, &up).written(ratio),
+            ],
+        ],
+    );
+    Ok(Section {
+        title: "Redis down",
+        text: format!(
+            "{CONNECTIONS} connections. Redis is killed under load; no visit fails.\n\n{text}"
+        ),
+        goals: Vec::new(),
+    })
+}

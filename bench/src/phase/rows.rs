@@ -1,0 +1,92 @@
+//! What the rows that are already there change.
+
+use anyhow::{Context as _, Result};
+
+use super::{CONNECTIONS, VISITAS};
+use crate::chart::{self, Line};
+use crate::ground::Ground;
+use crate::report::{Goal, Section, throughputs};
+use crate::round::{self, Case, Effort, Series, rows_in_words};
+use crate::subject::Subject;
+
+/// The section, and its chart: the picture as SVG. `sizes` are an empty, a large and a huge table.
+pub(crate) fn rows(
+    ground: &mut Ground,
+    sizes: [u64; 3],
+    effort: Effort,
+) -> Result<(Section, String)> {
+    let [empty, large, huge] = sizes;
+    let case = |subject, rows| Case {
+        subject,
+        connections: CONNECTIONS,
+        rows,
+    };
+    let mut cases = vec![case(Subject::Ceiling, empty)];
+    cases.extend(sizes.map(|rows| case(VISITAS, rows)));
+    cases.extend(sizes.map(|rows| case(Subject::Textbook, rows)));
+    if ground.python.is_ok() {
+        // A larger one tells nothing that the textbook does not.
+        cases.extend([empty, large].map(|rows| case(Subject::Flask, rows)));
+    }
+    let all = round::interleaved(ground, &cases, effort)?;
+    let find = |wanted: Case| round::of(&all, move |case| *case == wanted).context("not measured");
+
+    let text = format!(
+        "{CONNECTIONS} connections. The rows are those at the start: what was recorded in earlier \
+         rounds comes on top, save in the empty table.\n\n{}\n![Visits a second against rows in \
+         the table](throughput.svg)\n",
+        throughputs(
+            &all,
+            |case| match case.subject {
+                Subject::Ceiling => case.subject.to_string(),
+                _ => format!("{}, {}", case.subject, rows_in_words(case.rows)),
+            },
+            "of an empty table",
+            |case| {
+                let subject = case.subject;
+                round::of(&all, move |case| {
+                    case.subject == subject && case.rows == empty
+                })
+            },
+        ),
+    );
+    let goals = vec![
+        Goal::at_least(
+            &format!("{}: times the textbook", rows_in_words(large)),
+            500.0,
+            find(case(VISITAS, large))?.ratio_to(find(case(Subject::Textbook, large))?),
+        ),
+        Goal::at_least(
+            &format!("{}: of an empty table", rows_in_words(huge)),
+            0.95,
+            find(case(VISITAS, huge))?.ratio_to(find(case(VISITAS, empty))?),
+        ),
+    ];
+    let lines = [VISITAS, Subject::Textbook, Subject::Flask]
+        .map(|subject| Line {
+            name: match subject {
+                VISITAS => "visitas".to_owned(),
+                _ => subject.to_string(),
+            },
+            points: sizes
+                .iter()
+                .filter_map(|&rows| find(case(subject, rows)).ok())
+                .map(Series::throughput)
+                .collect(),
+        })
+        .into_iter()
+        .filter(|line| !line.points.is_empty())
+        .collect::<Vec<_>>();
+    let picture = chart::draw(
+        "Visits a second, by rows in the table",
+        &sizes.map(rows_in_words),
+        ("ceiling", find(case(Subject::Ceiling, empty))?.throughput()),
+        &lines,
+    );
+    let section = Section {
+        title: "Rows in the table",
+        text,
+        goals,
+    };
+    Ok((section, picture))
+}

@@ -1,0 +1,100 @@
+//! What an old snapshot costs: a transaction that was opened before, and keeps every dead row
+//! version from being removed.
+
+use std::io::Write as _;
+use std::process::{Child, Stdio};
+
+use anyhow::{Context as _, Result};
+
+use super::{CONNECTIONS, VISITAS};
+use crate::ground::{Ground, Owner};
+use crate::load;
+use crate::measure::{grouped, ratio};
+use crate::process;
+use crate::progress;
+use crate::report::{Section, table};
+use crate::round::{Effort, warm_up};
+
+/// Measurements one after the other while it gets older.
+const STRETCHES: usize = 6;
+
+pub(crate) fn snapshot(ground: &mut Ground, effort: Effort) -> Result<Section> {
+    let database = ground.database(Owner::Visitas, 0)?;
+    let mut running = VISITAS.start(ground, &database)?;
+    warm_up(&running, CONNECTIONS, effort)?;
+    let throughput = |what: &str| -> Result<f64> {
+        let load = load::run(running.address, CONNECTIONS, effort.duration)?;
+        progress!("{what}: {}/s", grouped(load.throughput));
+        Ok(load.throughput)
+    };
+    let before = throughput("before there is a snapshot")?;
+    let snapshot = Snapshot::open(ground, &database)?;
+    let mut beside = Vec::new();
+    for stretch in 1..=STRETCHES {
+        beside.push(throughput(&format!(
+            "beside a snapshot, {stretch} of {STRETCHES}"
+        ))?);
+    }
+    drop(snapshot);
+    let after = throughput("after it has gone")?;
+    running.check_number(ground, &database)?;
+    running.process.stop()?;
+    ground.settle(&database)?;
+    ground.sink.take()?;
+
+    let without = f64::midpoint(before, after);
+    let seconds = effort.duration.as_secs();
+    let row =
+        |what: String, throughput: f64| [what, grouped(throughput), ratio(throughput / without)];
+    let mut rows = vec![row("before".to_owned(), before)];
+    rows.extend(beside.iter().zip(1..).map(|(&throughput, stretch)| {
+        row(
+            format!("beside one of up to {} s", stretch * seconds),
+            throughput,
+        )
+    }));
+    rows.push(row("after it".to_owned(), after));
+    Ok(Section {
+        title: "Beside an old snapshot",
+        text: format!(
+            "{CONNECTIONS} connections without a pause, beside an idle transaction at `repeatable \
+             read`.\n\n{}",
+            table(&["", "visits/s", "of before and after"], rows)
+        ),
+        goals: Vec::new(),
+    })
+}
+
+/// An idle transaction that has read. Dropping it ends it.
+struct Snapshot(Child);
+
+impl Snapshot {
+    fn open(ground: &Ground, database: &str) -> Result<Self> {
+        let mut child = process::command(ground.postgres.programs().join("psql"))
+            .args(["-XqAt", "-d", &ground.postgres.url(database)])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("cannot run psql")?;
+        let input = child.stdin.as_mut().context("no pipe")?;
+        input.write_all(
+            b"begin isolation level repeatable read;\nselect count(*) from visitas;\n",
+        )?;
+        let snapshot = Self(child);
+        let held = "select count(*) from pg_stat_activity
+                     where datname = current_database()
+                       and state = 'idle in transaction' and backend_xmin is not null";
+        while ground.postgres.sql(database, held)? == "0" {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        Ok(snapshot)
+    }
+}
+
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        // Best effort: it may have ended.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}

@@ -1,0 +1,119 @@
+//! Whether memory stays flat at the peak, scraped or not.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::{CONNECTIONS, VISITAS};
+use crate::client::Connection;
+use crate::ground::{Ground, Owner};
+use crate::load;
+use crate::measure::{Mebibytes, Spread, grouped};
+use crate::progress;
+use crate::report::{Goal, Section, table};
+
+/// As Prometheus does by default in its examples.
+const SCRAPE_EVERY: Duration = Duration::from_secs(15);
+/// Readings of memory in one run; the first fifth, in which all fills up, is not looked at.
+const READINGS: u32 = 60;
+/// What memory may grow by from the second fifth to the last, beside a hundredth of itself.
+const SLACK: f64 = 1.0;
+
+pub(crate) fn soak(ground: &mut Ground, duration: Duration) -> Result<Section> {
+    let mut rows = Vec::new();
+    let mut goals = Vec::new();
+    for scraped in [false, true] {
+        let what = if scraped { "scraped" } else { "not scraped" };
+        let (memory, throughput) = run(ground, duration, scraped, what)?;
+        let fifth = memory.len() / 5;
+        let early = Spread::of(memory[fifth..2 * fifth].iter().copied());
+        let late = Spread::of(memory[memory.len() - fifth..].iter().copied());
+        let all = Spread::of(memory.iter().copied());
+        let in_mebibytes = |number| Mebibytes(number).to_string();
+        rows.push([
+            what.to_owned(),
+            grouped(throughput),
+            in_mebibytes(early.median),
+            in_mebibytes(late.median),
+            in_mebibytes(all.max),
+        ]);
+        goals.push(Goal::at_most(
+            &format!("at the peak, {what}: growth from the second fifth to the last"),
+            SLACK + early.median / 100.0,
+            late.median - early.median,
+            in_mebibytes,
+        ));
+    }
+    Ok(Section {
+        title: "Memory at the peak",
+        text: format!(
+            "{CONNECTIONS} connections, {} minutes each.\n\n{}",
+            duration.as_secs() / 60,
+            table(
+                &["", "visits/s", "second fifth", "last fifth", "most"],
+                rows
+            )
+        ),
+        goals,
+    })
+}
+
+/// The readings of memory, and the visits a second.
+fn run(
+    ground: &mut Ground,
+    duration: Duration,
+    scraped: bool,
+    what: &str,
+) -> Result<(Vec<f64>, f64)> {
+    let database = ground.database(Owner::Visitas, 0)?;
+    let mut running = VISITAS.start(ground, &database)?;
+    let address = running.address;
+    let ended = AtomicBool::new(false);
+    let started = Instant::now();
+    let load = load::start(address, CONNECTIONS, duration)?;
+    let (memory, throughput) = std::thread::scope(|scope| {
+        if scraped {
+            scope.spawn(|| scrape(address, &ended));
+        }
+        let mut memory = Vec::new();
+        for reading in 1..=READINGS {
+            let due = started + duration * reading / (READINGS + 1);
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            let resident = running.process.resident_memory();
+            memory.extend(resident.map(|resident| resident.0));
+            // Nobody asks what arrives, so it is not kept.
+            ground.sink.take().ok();
+            if reading % 6 == 0 {
+                let resident = resident.map(|resident| resident.to_string());
+                progress!(
+                    "{what}: {} after {:.0} s",
+                    resident.unwrap_or_default(),
+                    started.elapsed().as_secs_f64()
+                );
+            }
+        }
+        let load = load.finish();
+        ended.store(true, Ordering::Release);
+        anyhow::Ok((memory, load?.throughput))
+    })?;
+    running.check_number(ground, &database)?;
+    running.process.stop()?;
+    ground.settle(&database)?;
+    Ok((memory, throughput))
+}
+
+/// What goes wrong here is seen as memory that grows.
+fn scrape(address: SocketAddr, ended: &AtomicBool) {
+    let mut next = Instant::now() + SCRAPE_EVERY;
+    while !ended.load(Ordering::Acquire) {
+        if Instant::now() >= next {
+            next += SCRAPE_EVERY;
+            if let Ok(mut connection) = Connection::open(address) {
+                connection.get("/metrics").ok();
+            }
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}

@@ -1,0 +1,104 @@
+//! How many visits a second, on an empty table.
+
+use std::fmt::Write as _;
+
+use anyhow::{Context as _, Result};
+
+use super::{CONNECTIONS, VISITAS};
+use crate::ground::Ground;
+use crate::measure::{Spread, ratio};
+use crate::report::{Goal, Section, throughputs};
+use crate::round::{self, Case, Effort, Series};
+use crate::subject::{Subject, Traces};
+
+/// The section, and the service's median.
+pub(crate) fn throughput(
+    ground: &mut Ground,
+    subjects: &[Subject],
+    effort: Effort,
+) -> Result<(Section, f64)> {
+    let cases: Vec<_> = subjects
+        .iter()
+        .filter(|&&subject| subject != Subject::Flask || ground.python.is_ok())
+        .map(|&subject| Case {
+            subject,
+            connections: CONNECTIONS,
+            rows: 0,
+        })
+        .collect();
+    let all = round::interleaved(ground, &cases, effort)?;
+    let find = |subject| round::of(&all, move |case| case.subject == subject);
+    let ceiling = find(Subject::Ceiling).context("no ceiling")?;
+    let service = find(VISITAS).context("no service")?;
+
+    let mut text = format!(
+        "{CONNECTIONS} connections, each making its next visit when it has an answer; an empty \
+         table at the start of each round. Median and p99 leave out who would have come meanwhile.\n\n"
+    );
+    text += &throughputs(
+        &all,
+        |case| case.subject.to_string(),
+        "of the ceiling",
+        |_| Some(ceiling),
+    );
+    if let Err(reason) = &ground.python
+        && subjects.contains(&Subject::Flask)
+    {
+        writeln!(text, "\nFlask SKIPPED: {reason}.")?;
+    }
+
+    let mut goals = vec![Goal::at_least(
+        "traces at 1 %: of the ceiling",
+        0.60,
+        service.ratio_to(ceiling),
+    )];
+    if let Some(traced) = find(Subject::Visitas(Traces::All)) {
+        let lost = lost(traced);
+        goals.push(Goal::at_least(
+            "traces at 100 %: of the ceiling",
+            0.40,
+            traced.ratio_to(ceiling),
+        ));
+        goals.push(Goal::at_most(
+            "traces at 100 %: visits whose span is lost",
+            0.01,
+            lost.median,
+            percent,
+        ));
+        writeln!(
+            text,
+            "\nAt 100 %, {} of the visits have no span at the collector.",
+            lost.written(percent)
+        )?;
+    }
+    if let Some(nowhere) = find(Subject::Visitas(Traces::Nowhere)) {
+        // Noise is what the service differs from itself.
+        let noise = Spread::of(service.throughputs());
+        goals.push(Goal::at_least(
+            "no collector listens: of traces at 1 %, within its spread",
+            noise.min / noise.median,
+            nowhere.ratio_to(service),
+        ));
+    }
+    if let Some(textbook) = find(Subject::Textbook) {
+        goals.push(Goal::at_least(
+            "empty table: times the textbook",
+            8.0,
+            service.ratio_to(textbook),
+        ));
+    }
+    let section = Section {
+        title: "Visits a second",
+        text,
+        goals,
+    };
+    Ok((section, service.throughput().median))
+}
+
+fn lost(series: &Series) -> Spread {
+    series.spread(|sample| sample.lost.unwrap_or(f64::NAN))
+}
+
+fn percent(share: f64) -> String {
+    format!("{} %", ratio(share * 100.0))
+}

@@ -1,0 +1,167 @@
+//! What is measured: how each subject is started, and when it can be said to serve.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+
+use crate::client::{self, Connection};
+use crate::ground::{self, Ground, Owner};
+use crate::process::{self, Process};
+
+/// A program that answers `GET /`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Subject {
+    /// A constant, from the HTTP library alone.
+    Ceiling,
+    /// The service.
+    Visitas(Traces),
+    /// A visit as it is written first.
+    Textbook,
+    /// The challenge's app.
+    Flask,
+}
+
+/// What the service does about traces. Logs and metrics are on, always.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Traces {
+    /// None.
+    Off,
+    /// Of one visit in a hundred.
+    Hundredth,
+    /// Of every visit.
+    All,
+    /// Of every visit, to a collector that is not there.
+    Nowhere,
+}
+
+/// A subject that serves. Dropping it stops it.
+pub(crate) struct Running {
+    pub(crate) address: SocketAddr,
+    /// From its start to its first answer of readiness.
+    pub(crate) started_in: Duration,
+    pub(crate) process: Process,
+}
+
+const START_DEADLINE: Duration = Duration::from_secs(30);
+
+impl Subject {
+    /// Whose table it works on; none if it has no stores.
+    pub(crate) fn owner(self) -> Option<Owner> {
+        match self {
+            Self::Ceiling => None,
+            Self::Visitas(_) => Some(Owner::Visitas),
+            Self::Textbook | Self::Flask => Some(Owner::Peer),
+        }
+    }
+
+    /// Starts it and waits until it serves.
+    pub(crate) fn start(self, ground: &Ground, database: &str) -> Result<Running> {
+        let address = ground::free_address()?;
+        let log = ground::scratch()?.join(format!("{}.log", address.port()));
+        let command = self.command(ground, database, address)?;
+        let started = Instant::now();
+        let mut process = Process::start(command, &log)?;
+        while !self.is_ready(address) {
+            ensure!(
+                !process.has_ended()? && started.elapsed() < START_DEADLINE,
+                "{self} does not serve; it said\n{}",
+                process.last_words()
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(Running {
+            address,
+            started_in: started.elapsed(),
+            process,
+        })
+    }
+
+    fn command(self, ground: &Ground, database: &str, address: SocketAddr) -> Result<Command> {
+        let own = std::env::current_exe()?;
+        let mut command = match self {
+            Self::Ceiling => {
+                let mut command = process::command(own);
+                command.arg("ceiling").arg(address.to_string());
+                command
+            }
+            Self::Textbook => {
+                let mut command = process::command(own);
+                command.arg("textbook").arg(address.to_string());
+                command.args([ground.postgres.url(database), ground.redis.url()]);
+                command
+            }
+            Self::Flask => {
+                let python = ground.python.as_ref();
+                python.map_err(|reason| anyhow!("{reason}"))?.serve(address)
+            }
+            Self::Visitas(traces) => {
+                let mut command = process::command(ground::visitas()?);
+                command
+                    .arg("serve")
+                    .env_clear()
+                    .env("BIND_ADDR", address.to_string())
+                    .envs(traces.settings(ground)?);
+                command
+            }
+        };
+        command.envs(ground.settings(database));
+        Ok(command)
+    }
+
+    /// The peers are ready when they make a visit.
+    fn is_ready(self, address: SocketAddr) -> bool {
+        let path = if matches!(self, Self::Visitas(_)) {
+            "/health/ready"
+        } else {
+            "/"
+        };
+        let answer = Connection::open(address).and_then(|mut open| open.get(path));
+        answer.is_ok_and(|answer| answer.status == 200)
+    }
+}
+
+impl Traces {
+    fn settings(self, ground: &Ground) -> Result<Vec<(&'static str, String)>> {
+        let endpoint = |address| ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{address}"));
+        Ok(match self {
+            Self::Off => vec![("OTEL_SDK_DISABLED", "true".to_owned())],
+            Self::Hundredth => vec![
+                endpoint(ground.sink.address),
+                ("OTEL_TRACES_SAMPLER", "parentbased_traceidratio".to_owned()),
+                ("OTEL_TRACES_SAMPLER_ARG", "0.01".to_owned()),
+            ],
+            Self::All => vec![endpoint(ground.sink.address)],
+            Self::Nowhere => vec![endpoint(ground::free_address()?)],
+        })
+    }
+}
+
+impl Running {
+    /// Makes a visit and checks what it is told against the table. Nobody else may visit.
+    pub(crate) fn check_number(&self, ground: &Ground, database: &str) -> Result<()> {
+        let (total, _) = client::numbers(self.address).context("checking the number")?;
+        let rows = ground.rows(database)?;
+        ensure!(
+            total == rows,
+            "the service says {total} where {rows} rows are"
+        );
+        Ok(())
+    }
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Ceiling => "ceiling",
+            Self::Visitas(Traces::Off) => "visitas, tracing off",
+            Self::Visitas(Traces::Hundredth) => "visitas, traces at 1 %",
+            Self::Visitas(Traces::All) => "visitas, traces at 100 %",
+            Self::Visitas(Traces::Nowhere) => "visitas, no collector listens",
+            Self::Textbook => "textbook",
+            Self::Flask => "Flask",
+        })
+    }
+}
