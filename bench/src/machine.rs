@@ -32,8 +32,8 @@ pub(crate) fn confine() {
     }
 }
 
-/// The head of the report: machine, versions, and how it was done.
-pub(crate) fn describe(ground: &Ground, command: &str, rounds: usize) -> Result<String> {
+/// The machine, the versions and the command, a line each.
+pub(crate) fn describe(ground: &Ground, command: &str) -> Result<String> {
     let processor = field("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".to_owned());
     let memory = field("/proc/meminfo", "MemTotal")
         .and_then(|value| value.strip_suffix(" kB")?.parse::<f64>().ok())
@@ -95,14 +95,6 @@ pub(crate) fn describe(ground: &Ground, command: &str, rounds: usize) -> Result<
     for (name, value) in lines {
         writeln!(head, "- {name}: {value}")?;
     }
-    writeln!(
-        head,
-        "\nFigures are medians of {rounds} rounds (lowest – highest). In each round every subject \
-         is measured once, in turn, and ratios are taken within a round: the machine's own ups and \
-         downs meet all of them. Each measurement starts the subject anew and warms it up; after it \
-         the service's number is compared with `select count(*)`, and a difference ends the run. \
-         Goals are met or not by the median."
-    )?;
     Ok(head)
 }
 

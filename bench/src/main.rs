@@ -40,6 +40,13 @@ macro_rules! progress {
 }
 use progress;
 
+/// How to read what was measured in rounds.
+const METHOD: &str = "In each round every subject is measured once, in turn; figures are medians of the rounds (lowest \
+     – highest), and ratios are taken within a round, so that the machine's own ups and downs meet \
+     both sides. Each measurement starts the subject anew and warms it up; after it the service's \
+     number is compared with `select count(*)`, and a difference ends the run. Goals are met or not \
+     by the median.";
+
 /// Where reports are kept.
 const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -185,7 +192,7 @@ fn full(effort: Effort, sizes: [u64; 3]) -> Result<()> {
     publish(
         ground,
         "make bench",
-        effort.rounds,
+        &in_rounds(effort),
         &sections,
         Some("report.md"),
     )
@@ -205,7 +212,7 @@ fn quick(effort: Effort) -> Result<()> {
     publish(
         ground,
         "make bench-quick",
-        effort.rounds,
+        &in_rounds(effort),
         &[throughput, lone],
         None,
     )
@@ -214,17 +221,25 @@ fn quick(effort: Effort) -> Result<()> {
 fn soak(duration: Duration) -> Result<()> {
     let mut ground = Ground::start(false)?;
     let section = phase::soak(&mut ground, duration)?;
-    publish(&ground, "make bench-soak", 1, &[section], Some("soak.md"))
+    publish(&ground, "make bench-soak", "", &[section], Some("soak.md"))
+}
+
+fn in_rounds(effort: Effort) -> String {
+    let Effort {
+        rounds, duration, ..
+    } = effort;
+    let seconds = duration.as_secs();
+    format!("\nUp to {rounds} rounds of {seconds} s each. {METHOD}\n")
 }
 
 fn publish(
     ground: &Ground,
     command: &str,
-    rounds: usize,
+    method: &str,
     sections: &[Section],
     file: Option<&str>,
 ) -> Result<()> {
-    let head = machine::describe(ground, command, rounds)?;
+    let head = machine::describe(ground, command)? + method;
     let document = report::document(&head, sections);
     print!("{document}");
     if let Some(file) = file {
