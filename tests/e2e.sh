@@ -425,6 +425,7 @@ slow_visits_lead_from_the_alert_to_the_trace_and_the_log() {
     ! prometheus_has 'ALERTS{alertname="VisitasAvailabilityBurnFast"}' || fail "slow visits are taken for failed ones"
     within 20 exemplar_of_a_slow_visit
     trace=$(exemplar_of_a_slow_visit)
+    within 20 curl -fs "http://127.0.0.1:$JAEGER_PORT/api/traces/$trace"
     found=$(curl -fs "http://127.0.0.1:$JAEGER_PORT/api/traces/$trace")
     read -r took call < <(longest_call <<<"$found")
     [ "$call" = 'SELECT registrar_visitas' ] && [ "$took" -gt 500000 ] || fail "the longest call is $call of $took µs"
