@@ -99,6 +99,9 @@ fn panels_are_told_apart_described_and_ask_prometheus() {
     for file in [VISITS, STORES] {
         let dashboard = dashboard(file);
         assert!(names.insert(text(&dashboard["uid"]).to_owned()), "{file}");
+        for variable in array(&dashboard["templating"]["list"]) {
+            assert_eq!(variable["datasource"]["uid"], "prometheus", "{file}");
+        }
         let mut ids = HashSet::new();
         for panel in panels(&dashboard) {
             let title = text(&panel["title"]);
@@ -308,14 +311,15 @@ async fn expressions_of_rules(prometheus: &Prometheus) -> Vec<Expression> {
     rules.iter().map(expression).collect()
 }
 
-/// The expression of an alert, in which each comparison is with a number, without those.
+/// The expression of an alert, in which each comparison is with a plain number, without those.
 fn without_comparisons(alert: &str) -> String {
-    let mut words = alert.split_whitespace();
+    let mut words = alert.split_whitespace().peekable();
     let (mut left, mut comparisons) = (Vec::new(), 0);
     while let Some(word) = words.next() {
         if ["==", "!=", "<=", ">=", "<", ">"].contains(&word) {
             let number = words.next().and_then(|number| number.parse::<f64>().ok());
-            assert!(number.is_some(), "compared with no number: {alert}");
+            let is_all = matches!(words.peek(), None | Some(&("and" | "or" | "unless")));
+            assert!(number.is_some() && is_all, "no plain number: {alert}");
             comparisons += 1;
         } else {
             left.push(word);
