@@ -45,7 +45,7 @@ cases=(
     slow_visits_lead_from_the_alert_to_the_trace_and_the_log
     refused_visits_raise_the_availability_alert
     jaeger_stays_within_its_memory_under_load
-    grafana_has_its_data_sources
+    grafana_has_its_data_sources_and_dashboards
     down_with_volumes_leaves_nothing
     interrupted_run_leaves_nothing
     volume_of_the_users_project_is_untouched
@@ -476,11 +476,14 @@ jaeger_stays_within_its_memory_under_load() {
     is_healthy jaeger || fail "Jaeger is $(health jaeger)"
 }
 
-grafana_has_its_data_sources() {
+grafana_has_its_data_sources_and_dashboards() {
     need_image grafana
     compose --profile grafana up --detach --wait --wait-timeout 180
     for source in prometheus jaeger; do
         within 30 curl -fs "http://127.0.0.1:$GRAFANA_PORT/api/datasources/uid/$source/health"
+    done
+    for dashboard in visitas-visits visitas-stores; do
+        within 30 curl -fs "http://127.0.0.1:$GRAFANA_PORT/api/dashboards/uid/$dashboard"
     done
 }
 
