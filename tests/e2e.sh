@@ -420,6 +420,7 @@ slow_visits_lead_from_the_alert_to_the_trace_and_the_log() {
     start_observed
     # Shorter than web waits for a lock, so that every visit succeeds.
     hold_the_count 0.55 50 &
+    within 20 count_is_held
     for _ in $(seq 60); do visit >/dev/null; done &
     within 60 prometheus_has 'ALERTS{alertname="VisitasLatencyBurnFast"}'
     ! prometheus_has 'ALERTS{alertname="VisitasAvailabilityBurnFast"}' || fail "slow visits are taken for failed ones"
@@ -440,6 +441,7 @@ refused_visits_raise_the_availability_alert() {
     start_observed
     # Longer than web waits for a lock.
     hold_the_count 5 5 &
+    within 20 count_is_held
     for _ in $(seq 40); do curl -s -o /dev/null "$url/"; done &
     within 60 prometheus_has 'ALERTS{alertname="VisitasAvailabilityBurnFast"}'
     wait
@@ -639,6 +641,8 @@ hold_the_count() {
         printf 'begin; select travar_contagem(); select pg_sleep(%s); commit;\n' "$1"
     done | compose exec -T -e PGPASSWORD=senha123 db psql -h 127.0.0.1 -U usuario -d desafio3db -qAt >/dev/null
 }
+
+count_is_held() { [ "$(sql "select count(*) from pg_stat_activity where query like '%pg_sleep%' and pid <> pg_backend_pid()")" -gt 0 ]; }
 
 # The trace of a visit that took between half a second and a whole one.
 exemplar_of_a_slow_visit() {

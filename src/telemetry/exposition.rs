@@ -10,7 +10,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use metrics::Key;
 use opentelemetry::trace::{SpanContext, SpanId, TraceId};
@@ -161,6 +161,9 @@ struct Exemplar {
 }
 
 impl Exemplars {
+    /// An exemplar that is older is not told of: its trace may be forgotten by now.
+    const RECENT: Duration = Duration::from_mins(10);
+
     /// None yet, for a histogram with these upper bounds.
     pub(super) fn new(bounds: &'static [f64]) -> Self {
         Self {
@@ -199,7 +202,9 @@ impl Exemplars {
                 let _ = write!(start, "{}=\"{}\",", label.key(), label.value());
             }
             for (bucket, exemplar) in buckets.iter().enumerate() {
-                let Some(exemplar) = exemplar else { continue };
+                let Some(exemplar) = exemplar.as_ref().filter(|kept| kept.is_recent()) else {
+                    continue;
+                };
                 let bound = match self.bounds.get(bucket) {
                     Some(bound) => Cow::Owned(format!("{bound:?}")),
                     None => Cow::Borrowed("+Inf"),
@@ -212,6 +217,10 @@ impl Exemplars {
 }
 
 impl Exemplar {
+    fn is_recent(&self) -> bool {
+        self.at.elapsed().is_ok_and(|age| age <= Exemplars::RECENT)
+    }
+
     fn suffix(&self) -> String {
         let at = self.at.duration_since(UNIX_EPOCH).unwrap_or_default();
         let (trace, span, value) = (self.trace, self.span, self.value);
@@ -245,6 +254,20 @@ mod tests {
             assert!(of(bound).starts_with(&ids), "{}", of(bound));
         }
         assert_eq!(suffixes.len(), 3);
+    }
+
+    #[test]
+    fn old_exemplar_is_not_told_of() {
+        let exemplars = Exemplars::new(&[0.5]);
+        let series = Key::from_name("took_seconds");
+        exemplars.keep(&series, 0.25, &span_context(1));
+        exemplars.keep(&series, 0.75, &span_context(2));
+        let mut kept = exemplars.series.lock().unwrap();
+        let old = kept.get_mut(&series).unwrap()[1].as_mut().unwrap();
+        old.at -= Exemplars::RECENT + Duration::from_secs(1);
+        drop(kept);
+        let told: Vec<_> = exemplars.suffixes().into_keys().collect();
+        assert_eq!(told, ["took_seconds_bucket{le=\"0.5\"}"]);
     }
 
     #[test]
