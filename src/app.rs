@@ -110,15 +110,15 @@ impl App {
             "listening"
         );
         let mut monitoring = tokio::spawn(monitor(service.clone()));
-        let upkeep = tokio::spawn(upkeep(service.clone()));
         let mut writing = tokio::spawn(writer.run());
 
         let slow = config.telemetry.log.access_slow;
         let observer = Observer::new(service.telemetry.sampler(), slow);
+        let upkeep = tokio::spawn(upkeep(service.clone(), Arc::clone(&observer)));
         let router = routes(&service, Arc::clone(&observer), metrics_listener.is_none());
         let (metrics_stop, metrics_stopped) = tokio::sync::oneshot::channel::<()>();
         let metrics_server = metrics_listener.map(|listener| {
-            let router = metrics_routes(&service, observer);
+            let router = metrics_routes(&service, Arc::clone(&observer));
             tokio::spawn(async move {
                 let stop = async {
                     metrics_stopped.await.ok();
@@ -170,6 +170,7 @@ impl App {
         if let Some(server) = metrics_server {
             let _drained = server.await.context("serving metrics")?;
         }
+        observer.tell_left_out();
         info!(connections.aborted = drained.aborted, "stopped");
         ensure!(
             !failed.load(Ordering::Acquire),
@@ -223,11 +224,12 @@ async fn monitor(service: Service) {
     health::watch(&service.postgres, &service.redis).await;
 }
 
-async fn upkeep(service: Service) {
+async fn upkeep(service: Service, observer: Arc<Observer>) {
     let mut every = tokio::time::interval(UPKEEP_EVERY);
     loop {
         every.tick().await;
         service.telemetry.upkeep();
+        observer.tell_left_out();
     }
 }
 

@@ -41,6 +41,19 @@ impl Observer {
             access: AccessCap::default(),
         })
     }
+
+    /// Tells of lines that were left out and have had none after them to say so.
+    pub fn tell_left_out(&self) {
+        let left_out = self.access.left_out.swap(0, Ordering::Relaxed);
+        if left_out > 0 {
+            tracing::event!(
+                target: "access",
+                tracing::Level::INFO,
+                lines.left_out = left_out,
+                "requests without a line"
+            );
+        }
+    }
 }
 
 /// Observes one request: the outermost layer.

@@ -242,7 +242,7 @@ async fn after_requests_of_all_kinds() -> (World, Collector, Service) {
     (world, collector, service)
 }
 
-/// A visit that waits a moment for the count's lock.
+/// A visit that waits for the count's lock so long that it falls into the bucket up to 0.5 s.
 async fn slow_visit(world: &World, service: &Service) -> crate::support::Answer {
     let mut held = HeldCount::of(world).await;
     let visit = service.begin_visit();

@@ -66,6 +66,7 @@ async fn slow_request_has_a_line_at_info() {
     let mut count = HeldCount::of(&world).await;
     let slow = service.begin_visit();
     count.until_waited_for().await;
+    // Longer than ACCESS_SLOW.
     tokio::time::sleep(Duration::from_millis(1100)).await;
     count.release().await;
     assert_eq!(slow.await.unwrap().status, StatusCode::OK);
@@ -84,13 +85,12 @@ async fn failing_requests_have_at_most_ten_lines_a_second_and_the_rest_is_counte
     let service = world.serve().await;
     world.postgres.kill().unwrap();
     service.until_health("unavailable").await;
-    let (mut failed, mut told_of) = (0, 0);
+    let mut failed = 0;
     // The next line that is written counts those left out before it.
     eventually("all failures are told of", SOON, async || {
         service.get("/").await;
         failed = failures(&service).await;
-        told_of = service.logged("request").len() as u64 + left_out(&service);
-        failed > 100 && told_of == failed
+        failed > 100 && told_of(&service) == failed
     })
     .await;
     assert_eq!(service.logged("store is down").len(), 1, "never left out");
@@ -103,6 +103,33 @@ async fn failing_requests_have_at_most_ten_lines_a_second_and_the_rest_is_counte
             "a second of ours begins at any moment"
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn left_out_lines_are_told_of_when_no_line_follows() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    world.postgres.kill().unwrap();
+    service.until_health("unavailable").await;
+    for _ in 0..60 {
+        service.get("/").await;
+    }
+    let failed = failures(&service).await;
+    assert!(told_of(&service) < failed, "some have no line yet");
+    eventually("they are told of", SOON, async || {
+        told_of(&service) == failed
+    })
+    .await;
+
+    for _ in 0..60 {
+        service.get("/").await;
+    }
+    let failed = failures(&service).await;
+    service.stop().await;
+    eventually("the rest are told of at the stop", SOON, async || {
+        told_of(&service) == failed
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -149,10 +176,15 @@ async fn failures(service: &Service) -> u64 {
         .sum()
 }
 
+/// How many failed requests the log tells of, those without a line included.
+fn told_of(service: &Service) -> u64 {
+    service.logged("request").len() as u64 + left_out(service)
+}
+
 /// How many lines were left out, as the lines say that were written.
 fn left_out(service: &Service) -> u64 {
-    let lines = service.logged("request");
-    lines
+    service
+        .log()
         .iter()
         .filter_map(|line| line["lines.left_out"].as_u64())
         .sum()

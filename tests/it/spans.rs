@@ -4,10 +4,11 @@ use http::{HeaderMap, Method};
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use opentelemetry_proto::tonic::trace::v1::status::StatusCode as SpanStatus;
 use reqwest::StatusCode;
+use tokio::task::JoinHandle;
 
 use crate::support::collector::{Collector, Exported, hex, named, text};
 use crate::support::traces::{UNSAMPLED, ask, traced, traced_with};
-use crate::support::{Answer, HeldCount, SOON, Wire, World, eventually};
+use crate::support::{Answer, HeldCount, SOON, Service, Wire, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lone_visit_has_a_server_span_and_both_calls_beneath_it() {
@@ -229,11 +230,7 @@ async fn request_with_a_method_of_its_own_is_named_http() {
 #[tokio::test(flavor = "multi_thread")]
 async fn visits_of_one_batch_link_to_the_calls_that_recorded_them() {
     let (world, collector) = (World::new(), Collector::start().await);
-    let patient = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
-    let service = traced_with(&world, &collector, &patient).await;
-    let mut count = HeldCount::of(&world).await;
-    let alone = service.begin_visit();
-    count.until_waited_for().await;
+    let (service, count, alone) = with_a_visit_waiting(&world, &collector).await;
     let mut together = Vec::new();
     for queued in 1..=3 {
         together.push(service.begin_visit());
@@ -270,11 +267,7 @@ async fn visits_of_one_batch_link_to_the_calls_that_recorded_them() {
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_belong_to_the_first_visit_of_their_batch_that_is_sampled() {
     let (world, collector) = (World::new(), Collector::start().await);
-    let patient = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
-    let service = traced_with(&world, &collector, &patient).await;
-    let mut count = HeldCount::of(&world).await;
-    let alone = service.begin_visit();
-    count.until_waited_for().await;
+    let (service, count, alone) = with_a_visit_waiting(&world, &collector).await;
     let unsampled = service.client.get(service.url("/"));
     let unsampled = tokio::spawn(unsampled.header("traceparent", UNSAMPLED).send());
     service.until_queued(1).await;
@@ -306,6 +299,19 @@ async fn last_span_is_flushed_at_the_stop() {
 }
 
 // --- wiring ---
+
+/// A service whose writer is busy with one visit, so that those which follow form one batch.
+async fn with_a_visit_waiting(
+    world: &World,
+    collector: &Collector,
+) -> (Service, HeldCount, JoinHandle<Answer>) {
+    let patient = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
+    let service = traced_with(world, collector, &patient).await;
+    let mut count = HeldCount::of(world).await;
+    let alone = service.begin_visit();
+    count.until_waited_for().await;
+    (service, count, alone)
+}
 
 fn status(exported: &Exported) -> SpanStatus {
     exported.span.status.clone().unwrap_or_default().code()
