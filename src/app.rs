@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use axum::Router;
-use axum::middleware::{from_fn_with_state, map_response};
 use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::limit::RequestBodyLimitLayer;
 use tracing::info;
@@ -21,7 +21,7 @@ use crate::server::{self, Limits};
 use crate::service::Service;
 use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
-use crate::telemetry::http::{Observer, observe};
+use crate::telemetry::http::Observer;
 use crate::telemetry::metric;
 use crate::{error, health, metrics, visit};
 
@@ -210,14 +210,17 @@ fn metrics_routes(service: &Service, observer: Arc<Observer>) -> Router {
     layered(router.with_state(service.clone()), observer)
 }
 
-/// Of the layers the last one added sees a request first: what is observed includes what the
-/// others refuse, and a panic is caught before it can pass anything unobserved.
+/// The first layer sees a request first: what is observed includes what the others refuse, and a
+/// panic is caught before it can pass anything unobserved. They are one stack, since axum allocates
+/// anew for each layer that is added by itself.
 fn layered(router: Router, observer: Arc<Observer>) -> Router {
-    router
-        .layer(RequestBodyLimitLayer::new(BODY_LIMIT))
-        .layer(CatchPanicLayer::new())
-        .layer(map_response(error::problem_document))
-        .layer(from_fn_with_state(observer, observe))
+    router.layer(
+        ServiceBuilder::new()
+            .layer(observer.layer())
+            .map_response(error::problem_document)
+            .layer(CatchPanicLayer::new())
+            .layer(RequestBodyLimitLayer::new(BODY_LIMIT)),
+    )
 }
 
 async fn monitor(service: Service) {

@@ -1,7 +1,8 @@
 //! Errors as a client sees them: a problem document (RFC 9457) that says which rule of HTTP was
 //! broken and nothing of what goes on inside.
 
-use axum::body::Body;
+use axum::BoxError;
+use axum::body::{Body, Bytes, HttpBody};
 use axum::response::Response;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use serde::Serialize;
@@ -15,7 +16,12 @@ struct Problem<'a> {
 
 /// Gives every error that has no JSON body of its own a problem document: those of the router
 /// (404, 405), of the body limit (413) and of a handler that panicked (500).
-pub async fn problem_document(response: Response) -> Response {
+pub fn problem_document<B>(response: http::Response<B>) -> Response
+where
+    B: HttpBody<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    let response = response.map(Body::new);
     let status = response.status();
     let is_error = status.is_client_error() || status.is_server_error();
     let content_type = response.headers().get(CONTENT_TYPE);

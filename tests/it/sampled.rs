@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use axum::Router;
 use axum::body::Body;
-use axum::middleware::from_fn_with_state;
 use http::Request;
 use reqwest::StatusCode;
 use tower::Service as _;
@@ -13,7 +12,7 @@ use tracing::Span;
 use tracing::span::{Attributes, Id};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt as _};
-use visitas::telemetry::http::{Observer, observe};
+use visitas::telemetry::http::Observer;
 use visitas::telemetry::sampling::Sampler;
 
 use crate::support::collector::{Collector, hex, named};
@@ -91,7 +90,7 @@ async fn handler_of_an_unsampled_request_is_in_no_span() {
     let observer = Observer::new(Sampler::off(), SOON);
     let mut router = Router::new()
         .route("/", axum::routing::get(handler))
-        .layer(from_fn_with_state(observer, observe));
+        .layer(observer.layer());
     let request = Request::get("/").header("traceparent", PARENT);
     let answer = router.call(request.body(Body::empty()).unwrap()).await;
     let body = axum::body::to_bytes(answer.unwrap().into_body(), 16).await;
