@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tracing::Subscriber;
+use tracing_subscriber::filter::{FilterExt as _, filter_fn};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Layer};
 
@@ -138,7 +139,9 @@ pub(super) fn layer<S>(
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
-    let filter = EnvFilter::try_new(&config.filter)?;
+    // A span is for the collector. Here it would be formatted, only for no line to show it.
+    let events = filter_fn(|metadata| metadata.is_event());
+    let filter = events.and(EnvFilter::try_new(&config.filter)?);
     let lines = tracing_subscriber::fmt::layer().with_writer(buffer);
     Ok(match config.format {
         LogFormat::Json => lines

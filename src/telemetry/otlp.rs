@@ -1,7 +1,8 @@
 //! The way to the collector: OTLP over HTTP, encoded as protobuf.
 //!
-//! The exporter of the SDK keeps two things to itself, which the client here looks at: why nothing
-//! came back, and how many spans the collector took only to throw them away.
+//! The exporter of the SDK keeps three things to itself, which the client here looks at: each attempt
+//! that failed (it makes several, a while apart), why nothing came back, and how many spans the
+//! collector took only to throw them away.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -15,6 +16,7 @@ use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig as _, WithHttp
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
 use prost::Message as _;
 
+use super::trace::Breaker;
 use crate::config::{Compression, ExporterConfig};
 
 /// What the last export met that its result does not say.
@@ -45,6 +47,7 @@ impl Meetings {
 pub(super) fn exporter(
     config: &ExporterConfig,
     meetings: Meetings,
+    breaker: Arc<Breaker>,
 ) -> anyhow::Result<SpanExporter> {
     let http = reqwest::blocking::Client::builder()
         .timeout(config.timeout)
@@ -59,7 +62,11 @@ pub(super) fn exporter(
         .collect();
     let mut builder = SpanExporter::builder()
         .with_http()
-        .with_http_client(Client { http, meetings })
+        .with_http_client(Client {
+            http,
+            meetings,
+            breaker,
+        })
         .with_protocol(Protocol::HttpBinary)
         .with_endpoint(&config.endpoint)
         .with_timeout(config.timeout)
@@ -74,6 +81,7 @@ pub(super) fn exporter(
 struct Client {
     http: reqwest::blocking::Client,
     meetings: Meetings,
+    breaker: Arc<Breaker>,
 }
 
 impl HttpClient for Client {
@@ -87,6 +95,9 @@ impl HttpClient for Client {
     {
         Box::pin(async move {
             let result = self.http.send_bytes(request).await;
+            if !result.as_ref().is_ok_and(|response| response.status().is_success()) {
+                self.breaker.refused();
+            }
             let mut met = self.meetings.met();
             *met = match &result {
                 Ok(response) => Met {

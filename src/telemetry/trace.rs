@@ -41,7 +41,7 @@ impl Pipeline {
         let queued = Arc::new(AtomicUsize::new(0));
         let meetings = Meetings::default();
         let exporter = Counted {
-            exporter: otlp::exporter(exporter, meetings.clone())?,
+            exporter: otlp::exporter(exporter, meetings.clone(), Arc::clone(&breaker))?,
             meetings,
             queued: Arc::clone(&queued),
             breaker: Arc::clone(&breaker),
@@ -110,7 +110,7 @@ fn resource(config: &TracesConfig) -> Resource {
         .build()
 }
 
-/// Opens after a few failed exports in a row: then at most one request a second is sampled, so
+/// Opens after a few failed attempts to export in a row: then at most one request a second is sampled, so
 /// that there is something to try again with, until an export succeeds.
 #[derive(Debug)]
 pub(super) struct Breaker {
@@ -158,6 +158,12 @@ impl Breaker {
             && self.admitted.fetch_max(second, Ordering::Relaxed) < second
     }
 
+    /// An attempt to export has failed. Not only once all that belong to an export have, which takes
+    /// the better part of a second each.
+    pub(super) fn refused(&self) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// The collector has taken so many spans, some of them only to throw them away: that is its
     /// will, so it counts as being there.
     fn exported(&self, spans: usize, rejected: usize) {
@@ -178,7 +184,6 @@ impl Breaker {
 
     fn failed(&self, spans: usize, error: &str) {
         metric::spans(Spans::NotExported, spans);
-        self.failures.fetch_add(1, Ordering::Relaxed);
         let mut outage = self.outage();
         self.unexported.fetch_sub(spans, Ordering::AcqRel);
         if outage.is_none() {
