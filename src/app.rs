@@ -37,7 +37,7 @@ pub struct App {
 /// No handler reads a body; a longer one is refused.
 const BODY_LIMIT: usize = 64 * 1024;
 /// How often samples are moved to where they are kept.
-const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+const UPKEEP_EVERY: Duration = Duration::from_secs(1);
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 4096;
 /// A client that takes nothing of its answer for this long is cut off.

@@ -70,6 +70,8 @@ impl Telemetry {
                 .with_tracked_inactivity(false)
                 .with_target(false)
                 .with_level(false)
+                // Parents are named, never taken from the thread.
+                .with_context_activation(false)
                 .with_filter(filter_fn(|metadata| {
                     metadata.is_span() && metadata.target() == SPANS
                 }))
