@@ -140,7 +140,7 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
     // A span is for the collector. Here it would be formatted, only for no line to show it.
-    let events = filter_fn(|metadata| metadata.is_event());
+    let events = filter_fn(|metadata| !metadata.is_span());
     let filter = events.and(EnvFilter::try_new(&config.filter)?);
     let lines = tracing_subscriber::fmt::layer().with_writer(buffer);
     Ok(match config.format {

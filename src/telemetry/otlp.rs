@@ -95,7 +95,10 @@ impl HttpClient for Client {
     {
         Box::pin(async move {
             let result = self.http.send_bytes(request).await;
-            if !result.as_ref().is_ok_and(|response| response.status().is_success()) {
+            if !result
+                .as_ref()
+                .is_ok_and(|response| response.status().is_success())
+            {
                 self.breaker.refused();
             }
             let mut met = self.meetings.met();

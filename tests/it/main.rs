@@ -8,6 +8,7 @@ mod support;
 mod abandoned;
 mod accept;
 mod adoption;
+mod batch;
 mod collectors;
 mod commands;
 mod count;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::support::load::Load;
-use crate::support::{Ended, SOON, Service, World, eventually, settings, slow_way_to};
+use crate::support::{Ended, SOON, Service, Way, World, eventually, settings};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn recount_finds_rows_that_no_trigger_saw() {
@@ -56,8 +56,8 @@ async fn recount_under_load_is_exact() {
 async fn reconcile_under_load_corrects_nothing() {
     let world = World::new();
     // Nearly always an increment is under way whose batch is committed.
-    let slow = slow_way_to(world.redis.port(), Duration::from_millis(100)).await;
-    let way = slow.to_string();
+    let slow = Way::with_delay(world.redis.port(), Duration::from_millis(100)).await;
+    let way = slow.port.to_string();
     let way = [("REDIS_PORT", way.as_str())];
     let service = world.serve_with(&[&PATIENT[..], &way].concat()).await;
     let load = Load::start(&[&service], 32);

@@ -3,7 +3,7 @@
 
 use std::io::Read as _;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
@@ -25,7 +25,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
-use super::{Answer, SOON, eventually};
+use super::{Answer, SOON, eventually, locked};
 
 /// A collector, which ends with the test.
 pub(crate) struct Collector {
@@ -299,8 +299,4 @@ fn spans(request: ExportTraceServiceRequest) -> Vec<Exported> {
         })
     });
     spans.collect()
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

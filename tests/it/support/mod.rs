@@ -11,10 +11,11 @@ pub(crate) mod traces;
 mod wire;
 mod world;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub(crate) use self::ended::{Ended, settings};
-pub(crate) use self::proxy::slow_way_to;
+pub(crate) use self::proxy::Way;
 pub(crate) use self::service::{Answer, Reader, Service, program};
 pub(crate) use self::wire::Wire;
 pub(crate) use self::world::{HeldCount, World, execute};
@@ -36,4 +37,9 @@ pub(crate) async fn eventually(
         );
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// What a test's own task guards is whole even where another has panicked.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,14 +3,14 @@
 use std::io::{BufRead as _, BufReader, Read};
 use std::net::SocketAddr;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use reqwest::header::HeaderMap;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
 
-use super::{SOON, eventually};
+use super::{SOON, eventually, locked};
 
 /// A running service. Dropping it kills it.
 pub(crate) struct Service {
@@ -320,8 +320,4 @@ fn collect(pipe: impl Read + Send + 'static, reader: Reader) -> Lines {
 
 fn lines(printed: &Lines) -> Vec<String> {
     locked(&printed.lines).clone()
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
