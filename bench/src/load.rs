@@ -53,6 +53,10 @@ pub(crate) fn start(
 }
 
 impl Running {
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
+    }
+
     pub(crate) fn finish(self) -> Result<Load> {
         let output = self.0.wait_with_output()?;
         let said = String::from_utf8_lossy(&output.stdout);

@@ -160,9 +160,11 @@ fn full(effort: Effort, sizes: [u64; 3]) -> Result<()> {
         Subject::Textbook,
         Subject::Flask,
     ];
-    let (throughput, peak) = phase::throughput(ground, &subjects, effort)?;
+    let throughput = phase::throughput(ground, &subjects, effort)?;
+    let processors = phase::processors(ground, effort)?;
     let lone = phase::lone(ground, effort)?;
-    let paced = phase::paced(ground, peak, effort)?;
+    let lone_visit = phase::lone_visit(ground, fewer)?;
+    let paced = phase::paced(ground, effort)?;
     let footprint = phase::footprint(ground)?;
     let connections = phase::connections(ground, fewer)?;
     let replicas = phase::replicas(ground, effort)?;
@@ -179,8 +181,10 @@ fn full(effort: Effort, sizes: [u64; 3]) -> Result<()> {
     std::fs::write(Path::new(FOLDER).join("throughput.svg"), chart)?;
     let sections = [
         throughput,
+        processors,
         rows,
         lone,
+        lone_visit,
         paced,
         connections,
         replicas,
@@ -207,7 +211,7 @@ fn quick(effort: Effort) -> Result<()> {
         Subject::Visitas(Traces::All),
         Subject::Textbook,
     ];
-    let (throughput, _) = phase::throughput(ground, &subjects, effort)?;
+    let throughput = phase::throughput(ground, &subjects, effort)?;
     let lone = phase::lone(ground, effort)?;
     publish(
         ground,

@@ -26,9 +26,12 @@ pub(crate) enum Pace {
     Closed,
 }
 
-/// What came of a run, in seconds.
+/// What came of a run; times are in seconds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Latency {
+    /// Visits a second that succeeded.
+    pub(crate) throughput: f64,
+    pub(crate) mean: f64,
     pub(crate) median: f64,
     pub(crate) p99: f64,
     pub(crate) p999: f64,
@@ -74,6 +77,8 @@ pub(crate) fn run(
     let seconds = |microseconds: u64| microseconds as f64 / 1e6;
     let at = |quantile| seconds(whole.latencies.value_at_quantile(quantile));
     Ok(Latency {
+        throughput: whole.latencies.len() as f64 / duration.as_secs_f64(),
+        mean: whole.latencies.mean() / 1e6,
         median: at(0.5),
         p99: at(0.99),
         p999: at(0.999),

@@ -26,6 +26,8 @@ pub(crate) struct Inserted {
     pub(crate) throughput: f64,
     /// Seconds.
     pub(crate) median: f64,
+    /// Seconds.
+    pub(crate) mean: f64,
 }
 
 pub(crate) fn limits(ground: &mut Ground, effort: Effort) -> Result<Section> {
@@ -75,14 +77,37 @@ pub(crate) fn insert(
     duration: Duration,
 ) -> Result<Inserted> {
     let database = ground.database(Owner::Peer, 0)?;
+    let statement = "insert into visitas default values;";
+    transactions(ground, &database, statement, inserting.clients, duration)
+}
+
+/// What the service says to Postgres to record a visit, said by one client of pgbench.
+pub(crate) fn record(ground: &mut Ground, duration: Duration) -> Result<Inserted> {
+    let database = ground.database(Owner::Visitas, 0)?;
+    let statement = "select public.registrar_visitas(array[now()]);";
+    transactions(ground, &database, statement, 1, duration)
+}
+
+fn transactions(
+    ground: &Ground,
+    database: &str,
+    statement: &str,
+    clients: usize,
+    duration: Duration,
+) -> Result<Inserted> {
     let folder = scratch()?;
-    let script = folder.join("insert.sql");
-    std::fs::write(&script, "insert into visitas default values;\n")?;
+    let script = folder.join("transaction.sql");
+    std::fs::write(&script, statement)?;
     let log = folder.join("pgbench");
     remove_logs(&log)?;
-    let clients = inserting.clients.to_string();
+    let clients = clients.to_string();
     let output = process::command(ground.postgres.programs().join("pgbench"))
         .env("PGPASSWORD", devstack::PASSWORD)
+        // As the service's sessions have it.
+        .env(
+            "PGOPTIONS",
+            "-c jit=off -c plan_cache_mode=force_generic_plan",
+        )
         .args(["--no-vacuum", "--protocol", "prepared", "--log"])
         .arg(format!("--log-prefix={}", log.display()))
         .args(["--client", &clients, "--jobs", "1"])
@@ -91,7 +116,7 @@ pub(crate) fn insert(
         .arg(&script)
         .args(["--host", ground.postgres.host()])
         .args(["--port", &ground.postgres.port().to_string()])
-        .args(["--username", devstack::USER, &database])
+        .args(["--username", devstack::USER, database])
         .output()
         .context("cannot run pgbench")?;
     let said = String::from_utf8_lossy(&output.stdout);
@@ -108,6 +133,7 @@ pub(crate) fn insert(
     remove_logs(&log)?;
     Ok(Inserted {
         throughput,
+        mean: times.iter().sum::<f64>() / times.len() as f64,
         median: Spread::of(times).median,
     })
 }

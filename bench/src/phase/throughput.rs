@@ -11,12 +11,11 @@ use crate::report::{Goal, Section, throughputs};
 use crate::round::{self, Case, Effort, Series};
 use crate::subject::{Subject, Traces};
 
-/// The section, and the service's median.
 pub(crate) fn throughput(
     ground: &mut Ground,
     subjects: &[Subject],
     effort: Effort,
-) -> Result<(Section, f64)> {
+) -> Result<Section> {
     let cases: Vec<_> = subjects
         .iter()
         .filter(|&&subject| subject != Subject::Flask || ground.python.is_ok())
@@ -87,12 +86,11 @@ pub(crate) fn throughput(
             service.ratio_to(textbook),
         ));
     }
-    let section = Section {
+    Ok(Section {
         title: "Visits a second",
         text,
         goals,
-    };
-    Ok((section, service.throughput().median))
+    })
 }
 
 fn lost(series: &Series) -> Spread {
