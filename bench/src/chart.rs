@@ -74,9 +74,16 @@ pub(crate) fn draw(
         let points: Vec<_> = (0..).map(x).zip(line.points.iter().copied()).collect();
         svg += &curve(&axis, &points, colour);
         if let Some(&(x, last)) = points.last() {
+            let y = axis.y(last.median);
+            // Beside a line that ends early others go on: its label stands beneath.
+            let (x, y) = if x < END {
+                (x - 42.0, y + 20.0)
+            } else {
+                (x, y)
+            };
             labels.push(Label {
                 x,
-                y: axis.y(last.median),
+                y,
                 text: label(&line.name, last),
                 colour: Some(*colour),
             });
