@@ -12,7 +12,7 @@
 use std::{
     convert::Infallible,
     future::poll_fn,
-    io::{self, IoSlice},
+    io,
     pin::{Pin, pin},
     sync::{
         Arc,
@@ -96,8 +96,6 @@ pub(super) async fn run(
     let mut connection = http1::Builder::new()
         .header_read_timeout(None)
         .max_buf_size(BUFFER_MAX)
-        // Answers are short: copying one behind its head costs less than a list of both.
-        .writev(false)
         .serve_connection(TokioIo::new(socket), service);
 
     let mut alarm = pin!(sleep(limits.header_timeout));
@@ -338,6 +336,8 @@ impl AsyncRead for Socket {
     }
 }
 
+/// Without vectored writes: answers are short, and hyper then copies one behind its head, which costs
+/// less than a list of both.
 impl AsyncWrite for Socket {
     fn poll_write(
         mut self: Pin<&mut Self>,
@@ -346,19 +346,6 @@ impl AsyncWrite for Socket {
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
         self.note_write(written)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.note_write(written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

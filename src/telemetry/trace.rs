@@ -1,8 +1,8 @@
 //! Spans on their way to a collector: batched, exported over OTLP, counted, and given up on for
 //! a while when nobody takes them.
 //!
-//! A collector that is absent must cost nothing: after a few failed exports hardly anything is
-//! sampled until one succeeds. Nothing here knows what a span is about.
+//! A collector that is absent must cost nothing: after a few failed attempts hardly anything is
+//! sampled until an export succeeds. Nothing here knows what a span is about.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
