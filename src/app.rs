@@ -36,8 +36,10 @@ pub struct App {
 
 /// No handler reads a body; a longer one is refused.
 const BODY_LIMIT: usize = 64 * 1024;
-/// How often samples are moved to where they are kept.
-const UPKEEP_EVERY: Duration = Duration::from_secs(1);
+/// How often samples are moved to where they are kept: the sooner, the less memory they take.
+const SAMPLES_EVERY: Duration = Duration::from_secs(1);
+/// How often access lines that were left out are told of when no line follows.
+const LEFT_OUT_EVERY: Duration = Duration::from_secs(5);
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 4096;
 /// A client that takes nothing of its answer for this long is cut off.
@@ -228,11 +230,13 @@ async fn monitor(service: Service) {
 }
 
 async fn upkeep(service: Service, observer: Arc<Observer>) {
-    let mut every = tokio::time::interval(UPKEEP_EVERY);
+    let mut samples = tokio::time::interval(SAMPLES_EVERY);
+    let mut left_out = tokio::time::interval(LEFT_OUT_EVERY);
     loop {
-        every.tick().await;
-        service.telemetry.upkeep();
-        observer.tell_left_out();
+        tokio::select! {
+            _ = samples.tick() => service.telemetry.upkeep(),
+            _ = left_out.tick() => observer.tell_left_out(),
+        }
     }
 }
 

@@ -336,8 +336,8 @@ impl AsyncRead for Socket {
     }
 }
 
-/// Without vectored writes: answers are short, and hyper then copies one behind its head, which costs
-/// less than a list of both.
+/// Without vectored writes: answers are short, and hyper then copies one behind its head, which
+/// costs less than a list of both.
 impl AsyncWrite for Socket {
     fn poll_write(
         mut self: Pin<&mut Self>,

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tracing::Subscriber;
-use tracing_subscriber::filter::{FilterExt as _, filter_fn};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Layer};
 
@@ -139,15 +138,15 @@ pub(super) fn layer<S>(
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
-    // A span is for the collector. Here it would be formatted, only for no line to show it.
-    let events = filter_fn(|metadata| !metadata.is_span());
-    let filter = events.and(EnvFilter::try_new(&config.filter)?);
+    // Spans are for the collector. Here each would be formatted, though whatever belongs to a
+    // request says so in fields of its own.
+    let no_spans = format!("{}=off", super::SPANS).parse()?;
+    let filter = EnvFilter::try_new(&config.filter)?.add_directive(no_spans);
     let lines = tracing_subscriber::fmt::layer().with_writer(buffer);
     Ok(match config.format {
         LogFormat::Json => lines
             .json()
             .flatten_event(true)
-            // Whatever belongs to a request says so in fields of its own.
             .with_current_span(false)
             .with_span_list(false)
             .with_filter(filter)

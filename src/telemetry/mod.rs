@@ -106,8 +106,8 @@ impl Telemetry {
         metric::render(&self.prometheus, self.writing.lines_dropped(), format)
     }
 
-    /// Moves samples from where they are recorded to where they are kept. Unless it is called
-    /// every few seconds, memory grows with each sample until somebody scrapes.
+    /// Moves samples from where they are recorded to where they are kept. Between two calls, or
+    /// scrapes, memory grows with each sample.
     pub fn upkeep(&self) {
         self.prometheus.run_upkeep();
     }

@@ -1,8 +1,8 @@
 //! The way to the collector: OTLP over HTTP, encoded as protobuf.
 //!
-//! The exporter of the SDK keeps three things to itself, which the client here looks at: each attempt
-//! that failed (it makes several, a while apart), why nothing came back, and how many spans the
-//! collector took only to throw them away.
+//! The exporter of the SDK keeps three things to itself, which the client here looks at: each
+//! attempt that failed (it makes several, a while apart), why nothing came back, and how many
+//! spans the collector took only to throw them away.
 
 use std::collections::HashMap;
 use std::error::Error;

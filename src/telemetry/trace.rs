@@ -110,8 +110,8 @@ fn resource(config: &TracesConfig) -> Resource {
         .build()
 }
 
-/// Opens after a few failed attempts to export in a row: then at most one request a second is sampled, so
-/// that there is something to try again with, until an export succeeds.
+/// Opens after a few failed attempts to export in a row: then at most one request a second is
+/// sampled, so that there is something to try again with, until an export succeeds.
 #[derive(Debug)]
 pub(super) struct Breaker {
     began: Instant,
@@ -158,8 +158,8 @@ impl Breaker {
             && self.admitted.fetch_max(second, Ordering::Relaxed) < second
     }
 
-    /// An attempt to export has failed. Not only once all that belong to an export have, which takes
-    /// the better part of a second each.
+    /// An attempt to export has failed. To wait until all that belong to an export have takes the
+    /// better part of a second, three times over.
     pub(super) fn refused(&self) {
         self.failures.fetch_add(1, Ordering::Relaxed);
     }

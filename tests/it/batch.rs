@@ -1,11 +1,14 @@
 //! What a batch costs the stores: one statement in one round trip and one command, however many
-//! visits it has, and on each connection one preparation for good. Read from what the service says to them, byte by byte.
+//! visits it has, and on each connection one preparation for good. Read from what the service says
+//! to them, byte by byte, so that no clock decides.
 
 use std::collections::HashMap;
 
 use crate::support::{HeldCount, Service, Way, World};
 
 const RECORD: &str = "select public.registrar_visitas($1)";
+/// What the monitor says while a store is up, once a second.
+const READ: &str = "select public.total_visitas()";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batch_is_one_statement_and_one_command_however_many_visits_it_has() {
@@ -16,17 +19,22 @@ async fn batch_is_one_statement_and_one_command_however_many_visits_it_has() {
     );
     let service = serve(&world, &postgres, &redis).await;
     for visits in [1, 10, 300] {
-        let (sent, counted) = (Messages::of(&postgres), increments(&redis));
+        let (said, commands) = (Messages::of(&postgres), Commands::of(&redis));
         record_one_and_then(visits, &world, &service).await;
-        let sent = Messages::of(&postgres).since(&sent);
-        assert_eq!(sent.recorded, 2, "{visits}");
+        let said = Messages::of(&postgres).since(&said);
+        assert_eq!(said.bound(RECORD), 2, "{visits}: {said:?}");
         // Each statement is executed once and waited for once, as is each preparation.
-        assert_eq!((sent.simple, sent.executed), (0, sent.bound), "{visits}");
-        assert_eq!(sent.awaited, sent.bound + sent.prepared, "{visits}");
-        assert_eq!(increments(&redis)[counted.len()..], [1, visits]);
+        assert_eq!((said.simple, said.executed), (0, said.all()), "{said:?}");
+        assert_eq!(said.awaited, said.all() + said.prepared, "{said:?}");
+        let commands = Commands::of(&redis).since(&commands);
+        assert_eq!(commands.increments, [1, visits], "{commands:?}");
+        // Nothing else is said but by the monitor, at its own pace.
+        assert_eq!(said.all(), 2 + said.bound(READ), "{said:?}");
+        assert_eq!(commands.all, 2 + commands.readings, "{commands:?}");
+        assert!(said.bound(READ) < 100 && commands.readings < 100);
     }
-    let (connections, all) = (postgres.said().len(), Messages::of(&postgres));
-    assert!(all.record_prepared <= connections, "{all:?}, {connections}");
+    let (connections, said) = (postgres.said().len(), Messages::of(&postgres));
+    assert!(said.record_prepared <= connections, "{said:?}");
 }
 
 /// A service that speaks to its stores by these ways, readably.
@@ -63,13 +71,12 @@ struct Messages {
     /// Statements as text, as migrations are.
     simple: usize,
     prepared: usize,
-    bound: usize,
-    executed: usize,
-    awaited: usize,
-    /// Of those that were bound, the ones that record visits.
-    recorded: usize,
     /// Of those that were prepared, the ones that record visits.
     record_prepared: usize,
+    /// Executions of a prepared statement, by its text.
+    bound: HashMap<String, usize>,
+    executed: usize,
+    awaited: usize,
 }
 
 impl Messages {
@@ -98,8 +105,8 @@ impl Messages {
                 }
                 b'B' => {
                     let (_portal, rest) = word(body);
-                    self.bound += 1;
-                    self.recorded += usize::from(statements[word(rest).0] == RECORD);
+                    let text = statements[word(rest).0];
+                    *self.bound.entry(text.to_owned()).or_default() += 1;
                 }
                 b'E' => self.executed += 1,
                 b'S' => self.awaited += 1,
@@ -108,16 +115,24 @@ impl Messages {
         }
     }
 
-    fn since(self, before: &Self) -> Self {
-        Self {
-            simple: self.simple - before.simple,
-            prepared: self.prepared - before.prepared,
-            bound: self.bound - before.bound,
-            executed: self.executed - before.executed,
-            awaited: self.awaited - before.awaited,
-            recorded: self.recorded - before.recorded,
-            record_prepared: self.record_prepared - before.record_prepared,
+    fn since(mut self, before: &Self) -> Self {
+        self.simple -= before.simple;
+        self.prepared -= before.prepared;
+        self.record_prepared -= before.record_prepared;
+        self.executed -= before.executed;
+        self.awaited -= before.awaited;
+        for (text, bound) in &before.bound {
+            *self.bound.get_mut(text).expect("it is not unsaid") -= bound;
         }
+        self
+    }
+
+    fn bound(&self, text: &str) -> usize {
+        self.bound.get(text).copied().unwrap_or(0)
+    }
+
+    fn all(&self) -> usize {
+        self.bound.values().sum()
     }
 }
 
@@ -138,14 +153,44 @@ fn word(bytes: &[u8]) -> (&str, &[u8]) {
     (text, &bytes[end + 1..])
 }
 
-/// By how much the counter was to be moved, in order. The monitor reads it by adding nothing.
-fn increments(way: &Way) -> Vec<u32> {
-    let said = way.said().concat();
-    let said = String::from_utf8_lossy(&said);
-    said.split("INCRBY\r\n$12\r\nvisitas_home\r\n")
-        .skip(1)
-        .map(|rest| rest.lines().nth(1).expect("an argument"))
-        .map(|by| by.parse().expect("a number"))
-        .filter(|&by| by != 0)
-        .collect()
+/// Commands to Redis.
+#[derive(Debug, Default)]
+struct Commands {
+    all: usize,
+    /// Increments by nothing.
+    readings: usize,
+    /// The others, from small to large.
+    increments: Vec<u32>,
+}
+
+impl Commands {
+    fn of(way: &Way) -> Self {
+        let mut commands = Self::default();
+        for said in way.said() {
+            let said = String::from_utf8(said).expect("no other bytes are sent here");
+            // A command is `*`, the number of its words, and each word after its length.
+            for command in said.split('*').skip(1) {
+                let words: Vec<_> = command.lines().skip(2).step_by(2).collect();
+                commands.all += 1;
+                if let ["INCRBY", "visitas_home", by] = words[..] {
+                    match by.parse().expect("a number") {
+                        0 => commands.readings += 1,
+                        by => commands.increments.push(by),
+                    }
+                }
+            }
+        }
+        commands.increments.sort_unstable();
+        commands
+    }
+
+    fn since(mut self, before: &Self) -> Self {
+        self.all -= before.all;
+        self.readings -= before.readings;
+        for by in &before.increments {
+            let at = self.increments.iter().position(|now| now == by);
+            self.increments.remove(at.expect("it is not unsaid"));
+        }
+        self
+    }
 }

@@ -63,8 +63,8 @@ impl Session {
             ("synchronous_commit", "on"),
             ("search_path", "public"),
             ("TimeZone", "UTC"),
-            // Compiling a statement costs more than running any of ours, and so does planning it:
-            // left to choose, Postgres plans those of the recording function at every call.
+            // Compiling a statement of the recording function costs more than running it, and so
+            // does planning it: left to choose, Postgres plans some of them at every call.
             ("jit", "off"),
             ("plan_cache_mode", "force_generic_plan"),
         ]);
