@@ -1,5 +1,8 @@
 # What a person types. `make` alone lists it.
 
+# Programs are run from where they are built, whatever the environment says of that.
+export CARGO_TARGET_DIR = $(CURDIR)/target
+
 .PHONY: help run test check bench bench-quick bench-soak bench-ready e2e setup clean
 
 help: ## List what can be made
