@@ -247,6 +247,7 @@ async fn slow_visit(world: &World, service: &Service) -> crate::support::Answer 
     let mut held = HeldCount::of(world).await;
     let visit = service.begin_visit();
     held.until_waited_for().await;
+    // The duration is what is looked at.
     tokio::time::sleep(Duration::from_millis(300)).await;
     held.release().await;
     visit.await.unwrap()

@@ -81,10 +81,7 @@ async fn slow_request_has_a_line_at_info() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_requests_have_at_most_ten_lines_a_second_and_the_rest_is_counted() {
-    let world = World::of_its_own();
-    let service = world.serve().await;
-    world.postgres.kill().unwrap();
-    service.until_health("unavailable").await;
+    let (_world, service) = without_postgres().await;
     let mut failed = 0;
     // The next line that is written counts those left out before it.
     eventually("all failures are told of", SOON, async || {
@@ -107,10 +104,7 @@ async fn failing_requests_have_at_most_ten_lines_a_second_and_the_rest_is_counte
 
 #[tokio::test(flavor = "multi_thread")]
 async fn left_out_lines_are_told_of_when_no_line_follows() {
-    let world = World::of_its_own();
-    let service = world.serve().await;
-    world.postgres.kill().unwrap();
-    service.until_health("unavailable").await;
+    let (_world, service) = without_postgres().await;
     for _ in 0..60 {
         service.get("/").await;
     }
@@ -153,6 +147,15 @@ async fn pretty_log_is_for_people() {
 }
 
 // --- wiring ---
+
+/// A service that refuses every visit.
+async fn without_postgres() -> (World, Service) {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    world.postgres.kill().unwrap();
+    service.until_health("unavailable").await;
+    (world, service)
+}
 
 async fn access_line(service: &Service, request_id: &str) -> Value {
     let mut found = Value::Null;

@@ -43,6 +43,7 @@ async fn postgres_killed_under_load_loses_and_repeats_no_visit() {
     world.postgres.kill().unwrap();
     service.until_health("unavailable").await;
     let redis_while_down = world.redis_visits().await;
+    // Visits are refused meanwhile, and nothing is to happen: there is nothing to wait for.
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(world.redis_visits().await, redis_while_down);
 
