@@ -18,6 +18,8 @@ pub mod config;
 pub mod error;
 pub mod health;
 pub mod metrics;
+#[cfg(test)]
+mod property;
 pub mod recorder;
 pub mod server;
 pub mod service;

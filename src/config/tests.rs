@@ -2,6 +2,7 @@
 //! process's own.
 
 mod cli;
+mod property;
 mod stores;
 mod telemetry;
 
@@ -317,7 +318,7 @@ impl Drop for TemporaryFile {
     }
 }
 
-fn file(name: &str, contents: &str) -> TemporaryFile {
+fn file(name: &str, contents: impl AsRef<[u8]>) -> TemporaryFile {
     let name = format!("visitas-config-{}-{name}", std::process::id());
     let path = std::env::temp_dir().join(name);
     fs::write(&path, contents).expect("a writable temporary directory");

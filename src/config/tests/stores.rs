@@ -162,6 +162,8 @@ fn bad_store_url_is_hidden_whatever_is_wrong_with_it() {
         "postgres://ana:c4nary#@db/visitas",
         "postgres://ana:c4nary%@db/visitas",
         "postgres://ana:c4nary@db:0/visitas",
+        "postgres://ana:12/c4nary@db",
+        "postgres://ana:/c4nary@db",
         "postgres://ana:x@c4nary!/visitas",
         "postgres://ana:x@db/c4nary/c4nary",
         "postgres://ana:x@db/visitas?sslmode=c4nary",
@@ -194,6 +196,7 @@ fn password_of_a_url_in_the_wrong_variable_is_hidden() {
     let line = error("", &[("DB_HOST", "postgres://ana:c4nary@db")]);
     assert!(line.starts_with("DB_HOST=\"postgres://****@db\""), "{line}");
     error("postgres://ana:c4nary@db", &[]);
+    error("", &[("DB_HOST", "ana:c4nary@db/?next=http://x")]);
     error(
         "",
         &[(
