@@ -63,8 +63,10 @@ fn weight(media: &MediaType<'_>) -> f32 {
 #[cfg(test)]
 mod tests {
     use http::HeaderValue;
+    use proptest::prelude::*;
 
     use super::*;
+    use crate::property::bounded;
 
     #[test]
     fn openmetrics_is_for_who_names_it_and_likes_nothing_better() {
@@ -105,6 +107,87 @@ mod tests {
         let both = ["text/plain;q=0.5", "application/openmetrics-text"];
         assert_eq!(format(&asking(&both)), Format::OpenMetrics);
         assert_eq!(format(&HeaderMap::new()), Format::Text);
+    }
+
+    /// What a list of media ranges is made of, well or badly.
+    const PIECES: &[&str] = &[
+        "application/openmetrics-text", "text/plain", "*/*", ",", ";", "q=", "0.5", "nan", "inf",
+        "-1", "version=", "1.0.0", "\"", "\\", " ", "=", "/",
+    ];
+
+    /// A media range, the format that it names, and how much it is liked in thousandths.
+    type Range = (&'static str, Option<Format>, Option<u16>);
+
+    fn ranges() -> impl Strategy<Value = Vec<Range>> {
+        let named = prop::sample::select(
+            &[
+                ("application/openmetrics-text", Some(Format::OpenMetrics)),
+                ("APPLICATION/OpenMetrics-Text; Version=1.0.0", Some(Format::OpenMetrics)),
+                (
+                    "application/openmetrics-text;escaping=\"a,b;q=0\";version=\"1.0.0\"",
+                    Some(Format::OpenMetrics),
+                ),
+                ("application/openmetrics-text;version=0.0.1", None),
+                ("text/plain", Some(Format::Text)),
+                ("Text/Plain;version=0.0.4;charset=utf-8", Some(Format::Text)),
+                ("text/plain;version=1.0.0", None),
+                ("text/*", None),
+                ("*/*", None),
+                ("application/vnd.google.protobuf;proto=io.prometheus.client", None),
+            ][..],
+        );
+        let range = (named, prop::option::of(0..=1000_u16));
+        prop::collection::vec(range.prop_map(|((text, named), q)| (text, named, q)), 0..6)
+    }
+
+    fn written(ranges: &[Range]) -> Vec<String> {
+        let written = ranges.iter().map(|(text, _, q)| match q {
+            Some(q) => format!("{text};q={}.{:03}", q / 1000, q % 1000),
+            None => (*text).to_owned(),
+        });
+        written.collect()
+    }
+
+    proptest! {
+        #![proptest_config(bounded())]
+
+        #[test]
+        fn any_bytes_ask_for_one_of_the_two_formats(
+            lines in prop::collection::vec(
+                prop_oneof![
+                    "[ -~\t]{0,60}".prop_map(String::into_bytes),
+                    prop::collection::vec(prop::sample::select(PIECES), 0..12)
+                        .prop_map(|pieces| pieces.concat().into_bytes()),
+                    prop::collection::vec(0x80..=0xff_u8, 0..20),
+                ],
+                0..4,
+            ),
+        ) {
+            let values = lines.iter().map(|line| (ACCEPT, HeaderValue::from_bytes(line).unwrap()));
+            let headers: HeaderMap = values.collect();
+            if format(&headers) == Format::OpenMetrics {
+                let text = String::from_utf8_lossy(&lines.concat()).to_lowercase();
+                prop_assert!(text.contains("application/openmetrics-text"), "{text}");
+            }
+        }
+
+        #[test]
+        fn format_is_the_one_that_is_liked_best(ranges in ranges(), in_lines in any::<bool>()) {
+            let liked = |format| {
+                let named = ranges.iter().filter(|(_, named, _)| *named == Some(format));
+                named.map(|(_, _, q)| q.unwrap_or(1000)).max().unwrap_or(0)
+            };
+            let (openmetrics, text) = (liked(Format::OpenMetrics), liked(Format::Text));
+            let expected = if openmetrics > 0 && openmetrics >= text {
+                Format::OpenMetrics
+            } else {
+                Format::Text
+            };
+            let written = written(&ranges);
+            let lines = if in_lines { written } else { vec![written.join(" ,\t")] };
+            let lines: Vec<_> = lines.iter().map(String::as_str).collect();
+            prop_assert_eq!(format(&asking(&lines)), expected, "{:?}", lines);
+        }
     }
 
     fn asking(lines: &[&str]) -> HeaderMap {

@@ -384,3 +384,46 @@ impl Default for AccessCap {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::property::bounded;
+
+    fn asked(id: &HeaderValue) -> HeaderValue {
+        let mut request = Request::new(Body::empty());
+        request.headers_mut().insert(REQUEST_ID, id.clone());
+        request_id(&request)
+    }
+
+    fn is_made(id: &HeaderValue) -> bool {
+        let digits = id.as_bytes();
+        digits.len() == 32 && digits.iter().all(|digit| b"0123456789abcdef".contains(digit))
+    }
+
+    proptest! {
+        #![proptest_config(bounded())]
+
+        #[test]
+        fn id_is_kept_if_it_is_visible_and_short_and_made_anew_otherwise(
+            bytes in prop_oneof![
+                prop::collection::vec(b'!'..=b'~', 0..140),
+                prop::collection::vec(prop_oneof![Just(b'\t'), b' '..=b'~', 0x80..=0xff_u8], 0..20),
+            ],
+        ) {
+            let sent = HeaderValue::from_bytes(&bytes).unwrap();
+            let text = std::str::from_utf8(&bytes).unwrap_or_default();
+            let visible = text.chars().all(|character| ('!'..='~').contains(&character));
+            if (1..=128).contains(&text.len()) && visible {
+                prop_assert_eq!(asked(&sent), sent);
+            } else {
+                let (first, second) = (asked(&sent), asked(&sent));
+                prop_assert!(is_made(&first) && is_made(&second), "{first:?} {second:?}");
+                prop_assert_ne!(first, second);
+            }
+        }
+    }
+}

@@ -140,10 +140,14 @@ impl Extractor for Headers<'_> {
 
 #[cfg(test)]
 mod tests {
-    use opentelemetry::trace::SpanKind;
+    use http::HeaderValue;
+    use opentelemetry::propagation::Injector;
+    use opentelemetry::trace::{SpanId, SpanKind, TraceFlags, TraceState};
     use opentelemetry_sdk::trace::{Sampler as Reference, SamplingDecision, ShouldSample as _};
+    use proptest::prelude::*;
 
     use super::*;
+    use crate::property::bounded;
 
     #[test]
     fn ratio_takes_the_traces_that_the_sdk_takes() {
@@ -186,6 +190,97 @@ mod tests {
             assert_eq!(decide("01").sampled, sampled, "{parent_based} {root:?}");
             assert_eq!(decide("00").sampled, unsampled, "{parent_based} {root:?}");
             assert!(decide("00").parent.is_some());
+        }
+    }
+
+    /// What a header may hold: a `traceparent`, one with a byte that does not belong there, or
+    /// anything else.
+    fn traceparents() -> impl Strategy<Value = Vec<u8>> {
+        let version = prop_oneof![Just("00"), Just("01"), Just("fe"), Just("ff"), Just("0")];
+        let id = |digits: &'static str, zeros: &'static str| {
+            prop_oneof![9 => digits, 1 => Just(zeros.to_owned())]
+        };
+        let valid = (
+            version,
+            id("[0-9a-f]{32}", "00000000000000000000000000000000"),
+            id("[0-9a-f]{16}", "0000000000000000"),
+            "[0-9a-f]{2}",
+            prop_oneof![3 => Just(String::new()), 1 => "-[ -~]{0,8}", 1 => "[ -~]{0,3}"],
+        )
+            .prop_map(|(version, trace, span, flags, rest)| {
+                format!("{version}-{trace}-{span}-{flags}{rest}").into_bytes()
+            });
+        let changed = (valid.clone(), any::<prop::sample::Index>(), any::<u8>()).prop_map(
+            |(mut bytes, at, byte)| {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+                bytes
+            },
+        );
+        let shifted = (valid.clone(), any::<prop::sample::Index>()).prop_map(|(mut bytes, at)| {
+            bytes.remove(at.index(bytes.len()));
+            bytes
+        });
+        prop_oneof![valid, changed, shifted, prop::collection::vec(any::<u8>(), 0..70)]
+    }
+
+    /// The grammar of W3C's Trace Context, field by field. Version 00 has four fields, a later one
+    /// may have more behind them.
+    fn is_by_the_grammar(traceparent: &[u8]) -> bool {
+        let fields: Vec<&[u8]> = traceparent.splitn(5, |byte| *byte == b'-').collect();
+        let is_of = |(field, length): (&&[u8], usize)| {
+            field.len() == length && field.iter().all(|byte| b"0123456789abcdef".contains(byte))
+        };
+        let begins = fields.len() >= 4 && fields.iter().zip([2, 32, 16, 2]).all(is_of);
+        begins && (fields.len() == 4 || fields[0] != b"00")
+    }
+
+    fn carrying(traceparent: HeaderValue) -> HeaderMap {
+        let name = http::HeaderName::from_static("traceparent");
+        HeaderMap::from_iter([(name, traceparent)])
+    }
+
+    /// What OpenTelemetry makes of the headers, which takes more than the grammar does.
+    fn propagated(headers: &HeaderMap) -> Option<SpanContext> {
+        let propagator = TraceContextPropagator::new();
+        let context = propagator.extract_with_context(&Context::new(), &Headers(headers));
+        let parent = context.span().span_context().clone();
+        parent.is_valid().then_some(parent)
+    }
+
+    struct Injected(HeaderMap);
+
+    impl Injector for Injected {
+        fn set(&mut self, name: &str, value: String) {
+            let name = name.parse::<http::HeaderName>().unwrap();
+            self.0.insert(name, value.parse().unwrap());
+        }
+    }
+
+    proptest! {
+        #![proptest_config(bounded())]
+
+        #[test]
+        fn parent_is_what_both_the_grammar_and_the_propagator_take(bytes in traceparents()) {
+            prop_assert_eq!(is_well_formed(&bytes), is_by_the_grammar(&bytes));
+            if let Ok(value) = HeaderValue::from_bytes(&bytes) {
+                let headers = carrying(value);
+                let expected = propagated(&headers).filter(|_| is_by_the_grammar(&bytes));
+                prop_assert_eq!(remote_parent(&headers), expected);
+            }
+        }
+
+        #[test]
+        fn parent_that_was_sent_on_is_the_one_that_arrives(
+            trace in 1..=u128::MAX, span in 1..=u64::MAX, sampled in any::<bool>(),
+        ) {
+            let flags = if sampled { TraceFlags::SAMPLED } else { TraceFlags::default() };
+            let (trace, span) = (TraceId::from(trace), SpanId::from(span));
+            let sent = SpanContext::new(trace, span, flags, true, TraceState::default());
+            let mut headers = Injected(HeaderMap::new());
+            let context = Context::new().with_remote_span_context(sent.clone());
+            TraceContextPropagator::new().inject_context(&context, &mut headers);
+            prop_assert_eq!(remote_parent(&headers.0), Some(sent));
         }
     }
 }

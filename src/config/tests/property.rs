@@ -117,9 +117,9 @@ proptest! {
         let environment = |name: &str| (!by_flag && name == variable).then(|| value.clone());
         if let Err(error) = parse(arguments, &environment, false) {
             let line = error.to_string();
-            prop_assert!(line.contains(variable) || line.contains(&flag), "{}", line);
-            prop_assert!(!line.contains(char::is_control), "{:?}", line);
-            prop_assert!(line.chars().count() < 1500, "{}", line);
+            prop_assert!(line.contains(variable) || line.contains(&flag), "{line}");
+            prop_assert!(!line.contains(char::is_control), "{line:?}");
+            prop_assert!(line.chars().count() < 1500, "{line}");
         }
     }
 
@@ -138,7 +138,7 @@ proptest! {
     ) {
         let arguments = [OsString::from("visitas")].into_iter().chain(arguments);
         if let Err(error) = parse(arguments, &|_| None, false) {
-            prop_assert!(!error.to_string().contains(char::is_control), "{:?}", error);
+            prop_assert!(!error.to_string().contains(char::is_control), "{error:?}");
         }
     }
 
@@ -161,10 +161,10 @@ proptest! {
         match outcome {
             // A URL's user, host and database are no secrets.
             Ok(_) if variable.ends_with("_URL") => {}
-            Ok(listing) => prop_assert!(!listing.contains(CANARY), "{}", listing),
+            Ok(listing) => prop_assert!(!listing.contains(CANARY), "{listing}"),
             Err(line) => {
-                prop_assert!(line.starts_with(variable), "{}", line);
-                prop_assert!(!line.contains(CANARY), "{}", line);
+                prop_assert!(line.starts_with(variable), "{line}");
+                prop_assert!(!line.contains(CANARY), "{line}");
             }
         }
     }
@@ -223,7 +223,7 @@ proptest! {
         prop_assert_eq!(&config.postgres.database, &name);
         prop_assert_eq!(config.postgres.password.as_ref().expect("a password").expose(), &*password);
         let listing = listed(&environment).expect("settings");
-        prop_assert!(!format!("{config:?}{listing}").contains(CANARY), "{}", listing);
+        prop_assert!(!format!("{config:?}{listing}").contains(CANARY), "{listing}");
     }
 
     #[test]
@@ -242,7 +242,7 @@ proptest! {
         prop_assert_eq!(config.redis.database, i64::from(database));
         prop_assert_eq!(config.redis.password.as_ref().expect("a password").expose(), &*password);
         let listing = listed(&environment).expect("settings");
-        prop_assert!(!format!("{config:?}{listing}").contains(CANARY), "{}", listing);
+        prop_assert!(!format!("{config:?}{listing}").contains(CANARY), "{listing}");
     }
 
     #[test]
@@ -263,7 +263,7 @@ proptest! {
                 Ok(listing) => format!("{listing}{:?}", serve("", &environment)),
                 Err(line) => line,
             };
-            prop_assert!(!shown.contains(CANARY), "{}", shown);
+            prop_assert!(!shown.contains(CANARY), "{shown}");
         }
     }
 
@@ -275,8 +275,8 @@ proptest! {
         // Without a scheme of its own, what precedes the first :// is one.
         let after = if scheme.is_empty() { after.replace("//", "") } else { after };
         let shown = displayed(&format!("{scheme}{before}{CANARY}{after}@{rest}"));
-        prop_assert!(!shown.contains(CANARY), "{}", shown);
-        prop_assert!(!shown.contains(char::is_control), "{:?}", shown);
+        prop_assert!(!shown.contains(CANARY), "{shown}");
+        prop_assert!(!shown.contains(char::is_control), "{shown:?}");
     }
 
     #[test]
@@ -327,8 +327,8 @@ proptest! {
     fn host_that_is_accepted_is_one_name_or_one_address(text in text()) {
         if let Ok(host) = (Host { sockets: false }).parse(&text) {
             let url = format!("http://{}/", in_a_url(&host));
-            prop_assert!(url.parse::<http::Uri>().is_ok(), "{}", host);
-            prop_assert!(!host.contains(['/', '@', '[', ']', ' ']), "{}", host);
+            prop_assert!(url.parse::<http::Uri>().is_ok(), "{host}");
+            prop_assert!(!host.contains(['/', '@', '[', ']', ' ']), "{host}");
         }
     }
 
@@ -368,7 +368,7 @@ proptest! {
     #[test]
     fn health_is_asked_only_at_an_http_url_with_a_host(text in text(), host in host()) {
         let url = format!("http://{}/health", in_a_url(&host));
-        prop_assert!(healthcheck_url(&url).is_ok(), "{}", url);
+        prop_assert!(healthcheck_url(&url).is_ok(), "{url}");
         match healthcheck_url(&text) {
             Ok(url) => prop_assert!(url.scheme_str() == Some("http") && url.host().is_some()),
             Err(error) => prop_assert!(error.to_string().starts_with("--url=")),
