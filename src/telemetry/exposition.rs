@@ -231,10 +231,14 @@ impl Exemplar {
 
 #[cfg(test)]
 mod tests {
-    use metrics::Label;
+    use metrics::{Label, Unit};
+    use metrics_exporter_prometheus::PrometheusBuilder;
     use opentelemetry::trace::{TraceFlags, TraceState};
+    use proptest::prelude::*;
+    use proptest::sample::select;
 
     use super::*;
+    use crate::property::bounded;
 
     #[test]
     fn each_bucket_keeps_its_last_exemplar() {
@@ -298,6 +302,212 @@ mod tests {
         let b = "b_bucket{x=\"1\",le=\"1\"} 0|b_bucket{x=\"1\",le=\"+Inf\"} 0|b_sum{x=\"1\"} 0|\
             b_bucket{x=\"2\",le=\"1\"} 0|b_bucket{x=\"2\",le=\"+Inf\"} 0|b_sum{x=\"2\"} 0";
         assert_eq!(series.join("|"), format!("a 1||{b}|"));
+    }
+
+    /// Values of labels, with a liking for what the formats are made of.
+    fn value() -> impl Strategy<Value = String> {
+        let piece = prop_oneof![
+            select(PIECES).prop_map(str::to_owned),
+            any::<char>().prop_map(String::from),
+        ];
+        prop::collection::vec(piece, 0..4).prop_map(|pieces| pieces.concat())
+    }
+
+    const PIECES: &[&str] = &[
+        ",le=", "le=\"", "le", "1", "\"", "\\", "\n", "\r", "{", "}", ",", "=", " ", "#", "a",
+    ];
+
+    /// A metric's name, its kind and its unit.
+    const METRICS: &[(&str, &str, Unit)] = &[
+        ("calls_total", "counter", Unit::Count),
+        ("busy_seconds_total", "counter", Unit::Seconds),
+        ("took_seconds", "histogram", Unit::Seconds),
+        ("batch_size", "histogram", Unit::Count),
+        ("memory_bytes", "gauge", Unit::Bytes),
+        ("wait_milliseconds", "gauge", Unit::Milliseconds),
+        ("grand_total", "gauge", Unit::Count),
+    ];
+
+    /// What the exporter makes of metrics with any help texts and labels.
+    fn exported() -> impl Strategy<Value = String> {
+        let labels = prop::collection::btree_map(select(&["a", "b", "file"][..]), value(), 0..3);
+        let series = (select(METRICS), labels, 0..9_000_u32);
+        (prop::collection::vec(series, 0..12), value()).prop_map(|(all, help)| {
+            let builder = PrometheusBuilder::new().with_recommended_naming(true);
+            let builder = builder.set_buckets(&[0.5, 1.0, 4096.0]).expect("bounds");
+            let recorder = builder.build_recorder();
+            metrics::with_local_recorder(&recorder, || {
+                for ((name, kind, unit), labels, value) in all {
+                    let value = f64::from(value) / 2.0;
+                    let labels: Vec<_> = labels
+                        .into_iter()
+                        .map(|(key, value)| Label::new(key, value))
+                        .collect();
+                    match kind {
+                        "counter" => {
+                            metrics::describe_counter!(name, unit, help.clone());
+                            metrics::counter!(name, labels).increment(2);
+                        }
+                        "gauge" => {
+                            metrics::describe_gauge!(name, unit, help.clone());
+                            metrics::gauge!(name, labels).set(value);
+                        }
+                        _ => {
+                            metrics::describe_histogram!(name, unit, help.clone());
+                            metrics::histogram!(name, labels).record(value);
+                        }
+                    }
+                }
+            });
+            recorder.handle().render()
+        })
+    }
+
+    type Labels = Vec<(String, String)>;
+
+    /// A sample by the grammar of the formats: its name, its labels as they are meant, its value.
+    fn sample(line: &str) -> Option<(&str, Labels, f64)> {
+        let (name, mut rest) = line.split_at(line.find(['{', ' '])?);
+        let mut labels = Labels::new();
+        if let Some(first) = rest.strip_prefix('{') {
+            rest = first;
+            while !rest.starts_with('}') {
+                let (key, quoted) = rest.split_once("=\"")?;
+                let is_key = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+                key.bytes().all(is_key).then_some(())?;
+                let mut value = String::new();
+                let mut characters = quoted.chars();
+                loop {
+                    match characters.next()? {
+                        '"' => break,
+                        '\\' => match characters.next()? {
+                            'n' => value.push('\n'),
+                            escaped @ ('\\' | '"') => value.push(escaped),
+                            _ => return None,
+                        },
+                        plain => value.push(plain),
+                    }
+                }
+                if key == "le" {
+                    value = format!("{:?}", value.parse::<f64>().ok()?);
+                }
+                labels.push((key.to_owned(), value));
+                rest = characters.as_str();
+                rest = rest.strip_prefix(',').unwrap_or(rest);
+            }
+            rest = &rest[1..];
+        }
+        Some((name, labels, rest.strip_prefix(' ')?.parse().ok()?))
+    }
+
+    /// Every sample, in an order of its own. Fails where a line is none that a format has.
+    fn samples(exposition: &str) -> Result<Vec<String>, TestCaseError> {
+        let lines = exposition.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let samples = lines.map(|line| {
+            let sample = sample(line).map(|sample| format!("{sample:?}"));
+            sample.ok_or_else(|| TestCaseError::fail(format!("no sample: {line:?}")))
+        });
+        let mut samples: Vec<_> = samples.collect::<Result<_, _>>()?;
+        samples.sort_unstable();
+        Ok(samples)
+    }
+
+    /// Each family's name, kind, unit and samples' lines.
+    fn families(exposition: &str) -> Vec<(&str, &str, Option<&str>, Vec<&str>)> {
+        let mut families: Vec<(&str, &str, Option<&str>, Vec<&str>)> = Vec::new();
+        for line in exposition.lines() {
+            let (word, rest) = line.split_at(line.len().min(7));
+            match (word, families.last_mut()) {
+                ("# TYPE ", _) => {
+                    let (name, kind) = rest.split_once(' ').expect("a name and a kind");
+                    families.push((name, kind, None, Vec::new()));
+                }
+                ("# UNIT ", Some(family)) => family.2 = rest.split(' ').next_back(),
+                (_, Some(family)) if !line.starts_with('#') && !line.is_empty() => {
+                    family.3.push(line);
+                }
+                _ => {}
+            }
+        }
+        families
+    }
+
+    /// The labels that a series has beside the bound of a bucket.
+    fn series(line: &str) -> Labels {
+        let (_, mut labels, _) = sample(line).expect("a sample");
+        labels.retain(|(key, _)| key != "le");
+        labels
+    }
+
+    proptest! {
+        #![proptest_config(bounded())]
+
+        #[test]
+        fn every_sample_is_kept_as_it_was_meant(exported in exported()) {
+            let before = samples(&exported)?;
+            for format in [Format::Text, Format::OpenMetrics] {
+                let written = write(&exported, format, &Suffixes::new());
+                prop_assert_eq!(&samples(&written)?, &before, "{}", written);
+            }
+        }
+
+        #[test]
+        fn series_of_a_family_stand_together(exported in exported()) {
+            for format in [Format::Text, Format::OpenMetrics] {
+                let written = write(&exported, format, &Suffixes::new());
+                for (_, _, _, lines) in families(&written) {
+                    let mut all: Vec<_> = lines.iter().map(|line| series(line)).collect();
+                    all.dedup();
+                    let apart = all.len();
+                    all.sort_unstable();
+                    all.dedup();
+                    prop_assert_eq!(all.len(), apart, "{}", written);
+                }
+            }
+        }
+
+        #[test]
+        fn openmetrics_names_samples_and_units_after_their_family(exported in exported()) {
+            let written = write(&exported, Format::OpenMetrics, &Suffixes::new());
+            prop_assert!(written.ends_with("# EOF\n"));
+            for (name, kind, unit, lines) in families(&written) {
+                let suffixes: &[&str] = match kind {
+                    "counter" => &["_total"],
+                    "histogram" => &["_bucket", "_sum", "_count"],
+                    _ => &[""],
+                };
+                for line in lines {
+                    let (full, _, _) = sample(line).expect("a sample");
+                    let suffix = full.strip_prefix(name);
+                    prop_assert!(suffix.is_some_and(|suffix| suffixes.contains(&suffix)), "{line}");
+                }
+                let is_last = |unit| name.ends_with(&format!("_{unit}"));
+                prop_assert!(unit.is_none_or(is_last), "{written}");
+            }
+        }
+
+        #[test]
+        fn exemplar_stands_behind_the_first_bucket_that_holds_it(
+            route in "[ !#-\\[\\]-~]{0,12}", took in 0..9_000_u32,
+        ) {
+            let bounds = &[0.5, 1.0, 4096.0];
+            let (took, labels) = (f64::from(took) / 2.0, vec![Label::new("http_route", route)]);
+            let builder = PrometheusBuilder::new().set_buckets(bounds).expect("bounds");
+            let recorder = builder.build_recorder();
+            let exemplars = Exemplars::new(bounds);
+            metrics::with_local_recorder(&recorder, || {
+                metrics::describe_histogram!("took_seconds", "Time.");
+                metrics::histogram!("took_seconds", labels.clone()).record(took);
+            });
+            let key = Key::from_parts("took_seconds", labels);
+            exemplars.keep(&key, took, &span_context(7));
+            let exported = recorder.handle().render();
+            let written = write(&exported, Format::OpenMetrics, &exemplars.suffixes());
+            let told: Vec<_> = written.lines().filter(|line| line.contains(" # {trace_id=")).collect();
+            let counted = |line: &&str| line.contains("_bucket{") && !line.ends_with("} 0");
+            prop_assert_eq!(&told, &Vec::from_iter(written.lines().find(counted)), "{}", written);
+            prop_assert!(told[0].contains(&format!("\"}} {took} ")), "{written}");
+        }
     }
 
     fn span_context(span: u64) -> SpanContext {
