@@ -9,6 +9,7 @@ mod abandoned;
 mod accept;
 mod adoption;
 mod batch;
+mod canary;
 mod collectors;
 mod commands;
 mod count;

@@ -1,14 +1,11 @@
-//! Settings that are wrong end the program before it binds, and secrets are never shown.
+//! Settings that are wrong end the program before it binds. What becomes of secrets is in
+//! [`crate::canary`].
 
 use std::collections::BTreeSet;
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::net::TcpListener;
 
-use devstack::RedisOptions;
-use reqwest::Method;
-use reqwest::header::HeaderMap;
-
-use crate::support::{Ended, SOON, Service, World, eventually, settings};
+use crate::support::{Ended, settings};
 
 /// Part of every secret here, so nothing that is shown may contain it.
 const CANARY: &str = "c4nary";
@@ -169,158 +166,8 @@ async fn help_shows_no_setting_of_the_environment() {
     assert!(!ended.output.contains(CANARY), "{}", ended.output);
 }
 
-#[tokio::test]
-async fn secrets_that_work_are_shown_nowhere() {
-    let world = world_with_canaries().await;
-    for given in SecretsBy::ALL {
-        let secrets = Secrets::of(&world, given, CANARY);
-        let service = Service::start(&secrets.settings).await;
-        service.until_ready().await;
-        assert_nothing_shows(&service, &secrets.settings).await;
-    }
-}
-
-#[tokio::test]
-async fn secrets_that_a_store_refuses_are_shown_nowhere() {
-    let world = world_with_canaries().await;
-    for given in SecretsBy::ALL {
-        let secrets = Secrets::of(&world, given, "c4nary-wrong");
-        let service = Service::start(&secrets.settings).await;
-        eventually("both stores refuse", SOON, async || {
-            service.logged("store is down").len() == 2
-        })
-        .await;
-        assert_nothing_shows(&service, &secrets.settings).await;
-    }
-}
-
-/// Searches everything that the program tells for the canary.
-async fn assert_nothing_shows(service: &Service, given: &[(String, String)]) {
-    let mut told = String::new();
-    for path in ["/", "/health", "/metrics", "/nope"] {
-        let answer = service.ask(Method::GET, path, HeaderMap::new()).await;
-        told += &answer.text();
-    }
-    let refused = "the collector does not take spans";
-    eventually(refused, SOON, async || !service.logged(refused).is_empty()).await;
-    let command_line = std::fs::read_to_string(format!("/proc/{}/cmdline", service.pid()));
-    told += &command_line.expect("a command line");
-    let config = Ended::of(&["config"], given).await;
-    assert_eq!(config.code, Some(0), "{config:?}");
-    told += &config.output;
-    service.stop().await;
-    told += &service.printed();
-    assert!(told.contains("postgresql") && told.contains("TRACE"));
-    let shown = told.lines().find(|line| line.contains(CANARY));
-    assert_eq!(shown, None);
-}
-
-/// How a service is given its secrets.
-#[derive(Clone, Copy)]
-enum SecretsBy {
-    Variables,
-    Urls,
-    Files,
-    FilesOfUrls,
-}
-
-impl SecretsBy {
-    const ALL: [Self; 4] = [Self::Variables, Self::Urls, Self::Files, Self::FilesOfUrls];
-}
-
-struct Secrets {
-    settings: Vec<(String, String)>,
-    _files: [tempfile::NamedTempFile; 2],
-}
-
-/// The address of a collector that refuses what it gets, and tells the secret in doing so.
-fn indiscreet_collector() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let address = listener.local_addr().expect("an address");
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let answer = "HTTP/1.1 401 c4nary\r\ncontent-length: 6\r\n\r\nc4nary";
-            let mut stream = stream.expect("a connection");
-            let mut request = [0; 4096];
-            if stream.read(&mut request).is_ok_and(|bytes| bytes > 0) {
-                // A client that has gone needs no answer.
-                stream.write_all(answer.as_bytes()).ok();
-            }
-        }
-    });
-    format!("http://{address}")
-}
-
-impl Secrets {
-    fn of(world: &World, given: SecretsBy, password: &str) -> Self {
-        let (postgres, redis) = (&world.postgres, &world.redis);
-        let urls = [
-            format!(
-                "postgres://canary:{password}@{}:{}/{}",
-                postgres.host(),
-                postgres.port(),
-                world.database
-            ),
-            format!("redis://:{password}@{}:{}", redis.host(), redis.port()),
-        ];
-        let passwords = [password.to_owned(), password.to_owned()];
-        let (variables, secrets) = match given {
-            SecretsBy::Variables | SecretsBy::Files => {
-                (["DB_PASSWORD", "REDIS_PASSWORD"], passwords)
-            }
-            SecretsBy::Urls | SecretsBy::FilesOfUrls => (["DATABASE_URL", "REDIS_URL"], urls),
-        };
-        let files = [secret_file(&secrets[0]), secret_file(&secrets[1])];
-        let mut settings = settings(&[
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", &indiscreet_collector()),
-            ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=c4nary"),
-            ("OTEL_BSP_SCHEDULE_DELAY", "50"),
-            ("RUST_LOG", "trace"),
-        ]);
-        let parts = world.settings_but("DB_PASSWORD", &[("DB_USER", "canary")]);
-        match given {
-            SecretsBy::Variables => {
-                settings.extend(parts);
-                settings.extend(std::iter::zip(variables.map(str::to_owned), secrets));
-            }
-            SecretsBy::Urls => {
-                settings.extend(std::iter::zip(variables.map(str::to_owned), secrets));
-            }
-            SecretsBy::Files | SecretsBy::FilesOfUrls => {
-                if matches!(given, SecretsBy::Files) {
-                    settings.extend(parts);
-                }
-                let variables = variables.map(|variable| format!("{variable}_FILE"));
-                let paths = files
-                    .each_ref()
-                    .map(|file| file.path().display().to_string());
-                settings.extend(std::iter::zip(variables, paths));
-            }
-        }
-        Self {
-            settings,
-            _files: files,
-        }
-    }
-}
-
-/// Stores whose passwords are the canary.
-async fn world_with_canaries() -> World {
-    let world = World::with(
-        devstack::PostgresOptions::default(),
-        RedisOptions {
-            password: Some(CANARY.to_owned()),
-            ..RedisOptions::default()
-        },
-    );
-    sqlx::query("create role canary login superuser password 'c4nary'")
-        .execute(&mut world.session().await)
-        .await
-        .expect("a role");
-    world
-}
-
-fn secret_file(secret: &str) -> tempfile::NamedTempFile {
+/// A file that holds a secret and a newline.
+pub(crate) fn secret_file(secret: &str) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     writeln!(file, "{secret}").expect("a secret on the disk");
     file

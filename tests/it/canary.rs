@@ -1,0 +1,533 @@
+//! What is never told: a secret, wherever it was set and whatever becomes of it; what a client
+//! sends in confidence; and in answers, what the service is made of.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
+use devstack::{PostgresOptions, RedisOptions};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Method, StatusCode};
+use tempfile::NamedTempFile;
+
+use crate::settings::{secret_file, variables};
+use crate::support::collector::Collector;
+use crate::support::exposition::PROMETHEUS_ACCEPTS;
+use crate::support::traces::{PARENT, traced_with};
+use crate::support::{Answer, Ended, SOON, Service, Wire, World, eventually, settings};
+
+/// Part of every secret here. Escapes and percent-encoding leave it as it is.
+const CANARY: &str = "c4nary9Zx7Qk2";
+
+#[test]
+fn canary_is_found_in_every_form_that_it_may_be_told_in() {
+    let secret = secret();
+    for told in [
+        format!("a\nerror: \"{secret}\" at"),
+        format!("{:?}", secret.as_bytes()),
+        encoded(&secret),
+        every_byte_encoded(&secret),
+        STANDARD_NO_PAD.encode(&secret),
+        STANDARD_NO_PAD.encode(format!("u:{secret}")),
+        URL_SAFE_NO_PAD.encode(format!("user:{secret}!")),
+    ] {
+        assert!(shown(&told).is_some(), "{told}");
+    }
+    assert_eq!(shown("c4nary is a bird"), None);
+}
+
+#[tokio::test]
+async fn every_secret_that_there_is_is_planted() {
+    let world = World::new();
+    let help = Ended::of(&["--help"], &[]).await.output;
+    let (_, listed) = help.split_once("by environment only:").expect("secrets");
+    let mut secrets: BTreeSet<String> = variables()
+        .into_iter()
+        .filter(|name| name.ends_with("_FILE") || listed.contains(&format!("\n  {name}\n")))
+        .map(str::to_owned)
+        .collect();
+    for given in SecretsBy::ALL {
+        for (variable, value) in Secrets::of(&world, given, &secret()).settings {
+            if value.contains(CANARY) || variable.ends_with("_FILE") {
+                secrets.remove(&variable);
+            }
+        }
+    }
+    assert_eq!(secrets, BTreeSet::new());
+}
+
+#[tokio::test]
+async fn secrets_that_work_are_told_nowhere() {
+    let world = world_with_secrets().await;
+    for given in SecretsBy::ALL {
+        let secrets = Secrets::of(&world, given, &secret());
+        let service = Service::start(&secrets.settings).await;
+        service.until_ready().await;
+        assert_secrets_untold(&service, &secrets.settings, Some(0)).await;
+    }
+}
+
+#[tokio::test]
+async fn secrets_that_a_store_refuses_are_told_nowhere() {
+    let world = world_with_secrets().await;
+    for given in SecretsBy::ALL {
+        let secrets = Secrets::of(&world, given, &format!("{}-wrong", secret()));
+        let service = Service::start(&secrets.settings).await;
+        until_both_stores_are_down(&service).await;
+        assert_secrets_untold(&service, &secrets.settings, Some(1)).await;
+    }
+}
+
+#[tokio::test]
+async fn secrets_of_stores_that_are_down_are_told_nowhere() {
+    let world = world_with_secrets().await;
+    world.postgres.kill().expect("Postgres ends");
+    world.redis.kill().expect("Redis ends");
+    for given in SecretsBy::ALL {
+        let secrets = Secrets::of(&world, given, &secret());
+        let service = Service::start(&secrets.settings).await;
+        until_both_stores_are_down(&service).await;
+        assert_secrets_untold(&service, &secrets.settings, Some(1)).await;
+    }
+}
+
+#[tokio::test]
+async fn secrets_in_settings_that_are_refused_are_told_nowhere() {
+    let (plain, encoded) = (secret(), encoded(&secret()));
+    let file = secret_file(&plain);
+    let path = file.path().to_str().expect("a path of ASCII");
+    for (variable, value) in [
+        ("DB_PASSWORD", format!("{plain}\nmore")),
+        ("REDIS_PASSWORD", format!("{plain}\rmore")),
+        ("DATABASE_URL", plain.clone()),
+        ("DATABASE_URL", format!("mysql://ana:{encoded}@db/visitas")),
+        ("DATABASE_URL", format!("postgres://ana:{plain}@db/visitas")),
+        ("DATABASE_URL", format!("postgres://ana:1/{plain}@db")),
+        ("DATABASE_URL", format!("postgres://ana:{encoded}@db:0/visitas")),
+        ("DATABASE_URL", format!("postgres://ana:x@{encoded}/visitas")),
+        ("DATABASE_URL", format!("postgres://ana@db/visitas?sslmode={encoded}")),
+        ("DATABASE_URL", format!("postgres://ana@db/visitas?{encoded}=1")),
+        ("DATABASE_URL_FILE", path.to_owned()),
+        ("REDIS_URL", format!("http://:{encoded}@cache")),
+        ("REDIS_URL", format!("redis://{encoded}@cache")),
+        ("REDIS_URL", format!("redis://:{plain}@cache")),
+        ("REDIS_URL", format!("redis://:{encoded}@cache/zero")),
+        ("REDIS_URL_FILE", path.to_owned()),
+        ("OTEL_EXPORTER_OTLP_HEADERS", format!("authorization: {plain}")),
+        ("OTEL_EXPORTER_OTLP_HEADERS", format!("authorization={encoded}%0A")),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", format!("a={encoded},a={encoded}")),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://ana:{encoded}@jaeger:4318")),
+        ("DB_HOST", format!("postgres://ana:{plain}@db")),
+        ("PGOPTIONS", format!("-c a={plain}")),
+    ] {
+        for command in ["serve", "config"] {
+            let ended = Ended::of(&[command], &settings(&[(variable, &value)])).await;
+            assert_eq!(ended.code, Some(2), "{variable}: {ended:?}");
+            assert_untold(&format!("{}{}", ended.output, ended.errors));
+        }
+    }
+    let ended = Ended::of(&["--db-password", &plain], &[]).await;
+    assert_eq!(ended.code, Some(2), "{ended:?}");
+    assert_untold(&ended.errors);
+}
+
+#[tokio::test]
+async fn spans_hold_no_secret() {
+    let world = world_with_secrets().await;
+    let collector = Collector::start().await;
+    let mut secrets = Secrets::of(&world, SecretsBy::Urls, &secret());
+    // The last one holds.
+    let endpoint = collector.endpoint();
+    secrets.settings.extend(settings(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)]));
+    let service = Service::start(&secrets.settings).await;
+    service.until_ready().await;
+    collector.trace_of(&service.get("/").await, 3).await;
+    let export = &collector.exports()[0];
+    let authorization = export.headers.get("authorization");
+    assert!(authorization.is_some_and(|value| value.as_bytes().ends_with(secret().as_bytes())));
+    assert_untold(&format!("{:?}", collector.spans()));
+}
+
+#[tokio::test]
+async fn what_a_client_sends_in_confidence_is_told_nowhere() {
+    let world = World::new();
+    let collector = Collector::start().await;
+    let service = traced_with(&world, &collector, &[("RUST_LOG", "trace")]).await;
+    let mut told = String::new();
+    for path in ["/", "/health", "/metrics", "/nope"] {
+        for method in [Method::GET, Method::POST] {
+            let url = format!("{}?token={CANARY}", service.url(path));
+            let request = service.client.request(method, url).headers(confidential());
+            told += &answer(request.body(CANARY)).await.text();
+        }
+    }
+    collector.trace_of(&service.get("/").await, 3).await;
+    write!(told, "{:?}", collector.spans()).expect("room");
+    told += &service.get("/metrics").await.body;
+    service.stop().await;
+    told += &service.printed();
+    assert!(told.contains("TRACE") && told.contains("\"access\""));
+    assert_untold(&told);
+}
+
+#[tokio::test]
+async fn answers_tell_nothing_of_what_is_inside() {
+    let world = World::new();
+    let by_name = [("DB_HOST", "localhost"), ("REDIS_HOST", "localhost")];
+    let service = world.serve_with(&by_name).await;
+    let answers = every_answer(&service).await;
+    let statuses: BTreeSet<_> = answers.iter().map(|answer| answer.status.as_u16()).collect();
+    assert_eq!(statuses, BTreeSet::from([200, 400, 404, 405, 413, 431]));
+    assert_nothing_inside(&world, &answers).await;
+    let nowhere = [("DB_HOST", "db.invalid"), ("REDIS_HOST", "cache.invalid")];
+    let service = world.start(&nowhere).await;
+    until_both_stores_are_down(&service).await;
+    let answers = every_answer(&service).await;
+    let refused = answers.iter().filter(|answer| answer.status == StatusCode::SERVICE_UNAVAILABLE);
+    assert!(refused.count() >= 2);
+    assert_nothing_inside(&world, &answers).await;
+}
+
+/// Answers of every status, each to a request that holds the canary wherever it can.
+async fn every_answer(service: &Service) -> Vec<Answer> {
+    let mut answers = Vec::new();
+    let confident = async |method: Method, path: &str, body: String| {
+        let url = format!("{}?{CANARY}", service.url(path));
+        let request = service.client.request(method, url).headers(confidential());
+        answer(request.body(body)).await
+    };
+    for path in ["/", "/health", "/health/ready", "/health/live", "/metrics", &format!("/{CANARY}")] {
+        for method in [Method::GET, Method::HEAD, Method::POST] {
+            answers.push(confident(method, path, CANARY.to_owned()).await);
+        }
+    }
+    answers.push(confident(Method::GET, "/", CANARY.repeat(10_000)).await);
+    let accept = HeaderMap::from_iter([(
+        reqwest::header::ACCEPT,
+        HeaderValue::from_static(PROMETHEUS_ACCEPTS),
+    )]);
+    answers.push(service.ask(Method::GET, "/metrics", accept).await);
+    let long = "x".repeat(256 * 1024);
+    for head in [format!("{CANARY}\r\n"), format!("GET / HTTP/1.1\r\n{CANARY}: {long}\r\n")] {
+        answers.push(of_hyper(service, &format!("{head}\r\n")).await);
+    }
+    answers
+}
+
+/// An answer that no route makes, byte by byte.
+async fn of_hyper(service: &Service, request: &str) -> Answer {
+    let mut wire = Wire::open(service).await;
+    wire.send(request).await;
+    let answer = wire.rest().await;
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    let mut lines = head.lines();
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)).expect("a status");
+    let headers = lines.map(|line| {
+        let (name, value) = line.split_once(": ").expect("a header");
+        let name: HeaderName = name.parse().expect("a name");
+        (name, value.parse().expect("a value"))
+    });
+    Answer {
+        status: status.parse().expect("a status"),
+        headers: headers.collect(),
+        body: body.to_owned(),
+    }
+}
+
+/// What an answer may have beside its body. There is no `server` among them.
+const HEADERS: [&str; 9] = [
+    "allow",
+    "cache-control",
+    "connection",
+    "content-length",
+    "content-type",
+    "date",
+    "retry-after",
+    "vary",
+    "x-request-id",
+];
+
+/// What nobody outside needs to know: statements, files, and what the service and its stores are
+/// made of and where they are.
+const INSIDE: [&str; 23] = [
+    "localhost", ".invalid", "127.0.0.1", "usuario", "senha", "select ", "insert ", "_visitas(",
+    "public.", "/tmp", "/home", "/root", "/usr", "/var", ".rs", ".sql", "PostgreSQL", "redis_version",
+    "Debian", "sqlx", "hyper", "axum", "os error",
+];
+
+async fn assert_nothing_inside(world: &World, answers: &[Answer]) {
+    let postgres: String = sqlx::query_scalar("select current_setting('server_version')")
+        .fetch_one(&mut world.session().await)
+        .await
+        .expect("a version");
+    let redis: String = world.redis_says(&["INFO", "server"]).await;
+    let redis = redis.lines().find_map(|line| line.strip_prefix("redis_version:"));
+    let versions = [postgres.split(' ').next(), redis].map(|version| version.expect("a version"));
+    for answer in answers {
+        for name in answer.headers.keys() {
+            assert!(HEADERS.contains(&name.as_str()), "{name} in {answer:?}");
+        }
+        let told = without_measures(answer);
+        for inside in INSIDE.iter().chain(&versions) {
+            assert!(!told.contains(inside), "{inside} in {told}");
+        }
+        assert_untold(&told);
+    }
+}
+
+/// All that was answered but what was measured, which may be any number.
+fn without_measures(answer: &Answer) -> String {
+    let mut told = format!("{} {:?}\n", answer.status, answer.headers);
+    let is_exposition = answer.body.starts_with("# ");
+    for line in answer.body.lines() {
+        let series = line.rsplit_once(' ').filter(|_| is_exposition && !line.starts_with('#'));
+        let text = series.map_or(line, |(series, _)| series);
+        let latency = text.split("\"latency_ms\":").map(|part| {
+            part.trim_start_matches(|character: char| character.is_ascii_digit() || character == '.')
+        });
+        told.extend(latency);
+        told.push('\n');
+    }
+    told
+}
+
+/// Headers that are nobody's business.
+fn confidential() -> HeaderMap {
+    let of = |name, value: String| {
+        let value = HeaderValue::try_from(value).expect("a header's value");
+        (HeaderName::from_static(name), value)
+    };
+    HeaderMap::from_iter([
+        of("authorization", format!("Bearer {CANARY}")),
+        of("cookie", format!("session={CANARY}")),
+        of("referer", format!("http://elsewhere/?{CANARY}")),
+        of("x-forwarded-for", CANARY.to_owned()),
+        of("tracestate", format!("vendor={CANARY}")),
+    ])
+}
+
+async fn answer(request: reqwest::RequestBuilder) -> Answer {
+    let response = request.send().await.expect("an answer");
+    Answer::of(response).await.expect("a whole answer")
+}
+
+async fn until_both_stores_are_down(service: &Service) {
+    eventually("both stores are down", SOON, async || {
+        service.logged("store is down").len() == 2
+    })
+    .await;
+}
+
+/// Searches everything that a service and the commands tell, and says how the commands that use
+/// both stores are expected to end.
+async fn assert_secrets_untold(service: &Service, given: &[(String, String)], code: Option<i32>) {
+    let mut told = String::new();
+    for answer in every_visible(service).await {
+        told += &answer.text();
+    }
+    let refused = "the collector does not take spans";
+    eventually(refused, SOON, async || !service.logged(refused).is_empty()).await;
+    told += &command_lines(service.pid());
+    let health = service.url("/health");
+    let commands: [(&[&str], Option<i32>); 7] = [
+        (&["config"], Some(0)),
+        (&["--help"], Some(0)),
+        (&["--version"], Some(0)),
+        (&["migrate"], code),
+        (&["recount"], code),
+        (&["reconcile"], code),
+        (&["healthcheck", "--url", &health], code),
+    ];
+    for (arguments, expected) in commands {
+        let ended = Ended::of(arguments, given).await;
+        assert_eq!(ended.code, expected, "{arguments:?}: {ended:?}");
+        told += &ended.output;
+        told += &ended.errors;
+    }
+    service.stop().await;
+    told += &service.printed();
+    assert!(told.contains("postgresql") && told.contains("TRACE"));
+    assert_untold(&told);
+}
+
+async fn every_visible(service: &Service) -> Vec<Answer> {
+    let mut answers = Vec::new();
+    for path in ["/", "/health", "/health/live", "/metrics", "/nope"] {
+        for method in [Method::GET, Method::POST] {
+            let parent = HeaderValue::from_static(PARENT);
+            let headers = HeaderMap::from_iter([(HeaderName::from_static("traceparent"), parent)]);
+            answers.push(service.ask(method, path, headers).await);
+        }
+    }
+    answers.push(of_hyper(service, "nonsense\r\n\r\n").await);
+    answers
+}
+
+/// The command lines of a process and of all that it has started.
+fn command_lines(process: u32) -> String {
+    let parents: Vec<(u32, u32)> = std::fs::read_dir("/proc")
+        .expect("the processes")
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter_map(|process: u32| {
+            let status = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+            let (_, after_the_name) = status.rsplit_once(") ")?;
+            Some((process, after_the_name.split(' ').nth(1)?.parse().ok()?))
+        })
+        .collect();
+    let mut family = vec![process];
+    let mut lines = String::new();
+    while let Some(process) = family.pop() {
+        let line = std::fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+        lines += &String::from_utf8_lossy(&line);
+        lines.push('\n');
+        let children = parents.iter().filter(|(_, parent)| *parent == process);
+        family.extend(children.map(|(child, _)| *child));
+    }
+    assert!(lines.contains("visitas"), "{lines}");
+    lines
+}
+
+/// A password that needs every kind of encoding.
+fn secret() -> String {
+    format!("{CANARY}/@:%?#+&=")
+}
+
+fn encoded(text: &str) -> String {
+    utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
+}
+
+fn every_byte_encoded(text: &str) -> String {
+    text.bytes().fold(String::new(), |encoded, byte| format!("{encoded}%{byte:02x}"))
+}
+
+/// The first line that holds the canary, plain or encoded.
+fn shown(told: &str) -> Option<&str> {
+    let decimals: Vec<_> = CANARY.bytes().map(|byte| byte.to_string()).collect();
+    let bytes = every_byte_encoded(CANARY);
+    let mut forms = vec![
+        CANARY.to_owned(),
+        decimals.join(", "),
+        bytes.replace('%', ""),
+        bytes.to_uppercase(),
+        bytes,
+    ];
+    // In base64 it depends on what precedes how it begins and on what follows how it ends.
+    for before in 0..3 {
+        let padded = format!("{}{CANARY}", "x".repeat(before));
+        let own = (8 * before).div_ceil(6)..8 * padded.len() / 6;
+        forms.push(STANDARD_NO_PAD.encode(&padded)[own.clone()].to_owned());
+        forms.push(URL_SAFE_NO_PAD.encode(&padded)[own].to_owned());
+    }
+    told.lines().find(|line| forms.iter().any(|form| line.contains(form)))
+}
+
+#[track_caller]
+fn assert_untold(told: &str) {
+    assert_eq!(shown(told), None);
+}
+
+/// How a service is given its secrets.
+#[derive(Clone, Copy)]
+enum SecretsBy {
+    Variables,
+    Urls,
+    Files,
+    FilesOfUrls,
+}
+
+impl SecretsBy {
+    const ALL: [Self; 4] = [Self::Variables, Self::Urls, Self::Files, Self::FilesOfUrls];
+}
+
+struct Secrets {
+    settings: Vec<(String, String)>,
+    _files: [NamedTempFile; 2],
+}
+
+impl Secrets {
+    fn of(world: &World, given: SecretsBy, password: &str) -> Self {
+        let (postgres, redis) = (&world.postgres, &world.redis);
+        let encoded = encoded(password);
+        let urls = [
+            format!(
+                "postgres://canary:{encoded}@{}:{}/{}",
+                postgres.host(),
+                postgres.port(),
+                world.database
+            ),
+            format!("redis://:{encoded}@{}:{}", redis.host(), redis.port()),
+        ];
+        let passwords = [password.to_owned(), password.to_owned()];
+        let (variables, secrets) = match given {
+            SecretsBy::Variables | SecretsBy::Files => {
+                (["DB_PASSWORD", "REDIS_PASSWORD"], passwords)
+            }
+            SecretsBy::Urls | SecretsBy::FilesOfUrls => (["DATABASE_URL", "REDIS_URL"], urls),
+        };
+        let headers = match given {
+            SecretsBy::Variables | SecretsBy::Urls => "OTEL_EXPORTER_OTLP_HEADERS",
+            SecretsBy::Files | SecretsBy::FilesOfUrls => "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+        };
+        let files = [secret_file(&secrets[0]), secret_file(&secrets[1])];
+        let mut settings = settings(&[
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", &indiscreet_collector(password)),
+            (headers, &format!("authorization=Bearer%20{encoded}")),
+            ("OTEL_BSP_SCHEDULE_DELAY", "50"),
+            ("RUST_LOG", "trace"),
+        ]);
+        if matches!(given, SecretsBy::Variables | SecretsBy::Files) {
+            settings.extend(world.settings_but("DB_PASSWORD", &[("DB_USER", "canary")]));
+        }
+        match given {
+            SecretsBy::Variables | SecretsBy::Urls => {
+                settings.extend(std::iter::zip(variables.map(str::to_owned), secrets));
+            }
+            SecretsBy::Files | SecretsBy::FilesOfUrls => {
+                let variables = variables.map(|variable| format!("{variable}_FILE"));
+                let paths = files
+                    .each_ref()
+                    .map(|file| file.path().display().to_string());
+                settings.extend(std::iter::zip(variables, paths));
+            }
+        }
+        Self {
+            settings,
+            _files: files,
+        }
+    }
+}
+
+/// Stores that want the secret.
+async fn world_with_secrets() -> World {
+    let redis = RedisOptions {
+        password: Some(secret()),
+        ..RedisOptions::default()
+    };
+    let world = World::with(PostgresOptions::default(), redis);
+    let role = format!("create role canary login superuser password '{}'", secret());
+    world.sql(&role).await;
+    world
+}
+
+/// The address of a collector that refuses what it gets, and tells the secret in doing so.
+fn indiscreet_collector(secret: &str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("an address");
+    let length = secret.len();
+    let answer = format!("HTTP/1.1 401 {secret}\r\ncontent-length: {length}\r\n\r\n{secret}");
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("a connection");
+            let mut request = [0; 4096];
+            if stream.read(&mut request).is_ok_and(|bytes| bytes > 0) {
+                // A client that has gone needs no answer.
+                stream.write_all(answer.as_bytes()).ok();
+            }
+        }
+    });
+    format!("http://{address}")
+}
