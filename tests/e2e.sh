@@ -4,8 +4,8 @@
 #   tests/e2e.sh              every case
 #   tests/e2e.sh CASE...      those, by the names of their functions
 #
-# Needs Docker Engine 25 with Compose 2.24, curl, bash and GNU coreutils. It works under a project name and on
-# ports of its own, ignores .env and the caller's variables, and however it ends it removes what
+# Needs Docker Engine 25 with Compose 2.24, curl, bash, tar, gzip and GNU coreutils. It works under a project name
+# and on ports of its own, ignores .env and the caller's variables, and however it ends it removes what
 # it made, and only that. A case whose image cannot be had is SKIPPED, with the reason.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,6 +31,7 @@ cases=(
     every_service_is_bounded
     db_and_cache_are_set_up_as_promised
     image_says_what_it_is_and_holds_no_secret
+    secrets_at_hand_do_not_get_into_the_image
     change_of_the_source_leaves_dependencies_as_they_are
     every_variable_of_env_example_takes_effect
     env_example_shows_the_defaults
@@ -253,6 +254,26 @@ image_says_what_it_is_and_holds_no_secret() {
     [ "$(docker run --rm --user 0 --entrypoint find "$image" / -xdev -newer /etc/debian_version \( -name '.env*' -o -name '*secret*' -o -name '*.rs' -o -name .git \) 2>/dev/null | grep -v ^/usr/share)" = '' ] ||
         fail "the image holds more than the program"
     note "$(docker image ls --format '{{.Size}}' "$image") is the image"
+}
+
+secrets_at_hand_do_not_get_into_the_image() {
+    local canary=c4nary9Zx7Qk2 context=$work/at-hand layers=$work/layers name=$project-at-hand
+    mkdir -p "$context/secrets" "$layers"
+    cp -r .dockerignore Dockerfile docker-compose.yml Cargo.toml Cargo.lock build.rs src migrations "$context"
+    cp --parents bench/Cargo.toml devstack/Cargo.toml "$context"
+    printf '%s\n' "DB_PASSWORD=$canary" "OTEL_RESOURCE_ATTRIBUTES=key=$canary" >"$context/.env"
+    echo "$canary" | tee "$context/secrets/db_password" >"$context/secrets/redis_password"
+    trap "docker image rm --force $name-web >/dev/null 2>&1" EXIT
+    clean env DB_PASSWORD=$canary REDIS_URL=redis://:$canary@cache OTEL_EXPORTER_OTLP_HEADERS=key=$canary \
+        docker compose --project-name "$name" --project-directory "$context" --file "$context/docker-compose.yml" \
+        build web >"$work/build.log" 2>&1 || { cat "$work/build.log"; return 1; }
+    docker save "$name-web" | tar -xC "$layers"
+    # Or else it would be found nowhere because nothing can be read.
+    [ "$(blobs_with usr/local/bin/visitas "$layers")" -gt 0 ] || fail "the layers cannot be searched"
+    [ "$(blobs_with "$canary" "$layers")" = 0 ] || fail "a layer holds it"
+    ! docker history --no-trunc "$name-web" | grep -F "$canary" || fail "the history holds it"
+    ! docker image inspect "$name-web" | grep -F "$canary" || fail "the image's description holds it"
+    ! grep -F "$canary" "$work/build.log" || fail "the build's output holds it"
 }
 
 change_of_the_source_leaves_dependencies_as_they_are() {
@@ -559,6 +580,15 @@ exists() { docker container inspect "$1" >/dev/null 2>&1; }
 process_status() { docker exec "$project-$1" awk -v field="$2:" '$1 == field { print $2 }' /proc/1/status; }
 
 sql() { compose exec -T -e PGPASSWORD=senha123 db psql -h 127.0.0.1 -U usuario -d desafio3db -Atc "$1"; }
+
+# blobs_with TEXT FOLDER: how many files of a saved image hold it, those that are compressed included.
+blobs_with() {
+    local blob found=0
+    while IFS= read -r blob; do
+        if gzip -dcf <"$blob" | grep -aF "$1" >/dev/null; then found=$((found + 1)); fi
+    done < <(find "$2" -type f)
+    echo $found
+}
 
 make_secrets() {
     rm -rf "$work/secrets" && mkdir -m 0700 "$work/secrets"

@@ -508,8 +508,14 @@ async fn world_with_secrets() -> World {
         ..RedisOptions::default()
     };
     let world = World::with(PostgresOptions::default(), redis);
-    let role = format!("create role canary login superuser password '{}'", secret());
-    world.sql(&role).await;
+    // It needs to own the database, and nothing more.
+    let (password, database) = (secret(), &world.database);
+    world
+        .sql(&format!("create role canary login password '{password}'"))
+        .await;
+    world
+        .sql(&format!("alter database {database} owner to canary"))
+        .await;
     world
 }
 
