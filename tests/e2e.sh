@@ -585,7 +585,8 @@ sql() { compose exec -T -e PGPASSWORD=senha123 db psql -h 127.0.0.1 -U usuario -
 blobs_with() {
     local blob found=0
     while IFS= read -r blob; do
-        if gzip -dcf <"$blob" | grep -aF "$1" >/dev/null; then found=$((found + 1)); fi
+        # Counted, so that it is read to its end.
+        [ "$(gzip -dcf <"$blob" | grep -acF "$1")" = 0 ] || found=$((found + 1))
     done < <(find "$2" -type f)
     echo $found
 }
