@@ -307,15 +307,13 @@ mod tests {
     /// Values of labels, with a liking for what the formats are made of.
     fn value() -> impl Strategy<Value = String> {
         let piece = prop_oneof![
-            select(PIECES).prop_map(str::to_owned),
+            select(PIECES.split('|').collect::<Vec<_>>()).prop_map(str::to_owned),
             any::<char>().prop_map(String::from),
         ];
         prop::collection::vec(piece, 0..4).prop_map(|pieces| pieces.concat())
     }
 
-    const PIECES: &[&str] = &[
-        ",le=", "le=\"", "le", "1", "\"", "\\", "\n", "\r", "{", "}", ",", "=", " ", "#", "a",
-    ];
+    const PIECES: &str = ",le=|le=\"|le|1|\"|\\|\n|\r|{|}|,|=| |#|a";
 
     /// A metric's name, its kind and its unit.
     const METRICS: &[(&str, &str, Unit)] = &[
@@ -402,7 +400,9 @@ mod tests {
 
     /// Every sample, in an order of its own. Fails where a line is none that a format has.
     fn samples(exposition: &str) -> Result<Vec<String>, TestCaseError> {
-        let lines = exposition.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let lines = exposition
+            .lines()
+            .filter(|line| !line.is_empty() && !line.starts_with('#'));
         let samples = lines.map(|line| {
             let sample = sample(line).map(|sample| format!("{sample:?}"));
             sample.ok_or_else(|| TestCaseError::fail(format!("no sample: {line:?}")))
@@ -481,7 +481,7 @@ mod tests {
                     let suffix = full.strip_prefix(name);
                     prop_assert!(suffix.is_some_and(|suffix| suffixes.contains(&suffix)), "{line}");
                 }
-                let is_last = |unit| name.ends_with(&format!("_{unit}"));
+                let is_last = |unit: &str| name.ends_with(&format!("_{unit}"));
                 prop_assert!(unit.is_none_or(is_last), "{written}");
             }
         }

@@ -401,7 +401,10 @@ mod tests {
 
     fn is_made(id: &HeaderValue) -> bool {
         let digits = id.as_bytes();
-        digits.len() == 32 && digits.iter().all(|digit| b"0123456789abcdef".contains(digit))
+        digits.len() == 32
+            && digits
+                .iter()
+                .all(|digit| b"0123456789abcdef".contains(digit))
     }
 
     proptest! {

@@ -197,9 +197,7 @@ mod tests {
     /// anything else.
     fn traceparents() -> impl Strategy<Value = Vec<u8>> {
         let version = prop_oneof![Just("00"), Just("01"), Just("fe"), Just("ff"), Just("0")];
-        let id = |digits: &'static str, zeros: &'static str| {
-            prop_oneof![9 => digits, 1 => Just(zeros.to_owned())]
-        };
+        let id = |digits: &'static str, zeros: &'static str| prop_oneof![9 => digits, 1 => Just(zeros.to_owned())];
         let valid = (
             version,
             id("[0-9a-f]{32}", "00000000000000000000000000000000"),
@@ -221,7 +219,12 @@ mod tests {
             bytes.remove(at.index(bytes.len()));
             bytes
         });
-        prop_oneof![valid, changed, shifted, prop::collection::vec(any::<u8>(), 0..70)]
+        prop_oneof![
+            valid,
+            changed,
+            shifted,
+            prop::collection::vec(any::<u8>(), 0..70)
+        ]
     }
 
     /// The grammar of W3C's Trace Context, field by field. Version 00 has four fields, a later one

@@ -11,18 +11,14 @@ use crate::config::kind::{Durations, Headers, Host, Kind, Pairs, in_words, perce
 use crate::config::read::healthcheck_url;
 use crate::property::bounded;
 
-/// Pieces that mean something to one parser or another.
-const PIECES: &[&str] = &[
-    "postgres", "redis", "http", "://", "//", "/", "@", ":", "?", "#", "&", "=", ",", ";", "%", "%2",
-    "%41", "%00", "%ff", "[", "]", "::1", "\\", "\"", "'", " ", "\t", "\r", "\n", "\0", "\u{7}",
-    "\u{85}", "\u{2028}", "é", "…", "0", "1", "65535", "-", "+", ".", "..", "ms", "s", "h", "sslmode",
-    "sslrootcert", "require", "****",
-];
+/// Pieces that mean something to one parser or another, between bars.
+const PIECES: &str = "postgres|redis|http|://|//|/|@|:|?|#|&|=|,|;|%|%2|%41|%00|%ff|[|]|::1|\\|\"|'| |\
+    \t|\r|\n|\0|\u{7}|\u{85}|\u{2028}|é|…|0|1|65535|-|+|.|..|ms|s|h|sslmode|sslrootcert|require|****";
 
 /// Any text, which now and then is nearly what some setting takes.
 fn text() -> impl Strategy<Value = String> {
     let piece = prop_oneof![
-        select(PIECES).prop_map(str::to_owned),
+        select(PIECES.split('|').collect::<Vec<_>>()).prop_map(str::to_owned),
         any::<char>().prop_map(String::from),
         "[a-z0-9]{1,4}",
     ];
@@ -40,8 +36,9 @@ fn name() -> impl Strategy<Value = String> {
 
 /// A password in one line that holds the canary.
 fn password() -> impl Strategy<Value = String> {
-    (text(), text())
-        .prop_map(|(before, after)| format!("{before}{CANARY}{after}").replace(['\0', '\r', '\n'], ""))
+    (text(), text()).prop_map(|(before, after)| {
+        format!("{before}{CANARY}{after}").replace(['\0', '\r', '\n'], "")
+    })
 }
 
 fn host() -> impl Strategy<Value = String> {
