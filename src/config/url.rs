@@ -191,6 +191,11 @@ fn store_url(text: &str, schemes: &[&str]) -> Result<Url, Rejection> {
     if url.fragment().is_some() {
         return Err(Some("has a fragment (in a password, # is %23)".to_owned()));
     }
+    if url.path().contains('@') {
+        return Err(Some(
+            "has an @ in its path, where it is %40 (in a password, / is %2F)".to_owned(),
+        ));
+    }
     if url.path().matches('/').count() > 1 {
         return Err(Some("has more than one / in its path".to_owned()));
     }
