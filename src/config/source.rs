@@ -307,10 +307,12 @@ fn named(about: &About, given: &Given) -> String {
 /// A value, quoted, escaped and cut to a sensible length. What precedes an `@` is hidden: it is the
 /// password of a URL that was given where a host or an address belongs.
 pub(super) fn displayed(text: &str) -> String {
-    let start = text.find("://").map_or(0, |at| at + 3);
-    let text = match text.rfind('@') {
-        Some(at) if at >= start => format!("{}{}{}", &text[..start], Secret::MASK, &text[at..]),
-        _ => text.to_owned(),
+    let text = match text.rsplit_once('@') {
+        Some((before, after)) => {
+            let scheme = before.find("://").map_or("", |at| &before[..at + 3]);
+            format!("{scheme}{}@{after}", Secret::MASK)
+        }
+        None => text.to_owned(),
     };
     let mut characters = text.chars();
     let mut shown: String = characters.by_ref().take(100).collect();
