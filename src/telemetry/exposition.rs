@@ -114,27 +114,30 @@ impl<'a> Family<'a> {
 
 /// The labels of a sample, without the bound of a bucket.
 fn labels(sample: &str) -> &str {
-    let Some((_, labels)) = sample.split_once('{') else {
+    let series = sample
+        .rsplit_once(' ')
+        .map_or(sample, |(series, _value)| series);
+    let Some((_, labels)) = series.split_once('{') else {
         return "";
     };
-    let end = bound_at(labels).or_else(|| labels.rfind('}'));
-    labels[..end.unwrap_or(0)].trim_end_matches(',')
+    match split_bound(labels) {
+        Some((labels, _bound)) => labels.trim_end_matches(','),
+        None => labels.trim_end_matches('}'),
+    }
 }
 
-/// Where the bound of a bucket begins, which comes last.
-fn bound_at(series: &str) -> Option<usize> {
-    let start = series.rfind("le=\"")?;
-    (start == 0 || series[..start].ends_with(['{', ','])).then_some(start)
+/// What precedes the bound of a bucket, which comes last, and the bound. The end of another label's
+/// value may look like the beginning of one.
+fn split_bound(series: &str) -> Option<(&str, &str)> {
+    let (before, bound) = series.strip_suffix("\"}")?.rsplit_once("le=\"")?;
+    let is_label = before.is_empty() || before.ends_with(['{', ',']);
+    (is_label && !bound.contains('"')).then_some((before, bound))
 }
 
 /// A bucket's series with its bound written as a float.
 fn with_float_bound(series: &str) -> Cow<'_, str> {
-    let bound = bound_at(series).and_then(|start| {
-        let (_, bound) = series[start..].split_once('"')?;
-        bound.strip_suffix("\"}")
-    });
-    match bound {
-        Some(bound) if bound.bytes().all(|byte| byte.is_ascii_digit()) => {
+    match split_bound(series) {
+        Some((_, bound)) if bound.bytes().all(|byte| byte.is_ascii_digit()) => {
             let start = &series[..series.len() - 2];
             Cow::Owned(format!("{start}.0\"}}"))
         }
