@@ -94,9 +94,13 @@ impl<'a> Family<'a> {
     fn write_openmetrics(&self, output: &mut String, exemplars: &Suffixes) {
         let Self { help, kind, .. } = self;
         // A counter's family is called as its samples are, without their suffix.
-        let name = self.name.strip_suffix("_total").unwrap_or(self.name);
+        let name = match self.name.strip_suffix("_total") {
+            Some(name) if *kind == "counter" => name,
+            _ => self.name,
+        };
         let _ = writeln!(output, "# TYPE {name} {kind}");
-        let unit = Self::UNITS.iter().find(|unit| name.ends_with(*unit));
+        let last = name.rsplit('_').next();
+        let unit = Self::UNITS.iter().find(|unit| last == Some(**unit));
         if let Some(unit) = unit {
             let _ = writeln!(output, "# UNIT {name} {unit}");
         }
