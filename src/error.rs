@@ -4,7 +4,8 @@
 use axum::BoxError;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::response::Response;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use http::StatusCode;
+use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -42,5 +43,11 @@ where
         CONTENT_TYPE,
         HeaderValue::from_static("application/problem+json"),
     );
+    if status == StatusCode::PAYLOAD_TOO_LARGE {
+        // The body stays unread, so the connection ends here. A client that is not told sends its
+        // next request into it, and has no answer.
+        let close = HeaderValue::from_static("close");
+        parts.headers.insert(CONNECTION, close);
+    }
     Response::from_parts(parts, Body::from(body))
 }

@@ -82,11 +82,11 @@ async fn body_above_the_limit_is_413_and_no_visit() {
         read(request.send().await).await
     };
     assert_eq!(with_body(64 * 1024).await.status, StatusCode::OK);
-    assert_problem(
-        &with_body(64 * 1024 + 1).await,
-        StatusCode::PAYLOAD_TOO_LARGE,
-    );
+    let refused = with_body(64 * 1024 + 1).await;
+    assert_problem(&refused, StatusCode::PAYLOAD_TOO_LARGE);
     assert_eq!(world.rows().await, 1);
+    // The rest of the body is not read, so no other request can follow it.
+    assert_eq!(refused.header("connection"), "close");
 }
 
 #[tokio::test]
