@@ -309,7 +309,12 @@ fn named(about: &About, given: &Given) -> String {
 pub(super) fn displayed(text: &str) -> String {
     let text = match text.rsplit_once('@') {
         Some((before, after)) => {
-            let scheme = before.find("://").map_or("", |at| &before[..at + 3]);
+            // What has other characters is no scheme.
+            let is_of_a_scheme = |byte: u8| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte);
+            let scheme = match before.find("://") {
+                Some(at) if before[..at].bytes().all(is_of_a_scheme) => &before[..at + 3],
+                _ => "",
+            };
             format!("{scheme}{}@{after}", Secret::MASK)
         }
         None => text.to_owned(),

@@ -197,6 +197,7 @@ fn password_of_a_url_in_the_wrong_variable_is_hidden() {
     assert!(line.starts_with("DB_HOST=\"postgres://****@db\""), "{line}");
     error("postgres://ana:c4nary@db", &[]);
     error("", &[("DB_HOST", "ana:c4nary@db/?next=http://x")]);
+    error("", &[("DB_HOST", "ana:c4nary@db/?next=http://x@y")]);
     error(
         "",
         &[(
