@@ -7,11 +7,12 @@ WORKDIR /build
 # Dependencies, with empty crates in place of ours: redone only when a manifest changes.
 COPY Cargo.toml Cargo.lock ./
 COPY bench/Cargo.toml bench/
+COPY chaos/Cargo.toml chaos/
 COPY devstack/Cargo.toml devstack/
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    mkdir -p src bench/src devstack/src \
- && touch src/lib.rs devstack/src/lib.rs \
- && echo 'fn main() {}' | tee src/main.rs >bench/src/main.rs \
+    mkdir -p src bench/src chaos/src devstack/src \
+ && touch src/lib.rs bench/src/lib.rs chaos/src/lib.rs devstack/src/lib.rs \
+ && echo 'fn main() {}' >src/main.rs \
  && cargo build --release --locked --bin visitas
 
 FROM dependencies AS build

@@ -3,7 +3,7 @@
 # Programs are run from where they are built, whatever the environment says of that.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run test check bench bench-quick bench-soak bench-ready e2e setup clean
+.PHONY: help run test check bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,15 @@ bench-soak: bench-ready ## Watch memory at the peak, twenty minutes, and write b
 bench-ready:
 	@devstack/install.sh wrk=wrk
 	@cargo build --release --locked --quiet --bin visitas --bin bench --workspace
+
+chaos: chaos-ready ## Break everything, twenty minutes, and write docs/faults.md
+	@target/release/chaos all
+
+chaos-long: chaos-ready ## Kill each part at a hundred random moments, ten minutes
+	@target/release/chaos long
+
+chaos-ready: setup
+	@cargo build --release --locked --quiet --bin visitas --bin chaos --workspace
 
 e2e: ## Run Compose for real, and break it; needs Docker
 	@tests/e2e.sh

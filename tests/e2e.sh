@@ -280,7 +280,7 @@ change_of_the_source_leaves_dependencies_as_they_are() {
     local context=$work/context
     mkdir "$context"
     cp -r .dockerignore Dockerfile Cargo.toml Cargo.lock build.rs src migrations "$context"
-    cp --parents bench/Cargo.toml devstack/Cargo.toml "$context"
+    cp --parents bench/Cargo.toml chaos/Cargo.toml devstack/Cargo.toml "$context"
     echo '// Changed.' >>"$context/src/main.rs"
     clean docker build --progress plain --output type=cacheonly --target dependencies "$context" >"$work/build.log" 2>&1 || { cat "$work/build.log"; return 1; }
     local step

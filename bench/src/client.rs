@@ -11,20 +11,27 @@ use serde_json::Value;
 const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A connection that is kept alive. Everything blocks.
-pub(crate) struct Connection {
+pub struct Connection {
     stream: TcpStream,
     buffer: Vec<u8>,
 }
 
 /// An answer, read to its end.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Answer {
-    pub(crate) status: u16,
-    pub(crate) body: String,
+pub struct Answer {
+    /// Such as 200.
+    pub status: u16,
+    /// As it was sent.
+    pub body: String,
 }
 
 impl Connection {
-    pub(crate) fn open(address: SocketAddr) -> Result<Self> {
+    /// Opens one.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn open(address: SocketAddr) -> Result<Self> {
         let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -35,12 +42,20 @@ impl Connection {
     }
 
     /// Makes a visit and says with which status it was answered.
-    pub(crate) fn visit(&mut self) -> Result<u16> {
+    ///
+    /// # Errors
+    ///
+    /// If there is no answer, or none that can be read.
+    pub fn visit(&mut self) -> Result<u16> {
         Ok(self.exchange(b"GET / HTTP/1.1\r\nhost: bench\r\n\r\n")?.0)
     }
 
     /// Asks for a path.
-    pub(crate) fn get(&mut self, path: &str) -> Result<Answer> {
+    ///
+    /// # Errors
+    ///
+    /// If there is no answer, or none that can be read.
+    pub fn get(&mut self, path: &str) -> Result<Answer> {
         let request = format!("GET {path} HTTP/1.1\r\nhost: bench\r\n\r\n");
         let (status, body) = self.exchange(request.as_bytes())?;
         Ok(Answer {
@@ -68,14 +83,22 @@ impl Connection {
 }
 
 /// Makes one visit and returns its two numbers.
-pub(crate) fn numbers(address: SocketAddr) -> Result<(i64, Option<i64>)> {
+///
+/// # Errors
+///
+/// If it is not acknowledged.
+pub fn numbers(address: SocketAddr) -> Result<(i64, Option<i64>)> {
     let answer = Connection::open(address)?.get("/")?;
     ensure!(answer.status == 200, "a visit was answered {answer:?}");
     numbers_in(&answer.body)
 }
 
 /// The two numbers of a visit's answer. Without Redis there is one.
-pub(crate) fn numbers_in(body: &str) -> Result<(i64, Option<i64>)> {
+///
+/// # Errors
+///
+/// If there is no total.
+pub fn numbers_in(body: &str) -> Result<(i64, Option<i64>)> {
     let json: Value = serde_json::from_str(body).with_context(|| format!("in {body:?}"))?;
     let total = json["total_registros_db"].as_i64();
     let redis = json["visitas_redis"].as_i64();
@@ -83,25 +106,36 @@ pub(crate) fn numbers_in(body: &str) -> Result<(i64, Option<i64>)> {
 }
 
 /// What of a head says where the answer ends.
-struct Head {
-    status: u16,
-    length: usize,
-    body: usize,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Such as 200.
+    pub status: u16,
+    /// Bytes of the head.
+    pub length: usize,
+    /// Bytes of the body, which follow.
+    pub body: usize,
+    /// Whether no other answer will come over this connection.
+    pub closes: bool,
 }
 
 impl Head {
-    /// `None` while the head is not complete.
-    fn parse(bytes: &[u8]) -> Result<Option<Self>> {
+    /// Reads a head at the beginning of `bytes`; `None` while it is not complete.
+    ///
+    /// # Errors
+    ///
+    /// If it is no head, or has no length of a body.
+    pub fn parse(bytes: &[u8]) -> Result<Option<Self>> {
         let mut headers = [httparse::EMPTY_HEADER; 32];
         let mut response = httparse::Response::new(&mut headers);
         let httparse::Status::Complete(length) = response.parse(bytes)? else {
             return Ok(None);
         };
         let status = response.code.context("an answer without a status")?;
-        let body = response
-            .headers
-            .iter()
-            .find(|header| header.name.eq_ignore_ascii_case("content-length"));
+        let header = |name: &str| {
+            let mut headers = response.headers.iter();
+            headers.find(|header| header.name.eq_ignore_ascii_case(name))
+        };
+        let body = header("content-length");
         let Some(body) = body else {
             bail!("an answer without a length");
         };
@@ -109,6 +143,8 @@ impl Head {
             status,
             length,
             body: std::str::from_utf8(body.value)?.parse()?,
+            closes: header("connection")
+                .is_some_and(|header| header.value.eq_ignore_ascii_case(b"close")),
         }))
     }
 }

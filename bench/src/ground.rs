@@ -2,12 +2,10 @@
 //! a database for each subject and number of rows.
 
 use std::collections::HashSet;
-use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
+pub(crate) use bench::place::{free_address, scratch, visitas};
 use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
 
 use crate::flask::{self, Python};
@@ -172,38 +170,4 @@ impl Ground {
             ("REDIS_PORT", self.redis.port().to_string()),
         ]
     }
-}
-
-/// The program that is measured: beside this one.
-pub(crate) fn visitas() -> Result<PathBuf> {
-    let program = std::env::current_exe()?.with_file_name("visitas");
-    ensure!(
-        program.exists(),
-        "{} is not built: make bench does it",
-        program.display()
-    );
-    Ok(program)
-}
-
-/// Where logs and the like are left: beside what was built.
-pub(crate) fn scratch() -> Result<PathBuf> {
-    let program = std::env::current_exe()?;
-    let target = program.ancestors().nth(2).context("no target folder")?;
-    let folder = target.join("bench");
-    std::fs::create_dir_all(&folder)?;
-    Ok(folder)
-}
-
-/// An address that nobody uses. It lies below the range that systems take client ports from, so
-/// that whoever waits for it to be served cannot connect to itself.
-pub(crate) fn free_address() -> Result<SocketAddr> {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    for _ in 0..1000 {
-        let port = 15_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 5000;
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
-        if TcpListener::bind(address).is_ok() {
-            return Ok(address);
-        }
-    }
-    anyhow::bail!("no free port from 15000")
 }

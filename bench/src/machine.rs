@@ -4,20 +4,24 @@ use std::fmt::Write as _;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use devstack::Postgres;
 
-use crate::ground::{Ground, visitas};
 use crate::measure::grouped;
-use crate::progress;
+use crate::place::visitas;
 
 /// Load, subject and stores share so many processors, on every machine.
 const PROCESSORS: usize = 2;
 
 /// Confines this process, and with it whatever it starts, to the first two processors. Must be
-/// called before there are other threads. Where it cannot be done, the report says so.
-pub(crate) fn confine() {
-    let Some(allowed) = allowed() else { return };
+/// called before there are other threads. Returns whether that is how it is now; where it cannot be
+/// done, the report says so.
+#[must_use]
+pub fn confine() -> bool {
+    let Some(allowed) = allowed() else {
+        return false;
+    };
     if allowed.len() <= PROCESSORS {
-        return;
+        return true;
     }
     let list: Vec<_> = allowed[..PROCESSORS]
         .iter()
@@ -27,13 +31,15 @@ pub(crate) fn confine() {
         .args(["--cpu-list", "--pid", &list.join(",")])
         .arg(std::process::id().to_string())
         .output();
-    if !confined.is_ok_and(|output| output.status.success()) {
-        progress!("taskset does not work: everything uses all processors");
-    }
+    confined.is_ok_and(|output| output.status.success())
 }
 
-/// The machine, the versions and the command, a line each.
-pub(crate) fn describe(ground: &Ground, command: &str) -> Result<String> {
+/// The machine, the versions, the command and what makes the load, a line each.
+///
+/// # Errors
+///
+/// If one of them does not say what it is.
+pub fn describe(postgres: &Postgres, command: &str, load: &str) -> Result<String> {
     let processor = field("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".to_owned());
     let memory = field("/proc/meminfo", "MemTotal")
         .and_then(|value| value.strip_suffix(" kB")?.parse::<f64>().ok())
@@ -44,12 +50,7 @@ pub(crate) fn describe(ground: &Ground, command: &str) -> Result<String> {
     let processors = std::thread::available_parallelism()?;
     let files = said(
         "stat",
-        &[
-            "-f",
-            "-c",
-            "%T",
-            &ground.postgres.folder().display().to_string(),
-        ],
+        &["-f", "-c", "%T", &postgres.folder().display().to_string()],
     );
     let visitas = said(&visitas()?.display().to_string(), &["--version"])?;
     let lines = [
@@ -79,9 +80,7 @@ pub(crate) fn describe(ground: &Ground, command: &str) -> Result<String> {
             "stores",
             format!(
                 "PostgreSQL {} with `fsync` and `synchronous_commit` on and its default settings, {}",
-                ground
-                    .postgres
-                    .sql(devstack::DATABASE, "show server_version")?,
+                postgres.sql(devstack::DATABASE, "show server_version")?,
                 said("redis-server", &["--version"])
                     .unwrap_or_default()
                     .split(" sha=")
@@ -89,7 +88,7 @@ pub(crate) fn describe(ground: &Ground, command: &str) -> Result<String> {
                     .unwrap_or_default()
             ),
         ),
-        ("load", wrk()?),
+        ("load", load.to_owned()),
     ];
     let mut head = String::new();
     for (name, value) in lines {
@@ -98,7 +97,12 @@ pub(crate) fn describe(ground: &Ground, command: &str) -> Result<String> {
     Ok(head)
 }
 
-fn wrk() -> Result<String> {
+/// The load generator of throughput, and who measures latency.
+///
+/// # Errors
+///
+/// If there is no wrk.
+pub fn wrk() -> Result<String> {
     // It says its version only together with how it is used, and calls that a failure.
     let output = Command::new("wrk")
         .arg("-v")

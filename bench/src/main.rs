@@ -3,22 +3,15 @@
 //! In reading order: `subject` (what is measured) on its `ground` (stores, collector, databases),
 //! by `load` (throughput) and `paced` (latency), in rounds (`round`). `phase` has the questions,
 //! `report` and `chart` write the answers down. `peer` and `flask` are what the service is measured
-//! beside; `client`, `sink`, `process`, `machine` and `measure` are the tools.
+//! beside. The tools are in the library, since others measure with them too.
 
 mod chart;
-mod client;
 mod flask;
 mod ground;
 mod load;
-mod machine;
-mod measure;
-mod paced;
 mod peer;
 mod phase;
-mod process;
-mod report;
 mod round;
-mod sink;
 mod subject;
 
 use std::net::SocketAddr;
@@ -27,6 +20,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use bench::{client, machine, measure, paced, process, report, sink};
 use clap::{Arg, ArgMatches, Command, value_parser};
 
 use crate::ground::Ground;
@@ -124,7 +118,10 @@ fn run(matches: &ArgMatches) -> Result<()> {
     match name {
         "ceiling" => return peer::ceiling(*address()?),
         "textbook" => return peer::textbook(*address()?, text("database")?, text("redis")?),
-        _ => machine::confine(),
+        _ if !machine::confine() => {
+            progress!("taskset does not work: everything uses all processors");
+        }
+        _ => {}
     }
     let seconds = Duration::from_secs(number("seconds"));
     if name == "soak" {
@@ -243,8 +240,8 @@ fn publish(
     sections: &[Section],
     file: Option<&str>,
 ) -> Result<()> {
-    let head = machine::describe(ground, command)? + method;
-    let document = report::document(&head, sections);
+    let head = machine::describe(&ground.postgres, command, &machine::wrk()?)? + method;
+    let document = report::document("What was measured", &head, sections);
     print!("{document}");
     if let Some(file) = file {
         std::fs::write(Path::new(FOLDER).join(file), document)?;

@@ -4,15 +4,18 @@ use std::fmt;
 
 /// Several rounds of one figure.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Spread {
-    pub(crate) median: f64,
-    pub(crate) min: f64,
-    pub(crate) max: f64,
+pub struct Spread {
+    /// The middle one.
+    pub median: f64,
+    /// The lowest.
+    pub min: f64,
+    /// The highest.
+    pub max: f64,
 }
 
 impl Spread {
     /// Of no rounds it is not a number.
-    pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Self {
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let middle = values.len() / 2;
@@ -30,12 +33,13 @@ impl Spread {
 
     /// Each round against the same round of another figure, which the machine slowed down or
     /// not just as much.
-    pub(crate) fn ratio(of: &[f64], to: &[f64]) -> Self {
+    #[must_use]
+    pub fn ratio(of: &[f64], to: &[f64]) -> Self {
         Self::of(of.iter().zip(to).map(|(of, to)| of / to))
     }
 
     /// With a unit's own way of writing each number.
-    pub(crate) fn written(&self, write: impl Fn(f64) -> String) -> String {
+    pub fn written(&self, write: impl Fn(f64) -> String) -> String {
         format!(
             "{} ({} – {})",
             write(self.median),
@@ -46,7 +50,8 @@ impl Spread {
 }
 
 /// A number without fractions, its thousands apart: `46 123`. Below ten it keeps one digit.
-pub(crate) fn grouped(number: f64) -> String {
+#[must_use]
+pub fn grouped(number: f64) -> String {
     if !number.is_finite() {
         return "–".to_owned();
     }
@@ -65,7 +70,8 @@ pub(crate) fn grouped(number: f64) -> String {
 }
 
 /// A ratio: two digits below a hundred, none above.
-pub(crate) fn ratio(number: f64) -> String {
+#[must_use]
+pub fn ratio(number: f64) -> String {
     if number < 100.0 {
         format!("{number:.2}")
     } else {
@@ -74,7 +80,8 @@ pub(crate) fn ratio(number: f64) -> String {
 }
 
 /// Seconds, in milliseconds.
-pub(crate) fn milliseconds(seconds: f64) -> String {
+#[must_use]
+pub fn milliseconds(seconds: f64) -> String {
     let milliseconds = seconds * 1e3;
     match milliseconds {
         ..0.1 => format!("{milliseconds:.3} ms"),
@@ -85,10 +92,15 @@ pub(crate) fn milliseconds(seconds: f64) -> String {
 
 /// Bytes, in units of 2^20.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Mebibytes(pub(crate) f64);
+pub struct Mebibytes(
+    /// How many.
+    pub f64,
+);
 
 impl Mebibytes {
-    pub(crate) fn of_kibibytes(kibibytes: u64) -> Self {
+    /// Of units of 2^10.
+    #[must_use]
+    pub fn of_kibibytes(kibibytes: u64) -> Self {
         Self(kibibytes as f64 / 1024.0)
     }
 }

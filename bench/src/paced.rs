@@ -19,7 +19,7 @@ const OVERTIME: Duration = Duration::from_secs(2);
 
 /// How visits come.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Pace {
+pub enum Pace {
     /// So many a second, over all connections.
     Constant(f64),
     /// As fast as they are answered.
@@ -28,20 +28,33 @@ pub(crate) enum Pace {
 
 /// What came of a run; times are in seconds.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Latency {
+pub struct Latency {
     /// Visits a second that succeeded.
-    pub(crate) throughput: f64,
-    pub(crate) mean: f64,
-    pub(crate) median: f64,
-    pub(crate) p99: f64,
-    pub(crate) p999: f64,
-    pub(crate) max: f64,
+    pub throughput: f64,
+    /// The mean of all that succeeded.
+    pub mean: f64,
+    /// Half of them took no longer.
+    pub median: f64,
+    /// Of a hundred, one took longer.
+    pub p99: f64,
+    /// Of a thousand, one took longer.
+    pub p999: f64,
+    /// The longest.
+    pub max: f64,
     /// The visits that were answered, of those that were due.
-    pub(crate) answered: f64,
+    pub answered: f64,
 }
 
 /// Makes visits for a while and says how long each took.
-pub(crate) fn run(
+///
+/// # Errors
+///
+/// If a connection breaks or cannot be opened.
+///
+/// # Panics
+///
+/// If a thread of it does.
+pub fn run(
     address: SocketAddr,
     connections: usize,
     pace: Pace,

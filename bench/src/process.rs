@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
@@ -17,14 +17,14 @@ use crate::measure::Mebibytes;
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
 
 /// A process that is stopped when this is dropped.
-pub(crate) struct Process {
+pub struct Process {
     child: Child,
     log: PathBuf,
 }
 
 /// A command whose process is killed when the thread that started it ends, however that happens,
 /// where the system can do so: a Ctrl-C reaches all, a `kill -9` only this program.
-pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
+pub fn command(program: impl AsRef<OsStr>) -> Command {
     static BOUND: LazyLock<bool> = LazyLock::new(|| {
         Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "true"])
@@ -44,7 +44,11 @@ pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
 
 impl Process {
     /// Starts a command, with what it says in a file.
-    pub(crate) fn start(mut command: Command, log: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be run, or the file not be written.
+    pub fn start(mut command: Command, log: &Path) -> Result<Self> {
         let file = File::create(log).with_context(|| log.display().to_string())?;
         let child = command
             .stdin(Stdio::null())
@@ -58,25 +62,39 @@ impl Process {
         })
     }
 
-    pub(crate) fn has_ended(&mut self) -> Result<bool> {
+    /// Whether it runs no more.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn has_ended(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_some())
     }
 
     /// The end of what it said.
-    pub(crate) fn last_words(&self) -> String {
+    #[must_use]
+    pub fn last_words(&self) -> String {
         let log = std::fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(10)..].join("\n")
     }
 
+    /// Its number.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The most memory that it has had resident; where the system says so.
-    pub(crate) fn peak_memory(&self) -> Option<Mebibytes> {
+    #[must_use]
+    pub fn peak_memory(&self) -> Option<Mebibytes> {
         self.memory("VmHWM:")
     }
 
     /// The memory that it has resident now.
-    pub(crate) fn resident_memory(&self) -> Option<Mebibytes> {
+    #[must_use]
+    pub fn resident_memory(&self) -> Option<Mebibytes> {
         self.memory("VmRSS:")
     }
 
@@ -94,23 +112,57 @@ impl Process {
     }
 
     /// Asks it to stop and waits until it has; kills it if that takes too long.
-    pub(crate) fn stop(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn stop(&mut self) -> Result<()> {
         if self.has_ended()? {
             return Ok(());
         }
+        self.terminate()?;
+        if self.ended_within(STOP_DEADLINE)?.is_none() {
+            self.kill()?;
+        }
+        Ok(())
+    }
+
+    /// Asks it to stop.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn terminate(&self) -> Result<()> {
         let pid = i32::try_from(self.child.id())?;
         let pid = Pid::from_raw(pid).context("no process has the id 0")?;
-        kill_process(pid, Signal::TERM)?;
-        let deadline = Instant::now() + STOP_DEADLINE;
-        while !self.has_ended()? {
-            if Instant::now() > deadline {
-                self.child.kill()?;
-                self.child.wait()?;
-                break;
+        Ok(kill_process(pid, Signal::TERM)?)
+    }
+
+    /// Kills it and returns once it is gone.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// How it ended, where it does so soon enough.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn ended_within(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let status = self.child.try_wait()?;
+            if status.is_some() || Instant::now() > deadline {
+                return Ok(status);
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        Ok(())
     }
 }
 

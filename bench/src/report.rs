@@ -2,21 +2,22 @@
 
 use std::fmt::Write as _;
 
-use crate::measure::{Spread, grouped, milliseconds, ratio};
-use crate::round::{Case, Series};
+use crate::measure::{Spread, ratio};
 
 /// What was asked, and what came of it.
 #[derive(Debug, Default)]
-pub(crate) struct Section {
-    pub(crate) title: &'static str,
+pub struct Section {
+    /// Its heading.
+    pub title: &'static str,
     /// Markdown.
-    pub(crate) text: String,
-    pub(crate) goals: Vec<Goal>,
+    pub text: String,
+    /// What was promised about it.
+    pub goals: Vec<Goal>,
 }
 
 /// A figure that has been promised.
-#[derive(Debug)]
-pub(crate) struct Goal {
+#[derive(Clone, Debug)]
+pub struct Goal {
     what: String,
     wanted: String,
     measured: String,
@@ -24,7 +25,9 @@ pub(crate) struct Goal {
 }
 
 impl Goal {
-    pub(crate) fn at_least(what: &str, wanted: f64, measured: Spread) -> Self {
+    /// A ratio whose median is to be no lower.
+    #[must_use]
+    pub fn at_least(what: &str, wanted: f64, measured: Spread) -> Self {
         Self {
             what: what.to_owned(),
             wanted: format!("at least {}", ratio(wanted)),
@@ -33,13 +36,8 @@ impl Goal {
         }
     }
 
-    /// Both numbers are written with their unit.
-    pub(crate) fn at_most(
-        what: &str,
-        wanted: f64,
-        measured: f64,
-        write: impl Fn(f64) -> String,
-    ) -> Self {
+    /// A figure that is to be no higher. Both numbers are written with their unit.
+    pub fn at_most(what: &str, wanted: f64, measured: f64, write: impl Fn(f64) -> String) -> Self {
         Self {
             what: what.to_owned(),
             wanted: format!("at most {}", write(wanted)),
@@ -47,10 +45,21 @@ impl Goal {
             is_met: measured <= wanted,
         }
     }
+
+    /// Whether it was kept.
+    #[must_use]
+    pub fn is_met(&self) -> bool {
+        self.is_met
+    }
 }
 
-/// All of it. `head` says where and how it was measured.
-pub(crate) fn document(head: &str, sections: &[Section]) -> String {
+/// All of it, below a title. `head` says where and how it was measured.
+///
+/// # Panics
+///
+/// Never: a string takes all.
+#[must_use]
+pub fn document(title: &str, head: &str, sections: &[Section]) -> String {
     let goals = sections.iter().flat_map(|section| &section.goals);
     let goals = table(
         &["goal", "wanted", "measured", ""],
@@ -59,7 +68,7 @@ pub(crate) fn document(head: &str, sections: &[Section]) -> String {
             [&*goal.what, &goal.wanted, &goal.measured, verdict].map(str::to_owned)
         }),
     );
-    let mut text = format!("# What was measured\n\n{head}\n## Goals\n\n{goals}");
+    let mut text = format!("# {title}\n\n{head}\n## Goals\n\n{goals}");
     for section in sections {
         write!(text, "\n## {}\n\n{}", section.title, section.text).expect("a string takes all");
     }
@@ -67,7 +76,11 @@ pub(crate) fn document(head: &str, sections: &[Section]) -> String {
 }
 
 /// A table whose first column is text and whose others are figures.
-pub(crate) fn table<const N: usize>(
+///
+/// # Panics
+///
+/// Never: a string takes all.
+pub fn table<const N: usize>(
     header: &[&str; N],
     rows: impl IntoIterator<Item = [String; N]>,
 ) -> String {
@@ -78,40 +91,6 @@ pub(crate) fn table<const N: usize>(
         writeln!(text, "| {} |", row.join(" | ")).expect("a string takes all");
     }
     text
-}
-
-/// A table of throughputs, each against the series that `reference` finds for it.
-pub(crate) fn throughputs<'a>(
-    all: &'a [Series],
-    label: impl Fn(&Case) -> String,
-    against: &str,
-    reference: impl Fn(&Case) -> Option<&'a Series>,
-) -> String {
-    table(
-        &["", "visits/s", against, "median", "p99", "memory", "failed"],
-        all.iter().map(|series| {
-            let of_reference = reference(&series.case)
-                .map_or_else(|| "–".to_owned(), |other| ratio_of(&series.ratio_to(other)));
-            [
-                label(&series.case),
-                series.throughput().written(grouped),
-                of_reference,
-                milliseconds(series.spread(|sample| sample.load.median).median),
-                milliseconds(series.spread(|sample| sample.load.p99).median),
-                series.memory().to_string(),
-                grouped(series.failed() as f64),
-            ]
-        }),
-    )
-}
-
-/// Small ratios would vanish behind two digits.
-fn ratio_of(spread: &Spread) -> String {
-    if spread.median < 0.095 {
-        spread.written(|number| format!("{number:.4}"))
-    } else {
-        spread.written(ratio)
-    }
 }
 
 #[cfg(test)]
@@ -151,6 +130,9 @@ Here.
 
 Little.
 ";
-        assert_eq!(document("Here.\n", &[section]), expected);
+        assert_eq!(
+            document("What was measured", "Here.\n", &[section]),
+            expected
+        );
     }
 }

@@ -8,8 +8,9 @@ use anyhow::Result;
 
 use crate::ground::Ground;
 use crate::load;
-use crate::measure::{Mebibytes, Spread, grouped};
+use crate::measure::{Mebibytes, Spread, grouped, milliseconds, ratio};
 use crate::progress;
+use crate::report::table;
 use crate::subject::{Running, Subject, Traces};
 
 /// How long and how often.
@@ -168,6 +169,40 @@ impl Series {
 /// The series of a case.
 pub(crate) fn of(all: &[Series], wanted: impl Fn(&Case) -> bool) -> Option<&Series> {
     all.iter().find(|series| wanted(&series.case))
+}
+
+/// A table of throughputs, each against the series that `reference` finds for it.
+pub(crate) fn throughputs<'a>(
+    all: &'a [Series],
+    label: impl Fn(&Case) -> String,
+    against: &str,
+    reference: impl Fn(&Case) -> Option<&'a Series>,
+) -> String {
+    table(
+        &["", "visits/s", against, "median", "p99", "memory", "failed"],
+        all.iter().map(|series| {
+            let of_reference = reference(&series.case)
+                .map_or_else(|| "–".to_owned(), |other| ratio_of(&series.ratio_to(other)));
+            [
+                label(&series.case),
+                series.throughput().written(grouped),
+                of_reference,
+                milliseconds(series.spread(|sample| sample.load.median).median),
+                milliseconds(series.spread(|sample| sample.load.p99).median),
+                series.memory().to_string(),
+                grouped(series.failed() as f64),
+            ]
+        }),
+    )
+}
+
+/// Small ratios would vanish behind two digits.
+fn ratio_of(spread: &Spread) -> String {
+    if spread.median < 0.095 {
+        spread.written(|number| format!("{number:.4}"))
+    } else {
+        spread.written(ratio)
+    }
 }
 
 impl fmt::Display for Case {

@@ -20,24 +20,31 @@ use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
 
 /// A running collector.
-pub(crate) struct Sink {
-    pub(crate) address: SocketAddr,
+pub struct Sink {
+    /// Where it listens.
+    pub address: SocketAddr,
     bodies: Bodies,
     _runtime: Runtime,
 }
 
 /// What it has taken since it was last asked.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Taken {
-    pub(crate) spans: u64,
+pub struct Taken {
+    /// All of them.
+    pub spans: u64,
     /// Those of requests: one a visit.
-    pub(crate) servers: u64,
+    pub servers: u64,
 }
 
 type Bodies = Arc<Mutex<Vec<Bytes>>>;
 
 impl Sink {
-    pub(crate) fn start() -> Result<Self> {
+    /// Starts one on a free port.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn start() -> Result<Self> {
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -58,7 +65,11 @@ impl Sink {
     }
 
     /// Counts what has arrived, and forgets it.
-    pub(crate) fn take(&self) -> Result<Taken> {
+    ///
+    /// # Errors
+    ///
+    /// If something else than spans has arrived.
+    pub fn take(&self) -> Result<Taken> {
         let bodies = std::mem::take(&mut *lock(&self.bodies));
         let mut taken = Taken::default();
         for body in bodies {

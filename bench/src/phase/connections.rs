@@ -5,8 +5,8 @@ use anyhow::{Context as _, Result};
 use super::VISITAS;
 use crate::ground::Ground;
 use crate::measure::Mebibytes;
-use crate::report::{Goal, Section, throughputs};
-use crate::round::{self, Case, Effort};
+use crate::report::{Goal, Section};
+use crate::round::{self, Case, Effort, throughputs};
 use crate::subject::Subject;
 
 const COUNTS: [usize; 4] = [1, 64, 256, 1024];

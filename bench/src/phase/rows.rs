@@ -5,8 +5,8 @@ use anyhow::{Context as _, Result};
 use super::{CONNECTIONS, VISITAS};
 use crate::chart::{self, Line};
 use crate::ground::Ground;
-use crate::report::{Goal, Section, throughputs};
-use crate::round::{self, Case, Effort, Series, rows_in_words};
+use crate::report::{Goal, Section};
+use crate::round::{self, Case, Effort, Series, rows_in_words, throughputs};
 use crate::subject::Subject;
 
 /// The section, and its chart: the picture as SVG. `sizes` are an empty, a large and a huge table.

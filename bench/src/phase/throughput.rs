@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result};
 use super::{CONNECTIONS, VISITAS};
 use crate::ground::Ground;
 use crate::measure::{Spread, ratio};
-use crate::report::{Goal, Section, throughputs};
-use crate::round::{self, Case, Effort, Series};
+use crate::report::{Goal, Section};
+use crate::round::{self, Case, Effort, Series, throughputs};
 use crate::subject::{Subject, Traces};
 
 pub(crate) fn throughput(

@@ -1,0 +1,10 @@
+//! Moments that nobody has chosen.
+
+use std::hash::{BuildHasher as _, RandomState};
+
+/// Some number from 0 up to 1.
+pub(crate) fn fraction() -> f64 {
+    // The standard library's own seeds are all the chance that is needed.
+    let bits = RandomState::new().hash_one(()) >> 32;
+    bits as f64 / f64::from(u32::MAX)
+}

@@ -1,0 +1,512 @@
+//! The faults: what each breaks, how it is mended, and what a visitor may notice of it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use devstack::Postgres;
+use sqlx::PgConnection;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+
+use crate::chance;
+use crate::ground::{Ground, Needs, REDIS_PASSWORD, Store};
+use crate::proxy::{Cut, Rules};
+use crate::service::Service;
+
+/// Something that breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// What it is called, in the report and by `--only`.
+    pub name: &'static str,
+    /// The worst that a visitor may notice.
+    pub harm: Harm,
+    /// What happens.
+    pub kind: Kind,
+}
+
+/// What a visitor may notice of a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Harm {
+    /// Nothing but time.
+    Nothing,
+    /// The counter in Redis is missing.
+    Count,
+    /// Visits are refused.
+    Visits,
+}
+
+/// What happens to whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// SIGKILL to all processes of a store, which is started again.
+    Kill(Store),
+    /// SIGKILL to the service, which is started again.
+    KillService,
+    /// SIGSTOP to all processes of a store.
+    Pause(Store),
+    /// Connections that are open carry nothing any more, and new ones work.
+    SilenceEstablished(Store),
+    /// Connections are reset and new ones refused.
+    Refuse(Store),
+    /// Whenever a visit is recorded, the connection is reset.
+    Cut(Store, Cut),
+    /// What passes between the service and a store is late.
+    Delay(Store),
+    /// Little passes between the service and a store.
+    Narrow(Store),
+    /// Others have all connections of Postgres.
+    ConnectionsTaken,
+    /// Postgres takes no writes.
+    ReadOnly,
+    /// The disk of Postgres is full.
+    DiskFull,
+    /// Postgres restarts again and again.
+    RestartLoop,
+    /// Another session holds the count's lock.
+    CountLocked,
+    /// A transaction with visits made by hand neither commits nor ends.
+    IdleTransaction,
+    /// Another session holds the lock of migrations when the service first starts.
+    MigrationLocked,
+    /// Redis has no memory left for writes.
+    OutOfMemory,
+    /// Redis has become a replica.
+    Replica,
+    /// The password of Redis has changed.
+    WrongPassword,
+    /// There is a list under the counter's key.
+    WrongType,
+    /// The names of the stores do not resolve, and sessions have ended.
+    NamesGone,
+    /// The collector takes nothing and says nothing.
+    CollectorSilent,
+    /// Five instances start at once on an empty database.
+    FiveInstances,
+    /// Clients come and leave without waiting for their answers.
+    Disconnects,
+}
+
+/// A fault in force, with what mends it.
+pub struct Injected {
+    kind: Kind,
+    held: Held,
+}
+
+enum Held {
+    Nothing,
+    Sessions(Vec<PgConnection>),
+    Restarting(Restarting),
+    Storm(Storm),
+}
+
+/// A mended fault.
+#[derive(Clone, Copy, Debug)]
+pub struct Healed {
+    /// When what was broken worked again, as seen without the service.
+    pub at: Instant,
+    /// Visits that others than the ledger's clients have made meanwhile.
+    pub unknown: usize,
+}
+
+const fn fault(name: &'static str, harm: Harm, kind: Kind) -> Fault {
+    Fault { name, harm, kind }
+}
+
+/// All faults, in the report's order.
+pub const ALL: [Fault; 32] = {
+    use Harm::{Count, Nothing, Visits};
+    use Kind as K;
+    use Store::{Postgres, Redis};
+    [
+        fault("postgres killed", Visits, K::Kill(Postgres)),
+        fault("redis killed", Count, K::Kill(Redis)),
+        fault("service killed", Visits, K::KillService),
+        fault("postgres paused", Visits, K::Pause(Postgres)),
+        fault("redis paused", Count, K::Pause(Redis)),
+        fault(
+            "postgres, open connections silent",
+            Visits,
+            K::SilenceEstablished(Postgres),
+        ),
+        fault(
+            "redis, open connections silent",
+            Count,
+            K::SilenceEstablished(Redis),
+        ),
+        fault("postgres refuses connections", Visits, K::Refuse(Postgres)),
+        fault("redis refuses connections", Count, K::Refuse(Redis)),
+        fault(
+            "postgres, reset in mid-statement",
+            Visits,
+            K::Cut(Postgres, Cut::Statement),
+        ),
+        fault(
+            "postgres, reset before the reply",
+            Visits,
+            K::Cut(Postgres, Cut::Reply),
+        ),
+        fault(
+            "redis, reset in mid-command",
+            Count,
+            K::Cut(Redis, Cut::Statement),
+        ),
+        fault(
+            "redis, reset before the reply",
+            Count,
+            K::Cut(Redis, Cut::Reply),
+        ),
+        fault("postgres, 100 ms away", Nothing, K::Delay(Postgres)),
+        fault("redis, 100 ms away", Nothing, K::Delay(Redis)),
+        fault("postgres, 16 KiB/s", Nothing, K::Narrow(Postgres)),
+        fault("redis, 16 KiB/s", Nothing, K::Narrow(Redis)),
+        fault("postgres, connections used up", Visits, K::ConnectionsTaken),
+        fault("postgres read-only", Visits, K::ReadOnly),
+        fault("postgres, disk full", Visits, K::DiskFull),
+        fault("postgres restarts in a loop", Visits, K::RestartLoop),
+        fault("count's lock held", Visits, K::CountLocked),
+        fault("idle transaction with visits", Nothing, K::IdleTransaction),
+        fault("migration lock held", Visits, K::MigrationLocked),
+        fault("redis out of memory", Count, K::OutOfMemory),
+        fault("redis read-only", Count, K::Replica),
+        fault("redis, wrong password", Count, K::WrongPassword),
+        fault("redis, another type under the key", Count, K::WrongType),
+        fault("names do not resolve", Visits, K::NamesGone),
+        fault("collector silent", Nothing, K::CollectorSilent),
+        fault(
+            "five instances on an empty database",
+            Visits,
+            K::FiveInstances,
+        ),
+        fault("storm of disconnects", Nothing, K::Disconnects),
+    ]
+};
+
+/// Another session holds them for as long as it is open.
+const COUNT_LOCK: &str = "begin; select public.travar_contagem()";
+const MIGRATION_LOCK: &str = "select pg_advisory_lock(8532477865791419136)";
+const VISITS_BY_HAND: &str =
+    "begin; insert into visitas (data) select now() from generate_series(1, 1000)";
+
+const DELAY_EACH_WAY: Duration = Duration::from_millis(50);
+const NARROW: u32 = 16 * 1024;
+
+impl Fault {
+    /// What must be there for it.
+    #[must_use]
+    pub fn needs(&self) -> Needs {
+        let mut needs = Needs::default();
+        match self.kind {
+            Kind::SilenceEstablished(_)
+            | Kind::Refuse(_)
+            | Kind::Cut(..)
+            | Kind::Delay(_)
+            | Kind::Narrow(_) => needs.proxies = true,
+            Kind::ConnectionsTaken => needs.postgres = &[("max_connections", "16")],
+            Kind::DiskFull => {
+                needs.small_disk = true;
+                needs.postgres = &[("min_wal_size", "32MB"), ("max_wal_size", "48MB")];
+            }
+            Kind::WrongPassword => needs.password = true,
+            Kind::NamesGone => needs.names = true,
+            Kind::CollectorSilent => needs.collector = true,
+            _ => {}
+        }
+        needs
+    }
+
+    /// How many instances of the service there are.
+    #[must_use]
+    pub fn instances(&self) -> usize {
+        if self.kind == Kind::FiveInstances {
+            5
+        } else {
+            1
+        }
+    }
+
+    /// Whether it is there before the service first starts.
+    #[must_use]
+    pub fn comes_first(&self) -> bool {
+        matches!(self.kind, Kind::MigrationLocked | Kind::FiveInstances)
+    }
+
+    /// Whether it strikes in a moment, so that a repetition costs no longer than the recovery.
+    #[must_use]
+    pub fn is_a_kill(&self) -> bool {
+        matches!(self.kind, Kind::Kill(_) | Kind::KillService)
+    }
+
+    /// Whether the service is to get over it while it lasts.
+    #[must_use]
+    pub fn is_overcome(&self) -> bool {
+        matches!(self.kind, Kind::SilenceEstablished(_))
+    }
+
+    /// Whether the counter in Redis starts over.
+    #[must_use]
+    pub fn counter_starts_over(&self) -> bool {
+        self.kind == Kind::Kill(Store::Redis)
+    }
+
+    /// How soon visits are to be good again.
+    #[must_use]
+    pub fn recovery(&self) -> Duration {
+        match self.kind {
+            Kind::SilenceEstablished(_) => Duration::from_secs(2),
+            // The service itself starts, and migrates.
+            Kind::KillService | Kind::MigrationLocked | Kind::FiveInstances => {
+                Duration::from_secs(1)
+            }
+            _ => Duration::from_millis(250),
+        }
+    }
+
+    /// Breaks it.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be broken as described.
+    pub fn inject(&self, ground: &Ground, services: &mut [Service]) -> Result<Injected> {
+        let mut held = Held::Nothing;
+        match self.kind {
+            Kind::Kill(store) => ground.server(store).kill()?,
+            Kind::KillService => services[0].kill()?,
+            Kind::Pause(store) => ground.server(store).pause()?,
+            Kind::SilenceEstablished(store) => ground.way_to(store).silence_established(),
+            Kind::Refuse(store) => ground.way_to(store).refuse(),
+            Kind::Cut(store, cut) => change(ground, store, |rules| rules.cut = Some(cut)),
+            Kind::Delay(store) => change(ground, store, |rules| rules.delay = DELAY_EACH_WAY),
+            Kind::Narrow(store) => {
+                change(ground, store, |rules| rules.bytes_per_second = Some(NARROW));
+            }
+            Kind::ConnectionsTaken => held = Held::Sessions(take_connections(ground)?),
+            Kind::ReadOnly => set_read_only(ground, true)?,
+            Kind::DiskFull => ground.disk.as_ref().context("no disk")?.fill()?,
+            Kind::RestartLoop => held = Held::Restarting(Restarting::start(&ground.postgres)),
+            Kind::CountLocked => held = Held::Sessions(vec![ground.session(COUNT_LOCK)?]),
+            Kind::IdleTransaction => held = Held::Sessions(vec![ground.session(VISITS_BY_HAND)?]),
+            Kind::MigrationLocked => held = Held::Sessions(vec![ground.session(MIGRATION_LOCK)?]),
+            Kind::OutOfMemory => redis(ground, &["CONFIG SET maxmemory 1"])?,
+            Kind::Replica => redis(ground, &["REPLICAOF 127.0.0.1 1"])?,
+            Kind::WrongPassword => redis(
+                ground,
+                &[
+                    "CONFIG SET requirepass outra",
+                    "CLIENT KILL TYPE normal SKIPME yes",
+                ],
+            )?,
+            // Both in one, so that no visit comes in between.
+            Kind::WrongType => redis(
+                ground,
+                &["EVAL \"redis.call('RENAME', 'visitas_home', 'guardada') \
+                   return redis.call('LPUSH', 'visitas_home', 'x')\" 0"],
+            )?,
+            Kind::NamesGone => {
+                ground.names.as_ref().context("no names")?.take()?;
+                ground.end_sessions_of_the_service()?;
+            }
+            Kind::CollectorSilent => {
+                let way = &ground.way_to_collector;
+                way.change(|rules| rules.silent_below = u64::MAX);
+            }
+            Kind::FiveInstances => {}
+            Kind::Disconnects => held = Held::Storm(Storm::start(ground, services)),
+        }
+        Ok(Injected {
+            kind: self.kind,
+            held,
+        })
+    }
+}
+
+impl Injected {
+    /// Mends it.
+    ///
+    /// # Errors
+    ///
+    /// If that fails, or what was broken does not work again.
+    pub fn heal(self, ground: &Ground, services: &mut [Service]) -> Result<Healed> {
+        let mut unknown = 0;
+        // As most are mended: before it works again, not after.
+        let mut at = Instant::now();
+        match (self.kind, self.held) {
+            (Kind::Kill(store), _) => at = ground.start_again(store)?,
+            (Kind::KillService, _) => services[0].start()?,
+            (Kind::Pause(store), _) => ground.server(store).resume()?,
+            (
+                Kind::SilenceEstablished(store)
+                | Kind::Refuse(store)
+                | Kind::Cut(store, _)
+                | Kind::Delay(store)
+                | Kind::Narrow(store),
+                _,
+            ) => ground.way_to(store).clear()?,
+            (Kind::ReadOnly, _) => {
+                set_read_only(ground, false)?;
+                at = ground.postgres_answers()?;
+            }
+            (Kind::DiskFull, _) => {
+                ground.disk.as_ref().context("no disk")?.empty()?;
+                at = ground.revive_postgres()?;
+            }
+            (Kind::RestartLoop, Held::Restarting(restarting)) => {
+                restarting.stop()?;
+                at = ground.start_again(Store::Postgres)?;
+            }
+            (Kind::ConnectionsTaken, Held::Sessions(sessions)) => {
+                ground.end(sessions);
+                at = ground.postgres_answers()?;
+            }
+            (_, Held::Sessions(sessions)) => ground.end(sessions),
+            (Kind::OutOfMemory, _) => redis(ground, &["CONFIG SET maxmemory 0"])?,
+            (Kind::Replica, _) => redis(ground, &["REPLICAOF NO ONE"])?,
+            (Kind::WrongPassword, _) => {
+                let mut administrator = ground.administrator_with("outra")?;
+                administrator.say(&format!("CONFIG SET requirepass {REDIS_PASSWORD}"))?;
+            }
+            (Kind::WrongType, _) => redis(ground, &["RENAME guardada visitas_home"])?,
+            (Kind::NamesGone, _) => ground.names.as_ref().context("no names")?.give()?,
+            (Kind::CollectorSilent, _) => ground.way_to_collector.clear()?,
+            (Kind::Disconnects, Held::Storm(storm)) => unknown = storm.stop(ground),
+            _ => {}
+        }
+        Ok(Healed { at, unknown })
+    }
+}
+
+fn change(ground: &Ground, store: Store, change: impl FnOnce(&mut Rules)) {
+    ground.way_to(store).change(change);
+}
+
+fn redis(ground: &Ground, lines: &[&str]) -> Result<()> {
+    let mut administrator = ground.administrator()?;
+    lines
+        .iter()
+        .try_for_each(|line| administrator.say(line).map(drop))
+}
+
+/// For sessions that are open, too.
+fn set_read_only(ground: &Ground, on: bool) -> Result<()> {
+    let value = if on { "on" } else { "off" };
+    ground.sql(&format!(
+        "alter system set default_transaction_read_only = {value}"
+    ))?;
+    ground.sql("select pg_reload_conf()")?;
+    Ok(())
+}
+
+/// Takes every connection there is, the service's too.
+fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
+    const TRIES: usize = 50;
+    let end = "select count(pg_terminate_backend(pid)) from pg_stat_activity \
+               where application_name = 'visitas'";
+    let mut taken = vec![ground.session("select 1")?];
+    for _ in 0..TRIES {
+        while let Ok(session) = ground.session("select 1") {
+            taken.push(session);
+        }
+        let ended: i64 = ground
+            .runtime
+            .block_on(sqlx::query_scalar(end).fetch_one(&mut taken[0]))?;
+        if ended == 0 {
+            return Ok(taken);
+        }
+    }
+    bail!("the service keeps its connections")
+}
+
+/// A thread that restarts Postgres until it is told to stop, and leaves it stopped.
+struct Restarting {
+    going: Arc<AtomicBool>,
+    thread: JoinHandle<Result<()>>,
+}
+
+/// Long enough for some visits to be made.
+const BETWEEN_RESTARTS: Duration = Duration::from_millis(300);
+
+impl Restarting {
+    fn start(postgres: &Arc<Postgres>) -> Self {
+        let going = Arc::new(AtomicBool::new(true));
+        let (postgres, goes) = (Arc::clone(postgres), Arc::clone(&going));
+        let thread = std::thread::spawn(move || {
+            loop {
+                postgres.stop()?;
+                if !goes.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                postgres.start_again()?;
+                std::thread::sleep(BETWEEN_RESTARTS);
+            }
+        });
+        Self { going, thread }
+    }
+
+    fn stop(self) -> Result<()> {
+        self.going.store(false, Ordering::Relaxed);
+        self.thread.join().ok().context("the thread panicked")?
+    }
+}
+
+/// Clients that ask for a visit and leave, at any moment.
+struct Storm {
+    going: Arc<AtomicBool>,
+    asked: Arc<AtomicUsize>,
+    clients: Vec<tokio::task::JoinHandle<()>>,
+}
+
+const STORM_CLIENTS: usize = 32;
+const LONGEST_STAY: Duration = Duration::from_millis(6);
+
+impl Storm {
+    fn start(ground: &Ground, services: &[Service]) -> Self {
+        let going = Arc::new(AtomicBool::new(true));
+        let asked = Arc::new(AtomicUsize::new(0));
+        let address = services[0].address;
+        let clients = (0..STORM_CLIENTS).map(|client| {
+            let (going, asked) = (Arc::clone(&going), Arc::clone(&asked));
+            ground.runtime.spawn(async move {
+                while going.load(Ordering::Relaxed) {
+                    if let Ok(mut stream) = TcpStream::connect(address).await {
+                        asked.fetch_add(1, Ordering::Relaxed);
+                        let request = b"GET / HTTP/1.1\r\nhost: chaos\r\n\r\n";
+                        stream.write_all(request).await.ok();
+                        tokio::time::sleep(LONGEST_STAY.mul_f64(chance::fraction())).await;
+                        if client % 2 == 0 {
+                            // A reset instead of a goodbye.
+                            stream.set_zero_linger().ok();
+                        }
+                    }
+                    tokio::time::sleep(LONGEST_STAY.mul_f64(chance::fraction())).await;
+                }
+            })
+        });
+        Self {
+            clients: clients.collect(),
+            going,
+            asked,
+        }
+    }
+
+    /// How many visits were asked for.
+    fn stop(self, ground: &Ground) -> usize {
+        self.going.store(false, Ordering::Relaxed);
+        for client in self.clients {
+            ground.runtime.block_on(client).ok();
+        }
+        self.asked.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique() {
+        let names: std::collections::HashSet<_> = ALL.iter().map(|fault| fault.name).collect();
+        assert_eq!(names.len(), ALL.len());
+    }
+}

@@ -1,0 +1,108 @@
+//! Clients that visit until they are stopped, and every visit of theirs.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
+
+use crate::visitor::{Visit, Visitor};
+
+/// Clients under way. Each makes its next visit shortly after the one before.
+pub struct Ledger {
+    visits: Arc<Mutex<Vec<Visit>>>,
+    going: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<()>>,
+    runtime: Handle,
+}
+
+/// Enough that a batch is on its way at almost any moment.
+const CLIENTS: usize = 16;
+
+/// Between two visits of a client: the machine is to have time for what breaks.
+const PAUSE: Duration = Duration::from_millis(1);
+/// The same after a refusal, which is quick: asking again at once would only heat the machine.
+const PAUSE_AFTER_REFUSAL: Duration = Duration::from_millis(5);
+
+impl Ledger {
+    /// Starts clients, who take turns among the addresses.
+    #[must_use]
+    pub fn start(runtime: &Handle, addresses: &[SocketAddr]) -> Self {
+        let visits = Arc::new(Mutex::new(Vec::new()));
+        let going = Arc::new(AtomicBool::new(true));
+        let clients = addresses.iter().cycle().take(CLIENTS).map(|&address| {
+            let visits = Arc::clone(&visits);
+            let going = Arc::clone(&going);
+            runtime.spawn(async move {
+                let mut visitor = Visitor::of(address);
+                while going.load(Ordering::Relaxed) {
+                    let visit = visitor.visit().await;
+                    lock(&visits).push(visit);
+                    let answered = visit.total().is_some();
+                    tokio::time::sleep(if answered { PAUSE } else { PAUSE_AFTER_REFUSAL }).await;
+                }
+            })
+        });
+        Self {
+            clients: clients.collect(),
+            visits,
+            going,
+            runtime: runtime.clone(),
+        }
+    }
+
+    /// How many visits have been made.
+    #[must_use]
+    pub fn made(&self) -> usize {
+        lock(&self.visits).len()
+    }
+
+    /// Waits for a visit, of those made after the first `from`, that is as wanted; nothing if none
+    /// is soon enough.
+    #[must_use]
+    pub fn find(
+        &self,
+        from: usize,
+        patience: Duration,
+        wanted: impl Fn(&Visit) -> bool,
+    ) -> Option<Visit> {
+        let deadline = Instant::now() + patience;
+        let mut seen = from;
+        loop {
+            {
+                let visits = lock(&self.visits);
+                if let Some(visit) = visits[seen..].iter().find(|visit| wanted(visit)) {
+                    return Some(*visit);
+                }
+                seen = visits.len();
+            }
+            if Instant::now() > deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Lets every client finish its last visit and returns all of them, in the order of their ends.
+    #[must_use]
+    pub fn stop(mut self) -> Vec<Visit> {
+        self.going.store(false, Ordering::Relaxed);
+        for client in std::mem::take(&mut self.clients) {
+            // A client does not panic; what it had written down before is there in any case.
+            self.runtime.block_on(client).ok();
+        }
+        std::mem::take(&mut lock(&self.visits))
+    }
+}
+
+impl Drop for Ledger {
+    fn drop(&mut self) {
+        self.going.store(false, Ordering::Relaxed);
+    }
+}
+
+fn lock(visits: &Mutex<Vec<Visit>>) -> MutexGuard<'_, Vec<Visit>> {
+    visits.lock().unwrap_or_else(PoisonError::into_inner)
+}

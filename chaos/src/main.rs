@@ -1,0 +1,180 @@
+//! The command line of chaos.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use bench::machine;
+use bench::report::{Section, document};
+use chaos::fault;
+use chaos::report::{self, Tried};
+use chaos::trial::Effort;
+use clap::{Arg, ArgMatches, Command, value_parser};
+
+/// Where the report is kept.
+const REPORT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/faults.md");
+
+/// How to read it.
+const METHOD: &str = "\nSixteen clients visit all the time and write down what they are told; after each fault every \
+     number that was acknowledged is looked for in the table, in a row of its own whose moment lies \
+     between the visit's beginning and its answer. A visit is *in doubt* if its client got no answer, \
+     or if the service counted it so. *First error* is from the fault's beginning; *recovery* from the \
+     moment when what was broken works again, as seen without the service, to the first visit that \
+     both stores have counted (for connections that fall silent, which the service has to get over by \
+     itself, from the beginning); where several times are given it is their median (lowest – \
+     highest). Then the service is asked to stop in the midst of the same fault: *stop* is how long \
+     that took.\n";
+
+/// Long enough for every deadline to have passed several times.
+const HOLD: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_secs(30);
+const STEP: Duration = Duration::from_secs(5);
+const IDLE_CONNECTIONS: usize = 10_000;
+const FACTORS: [f64; 3] = [2.0, 5.0, 10.0];
+
+fn main() -> ExitCode {
+    let matches = command().get_matches();
+    match run(&matches) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("chaos: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn command() -> Command {
+    let number = |name: &'static str, default: &'static str, help: &'static str| {
+        Arg::new(name)
+            .long(name)
+            .default_value(default)
+            .value_parser(value_parser!(u64).range(1..=1000))
+            .help(help)
+    };
+    let only = Arg::new("only")
+        .long("only")
+        .help("Nothing but the faults whose name contains this; writes no report");
+    Command::new("chaos")
+        .about("Breaks what the service stands on. Exit status 1: a goal is not met")
+        .subcommand_required(true)
+        .subcommand(
+            Command::new("all")
+                .about("Tries everything and writes docs/faults.md")
+                .arg(number(
+                    "repeat",
+                    "1",
+                    "How often a fault that lasts strikes",
+                ))
+                .arg(number("kills", "10", "How often a kill strikes"))
+                .arg(only.clone()),
+        )
+        .subcommand(
+            Command::new("short")
+                .about("Tries each fault once, shortened, and prints what came of it")
+                .arg(only),
+        )
+        .subcommand(
+            Command::new("long")
+                .about("Kills each part at random moments and prints what came of it")
+                .arg(number("kills", "100", "How often")),
+        )
+        .subcommand(Command::new("list").about("Names the faults"))
+}
+
+fn run(matches: &ArgMatches) -> Result<bool> {
+    let (name, matches) = matches.subcommand().context("no subcommand")?;
+    let number = |name: &str| -> Result<usize> {
+        let number = matches.get_one::<u64>(name).context("it has a default")?;
+        Ok(usize::try_from(*number)?)
+    };
+    match name {
+        "all" => {
+            let effort = Effort {
+                repetitions: number("repeat")?,
+                kills: number("kills")?,
+                hold: HOLD,
+                pause: PAUSE,
+                stop: true,
+            };
+            let only = matches.get_one::<String>("only").map(String::as_str);
+            let tried = faults(only, effort)?;
+            let mut sections = vec![report::faults(&tried)];
+            if only.is_some() {
+                return publish(&sections, None);
+            }
+            eprintln!("chaos: overload");
+            sections.push(report::overload(&chaos::overload::run(&FACTORS, STEP)?));
+            eprintln!("chaos: hostile clients");
+            sections.push(report::hostile(&chaos::hostile::run(
+                STEP,
+                IDLE_CONNECTIONS,
+            )?));
+            eprintln!("chaos: bounds");
+            sections.push(report::bounds(&chaos::bounds::run()?));
+            publish(&sections, Some(REPORT))
+        }
+        "short" => {
+            let only = matches.get_one::<String>("only").map(String::as_str);
+            publish(&[report::faults(&faults(only, chaos::SHORT)?)], None)
+        }
+        "long" => {
+            let effort = Effort {
+                kills: number("kills")?,
+                ..chaos::SHORT
+            };
+            publish(&[report::faults(&faults(Some("killed"), effort)?)], None)
+        }
+        _ => {
+            for fault in fault::ALL {
+                println!("{}", fault.name);
+            }
+            Ok(true)
+        }
+    }
+}
+
+fn faults(only: Option<&str>, effort: Effort) -> Result<Vec<Tried>> {
+    let tried = chaos::faults(only, effort, |tried| match tried {
+        Tried::Skipped(name, why) => eprintln!("chaos: {name}: SKIPPED: {why}"),
+        Tried::Failed(name, why) => eprintln!("chaos: {name}: could not be tried: {why}"),
+        Tried::Ran(trial) => {
+            let verdict = trial.verdict;
+            eprintln!(
+                "chaos: {}: {} acknowledged, {} lost, {} duplicated, {} in doubt, recovery {:?}",
+                trial.fault.name,
+                verdict.acknowledged,
+                verdict.lost,
+                verdict.duplicated,
+                verdict.in_doubt,
+                trial.recoveries
+            );
+            for complaint in &trial.complaints {
+                eprintln!("chaos: {}: {complaint}", trial.fault.name);
+            }
+        }
+    });
+    ensure!(!tried.is_empty(), "no fault has such a name");
+    Ok(tried)
+}
+
+/// Prints and writes, and says whether all goals are met.
+fn publish(sections: &[Section], file: Option<&str>) -> Result<bool> {
+    let mut head = String::new();
+    if let Some(file) = file {
+        let postgres = devstack::Postgres::start(devstack::PostgresOptions::default())?;
+        let load = "sixteen clients of this program";
+        head = machine::describe(&postgres, "make chaos", load)? + METHOD;
+        let folder = Path::new(file).parent().context("no folder")?;
+        std::fs::create_dir_all(folder)?;
+    }
+    let document = document("What was broken", &head, sections);
+    print!("{document}");
+    if let Some(file) = file {
+        std::fs::write(file, &document)?;
+        eprintln!("chaos: written to {file}");
+    }
+    let mut goals = sections.iter().flat_map(|section| &section.goals);
+    Ok(goals.all(bench::report::Goal::is_met))
+}

@@ -1,0 +1,397 @@
+//! The report: what came of every fault, of overload and of hostile clients, beside the goals.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use bench::measure::{Spread, grouped, milliseconds, ratio};
+use bench::report::{Goal, Section, table};
+
+use crate::bounds::{Bounds, CONNECTIONS, MAX_CONNECTIONS, POOLED};
+use crate::hostile::Hostile;
+use crate::overload::{CAPACITY, Overload};
+use crate::trial::{LONGEST_ANSWER, LONGEST_STOP, Trial};
+
+/// A fault, whether it could be tried here or not.
+#[derive(Clone, Debug)]
+pub enum Tried {
+    /// What came of it.
+    Ran(Box<Trial>),
+    /// Its name, and why this machine does not allow it.
+    Skipped(&'static str, String),
+    /// Its name, and why it could not be tried although the machine allows it.
+    Failed(&'static str, String),
+}
+
+/// A store may be this much slower to refuse than a visitor should notice.
+const REFUSAL: Duration = Duration::from_millis(5);
+/// What an overloaded service answers well, it answers within this.
+const ACCEPTED: Duration = Duration::from_millis(250);
+/// A crowd may cost so much memory, in mebibytes.
+const MEMORY: f64 = 64.0;
+/// In kibibytes; what one that has been used is known to take is 15.
+const MEMORY_PER_CONNECTION: f64 = 24.0;
+/// Sessions of the pool.
+const SESSIONS: f64 = 4.0;
+
+/// Of every fault.
+#[must_use]
+pub fn faults(tried: &[Tried]) -> Section {
+    let trials: Vec<_> = tried
+        .iter()
+        .filter_map(|tried| match tried {
+            Tried::Ran(trial) => Some(&**trial),
+            Tried::Skipped(..) | Tried::Failed(..) => None,
+        })
+        .collect();
+    let mut text = table(
+        &[
+            "fault",
+            "times",
+            "acknowledged",
+            "lost",
+            "duplicated",
+            "in doubt",
+            "first error",
+            "recovery",
+            "worst good answer",
+            "longest answer",
+            "stop",
+        ],
+        trials.iter().map(|trial| {
+            [
+                trial.fault.name.to_owned(),
+                trial.repetitions.to_string(),
+                count(trial.verdict.acknowledged),
+                count(trial.verdict.lost),
+                count(trial.verdict.duplicated),
+                count(trial.verdict.in_doubt),
+                spread(&trial.first_errors),
+                spread(&trial.recoveries),
+                milliseconds(trial.worst_good.as_secs_f64()),
+                milliseconds(trial.longest.as_secs_f64()),
+                trial
+                    .stopped_in
+                    .map_or_else(|| "–".to_owned(), |took| milliseconds(took.as_secs_f64())),
+            ]
+        }),
+    );
+    for tried in tried {
+        match tried {
+            Tried::Skipped(name, why) => write!(text, "\nSKIPPED: {name}: {why}.\n"),
+            Tried::Failed(name, why) => write!(text, "\n**{name}** could not be tried: {why}.\n"),
+            Tried::Ran(trial) => trial.complaints.iter().try_for_each(|complaint| {
+                write!(text, "\n**{}**: {complaint}.\n", trial.fault.name)
+            }),
+        }
+        .expect("a string takes all");
+    }
+    Section {
+        title: "Faults",
+        text,
+        goals: goals_of_faults(tried, &trials),
+    }
+}
+
+fn goals_of_faults(tried: &[Tried], trials: &[&Trial]) -> Vec<Goal> {
+    let failed = tried
+        .iter()
+        .filter(|tried| matches!(tried, Tried::Failed(..)))
+        .count();
+    let sum = |figure: fn(&Trial) -> usize| {
+        let sum: usize = trials.iter().map(|trial| figure(trial)).sum();
+        sum as f64
+    };
+    let longest = |figure: fn(&Trial) -> Duration| {
+        let longest = trials.iter().map(|trial| figure(trial)).max();
+        longest.unwrap_or_default().as_secs_f64()
+    };
+    let mut goals = vec![
+        Goal::at_most(
+            "acknowledged and lost",
+            0.0,
+            sum(|trial| trial.verdict.lost),
+            number,
+        ),
+        Goal::at_most(
+            "duplicated",
+            0.0,
+            sum(|trial| trial.verdict.duplicated),
+            number,
+        ),
+        Goal::at_most(
+            "longest wait for an answer",
+            LONGEST_ANSWER.as_secs_f64(),
+            longest(|trial| trial.longest),
+            milliseconds,
+        ),
+        Goal::at_most(
+            "longest stop",
+            LONGEST_STOP.as_secs_f64(),
+            longest(|trial| trial.stopped_in.unwrap_or_default()),
+            milliseconds,
+        ),
+        Goal::at_most(
+            "what must not be",
+            0.0,
+            sum(|trial| trial.complaints.len()) + failed as f64,
+            number,
+        ),
+    ];
+    let mut limits: Vec<_> = trials.iter().map(|trial| trial.fault.recovery()).collect();
+    limits.sort_unstable();
+    limits.dedup();
+    for limit in limits {
+        let same = trials
+            .iter()
+            .filter(|trial| trial.fault.recovery() == limit);
+        let worst = same
+            .flat_map(|trial| {
+                trial
+                    .recoveries
+                    .iter()
+                    .map(|&recovery| (recovery, trial.fault.name))
+            })
+            .max_by(|one, other| one.0.total_cmp(&other.0));
+        if let Some((worst, name)) = worst {
+            let what = format!("longest recovery ({name})");
+            goals.push(Goal::at_most(
+                &what,
+                limit.as_secs_f64(),
+                worst,
+                milliseconds,
+            ));
+        }
+    }
+    goals
+}
+
+/// Of overload.
+#[must_use]
+pub fn overload(overload: &Overload) -> Section {
+    let text = format!(
+        "As many as can be recorded: {} a second, with {CAPACITY} that may wait and Postgres 20 ms \
+         away. Refusals are timed from when they were asked for, visits from when they were due.\n\n{}\n\
+         Before: a visit at a time takes {} at worst. In the second after: {}.\n",
+        grouped(overload.peak),
+        table(
+            &[
+                "visits that come",
+                "a second",
+                "recorded a second",
+                "of the peak",
+                "p99 of a refusal",
+                "p99 of a visit",
+                "waiting at most",
+                "broken",
+            ],
+            overload.steps.iter().map(|step| {
+                [
+                    format!("{} times the peak", step.factor),
+                    grouped(step.offered),
+                    grouped(step.goodput),
+                    ratio(step.goodput / overload.peak),
+                    milliseconds(step.refusal_p99.as_secs_f64()),
+                    milliseconds(step.accepted_p99.as_secs_f64()),
+                    grouped(step.deepest),
+                    count(step.broken),
+                ]
+            }),
+        ),
+        milliseconds(overload.normal.as_secs_f64()),
+        milliseconds(overload.aftermath.as_secs_f64()),
+    );
+    let steps = || overload.steps.iter();
+    let lowest = Spread::of(steps().map(|step| step.goodput / overload.peak)).min;
+    let longest = |figure: fn(&crate::overload::Step) -> Duration| {
+        steps().map(figure).max().unwrap_or_default().as_secs_f64()
+    };
+    let (before, most) = overload.memory;
+    let memory = before
+        .zip(most)
+        .map_or(f64::NAN, |(before, most)| most.0 - before.0);
+    let broken: usize = steps().map(|step| step.broken).sum();
+    Section {
+        title: "Overload",
+        text,
+        goals: vec![
+            Goal::at_least("overload: recorded, of the peak", 0.9, Spread::of([lowest])),
+            Goal::at_most(
+                "overload: p99 of a refusal",
+                REFUSAL.as_secs_f64(),
+                longest(|step| step.refusal_p99),
+                milliseconds,
+            ),
+            Goal::at_most(
+                "overload: p99 of a visit",
+                ACCEPTED.as_secs_f64(),
+                longest(|step| step.accepted_p99),
+                milliseconds,
+            ),
+            Goal::at_most(
+                "overload: visits that wait",
+                CAPACITY as f64,
+                Spread::of(steps().map(|step| step.deepest)).max,
+                number,
+            ),
+            Goal::at_most("overload: memory", MEMORY, memory, mebibytes),
+            Goal::at_most("overload: broken visits", 0.0, broken as f64, number),
+            Goal::at_most(
+                "overload: recovery",
+                0.25,
+                overload
+                    .recovery
+                    .map_or(f64::NAN, |took| took.as_secs_f64()),
+                milliseconds,
+            ),
+        ],
+    }
+}
+
+/// Of hostile clients.
+#[must_use]
+pub fn hostile(hostile: &Hostile) -> Section {
+    let mut text = table(
+        &[
+            "clients",
+            "how many",
+            "p99 before",
+            "p99 beside them",
+            "answered",
+            "worst probe",
+            "failed probes",
+            "their answers",
+        ],
+        hostile.damages.iter().map(|damage| {
+            let answers = damage.answers.iter();
+            let answers: Vec<_> = answers
+                .map(|(status, times)| format!("{status} × {}", count(*times)))
+                .collect();
+            [
+                format!("{:?}", damage.attack),
+                count(damage.clients),
+                milliseconds(damage.normal_p99),
+                milliseconds(damage.p99),
+                ratio(damage.answered),
+                milliseconds(damage.probe.as_secs_f64()),
+                count(damage.failed_probes),
+                answers.join(", "),
+            ]
+        }),
+    );
+    for complaint in &hostile.complaints {
+        write!(text, "\n**{complaint}**\n").expect("a string takes all");
+    }
+    let worst = hostile
+        .damages
+        .iter()
+        .map(|damage| (damage.p99 / damage.normal_p99, damage.attack))
+        .max_by(|one, other| one.0.total_cmp(&other.0));
+    let failed: usize = hostile
+        .damages
+        .iter()
+        .map(|damage| damage.failed_probes)
+        .sum();
+    let mut goals = vec![
+        Goal::at_most("hostile clients: failed probes", 0.0, failed as f64, number),
+        Goal::at_most(
+            "hostile clients: what must not be",
+            0.0,
+            hostile.complaints.len() as f64,
+            number,
+        ),
+    ];
+    if let Some((worst, attack)) = worst {
+        let what = format!("hostile clients: p99 of others, of what it was before ({attack:?})");
+        goals.push(Goal::at_most(&what, 2.0, worst, ratio));
+    }
+    Section {
+        title: "Hostile clients",
+        text,
+        goals,
+    }
+}
+
+/// Of what the service takes.
+#[must_use]
+pub fn bounds(bounds: &Bounds) -> Section {
+    let with = |connections| (bounds.idle_files + POOLED + connections) as f64;
+    let rows = [
+        ("file descriptors, idle", count(bounds.idle_files)),
+        ("with 1 000 connections", count(bounds.busy_files)),
+        ("once they are gone", count(bounds.left_files)),
+        (
+            "where 100 connections may be and 150 come",
+            count(bounds.capped_files),
+        ),
+        (
+            "memory of a connection that has been used",
+            kibibytes(bounds.memory_per_connection),
+        ),
+        ("sessions with Postgres under load", count(bounds.sessions)),
+    ];
+    Section {
+        title: "Bounds",
+        text: table(
+            &["", "measured"],
+            rows.map(|(what, figure)| [what.to_owned(), figure]),
+        ),
+        goals: vec![
+            Goal::at_most(
+                "descriptors with 1 000 connections",
+                with(CONNECTIONS),
+                bounds.busy_files as f64,
+                number,
+            ),
+            Goal::at_most(
+                "descriptors where 100 connections may be",
+                with(MAX_CONNECTIONS),
+                bounds.capped_files as f64,
+                number,
+            ),
+            Goal::at_most(
+                "descriptors once all are gone",
+                with(0),
+                bounds.left_files as f64,
+                number,
+            ),
+            Goal::at_most(
+                "memory of a connection",
+                MEMORY_PER_CONNECTION,
+                bounds.memory_per_connection,
+                kibibytes,
+            ),
+            Goal::at_most(
+                "sessions with Postgres",
+                SESSIONS,
+                bounds.sessions as f64,
+                number,
+            ),
+        ],
+    }
+}
+
+fn count(number: usize) -> String {
+    grouped(number as f64)
+}
+
+/// In whole numbers.
+fn number(number: f64) -> String {
+    grouped(number.round())
+}
+
+fn mebibytes(number: f64) -> String {
+    format!("{number:.1} MiB")
+}
+
+fn kibibytes(number: f64) -> String {
+    format!("{number:.1} KiB")
+}
+
+/// Of seconds.
+fn spread(seconds: &[f64]) -> String {
+    match seconds {
+        [] => "–".to_owned(),
+        [one] => milliseconds(*one),
+        several => Spread::of(several.iter().copied()).written(milliseconds),
+    }
+}

@@ -1,0 +1,366 @@
+//! One fault: load, the fault, its end, how soon visits are good again, a stop in the midst of it,
+//! and what became of what had been acknowledged.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use bench::client;
+
+use crate::chance;
+use crate::fault::{Fault, Harm, Healed, Kind};
+use crate::ground::{Ground, obstacle};
+use crate::ledger::Ledger;
+use crate::service::Service;
+use crate::verdict::{Doubt, Verdict, verdict};
+use crate::visitor::{Outcome, Visit};
+
+/// How long and how often.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Of a fault that lasts.
+    pub repetitions: usize,
+    /// Of a kill.
+    pub kills: usize,
+    /// How long a fault lasts.
+    pub hold: Duration,
+    /// How long a paused store stands still.
+    pub pause: Duration,
+    /// Whether the service is asked to stop during the fault, too.
+    pub stop: bool,
+}
+
+/// What came of a fault.
+#[derive(Clone, Debug)]
+pub struct Trial {
+    /// Which it was.
+    pub fault: Fault,
+    /// How often it struck.
+    pub repetitions: usize,
+    /// The table beside the clients' numbers.
+    pub verdict: Verdict,
+    /// Visits that were answered 503.
+    pub refused: usize,
+    /// From each strike to the first visit that was not good, in seconds; none where there was none.
+    pub first_errors: Vec<f64>,
+    /// From when it worked again to the first good visit, in seconds, where there had been an error.
+    pub recoveries: Vec<f64>,
+    /// The worst latency of a visit that was acknowledged.
+    pub worst_good: Duration,
+    /// The worst latency of any answer.
+    pub longest: Duration,
+    /// How long the service took to stop in the midst of it.
+    pub stopped_in: Option<Duration>,
+    /// What must not be.
+    pub complaints: Vec<String>,
+}
+
+/// `VISIT_TIMEOUT` and a tenth: nobody waits longer.
+pub const LONGEST_ANSWER: Duration = Duration::from_millis(2200);
+/// `SHUTDOWN_TIMEOUT` and a tenth.
+pub const LONGEST_STOP: Duration = Duration::from_secs(11);
+
+/// Visits that are made before anything breaks.
+const WARM: usize = 200;
+/// When to give up on good visits.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// What happens shortly after a recovery belongs to it.
+const AFTERMATH: Duration = Duration::from_millis(300);
+/// What is to be overcome lasts longer than it may take.
+const OVERCOME: Duration = Duration::from_secs(3);
+/// A strike comes within this, at a moment that nobody has chosen.
+const SOME_MOMENT: Duration = Duration::from_millis(60);
+
+/// A fault that is being tried.
+struct Attempt<'a> {
+    fault: &'a Fault,
+    ground: &'a Ground,
+    services: Vec<Service>,
+    ledger: Ledger,
+    /// Visits of others.
+    unknown: usize,
+    stop: Option<Stop>,
+    first_errors: Vec<f64>,
+    recoveries: Vec<f64>,
+    complaints: Vec<String>,
+}
+
+/// A stop in the midst of a fault.
+#[derive(Clone, Copy, Debug)]
+struct Stop {
+    asked: Instant,
+    ended: Instant,
+}
+
+/// Why it cannot be tried here, if it cannot.
+#[must_use]
+pub fn hindrance(fault: &Fault) -> Option<String> {
+    obstacle(fault.needs())
+}
+
+/// Tries a fault.
+///
+/// # Errors
+///
+/// If it cannot be tried; what is wrong with the service is no error, but in the trial.
+pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
+    let ground = Ground::start(fault.needs())?;
+    let services = (0..fault.instances())
+        .map(|_| Service::new(&ground))
+        .collect::<Result<Vec<_>>>()?;
+    let mut repetitions = if fault.is_a_kill() {
+        effort.kills
+    } else {
+        effort.repetitions
+    };
+    let mut attempt = if fault.comes_first() {
+        repetitions = 1;
+        Attempt::broken(fault, &ground, services, effort)?
+    } else {
+        let mut attempt = Attempt::whole(fault, &ground, services)?;
+        for _ in 0..repetitions {
+            attempt.strike(effort)?;
+        }
+        attempt
+    };
+    if effort.stop && fault.kind != Kind::KillService {
+        attempt.stop_in_its_midst()?;
+    }
+    attempt.judge(repetitions)
+}
+
+impl<'a> Attempt<'a> {
+    /// Everything works, and visits are made.
+    fn whole(fault: &'a Fault, ground: &'a Ground, mut services: Vec<Service>) -> Result<Self> {
+        for service in &mut services {
+            service.start()?;
+            service.until_ready()?;
+        }
+        let attempt = Self::of(fault, ground, services);
+        let deadline = Instant::now() + PATIENCE;
+        while attempt.ledger.made() < WARM && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(attempt)
+    }
+
+    /// The service starts while the fault is there already.
+    fn broken(
+        fault: &'a Fault,
+        ground: &'a Ground,
+        mut services: Vec<Service>,
+        effort: Effort,
+    ) -> Result<Self> {
+        let injected = fault.inject(ground, &mut services)?;
+        let began = Instant::now();
+        for service in &mut services {
+            service.start()?;
+        }
+        let mut attempt = Self::of(fault, ground, services);
+        if fault.kind == Kind::MigrationLocked {
+            std::thread::sleep(effort.hold);
+            let healed = injected.heal(ground, &mut attempt.services)?;
+            attempt.recover(0, began, healed.at);
+        } else {
+            for service in &mut attempt.services {
+                service.until_ready()?;
+            }
+            let ready = Instant::now();
+            attempt.recoveries.push((ready - began).as_secs_f64());
+            attempt.see_to_the_aftermath(0, ready);
+        }
+        Ok(attempt)
+    }
+
+    fn of(fault: &'a Fault, ground: &'a Ground, services: Vec<Service>) -> Self {
+        let addresses: Vec<_> = services.iter().map(|service| service.address).collect();
+        Self {
+            fault,
+            ground,
+            services,
+            ledger: Ledger::start(ground.runtime.handle(), &addresses),
+            unknown: 0,
+            stop: None,
+            first_errors: Vec::new(),
+            recoveries: Vec::new(),
+            complaints: Vec::new(),
+        }
+    }
+
+    /// One repetition.
+    fn strike(&mut self, effort: Effort) -> Result<()> {
+        let from = self.ledger.made();
+        std::thread::sleep(SOME_MOMENT.mul_f64(chance::fraction()));
+        let began = Instant::now();
+        let injected = self.fault.inject(self.ground, &mut self.services)?;
+        let hold = match self.fault.kind {
+            Kind::Pause(_) => effort.pause,
+            // What is killed many times is away for a moment only.
+            _ if self.fault.is_a_kill() && effort.kills > 1 => effort.hold.min(AFTERMATH),
+            _ if self.fault.is_overcome() => effort.hold.max(OVERCOME),
+            _ => effort.hold,
+        };
+        std::thread::sleep(hold);
+        let Healed { at, unknown } = injected.heal(self.ground, &mut self.services)?;
+        self.unknown += unknown;
+        self.recover(
+            from,
+            began,
+            if self.fault.is_overcome() { began } else { at },
+        );
+        Ok(())
+    }
+
+    /// Waits for the first good visit after `due`, and looks whether it stays at that.
+    fn recover(&mut self, from: usize, began: Instant, due: Instant) {
+        let broken = |visit: &Visit| !visit.is_good() && visit.answered() > began;
+        let first_error = self.ledger.find(from, Duration::ZERO, broken);
+        let since = first_error.map_or(due, |error| error.answered().max(due));
+        let good = self.ledger.find(from, PATIENCE, |visit| {
+            visit.is_good() && visit.answered() > since
+        });
+        let Some(good) = good else {
+            self.complain(format!("no good visit within {PATIENCE:?}"));
+            return;
+        };
+        if let Some(error) = first_error {
+            self.first_errors
+                .push((error.answered() - began).as_secs_f64());
+            self.recoveries.push((good.answered() - due).as_secs_f64());
+        }
+        self.see_to_the_aftermath(from, good.answered());
+    }
+
+    /// After `recovered` visits are to stay good.
+    fn see_to_the_aftermath(&mut self, from: usize, recovered: Instant) {
+        std::thread::sleep(AFTERMATH);
+        let relapse = self.ledger.find(from, Duration::ZERO, |visit| {
+            !visit.is_good() && visit.sent > recovered
+        });
+        if let Some(relapse) = relapse {
+            self.complain(format!(
+                "a visit {:?} after the recovery came to {:?}",
+                relapse.sent - recovered,
+                relapse.outcome
+            ));
+        }
+    }
+
+    /// Asks the service to stop while the fault is there, and starts it again after it.
+    fn stop_in_its_midst(&mut self) -> Result<()> {
+        let from = self.ledger.made();
+        let injected = self.fault.inject(self.ground, &mut self.services)?;
+        std::thread::sleep(AFTERMATH);
+        let asked = Instant::now();
+        self.services[0].terminate()?;
+        let ended = self.services[0].ended_within(LONGEST_STOP + Duration::from_secs(1))?;
+        let took = asked.elapsed();
+        match ended {
+            None => self.complain("it did not stop, and was killed".to_owned()),
+            Some(false) => self.complain("it stopped with a failure".to_owned()),
+            Some(true) if took > LONGEST_STOP => self.complain(format!("it stopped in {took:?}")),
+            Some(true) => {}
+        }
+        self.unknown += injected.heal(self.ground, &mut self.services)?.unknown;
+        self.services[0].start()?;
+        let started = Instant::now();
+        let good = self.ledger.find(from, PATIENCE, |visit| {
+            visit.is_good() && visit.sent > started
+        });
+        if good.is_none() {
+            self.complain(format!("no good visit within {PATIENCE:?} after a stop"));
+        }
+        self.stop = Some(Stop {
+            asked,
+            ended: asked + took,
+        });
+        Ok(())
+    }
+
+    /// Ends the load and compares.
+    fn judge(self, repetitions: usize) -> Result<Trial> {
+        let addresses: Vec<_> = self
+            .services
+            .iter()
+            .map(|service| service.address)
+            .collect();
+        let visits = self.ledger.stop();
+        let mut complaints = self.complaints;
+        let mut doubt = Doubt {
+            counted: self.services.iter().map(Service::in_doubt).sum(),
+            unknown: self.unknown,
+        };
+        if let Some(stop) = self.stop {
+            // Nobody can be asked any more which of these were in doubt.
+            let refused = |visit: &&Visit| {
+                visit.outcome == Outcome::Refused
+                    && (stop.asked..=stop.ended).contains(&visit.answered())
+            };
+            doubt.unknown += visits.iter().filter(refused).count();
+        }
+        // One more visit, alone: its number is that of the rows.
+        let further = client::numbers(addresses[0]);
+        let mut moments = self.ground.moments()?;
+        match further {
+            Ok((total, _)) => {
+                let rows = moments.len();
+                if usize::try_from(total).ok() != Some(rows) {
+                    complaints.push(format!("the service says {total} where {rows} rows are"));
+                }
+                moments.pop();
+            }
+            Err(error) => complaints.push(format!("a visit after it all: {error:#}")),
+        }
+        let found = verdict(&visits, &moments, doubt, self.fault.counter_starts_over());
+
+        let before_the_stop =
+            |visit: &&Visit| self.stop.is_none_or(|stop| visit.answered() < stop.asked);
+        let needless =
+            visits
+                .iter()
+                .filter(before_the_stop)
+                .filter(|visit| match self.fault.harm {
+                    Harm::Nothing => !visit.is_good(),
+                    Harm::Count => visit.total().is_none(),
+                    Harm::Visits => matches!(visit.outcome, Outcome::Wrong(_)),
+                });
+        let needless: Vec<_> = needless.collect();
+        if let Some(first) = needless.first() {
+            complaints.push(format!(
+                "{} visits suffered that need not have; the first came to {:?} after {:?}",
+                needless.len(),
+                first.outcome,
+                first.took
+            ));
+        }
+        let answers = visits
+            .iter()
+            .filter(|visit| visit.outcome != Outcome::NotSent);
+        let longest = answers.map(|visit| visit.took).max().unwrap_or_default();
+        if longest > LONGEST_ANSWER {
+            complaints.push(format!("an answer took {longest:?}"));
+        }
+        for service in &self.services {
+            complaints.extend(service.panics());
+        }
+        let good = visits.iter().filter(|visit| visit.total().is_some());
+        Ok(Trial {
+            fault: *self.fault,
+            repetitions,
+            verdict: found,
+            refused: visits
+                .iter()
+                .filter(|visit| visit.outcome == Outcome::Refused)
+                .count(),
+            first_errors: self.first_errors,
+            recoveries: self.recoveries,
+            worst_good: good.map(|visit| visit.took).max().unwrap_or_default(),
+            longest,
+            stopped_in: self.stop.map(|stop| stop.ended - stop.asked),
+            complaints,
+        })
+    }
+
+    fn complain(&mut self, complaint: String) {
+        self.complaints.push(complaint);
+    }
+}

@@ -1,0 +1,79 @@
+//! Each fault once, shortened, and the crowd: nothing acknowledged is lost, and all comes back.
+//!
+//! What the clock says is judged by `make chaos`, with the program as it is shipped; here it is only
+//! bounded.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use chaos::bounds::{MAX_CONNECTIONS, POOLED};
+use chaos::report::{self, Tried};
+
+/// On a machine that does something else, too.
+const RECOVERY: f64 = 3.0;
+
+/// One after the other: each looks at a clock.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURNS: Mutex<()> = Mutex::new(());
+    TURNS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[test]
+fn no_fault_loses_or_repeats_what_was_acknowledged() {
+    let _turn = turn();
+    let tried = chaos::faults(None, chaos::SHORT, |_tried| {});
+    let text = report::faults(&tried).text;
+    for tried in &tried {
+        let trial = match tried {
+            Tried::Ran(trial) => trial,
+            Tried::Skipped(name, why) => {
+                eprintln!("{name}: SKIPPED: {why}");
+                continue;
+            }
+            Tried::Failed(name, why) => panic!("{name}: {why}"),
+        };
+        let verdict = trial.verdict;
+        assert_eq!((verdict.lost, verdict.duplicated), (0, 0), "{text}");
+        assert!(verdict.acknowledged > 0, "{text}");
+        assert!(trial.complaints.is_empty(), "{text}");
+        let late = trial.recoveries.iter().filter(|took| **took > RECOVERY);
+        assert_eq!(late.count(), 0, "{text}");
+    }
+}
+
+#[test]
+fn overload_refuses_what_it_cannot_record_and_breaks_nothing() {
+    let _turn = turn();
+    let overload = chaos::overload::run(&[2.0, 5.0], Duration::from_secs(2)).unwrap();
+    let text = report::overload(&overload).text;
+    for step in &overload.steps {
+        assert_eq!(step.broken, 0, "{text}");
+        assert!(step.goodput > 0.7 * overload.peak, "{text}");
+        assert!(step.accepted_p99 < Duration::from_secs(1), "{text}");
+    }
+    assert!(overload.recovery.is_some(), "{text}");
+}
+
+#[test]
+fn hostile_clients_keep_nobody_from_an_answer() {
+    let _turn = turn();
+    let hostile = chaos::hostile::run(Duration::from_millis(1500), 2000).unwrap();
+    let text = report::hostile(&hostile).text;
+    assert!(hostile.complaints.is_empty(), "{text}");
+    for damage in &hostile.damages {
+        assert_eq!(damage.failed_probes, 0, "{text}");
+        assert!(damage.answered > 0.99, "{text}");
+    }
+}
+
+#[test]
+fn connections_are_bounded_and_leave_nothing_behind() {
+    let _turn = turn();
+    let bounds = chaos::bounds::run().unwrap();
+    assert!(
+        bounds.left_files <= bounds.idle_files + POOLED,
+        "{bounds:?}"
+    );
+    let most = bounds.idle_files + POOLED + MAX_CONNECTIONS;
+    assert!(bounds.capped_files <= most, "{bounds:?}");
+}
