@@ -19,6 +19,10 @@ use tokio::runtime::{Builder, Runtime};
 use crate::proxy::{Protocol, Proxy};
 
 /// What a fault needs to be there.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is there or not, whatever the others are"
+)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     /// The service reaches its stores through proxies. Otherwise it does so directly, so that a

@@ -135,7 +135,7 @@ pub fn run(duration: Duration, idle: usize) -> Result<Hostile> {
                     let stop = async { stopped.wait_for(|stop| *stop).await.map(drop).ok() };
                     let work = async {
                         sleep(STAGGER * index).await;
-                        attack.make(address, &answers).await
+                        attack.make(address, &answers).await;
                     };
                     tokio::select! {
                         () = work => {}
@@ -260,7 +260,7 @@ impl Attack {
                         b"POST / HTTP/1.1\r\nhost: chaos\r\ncontent-length: 104857600\r\n\r\n",
                     )
                     .await?;
-                stream.write_all(&[b'x'; 64 * 1024]).await.ok();
+                stream.write_all(&vec![b'x'; 64 * 1024]).await.ok();
                 note(&mut stream, answers).await
             }
             Self::AbsurdHeaders | Self::InvalidBytes => {

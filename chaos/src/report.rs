@@ -34,6 +34,10 @@ const MEMORY_PER_CONNECTION: f64 = 24.0;
 const SESSIONS: f64 = 4.0;
 
 /// Of every fault.
+///
+/// # Panics
+///
+/// Never: a string takes all.
 #[must_use]
 pub fn faults(tried: &[Tried]) -> Section {
     let trials: Vec<_> = tried
@@ -248,6 +252,10 @@ pub fn overload(overload: &Overload) -> Section {
 }
 
 /// Of hostile clients.
+///
+/// # Panics
+///
+/// Never: a string takes all.
 #[must_use]
 pub fn hostile(hostile: &Hostile) -> Section {
     let mut text = table(

@@ -269,6 +269,8 @@ impl<'a> Attempt<'a> {
         if good.is_none() {
             self.complain(format!("no good visit within {PATIENCE:?} after a stop"));
         }
+        // Where there are others, the good visit was theirs.
+        self.services[0].until_ready()?;
         self.stop = Some(Stop {
             asked,
             ended: asked + took,
