@@ -4,6 +4,11 @@
 FROM rust:1.95-slim-bookworm AS dependencies
 WORKDIR /build
 
+# The allocator is built with it.
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends make \
+ && rm -rf /var/lib/apt/lists/*
+
 # Dependencies, with empty crates in place of ours: redone only when a manifest changes.
 COPY Cargo.toml Cargo.lock ./
 COPY bench/Cargo.toml bench/
