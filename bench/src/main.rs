@@ -11,6 +11,7 @@ mod ground;
 mod load;
 mod peer;
 mod phase;
+mod processor;
 mod round;
 mod subject;
 

@@ -1,6 +1,5 @@
 //! Processes that do not outlive this program, and what the system says of them.
 
-use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -98,10 +97,6 @@ impl Process {
         self.memory("VmRSS:")
     }
 
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     fn memory(&self, field: &str) -> Option<Mebibytes> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
         status
@@ -170,117 +165,5 @@ impl Drop for Process {
     fn drop(&mut self) {
         // Best effort: it may have ended.
         self.stop().ok();
-    }
-}
-
-/// Processor time, in seconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct ProcessorTime {
-    /// In the program's own code.
-    pub(crate) user: f64,
-    /// In the kernel, for the program.
-    pub(crate) system: f64,
-}
-
-impl ProcessorTime {
-    /// What a process and those that descend from it have used so far; none that has ended.
-    pub(crate) fn of(root: u32) -> Result<Self> {
-        static TICKS: LazyLock<f64> = LazyLock::new(|| {
-            let said = Command::new("getconf").arg("CLK_TCK").output();
-            let said = said.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-            // What Linux has everywhere.
-            said.map_or(100.0, |ticks| ticks.trim().parse().unwrap_or(100.0))
-        });
-        let mut all = HashMap::new();
-        for entry in std::fs::read_dir("/proc").context("no /proc: processor time is not known")? {
-            let path = entry?.path();
-            // Whatever is no process, or ends just now, has none.
-            if let Ok(stat) = std::fs::read_to_string(path.join("stat"))
-                && let Some(process) = Stat::parse(&stat)
-            {
-                all.insert(process.id, process);
-            }
-        }
-        let mut sum = Self::default();
-        for process in all.values() {
-            let mut ancestor = Some(process);
-            while let Some(one) = ancestor {
-                if one.id == root {
-                    sum.user += process.user / *TICKS;
-                    sum.system += process.system / *TICKS;
-                    break;
-                }
-                ancestor = all.get(&one.parent);
-            }
-        }
-        Ok(sum)
-    }
-
-    pub(crate) fn since(self, before: Self) -> Self {
-        Self {
-            user: self.user - before.user,
-            system: self.system - before.system,
-        }
-    }
-}
-
-/// What is of interest in a process's `stat`; times are in ticks.
-#[derive(Debug, PartialEq)]
-struct Stat {
-    id: u32,
-    parent: u32,
-    user: f64,
-    system: f64,
-}
-
-impl Stat {
-    /// The name, in parentheses, may have spaces and parentheses of its own.
-    fn parse(stat: &str) -> Option<Self> {
-        let (id, rest) = stat.split_once(' ')?;
-        let (_name, rest) = rest.rsplit_once(") ")?;
-        let fields: Vec<_> = rest.split(' ').collect();
-        Some(Self {
-            id: id.parse().ok()?,
-            parent: fields.get(1)?.parse().ok()?,
-            user: fields.get(11)?.parse().ok()?,
-            system: fields.get(12)?.parse().ok()?,
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stat_is_read_behind_the_name() {
-        let stat = "42 (a ) b) S 7 42 42 0 -1 4194304 1 0 0 0 123 45 6 7 20 0 1 0 99 0 0";
-        let expected = Stat {
-            id: 42,
-            parent: 7,
-            user: 123.0,
-            system: 45.0,
-        };
-        assert_eq!(Stat::parse(stat), Some(expected));
-        assert_eq!(Stat::parse("42 (a) S 7"), None);
-    }
-
-    #[test]
-    fn time_of_a_process_includes_its_children() {
-        let own = std::process::id();
-        let mut child = Command::new("sh")
-            .args(["-c", "while :; do :; done"])
-            .spawn()
-            .unwrap();
-        let before = ProcessorTime::of(own).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(10);
-        let mut used = 0.0;
-        while used < 0.1 && Instant::now() < deadline {
-            used = ProcessorTime::of(child.id()).unwrap().user;
-        }
-        let all = ProcessorTime::of(own).unwrap().since(before);
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(used >= 0.1 && all.user >= 0.09, "{used} {all:?}");
     }
 }

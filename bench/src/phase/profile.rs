@@ -12,7 +12,7 @@ use crate::ground::Ground;
 use crate::load;
 use crate::measure::{Spread, milliseconds, ratio};
 use crate::paced::{self, Pace};
-use crate::process::ProcessorTime;
+use crate::processor::ProcessorTime;
 use crate::progress;
 use crate::report::{Section, table};
 use crate::round::{Effort, warm_up};
