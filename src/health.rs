@@ -32,8 +32,12 @@ async fn watch_store(store: &impl Store, publish: impl Fn()) {
     let state = store.state();
     loop {
         if state.is_up() {
-            // What came of it is in the state.
-            store.total().await.ok();
+            // What came of it is in the state. A store that goes down is probed at once, whatever a
+            // reading still waits for.
+            tokio::select! {
+                _ = store.total() => {}
+                () = state.down() => {}
+            }
             publish();
             tokio::select! {
                 () = tokio::time::sleep(READ_EVERY) => {}

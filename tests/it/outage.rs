@@ -6,7 +6,7 @@ use devstack::{PostgresOptions, RedisOptions, Server};
 use reqwest::StatusCode;
 
 use crate::support::load::{Load, Visit, are_unique};
-use crate::support::{SOON, Service, World, eventually};
+use crate::support::{SOON, Service, Way, World, eventually};
 
 /// What comes back is used again within this.
 const RECOVERY: Duration = Duration::from_secs(1);
@@ -120,6 +120,26 @@ async fn paused_postgres_costs_one_deadline_and_then_nothing() {
     world.postgres.resume().unwrap();
     let took = until_visit(&service, |visit| visit["db_status"] == "ok").await;
     assert!(took < RECOVERY, "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_fall_silent_cost_one_deadline() {
+    let world = World::new();
+    let way = Way::to(world.postgres.port()).await;
+    let service = world
+        .serve_with(&[("DB_PORT", &way.port.to_string())])
+        .await;
+    let said = || way.said().concat().len();
+    // After a reading: the next one begins most of a second later than the visit, and is not to
+    // be waited for.
+    let before = said();
+    eventually("a reading", SOON, async || said() > before).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    way.fall_silent();
+    let first = timed_visit(&service).await;
+    assert_eq!(first.0, StatusCode::SERVICE_UNAVAILABLE);
+    let took = until_visit(&service, |visit| visit["db_status"] == "ok").await;
+    assert!(took < Duration::from_millis(500), "{took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

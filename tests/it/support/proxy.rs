@@ -1,5 +1,6 @@
-//! A way to a server that is longer, or on which one can listen.
+//! A way to a server that is longer, on which one can listen, or that loses what is sent on it.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,6 +13,8 @@ use super::locked;
 pub(crate) struct Way {
     pub(crate) port: u16,
     said: Said,
+    /// How many of the connections, from the first on, are silent.
+    silent: Arc<AtomicUsize>,
 }
 
 /// What each client has said, in the order of their connections.
@@ -29,19 +32,32 @@ impl Way {
         let address = listener.local_addr().expect("its address");
         let said = Said::default();
         let heard = Arc::clone(&said);
+        let silent = Arc::<AtomicUsize>::default();
+        let silenced = Arc::clone(&silent);
         tokio::spawn(async move {
             for client in 0.. {
                 let Ok((stream, _)) = listener.accept().await else {
                     return;
                 };
                 locked(&heard).push(Vec::new());
-                tokio::spawn(lead(stream, port, delay, Arc::clone(&heard), client));
+                let lost = Lost {
+                    client,
+                    silent: Arc::clone(&silenced),
+                };
+                tokio::spawn(lead(stream, port, delay, Arc::clone(&heard), lost));
             }
         });
         Self {
             port: address.port(),
             said,
+            silent,
         }
+    }
+
+    /// From now on whatever is said on the connections that are open is lost, and nobody is told.
+    pub(crate) fn fall_silent(&self) {
+        self.silent
+            .store(locked(&self.said).len(), Ordering::Release);
     }
 
     /// What each client has said so far.
@@ -50,12 +66,18 @@ impl Way {
     }
 }
 
+/// Whether what a client says is lost.
+struct Lost {
+    client: usize,
+    silent: Arc<AtomicUsize>,
+}
+
 async fn lead(
     stream: TcpStream,
     port: u16,
     delay: Duration,
     said: Said,
-    client: usize,
+    lost: Lost,
 ) -> std::io::Result<()> {
     let server = TcpStream::connect(("127.0.0.1", port)).await?;
     let (mut words, mut hears) = stream.into_split();
@@ -67,7 +89,10 @@ async fn lead(
             if length == 0 {
                 return asked.shutdown().await;
             }
-            locked(&said)[client].extend_from_slice(&bytes[..length]);
+            locked(&said)[lost.client].extend_from_slice(&bytes[..length]);
+            if lost.client < lost.silent.load(Ordering::Acquire) {
+                continue;
+            }
             tokio::time::sleep(delay).await;
             asked.write_all(&bytes[..length]).await?;
         }
