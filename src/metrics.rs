@@ -1,27 +1,81 @@
 //! `GET /metrics`: everything that is counted, and what is read only when somebody asks.
 
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::HeaderMap;
 use http::header::{ACCEPT, CONTENT_TYPE, VARY};
 use mediatype::{MediaType, MediaTypeList, Name, ReadParams as _};
+use tokio::sync::Mutex;
 
 use crate::service::Service;
 use crate::store::Store as _;
 use crate::telemetry::exposition::Format;
 use crate::telemetry::metric;
 
+/// What scrapers share: one rendering at a time, for all who asked before it began. However many
+/// ask, they take no more than one thread from the visits.
+#[derive(Debug, Clone, Default)]
+pub struct Scrapes(Arc<Mutex<Option<Rendered>>>);
+
+#[derive(Debug)]
+struct Rendered {
+    began: Instant,
+    format: Format,
+    text: Bytes,
+}
+
+impl Scrapes {
+    /// The text of a rendering that began when this had been called, never an older one.
+    async fn text(
+        &self,
+        format: Format,
+        render: impl FnOnce() -> String + Send + 'static,
+    ) -> Bytes {
+        let asked = Instant::now();
+        let mut latest = Arc::clone(&self.0).lock_owned().await;
+        if let Some(latest) = &*latest
+            && latest.began > asked
+            && latest.format == format
+        {
+            return latest.text.clone();
+        }
+        // The lock goes along: a scraper that does not wait does not make room for another thread.
+        let rendering = tokio::task::spawn_blocking(move || {
+            let began = Instant::now();
+            let text = Bytes::from(render());
+            *latest = Some(Rendered {
+                began,
+                format,
+                text: text.clone(),
+            });
+            text
+        });
+        match rendering.await {
+            Ok(text) => text,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+}
+
 /// Renders every metric, in the format that the scraper likes best.
 pub async fn render(State(service): State<Service>, headers: HeaderMap) -> Response {
-    service.postgres.report();
-    service.redis.report();
-    metric::queue_depth(service.recorder.depth());
     let format = format(&headers);
     let about = [
         (CONTENT_TYPE, format.content_type()),
         (VARY, ACCEPT.as_str()),
     ];
-    (about, service.telemetry.render_metrics(format)).into_response()
+    let scrapes = service.scrapes.clone();
+    let text = scrapes.text(format, move || {
+        service.postgres.report();
+        service.redis.report();
+        metric::queue_depth(service.recorder.depth());
+        service.telemetry.render_metrics(format)
+    });
+    (about, text.await).into_response()
 }
 
 /// OpenMetrics for whoever names it and likes nothing better; the text format for everybody else,
@@ -62,11 +116,113 @@ fn weight(media: &MediaType<'_>) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use http::HeaderValue;
     use proptest::prelude::*;
+    use tokio::task::yield_now;
 
     use super::*;
     use crate::property::bounded;
+
+    /// Scrapes of which each begins with `begin` and says how many have begun.
+    struct Counted {
+        scrapes: Scrapes,
+        begun: Arc<AtomicUsize>,
+    }
+
+    impl Counted {
+        fn new() -> Self {
+            Self {
+                scrapes: Scrapes::default(),
+                begun: Arc::default(),
+            }
+        }
+
+        fn ask(
+            &self,
+            format: Format,
+            begin: impl FnOnce() + Send + 'static,
+        ) -> tokio::task::JoinHandle<Bytes> {
+            let scrapes = self.scrapes.clone();
+            let begun = Arc::clone(&self.begun);
+            tokio::spawn(async move {
+                let render = move || {
+                    let turn = begun.fetch_add(1, Ordering::SeqCst) + 1;
+                    begin();
+                    turn.to_string()
+                };
+                scrapes.text(format, render).await
+            })
+        }
+
+        async fn until_begun(&self, wanted: usize) {
+            while self.begun.load(Ordering::SeqCst) < wanted {
+                yield_now().await;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn who_asks_during_a_rendering_shares_the_next() {
+        let counted = Counted::new();
+        let gate = Arc::new(Barrier::new(2));
+        let closed = Arc::clone(&gate);
+        let first = counted.ask(Format::Text, move || drop(closed.wait()));
+        counted.until_begun(1).await;
+        let others: Vec<_> = (0..50).map(|_| counted.ask(Format::Text, || {})).collect();
+        // This runtime has one thread: whoever is to ask has asked before this goes on.
+        yield_now().await;
+        gate.wait();
+        assert_eq!(first.await.unwrap(), "1");
+        for other in others {
+            assert_eq!(other.await.unwrap(), "2");
+        }
+        let later = counted.ask(Format::Text, || {});
+        assert_eq!(later.await.unwrap(), "3");
+    }
+
+    #[tokio::test]
+    async fn formats_are_told_apart() {
+        let counted = Counted::new();
+        let gate = Arc::new(Barrier::new(2));
+        let closed = Arc::clone(&gate);
+        let first = counted.ask(Format::Text, move || drop(closed.wait()));
+        counted.until_begun(1).await;
+        let text = counted.ask(Format::Text, || {});
+        yield_now().await;
+        let openmetrics = counted.ask(Format::OpenMetrics, || {});
+        yield_now().await;
+        gate.wait();
+        assert_eq!(first.await.unwrap(), "1");
+        assert_ne!(text.await.unwrap(), openmetrics.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn scraper_that_has_left_keeps_its_turn() {
+        let counted = Counted::new();
+        let gate = Arc::new(Barrier::new(2));
+        let closed = Arc::clone(&gate);
+        let first = counted.ask(Format::Text, move || drop(closed.wait()));
+        counted.until_begun(1).await;
+        first.abort();
+        assert!(first.await.unwrap_err().is_cancelled());
+        let second = counted.ask(Format::Text, || {});
+        yield_now().await;
+        assert!(counted.scrapes.0.try_lock().is_err());
+        assert_eq!(counted.begun.load(Ordering::SeqCst), 1);
+        gate.wait();
+        assert_eq!(second.await.unwrap(), "2");
+    }
+
+    #[tokio::test]
+    async fn rendering_that_panics_leaves_the_next_alone() {
+        let counted = Counted::new();
+        let first = counted.ask(Format::Text, || panic!("as it is tried here"));
+        assert!(first.await.unwrap_err().is_panic());
+        assert_eq!(counted.ask(Format::Text, || {}).await.unwrap(), "2");
+    }
 
     #[test]
     fn openmetrics_is_for_who_names_it_and_likes_nothing_better() {

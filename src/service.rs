@@ -4,6 +4,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::metrics::Scrapes;
 use crate::recorder::Recorder;
 use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
@@ -22,6 +23,8 @@ pub struct Parts {
     pub redis: Arc<Redis>,
     /// Renders metrics.
     pub telemetry: Arc<Telemetry>,
+    /// Lets one scrape render at a time.
+    pub scrapes: Scrapes,
     leaving: AtomicBool,
 }
 
@@ -39,6 +42,7 @@ impl Service {
             postgres,
             redis,
             telemetry,
+            scrapes: Scrapes::default(),
             leaving: AtomicBool::new(false),
         }))
     }
