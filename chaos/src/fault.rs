@@ -255,7 +255,9 @@ impl Fault {
     #[must_use]
     pub fn recovery(&self) -> Duration {
         match self.kind {
-            Kind::SilenceEstablished(_) => Duration::from_secs(2),
+            // The store's deadline comes first.
+            Kind::SilenceEstablished(Store::Postgres) => Duration::from_millis(1250),
+            Kind::SilenceEstablished(Store::Redis) => Duration::from_millis(500),
             // The service itself starts, and migrates.
             Kind::KillService | Kind::MigrationLocked | Kind::FiveInstances => {
                 Duration::from_secs(1)
@@ -355,10 +357,6 @@ impl Injected {
             (Kind::RestartLoop, Held::Restarting(restarting)) => {
                 restarting.stop()?;
                 at = ground.start_again(Store::Postgres)?;
-            }
-            (Kind::ConnectionsTaken, Held::Sessions(sessions)) => {
-                ground.end(sessions);
-                at = ground.postgres_answers()?;
             }
             (_, Held::Sessions(sessions)) => ground.end(sessions),
             (Kind::OutOfMemory, _) => redis(ground, &["CONFIG SET maxmemory 0"])?,

@@ -87,6 +87,8 @@ const REDIS_NAME: &str = "cache.chaos.test";
 const WITH_NAMES: &str = r#"mount --bind "$1" /etc/hosts &&
 mount --bind "$2" /etc/resolv.conf && shift 2 && exec "$@""#;
 
+/// What a mount is called before the process that made it.
+const DISK: &str = "disk-";
 /// Room for a cluster, its log of changes and some visits.
 const DISK_SIZE: &str = "size=192m";
 
@@ -355,7 +357,9 @@ pub fn obstacle(needs: Needs) -> Option<String> {
 
 impl Disk {
     fn mount() -> Result<Self> {
-        let mount = devstack::folder()?.join(format!("disk-{}", std::process::id()));
+        let folder = devstack::folder()?;
+        Self::clear_abandoned(&folder)?;
+        let mount = folder.join(format!("{DISK}{}", std::process::id()));
         fs::create_dir_all(&mount)?;
         let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", DISK_SIZE, "tmpfs"])
@@ -367,6 +371,19 @@ impl Disk {
             String::from_utf8_lossy(&mounted.stderr)
         );
         Ok(Self { mount })
+    }
+
+    /// Takes away what others have left that could not do so themselves.
+    fn clear_abandoned(folder: &Path) -> Result<()> {
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let owner = name.to_str().and_then(|name| name.strip_prefix(DISK));
+            if owner.is_some_and(|owner| !Path::new("/proc").join(owner).exists()) {
+                unmount(&entry.path());
+            }
+        }
+        Ok(())
     }
 
     /// Fills it to the last byte.
@@ -397,11 +414,15 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // Best effort. Lazily, since what watches over the server may still be there.
-        let unmounted = Command::new("umount").arg("-l").arg(&self.mount).status();
-        if unmounted.is_ok_and(|status| status.success()) {
-            fs::remove_dir(&self.mount).ok();
-        }
+        unmount(&self.mount);
+    }
+}
+
+/// Best effort. Lazily, since what watches over the server may still be there.
+fn unmount(mount: &Path) {
+    let unmounted = Command::new("umount").arg("-l").arg(mount).status();
+    if unmounted.is_ok_and(|status| status.success()) {
+        fs::remove_dir(mount).ok();
     }
 }
 

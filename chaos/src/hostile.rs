@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use bench::client::{Connection, numbers};
 use bench::measure::Mebibytes;
-use bench::paced::{self, Pace};
+use bench::paced::{self, Latency, Pace};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::watch;
@@ -25,8 +25,10 @@ pub enum Attack {
     SlowHead,
     /// A body that comes byte by byte.
     SlowBody,
-    /// Many requests, and no answer is read.
-    SlowReader,
+    /// Many visits in one go, and no answer is read.
+    UnreadVisits,
+    /// The same with scrapes, which are longer and take more work.
+    UnreadScrapes,
     /// Nothing, after one request.
     Idle,
     /// Heads of some hundred kilobytes.
@@ -46,11 +48,11 @@ pub struct Damage {
     pub attack: Attack,
     /// How many clients made it.
     pub clients: usize,
-    /// Seconds: of a hundred visits of others, one took longer before it.
-    pub normal_p99: f64,
+    /// Seconds, of each round: of a hundred visits of others, one took longer before it.
+    pub normal_p99: Vec<f64>,
     /// The same while it lasted.
-    pub p99: f64,
-    /// Of the visits that were due meanwhile, the share that was answered.
+    pub p99: Vec<f64>,
+    /// Of the visits that were due meanwhile, the share that was answered, in the worst round.
     pub answered: f64,
     /// The worst latency of a probe meanwhile.
     pub probe: Duration,
@@ -74,10 +76,11 @@ pub struct Hostile {
 type Answers = Arc<Mutex<BTreeMap<u16, usize>>>;
 
 /// All attacks, in the report's order.
-pub const ALL: [Attack; 8] = [
+pub const ALL: [Attack; 9] = [
     Attack::SlowHead,
     Attack::SlowBody,
-    Attack::SlowReader,
+    Attack::UnreadVisits,
+    Attack::UnreadScrapes,
     Attack::Idle,
     Attack::LongHead,
     Attack::LongBody,
@@ -96,73 +99,28 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// Between two connections that are opened.
 const STAGGER: Duration = Duration::from_micros(200);
 
-/// Makes one attack after the other, each for `duration`, with so many idle connections, and visits
-/// meanwhile as before.
+/// Makes one attack after the other, each so many times for `duration`, with so many idle
+/// connections. Others visit meanwhile, and for as long before each.
 ///
 /// # Errors
 ///
 /// If there is no ground, or good visits break off.
-pub fn run(duration: Duration, idle: usize) -> Result<Hostile> {
+pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     // Where that is not enough, attackers have to wait.
     rlimit::increase_nofile_limit(idle as u64 + 2000).ok();
     let ground = Ground::start(Needs::default())?;
     let mut service = Service::new(&ground)?;
     service.start()?;
     service.until_ready()?;
-    let good = |duration| {
-        paced::run(
-            service.address,
-            GOOD_CLIENTS,
-            Pace::Constant(GOOD_RATE),
-            duration,
-        )
-    };
-    good(duration)?;
+    good(service.address, duration)?;
 
     let mut damages = Vec::new();
     for attack in ALL {
-        let clients = attack.clients(idle);
-        let normal = good(duration)?;
-        let (stop, stopped) = watch::channel(false);
-        let answers = Answers::default();
-        let attackers: Vec<_> = (0_u32..)
-            .take(clients)
-            .map(|index| {
-                let mut stopped = stopped.clone();
-                let answers = Arc::clone(&answers);
-                let address = service.address;
-                ground.runtime.spawn(async move {
-                    let stop = async { stopped.wait_for(|stop| *stop).await.map(drop).ok() };
-                    let work = async {
-                        sleep(STAGGER * index).await;
-                        attack.make(address, &answers).await;
-                    };
-                    tokio::select! {
-                        () = work => {}
-                        _ = stop => {}
-                    }
-                })
-            })
-            .collect();
-        std::thread::sleep(STAGGER * u32::try_from(clients)?);
-        let probes = Probes::start(service.address);
-        let during = good(duration).with_context(|| format!("good visits beside {attack:?}"))?;
-        let (probe, failed_probes) = probes.stop();
-        stop.send_replace(true);
-        for attacker in attackers {
-            ground.runtime.block_on(attacker).ok();
+        let mut damage = Damage::none_of(attack, attack.clients(idle));
+        for _ in 0..rounds {
+            damage.suffer(&ground, service.address, duration)?;
         }
-        let answers = std::mem::take(&mut *answers.lock().unwrap_or_else(PoisonError::into_inner));
-        damages.push(Damage {
-            attack,
-            clients,
-            normal_p99: normal.p99,
-            p99: during.p99,
-            answered: during.answered,
-            probe,
-            failed_probes,
-            answers,
-        });
+        damages.push(damage);
     }
 
     let mut complaints = service.panics();
@@ -187,11 +145,74 @@ pub fn run(duration: Duration, idle: usize) -> Result<Hostile> {
     })
 }
 
+/// Visits of those who mean well.
+fn good(address: SocketAddr, duration: Duration) -> Result<Latency> {
+    paced::run(address, GOOD_CLIENTS, Pace::Constant(GOOD_RATE), duration)
+}
+
+impl Damage {
+    fn none_of(attack: Attack, clients: usize) -> Self {
+        Self {
+            attack,
+            clients,
+            normal_p99: Vec::new(),
+            p99: Vec::new(),
+            answered: 1.0,
+            probe: Duration::ZERO,
+            failed_probes: 0,
+            answers: BTreeMap::new(),
+        }
+    }
+
+    /// One round.
+    fn suffer(&mut self, ground: &Ground, address: SocketAddr, duration: Duration) -> Result<()> {
+        let attack = self.attack;
+        self.normal_p99.push(good(address, duration)?.p99);
+        let (stop, stopped) = watch::channel(false);
+        let answers = Answers::default();
+        let attackers: Vec<_> = (0_u32..)
+            .take(self.clients)
+            .map(|index| {
+                let mut stopped = stopped.clone();
+                let answers = Arc::clone(&answers);
+                ground.runtime.spawn(async move {
+                    let stop = async { stopped.wait_for(|stop| *stop).await.map(drop).ok() };
+                    let work = async {
+                        sleep(STAGGER * index).await;
+                        attack.make(address, &answers).await;
+                    };
+                    tokio::select! {
+                        () = work => {}
+                        _ = stop => {}
+                    }
+                })
+            })
+            .collect();
+        std::thread::sleep(STAGGER * u32::try_from(self.clients)?);
+        let probes = Probes::start(address);
+        let during =
+            good(address, duration).with_context(|| format!("good visits beside {attack:?}"))?;
+        let (probe, failed_probes) = probes.stop();
+        stop.send_replace(true);
+        for attacker in attackers {
+            ground.runtime.block_on(attacker).ok();
+        }
+        self.p99.push(during.p99);
+        self.answered = self.answered.min(during.answered);
+        self.probe = self.probe.max(probe);
+        self.failed_probes += failed_probes;
+        for (status, times) in &*answers.lock().unwrap_or_else(PoisonError::into_inner) {
+            *self.answers.entry(*status).or_default() += times;
+        }
+        Ok(())
+    }
+}
+
 impl Attack {
     fn clients(self, idle: usize) -> usize {
         match self {
             Self::SlowHead | Self::SlowBody => 500,
-            Self::SlowReader => 50,
+            Self::UnreadVisits | Self::UnreadScrapes => 50,
             Self::Idle => idle,
             Self::LongHead | Self::LongBody | Self::AbsurdHeaders | Self::InvalidBytes => 10,
         }
@@ -200,9 +221,9 @@ impl Attack {
     /// The statuses that it may be answered with.
     fn allowed(self) -> &'static [u16] {
         match self {
-            Self::SlowHead => &[],
+            Self::SlowHead | Self::UnreadVisits | Self::UnreadScrapes => &[],
             Self::SlowBody => &[405],
-            Self::SlowReader | Self::Idle | Self::AbsurdHeaders => &[200],
+            Self::Idle | Self::AbsurdHeaders => &[200],
             Self::LongHead => &[431],
             Self::LongBody => &[413],
             Self::InvalidBytes => &[200, 400],
@@ -221,8 +242,10 @@ impl Attack {
     }
 
     async fn strike(self, address: SocketAddr, turn: usize, answers: &Answers) -> Result<()> {
-        if self == Self::SlowReader {
-            return read_nothing(address).await;
+        match self {
+            Self::UnreadVisits => return read_nothing(address, "/").await,
+            Self::UnreadScrapes => return read_nothing(address, "/metrics").await,
+            _ => {}
         }
         let mut stream = TcpStream::connect(address).await?;
         match self {
@@ -273,7 +296,7 @@ impl Attack {
                 stream.write_all(&head.concat()).await?;
                 note(&mut stream, answers).await
             }
-            Self::SlowReader => Ok(()),
+            Self::UnreadVisits | Self::UnreadScrapes => Ok(()),
         }
     }
 
@@ -313,12 +336,12 @@ async fn drip(stream: &mut TcpStream) -> Result<()> {
     }
 }
 
-/// Asks for long answers and leaves them where they are.
-async fn read_nothing(address: SocketAddr) -> Result<()> {
+/// Asks for many answers and leaves them where they are.
+async fn read_nothing(address: SocketAddr, path: &str) -> Result<()> {
     let socket = TcpSocket::new_v4()?;
     socket.set_recv_buffer_size(4096)?;
     let mut stream = socket.connect(address).await?;
-    let requests = "GET /metrics HTTP/1.1\r\nhost: chaos\r\n\r\n".repeat(100);
+    let requests = format!("GET {path} HTTP/1.1\r\nhost: chaos\r\n\r\n").repeat(100);
     timeout(
         Duration::from_secs(1),
         stream.write_all(requests.as_bytes()),

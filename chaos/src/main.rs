@@ -30,6 +30,8 @@ const METHOD: &str = "\nSixteen clients visit all the time and write down what t
 const HOLD: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_secs(30);
 const STEP: Duration = Duration::from_secs(5);
+const HOSTILE_ROUNDS: usize = 3;
+const HOSTILE_STEP: Duration = Duration::from_secs(3);
 const IDLE_CONNECTIONS: usize = 10_000;
 const FACTORS: [f64; 3] = [2.0, 5.0, 10.0];
 
@@ -107,10 +109,8 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             eprintln!("chaos: overload");
             sections.push(report::overload(&chaos::overload::run(&FACTORS, STEP)?));
             eprintln!("chaos: hostile clients");
-            sections.push(report::hostile(&chaos::hostile::run(
-                STEP,
-                IDLE_CONNECTIONS,
-            )?));
+            let hostile = chaos::hostile::run(HOSTILE_ROUNDS, HOSTILE_STEP, IDLE_CONNECTIONS)?;
+            sections.push(report::hostile(&hostile));
             eprintln!("chaos: bounds");
             sections.push(report::bounds(&chaos::bounds::run()?));
             publish(&sections, Some(REPORT))

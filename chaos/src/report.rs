@@ -264,6 +264,7 @@ pub fn hostile(hostile: &Hostile) -> Section {
             "how many",
             "p99 before",
             "p99 beside them",
+            "ratio",
             "answered",
             "worst probe",
             "failed probes",
@@ -277,8 +278,9 @@ pub fn hostile(hostile: &Hostile) -> Section {
             [
                 format!("{:?}", damage.attack),
                 count(damage.clients),
-                milliseconds(damage.normal_p99),
-                milliseconds(damage.p99),
+                spread(&damage.normal_p99),
+                spread(&damage.p99),
+                ratio(Spread::ratio(&damage.p99, &damage.normal_p99).median),
                 ratio(damage.answered),
                 milliseconds(damage.probe.as_secs_f64()),
                 count(damage.failed_probes),
@@ -292,7 +294,10 @@ pub fn hostile(hostile: &Hostile) -> Section {
     let worst = hostile
         .damages
         .iter()
-        .map(|damage| (damage.p99 / damage.normal_p99, damage.attack))
+        .map(|damage| {
+            let ratio = Spread::ratio(&damage.p99, &damage.normal_p99);
+            (ratio.median, damage.attack)
+        })
         .max_by(|one, other| one.0.total_cmp(&other.0));
     let failed: usize = hostile
         .damages
