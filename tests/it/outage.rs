@@ -6,7 +6,7 @@ use devstack::{PostgresOptions, RedisOptions, Server};
 use reqwest::StatusCode;
 
 use crate::support::load::{Load, Visit, are_unique};
-use crate::support::{SOON, Service, Way, World, eventually};
+use crate::support::{HeldCount, SOON, Service, Way, World, eventually};
 
 /// What comes back is used again within this.
 const RECOVERY: Duration = Duration::from_secs(1);
@@ -127,11 +127,27 @@ async fn connections_that_fall_silent_cost_one_deadline() {
     let world = World::new();
     let way = Way::to(world.postgres.port()).await;
     let service = world
-        .serve_with(&[("DB_PORT", &way.port.to_string())])
+        .serve_with(&[
+            ("DB_PORT", &way.port.to_string()),
+            ("DB_TIMEOUT", "3s"),
+            ("VISIT_TIMEOUT", "10s"),
+        ])
         .await;
-    let said = || way.said().concat().len();
+    // A reading beside a visit opens a connection of its own, so that the next one has one that is
+    // silent.
+    let mut count = HeldCount::of(&world).await;
+    let visit = service.begin_visit();
+    count.until_waited_for().await;
+    let connections = way.said().len();
+    eventually("another connection", SOON, async || {
+        way.said().len() > connections
+    })
+    .await;
+    count.release().await;
+    assert_eq!(visit.await.expect("an answer").status, StatusCode::OK);
     // After a reading: the next one begins most of a second later than the visit, and is not to
     // be waited for.
+    let said = || way.said().concat().len();
     let before = said();
     eventually("a reading", SOON, async || said() > before).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
