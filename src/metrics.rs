@@ -10,22 +10,39 @@ use http::HeaderMap;
 use http::header::{ACCEPT, CONTENT_TYPE, VARY};
 use mediatype::{MediaType, MediaTypeList, Name, ReadParams as _};
 use tokio::sync::Mutex;
+use tokio::task::JoinError;
 
 use crate::service::Service;
 use crate::store::Store as _;
 use crate::telemetry::exposition::Format;
 use crate::telemetry::metric;
 
-/// What scrapers share: one rendering at a time, for all who asked before it began. However many
-/// ask, they take no more than one thread from the visits.
+/// What scrapers share: one rendering at a time, for all who asked for its format before it began.
+/// However many ask, they take no more than one thread from the visits, and nobody waits for more
+/// than the rendering under way and one of each format.
 #[derive(Debug, Clone, Default)]
-pub struct Scrapes(Arc<Mutex<Option<Rendered>>>);
+pub struct Scrapes(Arc<Mutex<Latest>>);
+
+/// The last rendering of each format.
+#[derive(Debug, Default)]
+struct Latest {
+    text: Option<Rendered>,
+    openmetrics: Option<Rendered>,
+}
 
 #[derive(Debug)]
 struct Rendered {
     began: Instant,
-    format: Format,
     text: Bytes,
+}
+
+impl Latest {
+    fn of(&mut self, format: Format) -> &mut Option<Rendered> {
+        match format {
+            Format::Text => &mut self.text,
+            Format::OpenMetrics => &mut self.openmetrics,
+        }
+    }
 }
 
 impl Scrapes {
@@ -37,26 +54,26 @@ impl Scrapes {
     ) -> Bytes {
         let asked = Instant::now();
         let mut latest = Arc::clone(&self.0).lock_owned().await;
-        if let Some(latest) = &*latest
-            && latest.began > asked
-            && latest.format == format
+        if let Some(rendered) = latest.of(format)
+            && rendered.began > asked
         {
-            return latest.text.clone();
+            return rendered.text.clone();
         }
         // The lock goes along: a scraper that does not wait does not make room for another thread.
         let rendering = tokio::task::spawn_blocking(move || {
             let began = Instant::now();
             let text = Bytes::from(render());
-            *latest = Some(Rendered {
+            *latest.of(format) = Some(Rendered {
                 began,
-                format,
                 text: text.clone(),
             });
             text
         });
-        match rendering.await {
+        match rendering.await.map_err(JoinError::try_into_panic) {
             Ok(text) => text,
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
+            Err(Ok(panic)) => std::panic::resume_unwind(panic),
+            // The runtime has ended before it began, and this goes with it.
+            Err(Err(_cancelled)) => std::future::pending().await,
         }
     }
 }
@@ -127,7 +144,7 @@ mod tests {
     use super::*;
     use crate::property::bounded;
 
-    /// Scrapes of which each begins with `begin` and says how many have begun.
+    /// Scrapes of which each says how many have begun.
     struct Counted {
         scrapes: Scrapes,
         begun: Arc<AtomicUsize>,
@@ -144,14 +161,14 @@ mod tests {
         fn ask(
             &self,
             format: Format,
-            begin: impl FnOnce() + Send + 'static,
+            meanwhile: impl FnOnce() + Send + 'static,
         ) -> tokio::task::JoinHandle<Bytes> {
             let scrapes = self.scrapes.clone();
             let begun = Arc::clone(&self.begun);
             tokio::spawn(async move {
                 let render = move || {
                     let turn = begun.fetch_add(1, Ordering::SeqCst) + 1;
-                    begin();
+                    meanwhile();
                     turn.to_string()
                 };
                 scrapes.text(format, render).await
@@ -190,13 +207,20 @@ mod tests {
         let (gate, closed) = mpsc::channel::<()>();
         let first = counted.ask(Format::Text, move || closed.recv().unwrap_or_default());
         counted.until_begun(1).await;
-        let text = counted.ask(Format::Text, || {});
-        yield_now().await;
-        let openmetrics = counted.ask(Format::OpenMetrics, || {});
-        yield_now().await;
+        let mut others = Vec::new();
+        for _ in 0..50 {
+            for format in [Format::Text, Format::OpenMetrics] {
+                others.push((format, counted.ask(format, || {})));
+                // So that they wait in turns.
+                yield_now().await;
+            }
+        }
         drop(gate);
         assert_eq!(first.await.unwrap(), "1");
-        assert_ne!(text.await.unwrap(), openmetrics.await.unwrap());
+        for (format, other) in others {
+            let turn = if format == Format::Text { "2" } else { "3" };
+            assert_eq!(other.await.unwrap(), turn);
+        }
     }
 
     #[tokio::test]

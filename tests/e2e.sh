@@ -260,7 +260,7 @@ secrets_at_hand_do_not_get_into_the_image() {
     local canary=c4nary9Zx7Qk2 context=$work/at-hand layers=$work/layers name=$project-at-hand
     mkdir -p "$context/secrets" "$layers"
     cp -r .dockerignore Dockerfile docker-compose.yml Cargo.toml Cargo.lock build.rs src migrations "$context"
-    cp --parents bench/Cargo.toml devstack/Cargo.toml "$context"
+    cp --parents bench/Cargo.toml chaos/Cargo.toml devstack/Cargo.toml "$context"
     printf '%s\n' "DB_PASSWORD=$canary" "OTEL_RESOURCE_ATTRIBUTES=key=$canary" >"$context/.env"
     echo "$canary" | tee "$context/secrets/db_password" >"$context/secrets/redis_password"
     trap "docker image rm --force $name-web >/dev/null 2>&1" EXIT
@@ -271,8 +271,10 @@ secrets_at_hand_do_not_get_into_the_image() {
     # Or else it would be found nowhere because nothing can be read.
     [ "$(blobs_with usr/local/bin/visitas "$layers")" -gt 0 ] || fail "the layers cannot be searched"
     [ "$(blobs_with "$canary" "$layers")" = 0 ] || fail "a layer holds it"
-    ! docker history --no-trunc "$name-web" | grep -F "$canary" || fail "the history holds it"
-    ! docker image inspect "$name-web" | grep -F "$canary" || fail "the image's description holds it"
+    docker history --no-trunc "$name-web" >"$work/history" || fail "the image has no history"
+    ! grep -F "$canary" "$work/history" || fail "the history holds it"
+    docker image inspect "$name-web" >"$work/description" || fail "the image has no description"
+    ! grep -F "$canary" "$work/description" || fail "the image's description holds it"
     ! grep -F "$canary" "$work/build.log" || fail "the build's output holds it"
 }
 

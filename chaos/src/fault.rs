@@ -245,6 +245,16 @@ impl Fault {
         matches!(self.kind, Kind::SilenceEstablished(_))
     }
 
+    /// Whether nothing that it harms works for as long as it lasts, once it shows.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        let leaves_some = matches!(
+            self.kind,
+            Kind::SilenceEstablished(_) | Kind::Cut(..) | Kind::DiskFull | Kind::RestartLoop
+        );
+        self.harm != Harm::Nothing && !leaves_some
+    }
+
     /// Whether the counter in Redis starts over.
     #[must_use]
     pub fn counter_starts_over(&self) -> bool {
@@ -401,6 +411,7 @@ fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
     const TRIES: usize = 50;
     let end = "select count(pg_terminate_backend(pid)) from pg_stat_activity \
                where application_name = 'visitas'";
+    let sessions = "select count(*) from pg_stat_activity where backend_type = 'client backend'";
     let mut taken = vec![ground.session("select 1")?];
     for _ in 0..TRIES {
         while let Ok(session) = ground.session("select 1") {
@@ -409,7 +420,14 @@ fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
         let ended: i64 = ground
             .runtime
             .block_on(sqlx::query_scalar(end).fetch_one(&mut taken[0]))?;
-        if ended == 0 {
+        // A session that has just been ended, or has not said yet whose it is, may be why there
+        // was no more.
+        std::thread::sleep(Duration::from_millis(10));
+        let all: i64 = ground
+            .runtime
+            .block_on(sqlx::query_scalar(sessions).fetch_one(&mut taken[0]))?;
+        if ended == 0 && usize::try_from(all)? == taken.len() && ground.session("select 1").is_err()
+        {
             return Ok(taken);
         }
     }

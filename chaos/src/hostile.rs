@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -58,7 +58,18 @@ pub struct Damage {
     pub probe: Duration,
     /// Probes that were not answered 200.
     pub failed_probes: usize,
-    /// What the attackers were answered, by status, how often.
+    /// What the attackers saw.
+    pub seen: Seen,
+}
+
+/// What attackers saw.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// How often they were connected.
+    pub connected: usize,
+    /// How often the service closed before they had said all they would.
+    pub cut: usize,
+    /// What they were answered, by status, how often.
     pub answers: BTreeMap<u16, usize>,
 }
 
@@ -73,7 +84,9 @@ pub struct Hostile {
     pub complaints: Vec<String>,
 }
 
-type Answers = Arc<Mutex<BTreeMap<u16, usize>>>;
+/// Shared by the attackers.
+#[derive(Clone, Default)]
+struct Witness(Arc<Mutex<Seen>>);
 
 /// All attacks, in the report's order.
 pub const ALL: [Attack; 9] = [
@@ -91,6 +104,8 @@ pub const ALL: [Attack; 9] = [
 /// Visits of those who mean well, a second, and how many connections they use.
 const GOOD_RATE: f64 = 200.0;
 const GOOD_CLIENTS: usize = 8;
+/// So that slow heads are cut while somebody watches.
+const HEADER_TIMEOUT: &str = "1s";
 
 /// Between two bytes of whoever is slow.
 const DRIP: Duration = Duration::from_millis(200);
@@ -110,6 +125,7 @@ pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     rlimit::increase_nofile_limit(idle as u64 + 2000).ok();
     let ground = Ground::start(Needs::default())?;
     let mut service = Service::new(&ground)?;
+    service.set("HEADER_TIMEOUT", HEADER_TIMEOUT);
     service.start()?;
     service.until_ready()?;
     good(service.address, duration)?;
@@ -129,15 +145,7 @@ pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     if usize::try_from(total).ok() != Some(rows) {
         complaints.push(format!("the service says {total} where {rows} rows are"));
     }
-    for damage in &damages {
-        let allowed = damage.attack.allowed();
-        let others = damage
-            .answers
-            .keys()
-            .filter(|status| !allowed.contains(status));
-        complaints
-            .extend(others.map(|status| format!("{:?} was answered {status}", damage.attack)));
-    }
+    complaints.extend(damages.iter().flat_map(|damage| damage.complaints(rounds)));
     Ok(Hostile {
         damages,
         memory: service.peak_memory(),
@@ -160,8 +168,30 @@ impl Damage {
             answered: 1.0,
             probe: Duration::ZERO,
             failed_probes: 0,
-            answers: BTreeMap::new(),
+            seen: Seen::default(),
         }
+    }
+
+    /// What must not be, be it of the service or of the attack.
+    fn complaints(&self, rounds: usize) -> Vec<String> {
+        let (attack, seen) = (self.attack, &self.seen);
+        let mut complaints = Vec::new();
+        let others = seen
+            .answers
+            .keys()
+            .filter(|status| !attack.allowed().contains(status));
+        complaints.extend(others.map(|status| format!("{attack:?} was answered {status}")));
+        if seen.connected < rounds * self.clients {
+            let connected = seen.connected;
+            complaints.push(format!("{attack:?} was connected {connected} times only"));
+        }
+        if !attack.allowed().is_empty() && seen.answers.is_empty() {
+            complaints.push(format!("{attack:?} was not answered"));
+        }
+        if attack == Attack::SlowHead && seen.cut == 0 {
+            complaints.push(format!("{attack:?} was never cut"));
+        }
+        complaints
     }
 
     /// One round.
@@ -169,17 +199,17 @@ impl Damage {
         let attack = self.attack;
         self.normal_p99.push(good(address, duration)?.p99);
         let (stop, stopped) = watch::channel(false);
-        let answers = Answers::default();
+        let witness = Witness::default();
         let attackers: Vec<_> = (0_u32..)
             .take(self.clients)
             .map(|index| {
                 let mut stopped = stopped.clone();
-                let answers = Arc::clone(&answers);
+                let witness = witness.clone();
                 ground.runtime.spawn(async move {
                     let stop = async { stopped.wait_for(|stop| *stop).await.map(drop).ok() };
                     let work = async {
                         sleep(STAGGER * index).await;
-                        attack.make(address, &answers).await;
+                        attack.make(address, &witness).await;
                     };
                     tokio::select! {
                         () = work => {}
@@ -201,8 +231,11 @@ impl Damage {
         self.answered = self.answered.min(during.answered);
         self.probe = self.probe.max(probe);
         self.failed_probes += failed_probes;
-        for (status, times) in &*answers.lock().unwrap_or_else(PoisonError::into_inner) {
-            *self.answers.entry(*status).or_default() += times;
+        let seen = witness.seen();
+        self.seen.connected += seen.connected;
+        self.seen.cut += seen.cut;
+        for (status, times) in &seen.answers {
+            *self.seen.answers.entry(*status).or_default() += times;
         }
         Ok(())
     }
@@ -231,41 +264,46 @@ impl Attack {
     }
 
     /// Goes on until it is dropped.
-    async fn make(self, address: SocketAddr, answers: &Answers) {
+    async fn make(self, address: SocketAddr, witness: &Witness) {
         let mut turn = 0;
         loop {
             // Whatever comes of it is answered, or is not.
-            self.strike(address, turn, answers).await.ok();
+            self.strike(address, turn, witness).await.ok();
             turn += 1;
             sleep(PAUSE).await;
         }
     }
 
-    async fn strike(self, address: SocketAddr, turn: usize, answers: &Answers) -> Result<()> {
+    async fn strike(self, address: SocketAddr, turn: usize, witness: &Witness) -> Result<()> {
         match self {
-            Self::UnreadVisits => return read_nothing(address, "/").await,
-            Self::UnreadScrapes => return read_nothing(address, "/metrics").await,
+            Self::UnreadVisits => return read_nothing(address, "/", witness).await,
+            Self::UnreadScrapes => return read_nothing(address, "/metrics", witness).await,
             _ => {}
         }
         let mut stream = TcpStream::connect(address).await?;
+        witness.seen().connected += 1;
         match self {
             Self::SlowHead => {
                 stream
                     .write_all(b"GET / HTTP/1.1\r\nhost: chaos\r\nx-slow: ")
                     .await?;
-                drip(&mut stream).await
+                drip(&mut stream, witness).await;
+                Ok(())
             }
             Self::SlowBody => {
                 stream
                     .write_all(b"POST / HTTP/1.1\r\nhost: chaos\r\ncontent-length: 60000\r\n\r\n")
                     .await?;
-                drip(&mut stream).await
+                // It need not read the body to answer.
+                timeout(DRIP, note(&mut stream, witness)).await.ok();
+                drip(&mut stream, witness).await;
+                Ok(())
             }
             Self::Idle => {
                 stream
                     .write_all(b"GET /health/live HTTP/1.1\r\nhost: chaos\r\n\r\n")
                     .await?;
-                note(&mut stream, answers).await?;
+                note(&mut stream, witness).await?;
                 let mut rest = [0; 1024];
                 while stream.read(&mut rest).await? > 0 {}
                 Ok(())
@@ -275,7 +313,7 @@ impl Attack {
                 let head = format!("GET / HTTP/1.1\r\nhost: chaos\r\nx-long: {long}\r\n\r\n");
                 // It may be answered before it is read to its end.
                 stream.write_all(head.as_bytes()).await.ok();
-                note(&mut stream, answers).await
+                note(&mut stream, witness).await
             }
             Self::LongBody => {
                 stream
@@ -284,7 +322,7 @@ impl Attack {
                     )
                     .await?;
                 stream.write_all(&vec![b'x'; 64 * 1024]).await.ok();
-                note(&mut stream, answers).await
+                note(&mut stream, witness).await
             }
             Self::AbsurdHeaders | Self::InvalidBytes => {
                 let headers = self.headers(turn);
@@ -294,7 +332,7 @@ impl Attack {
                     b"\r\n\r\n",
                 ];
                 stream.write_all(&head.concat()).await?;
-                note(&mut stream, answers).await
+                note(&mut stream, witness).await
             }
             Self::UnreadVisits | Self::UnreadScrapes => Ok(()),
         }
@@ -328,19 +366,26 @@ impl Attack {
     }
 }
 
-/// A byte now and then, until the service closes.
-async fn drip(stream: &mut TcpStream) -> Result<()> {
-    loop {
-        stream.write_all(b"x").await?;
-        sleep(DRIP).await;
+impl Witness {
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+/// A byte now and then, until the service closes.
+async fn drip(stream: &mut TcpStream, witness: &Witness) {
+    while stream.write_all(b"x").await.is_ok() {
+        sleep(DRIP).await;
+    }
+    witness.seen().cut += 1;
+}
+
 /// Asks for many answers and leaves them where they are.
-async fn read_nothing(address: SocketAddr, path: &str) -> Result<()> {
+async fn read_nothing(address: SocketAddr, path: &str, witness: &Witness) -> Result<()> {
     let socket = TcpSocket::new_v4()?;
     socket.set_recv_buffer_size(4096)?;
     let mut stream = socket.connect(address).await?;
+    witness.seen().connected += 1;
     let requests = format!("GET {path} HTTP/1.1\r\nhost: chaos\r\n\r\n").repeat(100);
     timeout(
         Duration::from_secs(1),
@@ -348,23 +393,16 @@ async fn read_nothing(address: SocketAddr, path: &str) -> Result<()> {
     )
     .await?
     .ok();
-    // Until the service has closed it.
-    while stream.write_all(b"x").await.is_ok() {
-        sleep(DRIP).await;
-    }
+    drip(&mut stream, witness).await;
     Ok(())
 }
 
 /// Writes down the status of an answer.
-async fn note(stream: &mut TcpStream, answers: &Answers) -> Result<()> {
+async fn note(stream: &mut TcpStream, witness: &Witness) -> Result<()> {
     let mut bytes = [0; 12];
     timeout(Duration::from_secs(5), stream.read_exact(&mut bytes)).await??;
     let status = std::str::from_utf8(&bytes[9..])?.parse()?;
-    *answers
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .entry(status)
-        .or_default() += 1;
+    *witness.seen().answers.entry(status).or_default() += 1;
     Ok(())
 }
 

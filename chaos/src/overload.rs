@@ -47,6 +47,8 @@ pub struct Step {
     pub accepted_p99: Duration,
     /// The most visits that were seen to wait.
     pub deepest: f64,
+    /// Visits that were refused.
+    pub refused: usize,
     /// Neither recorded nor refused.
     pub broken: usize,
 }
@@ -98,7 +100,9 @@ pub fn run(factors: &[f64], duration: Duration) -> Result<Overload> {
             .spawn(open(service.address, offered, duration));
         let mut deepest = 0_f64;
         while !flood.is_finished() {
-            let depth = service.metric("visitas_queue_depth").unwrap_or(0.0);
+            let depth = service
+                .metric("visitas_queue_depth")
+                .unwrap_or(f64::INFINITY);
             deepest = deepest.max(depth);
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -135,16 +139,27 @@ impl Step {
             took.sort_unstable();
             took
         };
+        let end = visits
+            .iter()
+            .map(|(due, _)| *due)
+            .min()
+            .map(|start| start + duration);
+        let in_time = |visit: &Visit| end.is_some_and(|end| visit.answered() <= end);
+        let good = visits
+            .iter()
+            .filter(|(_, visit)| visit.is_good() && in_time(visit));
+        let goodput = good.count();
         let refused = took(|visit| visit.outcome == Outcome::Refused, false);
         let accepted = took(|visit| visit.total().is_some(), true);
         let a_second = |number: usize| number as f64 / duration.as_secs_f64();
         Self {
             factor,
             offered: a_second(visits.len()),
-            goodput: a_second(accepted.len()),
+            goodput: a_second(goodput),
             refusal_p99: p99(&refused),
             accepted_p99: p99(&accepted),
             deepest,
+            refused: refused.len(),
             broken: visits.len() - refused.len() - accepted.len(),
         }
     }

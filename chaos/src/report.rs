@@ -26,9 +26,13 @@ pub enum Tried {
 const REFUSAL: Duration = Duration::from_millis(5);
 /// What an overloaded service answers well, it answers within this.
 const ACCEPTED: Duration = Duration::from_millis(250);
+/// As soon as that it is as it was before.
+const AFTERMATH: Duration = Duration::from_millis(250);
+/// Whoever asks for health waits no longer.
+const PROBE: Duration = Duration::from_millis(100);
 /// A crowd may cost so much memory, in mebibytes.
 const MEMORY: f64 = 64.0;
-/// In kibibytes; what one that has been used is known to take is 15.
+/// In kibibytes.
 const MEMORY_PER_CONNECTION: f64 = 24.0;
 /// Sessions of the pool.
 const SESSIONS: f64 = 4.0;
@@ -239,6 +243,17 @@ pub fn overload(overload: &Overload) -> Section {
             ),
             Goal::at_most("overload: memory", MEMORY, memory, mebibytes),
             Goal::at_most("overload: broken visits", 0.0, broken as f64, number),
+            Goal::at_least(
+                "overload: visits refused in each",
+                1.0,
+                Spread::of([Spread::of(steps().map(|step| step.refused as f64)).min]),
+            ),
+            Goal::at_most(
+                "overload: the longest visit in the second after it",
+                AFTERMATH.as_secs_f64(),
+                overload.aftermath.as_secs_f64(),
+                milliseconds,
+            ),
             Goal::at_most(
                 "overload: recovery",
                 0.25,
@@ -268,10 +283,12 @@ pub fn hostile(hostile: &Hostile) -> Section {
             "answered",
             "worst probe",
             "failed probes",
+            "connected",
+            "cut",
             "their answers",
         ],
         hostile.damages.iter().map(|damage| {
-            let answers = damage.answers.iter();
+            let answers = damage.seen.answers.iter();
             let answers: Vec<_> = answers
                 .map(|(status, times)| format!("{status} × {}", count(*times)))
                 .collect();
@@ -284,6 +301,8 @@ pub fn hostile(hostile: &Hostile) -> Section {
                 ratio(damage.answered),
                 milliseconds(damage.probe.as_secs_f64()),
                 count(damage.failed_probes),
+                count(damage.seen.connected),
+                count(damage.seen.cut),
                 answers.join(", "),
             ]
         }),
@@ -299,13 +318,21 @@ pub fn hostile(hostile: &Hostile) -> Section {
             (ratio.median, damage.attack)
         })
         .max_by(|one, other| one.0.total_cmp(&other.0));
-    let failed: usize = hostile
-        .damages
-        .iter()
-        .map(|damage| damage.failed_probes)
-        .sum();
+    let damages = || hostile.damages.iter();
+    let failed: usize = damages().map(|damage| damage.failed_probes).sum();
     let mut goals = vec![
+        Goal::at_least(
+            "hostile clients: visits of others that were answered",
+            0.99,
+            Spread::of([Spread::of(damages().map(|damage| damage.answered)).min]),
+        ),
         Goal::at_most("hostile clients: failed probes", 0.0, failed as f64, number),
+        Goal::at_most(
+            "hostile clients: the longest probe",
+            PROBE.as_secs_f64(),
+            Spread::of(damages().map(|damage| damage.probe.as_secs_f64())).max,
+            milliseconds,
+        ),
         Goal::at_most(
             "hostile clients: what must not be",
             0.0,

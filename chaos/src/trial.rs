@@ -119,10 +119,13 @@ pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
         let mut attempt = Attempt::whole(fault, &ground, services)?;
         for _ in 0..repetitions {
             attempt.strike(effort)?;
+            if !attempt.complaints.is_empty() {
+                break;
+            }
         }
         attempt
     };
-    if effort.stop && fault.kind != Kind::KillService {
+    if effort.stop && fault.kind != Kind::KillService && !fault.comes_first() {
         attempt.stop_in_its_midst()?;
     }
     attempt.judge(repetitions)
@@ -158,8 +161,14 @@ impl<'a> Attempt<'a> {
         let mut attempt = Self::of(fault, ground, services);
         if fault.kind == Kind::MigrationLocked {
             std::thread::sleep(effort.hold);
+            if effort.stop {
+                attempt.stop()?;
+                attempt.services[0].start()?;
+                std::thread::sleep(AFTERMATH);
+            }
+            let mended = Instant::now();
             let healed = injected.heal(ground, &mut attempt.services)?;
-            attempt.recover(0, began, healed.at);
+            attempt.recover(0, began, mended, healed.at);
         } else {
             for service in &mut attempt.services {
                 service.until_ready()?;
@@ -200,18 +209,17 @@ impl<'a> Attempt<'a> {
             _ => effort.hold,
         };
         std::thread::sleep(hold);
+        let mended = Instant::now();
         let Healed { at, unknown } = injected.heal(self.ground, &mut self.services)?;
         self.unknown += unknown;
-        self.recover(
-            from,
-            began,
-            if self.fault.is_overcome() { began } else { at },
-        );
+        let due = if self.fault.is_overcome() { began } else { at };
+        self.recover(from, began, mended, due);
         Ok(())
     }
 
-    /// Waits for the first good visit after `due`, and looks whether it stays at that.
-    fn recover(&mut self, from: usize, began: Instant, due: Instant) {
+    /// Waits for the first good visit after `due`, and looks whether it stays at that. The fault
+    /// was whole from when it `began` until it was `mended`.
+    fn recover(&mut self, from: usize, began: Instant, mended: Instant, due: Instant) {
         let broken = |visit: &Visit| !visit.is_good() && visit.answered() > began;
         let first_error = self.ledger.find(from, Duration::ZERO, broken);
         let since = first_error.map_or(due, |error| error.answered().max(due));
@@ -222,6 +230,24 @@ impl<'a> Attempt<'a> {
             self.complain(format!("no good visit within {PATIENCE:?}"));
             return;
         };
+        match first_error {
+            Some(error) if self.fault.is_complete() => {
+                let spared = self.ledger.find(from, Duration::ZERO, |visit| {
+                    visit.sent > error.answered()
+                        && visit.answered() < mended
+                        && match self.fault.harm {
+                            Harm::Count => visit.is_good(),
+                            _ => visit.total().is_some(),
+                        }
+                });
+                if let Some(spared) = spared {
+                    let after = spared.sent - began;
+                    self.complain(format!("a visit {after:?} after it began was spared"));
+                }
+            }
+            None if self.fault.harm != Harm::Nothing => self.complain("nobody noticed".to_owned()),
+            _ => {}
+        }
         if let Some(error) = first_error {
             self.first_errors
                 .push((error.answered() - began).as_secs_f64());
@@ -250,16 +276,7 @@ impl<'a> Attempt<'a> {
         let from = self.ledger.made();
         let injected = self.fault.inject(self.ground, &mut self.services)?;
         std::thread::sleep(AFTERMATH);
-        let asked = Instant::now();
-        self.services[0].terminate()?;
-        let ended = self.services[0].ended_within(LONGEST_STOP + Duration::from_secs(1))?;
-        let took = asked.elapsed();
-        match ended {
-            None => self.complain("it did not stop, and was killed".to_owned()),
-            Some(false) => self.complain("it stopped with a failure".to_owned()),
-            Some(true) if took > LONGEST_STOP => self.complain(format!("it stopped in {took:?}")),
-            Some(true) => {}
-        }
+        self.stop()?;
         self.unknown += injected.heal(self.ground, &mut self.services)?.unknown;
         self.services[0].start()?;
         let started = Instant::now();
@@ -270,7 +287,20 @@ impl<'a> Attempt<'a> {
             self.complain(format!("no good visit within {PATIENCE:?} after a stop"));
         }
         // Where there are others, the good visit was theirs.
-        self.services[0].until_ready()?;
+        self.services[0].until_ready()
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        let asked = Instant::now();
+        self.services[0].terminate()?;
+        let ended = self.services[0].ended_within(LONGEST_STOP + Duration::from_secs(1))?;
+        let took = asked.elapsed();
+        match ended {
+            None => self.complain("it did not stop, and was killed".to_owned()),
+            Some(false) => self.complain("it stopped with a failure".to_owned()),
+            Some(true) if took > LONGEST_STOP => self.complain(format!("it stopped in {took:?}")),
+            Some(true) => {}
+        }
         self.stop = Some(Stop {
             asked,
             ended: asked + took,
@@ -289,7 +319,8 @@ impl<'a> Attempt<'a> {
         let mut complaints = self.complaints;
         let mut doubt = Doubt {
             counted: self.services.iter().map(Service::in_doubt).sum(),
-            unknown: self.unknown,
+            unasked: 0,
+            strangers: self.unknown,
         };
         if let Some(stop) = self.stop {
             // Nobody can be asked any more which of these were in doubt.
@@ -297,7 +328,7 @@ impl<'a> Attempt<'a> {
                 visit.outcome == Outcome::Refused
                     && (stop.asked..=stop.ended).contains(&visit.answered())
             };
-            doubt.unknown += visits.iter().filter(refused).count();
+            doubt.unasked = visits.iter().filter(refused).count();
         }
         // One more visit, alone: its number is that of the rows.
         let further = client::numbers(addresses[0]);

@@ -6,6 +6,7 @@
 //! looked for in a row of its own, and not only in their sum.
 
 use std::collections::HashSet;
+use std::ops::RangeInclusive;
 
 use crate::visitor::{Outcome, Visit};
 
@@ -29,9 +30,10 @@ pub struct Verdict {
 pub struct Doubt {
     /// What the service has counted as such.
     pub counted: usize,
-    /// Visits of clients that wrote nothing down, and refusals whose service ended before it could
-    /// be asked whether they were in doubt.
-    pub unknown: usize,
+    /// Refusals whose service ended before it could be asked whether they were in doubt.
+    pub unasked: usize,
+    /// Visits of clients that wrote nothing down.
+    pub strangers: usize,
 }
 
 /// Between the service's look at the clock and ours, in microseconds.
@@ -57,10 +59,10 @@ pub fn verdict(
         .count();
     let acknowledged = acknowledged.count();
     let in_doubt = unanswered + doubt.counted;
-    let mut duplicated = repeated(visits.iter().filter_map(Visit::total))
-        + moments
-            .len()
-            .saturating_sub(acknowledged + in_doubt + doubt.unknown);
+    let all = acknowledged + in_doubt + doubt.unasked + doubt.strangers;
+    let excess = moments.len().saturating_sub(all);
+    let strays = strays(visits, moments).saturating_sub(doubt.strangers);
+    let mut duplicated = repeated(visits.iter().filter_map(Visit::total)) + excess.max(strays);
     if !counter_started_over {
         duplicated += repeated(visits.iter().filter_map(Visit::redis));
     }
@@ -74,15 +76,49 @@ pub fn verdict(
 }
 
 fn has_row(visit: &Visit, moments: &[i64]) -> bool {
-    let row = visit
-        .total()
-        .and_then(|total| usize::try_from(total - 1).ok());
-    let Some(moment) = row.and_then(|row| moments.get(row)) else {
-        return false;
-    };
+    row(visit)
+        .and_then(|row| moments.get(row))
+        .is_some_and(|moment| arrival(visit).contains(moment))
+}
+
+/// Which row an acknowledged visit was told of, from 0.
+fn row(visit: &Visit) -> Option<usize> {
+    usize::try_from(visit.total()? - 1).ok()
+}
+
+/// When the service can have taken it.
+fn arrival(visit: &Visit) -> RangeInclusive<i64> {
     let took = i64::try_from(visit.took.as_micros()).unwrap_or(i64::MAX);
-    let earliest = visit.sent_at - TOLERANCE;
-    (earliest..=visit.sent_at.saturating_add(took) + TOLERANCE).contains(moment)
+    let latest = visit.sent_at.saturating_add(took).saturating_add(TOLERANCE);
+    visit.sent_at - TOLERANCE..=latest
+}
+
+/// How many rows nobody was told of for which there is no visit that may have made them, each of
+/// those having made no more than one.
+fn strays(visits: &[Visit], moments: &[i64]) -> usize {
+    let told: HashSet<_> = visits.iter().filter_map(row).collect();
+    let untold = moments
+        .iter()
+        .enumerate()
+        .filter(|(row, _)| !told.contains(row));
+    let mut untold: Vec<_> = untold.map(|(_, moment)| *moment).collect();
+    untold.sort_unstable();
+    let makers = visits.iter().filter(|visit| {
+        !matches!(
+            visit.outcome,
+            Outcome::Acknowledged { .. } | Outcome::NotSent
+        )
+    });
+    let mut makers: Vec<_> = makers.map(arrival).collect();
+    // Whoever may have made the earliest rows alone goes first.
+    makers.sort_unstable_by_key(|arrival| *arrival.end());
+    untold
+        .into_iter()
+        .filter(|moment| {
+            let maker = makers.iter().position(|arrival| arrival.contains(moment));
+            maker.map(|maker| makers.remove(maker)).is_none()
+        })
+        .count()
 }
 
 /// How many of them occurred before.
@@ -153,14 +189,36 @@ mod tests {
         let rows = [SECOND; 4];
         let doubt = Doubt {
             counted: 1,
-            unknown: 0,
+            strangers: 1,
+            ..Doubt::default()
         };
         let found = verdict(&visits, &rows, doubt, false);
         assert_eq!((found.in_doubt, found.duplicated), (2, 1));
         let doubt = Doubt {
-            unknown: 1,
+            strangers: 2,
             ..doubt
         };
         assert_eq!(verdict(&visits, &rows, doubt, false).duplicated, 0);
+    }
+
+    #[test]
+    fn each_row_that_nobody_was_told_of_needs_a_visit_of_its_own() {
+        let refused = visit(SECOND, Outcome::Refused);
+        let doubt = Doubt {
+            counted: 2,
+            ..Doubt::default()
+        };
+        let of = |visits: &[Visit], rows: &[i64]| verdict(visits, rows, doubt, false).duplicated;
+        assert_eq!(of(&[refused], &[SECOND]), 0);
+        assert_eq!(of(&[refused], &[SECOND, SECOND]), 1);
+        assert_eq!(of(&[refused], &[2 * SECOND]), 1);
+        // One may have made either row, the other only the second.
+        let longer = Visit {
+            took: Duration::from_secs(2),
+            ..refused
+        };
+        assert_eq!(of(&[longer, refused], &[SECOND, 2 * SECOND]), 0);
+        let not_sent = visit(SECOND, Outcome::NotSent);
+        assert_eq!(of(&[not_sent], &[SECOND]), 1);
     }
 }
