@@ -409,27 +409,25 @@ fn set_read_only(ground: &Ground, on: bool) -> Result<()> {
 /// Takes every connection there is, the service's too.
 fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
     const TRIES: usize = 50;
-    let end = "select count(pg_terminate_backend(pid)) from pg_stat_activity \
+    let end = "select pg_terminate_backend(pid) from pg_stat_activity \
                where application_name = 'visitas'";
-    let sessions = "select count(*) from pg_stat_activity where backend_type = 'client backend'";
     let mut taken = vec![ground.session("select 1")?];
+    let all = "select current_setting('max_connections')::bigint";
+    let all: i64 = ground
+        .runtime
+        .block_on(sqlx::query_scalar(all).fetch_one(&mut taken[0]))?;
+    // One that has not said yet whose it is cannot be ended, so its turn comes later.
     for _ in 0..TRIES {
         while let Ok(session) = ground.session("select 1") {
             taken.push(session);
         }
-        let ended: i64 = ground
-            .runtime
-            .block_on(sqlx::query_scalar(end).fetch_one(&mut taken[0]))?;
-        // A session that has just been ended, or has not said yet whose it is, may be why there
-        // was no more.
-        std::thread::sleep(Duration::from_millis(10));
-        let all: i64 = ground
-            .runtime
-            .block_on(sqlx::query_scalar(sessions).fetch_one(&mut taken[0]))?;
-        if ended == 0 && usize::try_from(all)? == taken.len() && ground.session("select 1").is_err()
-        {
+        if taken.len() == usize::try_from(all)? {
             return Ok(taken);
         }
+        ground
+            .runtime
+            .block_on(sqlx::query(end).execute(&mut taken[0]))?;
+        std::thread::sleep(Duration::from_millis(10));
     }
     bail!("the service keeps its connections")
 }

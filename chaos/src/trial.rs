@@ -1,6 +1,7 @@
 //! One fault: load, the fault, its end, how soon visits are good again, a stop in the midst of it,
 //! and what became of what had been acknowledged.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -168,7 +169,7 @@ impl<'a> Attempt<'a> {
             }
             let mended = Instant::now();
             let healed = injected.heal(ground, &mut attempt.services)?;
-            attempt.recover(0, began, mended, healed.at);
+            attempt.recover(0, began, began..mended, healed.at);
         } else {
             for service in &mut attempt.services {
                 service.until_ready()?;
@@ -201,6 +202,7 @@ impl<'a> Attempt<'a> {
         std::thread::sleep(SOME_MOMENT.mul_f64(chance::fraction()));
         let began = Instant::now();
         let injected = self.fault.inject(self.ground, &mut self.services)?;
+        let whole = Instant::now();
         let hold = match self.fault.kind {
             Kind::Pause(_) => effort.pause,
             // What is killed many times is away for a moment only.
@@ -213,13 +215,13 @@ impl<'a> Attempt<'a> {
         let Healed { at, unknown } = injected.heal(self.ground, &mut self.services)?;
         self.unknown += unknown;
         let due = if self.fault.is_overcome() { began } else { at };
-        self.recover(from, began, mended, due);
+        self.recover(from, began, whole..mended, due);
         Ok(())
     }
 
     /// Waits for the first good visit after `due`, and looks whether it stays at that. The fault
-    /// was whole from when it `began` until it was `mended`.
-    fn recover(&mut self, from: usize, began: Instant, mended: Instant, due: Instant) {
+    /// has taken from `began` on to become `whole`.
+    fn recover(&mut self, from: usize, began: Instant, whole: Range<Instant>, due: Instant) {
         let broken = |visit: &Visit| !visit.is_good() && visit.answered() > began;
         let first_error = self.ledger.find(from, Duration::ZERO, broken);
         let since = first_error.map_or(due, |error| error.answered().max(due));
@@ -233,8 +235,8 @@ impl<'a> Attempt<'a> {
         match first_error {
             Some(error) if self.fault.is_complete() => {
                 let spared = self.ledger.find(from, Duration::ZERO, |visit| {
-                    visit.sent > error.answered()
-                        && visit.answered() < mended
+                    visit.sent > error.answered().max(whole.start)
+                        && visit.answered() < whole.end
                         && match self.fault.harm {
                             Harm::Count => visit.is_good(),
                             _ => visit.total().is_some(),
