@@ -139,7 +139,7 @@ mod tests {
 
     use http::HeaderValue;
     use proptest::prelude::*;
-    use tokio::task::yield_now;
+    use tokio::task::{JoinHandle, yield_now};
 
     use super::*;
     use crate::property::bounded;
@@ -162,7 +162,7 @@ mod tests {
             &self,
             format: Format,
             meanwhile: impl FnOnce() + Send + 'static,
-        ) -> tokio::task::JoinHandle<Bytes> {
+        ) -> JoinHandle<Bytes> {
             let scrapes = self.scrapes.clone();
             let begun = Arc::clone(&self.begun);
             tokio::spawn(async move {
@@ -175,20 +175,22 @@ mod tests {
             })
         }
 
-        async fn until_begun(&self, wanted: usize) {
-            while self.begun.load(Ordering::SeqCst) < wanted {
+        /// Begins a rendering that goes on until what is returned with it is dropped, as it is
+        /// when a test ends, however it does.
+        async fn hold(&self) -> (JoinHandle<Bytes>, mpsc::Sender<()>) {
+            let (gate, closed) = mpsc::channel::<()>();
+            let held = self.ask(Format::Text, move || closed.recv().unwrap_or_default());
+            while self.begun.load(Ordering::SeqCst) == 0 {
                 yield_now().await;
             }
+            (held, gate)
         }
     }
 
     #[tokio::test]
     async fn who_asks_during_a_rendering_shares_the_next() {
         let counted = Counted::new();
-        // It opens when the test ends, too, however it does.
-        let (gate, closed) = mpsc::channel::<()>();
-        let first = counted.ask(Format::Text, move || closed.recv().unwrap_or_default());
-        counted.until_begun(1).await;
+        let (first, gate) = counted.hold().await;
         let others: Vec<_> = (0..50).map(|_| counted.ask(Format::Text, || {})).collect();
         // This runtime has one thread: whoever is to ask has asked before this goes on.
         yield_now().await;
@@ -204,9 +206,7 @@ mod tests {
     #[tokio::test]
     async fn formats_are_told_apart() {
         let counted = Counted::new();
-        let (gate, closed) = mpsc::channel::<()>();
-        let first = counted.ask(Format::Text, move || closed.recv().unwrap_or_default());
-        counted.until_begun(1).await;
+        let (first, gate) = counted.hold().await;
         let mut others = Vec::new();
         for _ in 0..50 {
             for format in [Format::Text, Format::OpenMetrics] {
@@ -226,9 +226,7 @@ mod tests {
     #[tokio::test]
     async fn scraper_that_has_left_keeps_its_turn() {
         let counted = Counted::new();
-        let (gate, closed) = mpsc::channel::<()>();
-        let first = counted.ask(Format::Text, move || closed.recv().unwrap_or_default());
-        counted.until_begun(1).await;
+        let (first, gate) = counted.hold().await;
         first.abort();
         assert!(first.await.unwrap_err().is_cancelled());
         let second = counted.ask(Format::Text, || {});

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use bench::measure::Mebibytes;
+use tokio::task::JoinHandle;
 
 use crate::ground::{Ground, Needs};
 use crate::service::Service;
@@ -194,11 +195,7 @@ async fn closed(address: SocketAddr, clients: usize, duration: Duration) -> Vec<
             })
         })
         .collect();
-    let mut all = Vec::new();
-    for client in clients {
-        all.extend(client.await.unwrap_or_default());
-    }
-    all
+    all(clients).await
 }
 
 /// So many visits a second, each with the moment when it was due. The connections take turns.
@@ -221,8 +218,14 @@ async fn open(address: SocketAddr, rate: f64, duration: Duration) -> Vec<(Instan
             })
         })
         .collect();
+    all(clients).await
+}
+
+/// What all clients made, once the last has ended.
+async fn all<T>(clients: Vec<JoinHandle<Vec<T>>>) -> Vec<T> {
     let mut all = Vec::new();
     for client in clients {
+        // A client does not panic.
         all.extend(client.await.unwrap_or_default());
     }
     all
