@@ -133,21 +133,18 @@ async fn connections_that_fall_silent_cost_one_deadline() {
             ("VISIT_TIMEOUT", "10s"),
         ])
         .await;
-    // A reading beside a visit opens a connection of its own, so that the next one has one that is
+    let said = || way.said().concat().len();
+    // A reading beside a visit has a connection of its own, so that the next one has one that is
     // silent.
     let mut count = HeldCount::of(&world).await;
     let visit = service.begin_visit();
     count.until_waited_for().await;
-    let connections = way.said().len();
-    eventually("another connection", SOON, async || {
-        way.said().len() > connections
-    })
-    .await;
+    let before = said();
+    eventually("a reading beside it", SOON, async || said() > before).await;
     count.release().await;
     assert_eq!(visit.await.expect("an answer").status, StatusCode::OK);
     // After a reading: the next one begins most of a second later than the visit, and is not to
     // be waited for.
-    let said = || way.said().concat().len();
     let before = said();
     eventually("a reading", SOON, async || said() > before).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
