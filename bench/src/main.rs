@@ -87,7 +87,11 @@ fn command() -> Command {
         .subcommand(
             Command::new("soak")
                 .about("Watches memory at the peak and writes soak.md")
-                .arg(number("seconds", "600", "Seconds of each of the two runs")),
+                .arg(number(
+                    "seconds",
+                    "600",
+                    "Seconds of the run that is scraped; the other takes twice as long",
+                )),
         )
         .subcommand(
             Command::new("ceiling")

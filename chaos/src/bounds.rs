@@ -1,9 +1,10 @@
 //! What the service takes, as figures: file descriptors, connections, memory.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
-use bench::client::Connection;
+use anyhow::{Context as _, Result, ensure};
 
 use crate::ground::{Ground, Needs};
 use crate::ledger::Ledger;
@@ -14,12 +15,16 @@ use crate::service::Service;
 pub struct Bounds {
     /// File descriptors of a service that nobody visits.
     pub idle_files: usize,
-    /// The same with [`CONNECTIONS`] that have each made a request.
+    /// The same with [`CONNECTIONS`] over each of which a request was made.
     pub busy_files: usize,
     /// The same once those are gone.
     pub left_files: usize,
-    /// Resident memory that one of those takes, in kibibytes.
-    pub memory_per_connection: f64,
+    /// Resident memory that a connection takes over which nothing was said, in kibibytes.
+    pub memory_silent: f64,
+    /// The same where a request was made.
+    pub memory_used: f64,
+    /// The same with 63 KiB of a head: a little more, and it is refused.
+    pub memory_half: f64,
     /// Sessions with Postgres under load.
     pub sessions: usize,
     /// Connections that are open of one more than [`MAX_CONNECTIONS`] where only so many may be.
@@ -56,43 +61,76 @@ pub fn run() -> Result<Bounds> {
     let _visits = ledger.stop();
 
     let files = |service: &Service| service.open_files().context("no /proc");
-    let memory = |service: &Service| service.memory().context("no /proc");
     let idle_files = settled(&service)?;
-    let before = memory(&service)?;
-    let open = connections(&service, CONNECTIONS)?;
+    let open = open(&service, Said::Request)?;
     let busy_files = files(&service)?;
-    let after = memory(&service)?;
     drop(open);
     let left_files = settled(&service)?;
+    drop(service);
 
     let mut capped = Service::new(&ground)?;
     capped.set("HTTP_MAX_CONNECTIONS", &MAX_CONNECTIONS.to_string());
     capped.start()?;
     capped.until_ready()?;
     let crowd: Vec<_> = (0..CROWD)
-        .map(|_| Connection::open(capped.address))
-        .collect::<Result<_>>()?;
+        .map(|_| TcpStream::connect(capped.address))
+        .collect::<Result<_, _>>()?;
     let capped_files = settled(&capped)?;
     drop(crowd);
     Ok(Bounds {
         idle_files,
         busy_files,
         left_files,
-        memory_per_connection: (after.0 - before.0) * 1024.0 / CONNECTIONS as f64,
+        memory_silent: memory_of_one(&ground, Said::Nothing)?,
+        memory_used: memory_of_one(&ground, Said::Request)?,
+        memory_half: memory_of_one(&ground, Said::HalfHead)?,
         sessions: sessions.parse()?,
         capped_files,
     })
 }
 
-/// Connections that have each made a request.
-fn connections(service: &Service, number: usize) -> Result<Vec<Connection>> {
-    (0..number)
+/// What is said over a connection.
+#[derive(Clone, Copy)]
+enum Said {
+    Nothing,
+    Request,
+    HalfHead,
+}
+
+/// The resident memory that each of [`CONNECTIONS`] takes, in kibibytes. The service is one of
+/// their own: what others have freed would be taken first.
+fn memory_of_one(ground: &Ground, said: Said) -> Result<f64> {
+    let mut service = Service::new(ground)?;
+    service.set("HEADER_TIMEOUT", "1m");
+    service.start()?;
+    service.until_ready()?;
+    let memory = || service.memory().context("no /proc");
+    let before = memory()?;
+    let _open = open(&service, said)?;
+    let taken = memory()?.0 - before.0;
+    Ok(taken * 1024.0 / CONNECTIONS as f64)
+}
+
+/// Opens [`CONNECTIONS`] and says that.
+fn open(service: &Service, said: Said) -> Result<Vec<TcpStream>> {
+    let half = [b"GET / HTTP/1.1\r\nx: ", &*vec![b'x'; 63 * 1024]].concat();
+    let open: Vec<_> = (0..CONNECTIONS)
         .map(|_| {
-            let mut connection = Connection::open(service.address)?;
-            connection.get("/health/live")?;
-            Ok(connection)
+            let mut stream = TcpStream::connect(service.address)?;
+            match said {
+                Said::Nothing => {}
+                Said::Request => {
+                    stream.write_all(b"GET /health/live HTTP/1.1\r\nhost: chaos\r\n\r\n")?;
+                    ensure!(stream.read(&mut [0; 4096])? > 0, "no answer");
+                }
+                Said::HalfHead => stream.write_all(&half)?,
+            }
+            Ok(stream)
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    // What was said last is still to be read.
+    std::thread::sleep(MOMENT);
+    Ok(open)
 }
 
 /// The number of files once it has been the same for a moment, or after a while.

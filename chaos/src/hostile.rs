@@ -23,8 +23,12 @@ use crate::service::Service;
 pub enum Attack {
     /// A head that comes byte by byte.
     SlowHead,
+    /// The first 64 KiB of a head, and no more.
+    HalfHead,
     /// A body that comes byte by byte.
     SlowBody,
+    /// A body in chunks that never ends.
+    EndlessBody,
     /// Many visits in one go, and no answer is read.
     UnreadVisits,
     /// The same with scrapes, which are longer and take more work.
@@ -33,6 +37,8 @@ pub enum Attack {
     Idle,
     /// Heads of some hundred kilobytes.
     LongHead,
+    /// Heads of ten thousand fields.
+    ManyFields,
     /// Bodies of a hundred megabytes.
     LongBody,
     /// `traceparent` and `x-request-id` that make no sense.
@@ -89,13 +95,16 @@ pub struct Hostile {
 struct Witness(Arc<Mutex<Seen>>);
 
 /// All attacks, in the report's order.
-pub const ALL: [Attack; 9] = [
+pub const ALL: [Attack; 12] = [
     Attack::SlowHead,
+    Attack::HalfHead,
     Attack::SlowBody,
+    Attack::EndlessBody,
     Attack::UnreadVisits,
     Attack::UnreadScrapes,
     Attack::Idle,
     Attack::LongHead,
+    Attack::ManyFields,
     Attack::LongBody,
     Attack::AbsurdHeaders,
     Attack::InvalidBytes,
@@ -111,6 +120,12 @@ const HEADER_TIMEOUT: &str = "1s";
 const DRIP: Duration = Duration::from_millis(200);
 /// Between two requests of whoever is not.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Whoever is not read for this long has said enough.
+const LONGEST_SAYING: Duration = Duration::from_secs(1);
+/// How many requests are made before an answer is read.
+const UNREAD: usize = 100;
+/// Of a head that never ends: what the service would read of it at once.
+const HALF: usize = 64 * 1024;
 /// Between two connections that are opened.
 const STAGGER: Duration = Duration::from_micros(200);
 
@@ -188,7 +203,7 @@ impl Damage {
         if !attack.allowed().is_empty() && seen.answers.is_empty() {
             complaints.push(format!("{attack:?} was not answered"));
         }
-        if attack == Attack::SlowHead && seen.cut == 0 {
+        if matches!(attack, Attack::SlowHead | Attack::HalfHead) && seen.cut == 0 {
             complaints.push(format!("{attack:?} was never cut"));
         }
         complaints
@@ -247,17 +262,23 @@ impl Attack {
             Self::SlowHead | Self::SlowBody => 500,
             Self::UnreadVisits | Self::UnreadScrapes => 50,
             Self::Idle => idle,
-            Self::LongHead | Self::LongBody | Self::AbsurdHeaders | Self::InvalidBytes => 10,
+            Self::HalfHead => idle * 2 / 5,
+            Self::EndlessBody
+            | Self::LongHead
+            | Self::ManyFields
+            | Self::LongBody
+            | Self::AbsurdHeaders
+            | Self::InvalidBytes => 10,
         }
     }
 
     /// The statuses that it may be answered with.
     fn allowed(self) -> &'static [u16] {
         match self {
-            Self::SlowHead | Self::UnreadVisits | Self::UnreadScrapes => &[],
-            Self::SlowBody => &[405],
+            Self::SlowHead | Self::HalfHead | Self::UnreadVisits | Self::UnreadScrapes => &[],
+            Self::SlowBody | Self::EndlessBody => &[405],
             Self::Idle | Self::AbsurdHeaders => &[200],
-            Self::LongHead => &[431],
+            Self::LongHead | Self::ManyFields => &[431],
             Self::LongBody => &[413],
             Self::InvalidBytes => &[200, 400],
         }
@@ -275,66 +296,86 @@ impl Attack {
     }
 
     async fn strike(self, address: SocketAddr, turn: usize, witness: &Witness) -> Result<()> {
-        match self {
-            Self::UnreadVisits => return read_nothing(address, "/", witness).await,
-            Self::UnreadScrapes => return read_nothing(address, "/metrics", witness).await,
-            _ => {}
+        let socket = TcpSocket::new_v4()?;
+        if self.reads_nothing() {
+            socket.set_recv_buffer_size(4096)?;
         }
-        let mut stream = TcpStream::connect(address).await?;
+        let mut stream = socket.connect(address).await?;
         witness.seen().connected += 1;
+        // What is refused need not be read to its end.
+        timeout(LONGEST_SAYING, stream.write_all(&self.says(turn)))
+            .await
+            .ok();
         match self {
-            Self::SlowHead => {
-                stream
-                    .write_all(b"GET / HTTP/1.1\r\nhost: chaos\r\nx-slow: ")
-                    .await?;
-                drip(&mut stream, witness).await;
-                Ok(())
+            Self::SlowHead | Self::UnreadVisits | Self::UnreadScrapes => {
+                drip(&mut stream, b"x", witness).await;
+            }
+            Self::HalfHead => {
+                until_closed(&mut stream).await.ok();
+                witness.seen().cut += 1;
             }
             Self::SlowBody => {
-                stream
-                    .write_all(b"POST / HTTP/1.1\r\nhost: chaos\r\ncontent-length: 60000\r\n\r\n")
-                    .await?;
                 // It need not read the body to answer.
                 timeout(DRIP, note(&mut stream, witness)).await.ok();
-                drip(&mut stream, witness).await;
-                Ok(())
+                drip(&mut stream, b"x", witness).await;
+            }
+            Self::EndlessBody => {
+                note(&mut stream, witness).await?;
+                drip(&mut stream, b"1\r\nx\r\n", witness).await;
             }
             Self::Idle => {
-                stream
-                    .write_all(b"GET /health/live HTTP/1.1\r\nhost: chaos\r\n\r\n")
-                    .await?;
                 note(&mut stream, witness).await?;
-                let mut rest = [0; 1024];
-                while stream.read(&mut rest).await? > 0 {}
-                Ok(())
+                until_closed(&mut stream).await?;
             }
+            Self::LongHead
+            | Self::ManyFields
+            | Self::LongBody
+            | Self::AbsurdHeaders
+            | Self::InvalidBytes => note(&mut stream, witness).await?,
+        }
+        Ok(())
+    }
+
+    fn reads_nothing(self) -> bool {
+        matches!(self, Self::UnreadVisits | Self::UnreadScrapes)
+    }
+
+    /// What it begins with, in its so manyeth turn.
+    fn says(self, turn: usize) -> Vec<u8> {
+        let request = |line: &str, fields: &[u8]| {
+            let head = format!("{line} HTTP/1.1\r\nhost: chaos\r\n");
+            [head.as_bytes(), fields].concat()
+        };
+        match self {
+            Self::SlowHead => request("GET /", b"x-slow: "),
+            Self::HalfHead => request("GET /", &[b"x-half: ", &*vec![b'x'; HALF]].concat()),
+            Self::SlowBody => request("POST /", b"content-length: 60000\r\n\r\n"),
+            Self::EndlessBody => {
+                let fields = b"transfer-encoding: chunked\r\n\r\n";
+                request("POST /", &[fields, b"1\r\nx\r\n".as_slice()].concat())
+            }
+            Self::UnreadVisits => request("GET /", b"\r\n").repeat(UNREAD),
+            Self::UnreadScrapes => request("GET /metrics", b"\r\n").repeat(UNREAD),
+            Self::Idle => request("GET /health/live", b"\r\n"),
             Self::LongHead => {
                 let long = "x".repeat(300_000);
-                let head = format!("GET / HTTP/1.1\r\nhost: chaos\r\nx-long: {long}\r\n\r\n");
-                // It may be answered before it is read to its end.
-                stream.write_all(head.as_bytes()).await.ok();
-                note(&mut stream, witness).await
+                request("GET /", format!("x-long: {long}\r\n\r\n").as_bytes())
             }
+            Self::ManyFields => request(
+                "GET /",
+                &[&b"x: y\r\n".repeat(10_000)[..], b"\r\n"].concat(),
+            ),
             Self::LongBody => {
-                stream
-                    .write_all(
-                        b"POST / HTTP/1.1\r\nhost: chaos\r\ncontent-length: 104857600\r\n\r\n",
-                    )
-                    .await?;
-                stream.write_all(&vec![b'x'; 64 * 1024]).await.ok();
-                note(&mut stream, witness).await
+                let fields = b"content-length: 104857600\r\n\r\n";
+                request("POST /", &[&fields[..], &*vec![b'x'; 64 * 1024]].concat())
             }
             Self::AbsurdHeaders | Self::InvalidBytes => {
-                let headers = self.headers(turn);
-                let head: [&[u8]; 3] = [
-                    b"GET / HTTP/1.1\r\nhost: chaos\r\nconnection: close\r\n",
-                    &headers,
-                    b"\r\n\r\n",
-                ];
-                stream.write_all(&head.concat()).await?;
-                note(&mut stream, witness).await
+                let fields = self.headers(turn);
+                request(
+                    "GET /",
+                    &[b"connection: close\r\n", &fields[..], b"\r\n\r\n"].concat(),
+                )
             }
-            Self::UnreadVisits | Self::UnreadScrapes => Ok(()),
         }
     }
 
@@ -372,28 +413,18 @@ impl Witness {
     }
 }
 
-/// A byte now and then, until the service closes.
-async fn drip(stream: &mut TcpStream, witness: &Witness) {
-    while stream.write_all(b"x").await.is_ok() {
+/// A little now and then, until the service closes.
+async fn drip(stream: &mut TcpStream, drop: &[u8], witness: &Witness) {
+    while stream.write_all(drop).await.is_ok() {
         sleep(DRIP).await;
     }
     witness.seen().cut += 1;
 }
 
-/// Asks for many answers and leaves them where they are.
-async fn read_nothing(address: SocketAddr, path: &str, witness: &Witness) -> Result<()> {
-    let socket = TcpSocket::new_v4()?;
-    socket.set_recv_buffer_size(4096)?;
-    let mut stream = socket.connect(address).await?;
-    witness.seen().connected += 1;
-    let requests = format!("GET {path} HTTP/1.1\r\nhost: chaos\r\n\r\n").repeat(100);
-    timeout(
-        Duration::from_secs(1),
-        stream.write_all(requests.as_bytes()),
-    )
-    .await?
-    .ok();
-    drip(&mut stream, witness).await;
+/// Reads and says nothing.
+async fn until_closed(stream: &mut TcpStream) -> Result<()> {
+    let mut rest = [0; 1024];
+    while stream.read(&mut rest).await? > 0 {}
     Ok(())
 }
 

@@ -32,8 +32,11 @@ const AFTERMATH: Duration = Duration::from_millis(250);
 const PROBE: Duration = Duration::from_millis(100);
 /// A crowd may cost so much memory, in mebibytes.
 const MEMORY: f64 = 64.0;
-/// In kibibytes.
-const MEMORY_PER_CONNECTION: f64 = 24.0;
+/// What Compose lets the service have, in mebibytes, whatever anybody does.
+const MEMORY_LIMIT: f64 = 512.0;
+/// Of a connection, in kibibytes: so many as Compose allows of the worst leave a fifth of that.
+const MEMORY_USED: f64 = 24.0;
+const MEMORY_HALF: f64 = 100.0;
 /// Sessions of the pool.
 const SESSIONS: f64 = 4.0;
 
@@ -334,6 +337,12 @@ pub fn hostile(hostile: &Hostile) -> Section {
             milliseconds,
         ),
         Goal::at_most(
+            "hostile clients: memory",
+            MEMORY_LIMIT,
+            hostile.memory.map_or(f64::NAN, |memory| memory.0),
+            mebibytes,
+        ),
+        Goal::at_most(
             "hostile clients: what must not be",
             0.0,
             hostile.complaints.len() as f64,
@@ -364,9 +373,11 @@ pub fn bounds(bounds: &Bounds) -> Section {
             count(bounds.capped_files),
         ),
         (
-            "memory of a connection that has been used",
-            kibibytes(bounds.memory_per_connection),
+            "memory of a connection over which nothing was said",
+            kibibytes(bounds.memory_silent),
         ),
+        ("that has been used", kibibytes(bounds.memory_used)),
+        ("that has 63 KiB of a head", kibibytes(bounds.memory_half)),
         ("sessions with Postgres under load", count(bounds.sessions)),
     ];
     Section {
@@ -395,9 +406,15 @@ pub fn bounds(bounds: &Bounds) -> Section {
                 number,
             ),
             Goal::at_most(
-                "memory of a connection",
-                MEMORY_PER_CONNECTION,
-                bounds.memory_per_connection,
+                "memory of a connection that has been used",
+                MEMORY_USED,
+                bounds.memory_used,
+                kibibytes,
+            ),
+            Goal::at_most(
+                "memory of a connection that has half a head",
+                MEMORY_HALF,
+                bounds.memory_half,
                 kibibytes,
             ),
             Goal::at_most(

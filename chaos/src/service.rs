@@ -81,8 +81,21 @@ impl Service {
     ///
     /// If that takes half a minute.
     pub fn until_ready(&mut self) -> Result<()> {
+        self.until(|health| health == Some("ok"))
+    }
+
+    /// Waits until it says anything of its health.
+    ///
+    /// # Errors
+    ///
+    /// If that takes half a minute.
+    pub fn until_it_answers(&mut self) -> Result<()> {
+        self.until(|health| health.is_some())
+    }
+
+    fn until(&mut self, is_it: impl Fn(Option<&str>) -> bool) -> Result<()> {
         let deadline = Instant::now() + READY_DEADLINE;
-        while self.health().as_deref() != Some("ok") {
+        while !is_it(self.health().as_deref()) {
             let said = self.process.as_ref().map(Process::last_words);
             ensure!(
                 Instant::now() < deadline,

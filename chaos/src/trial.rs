@@ -126,7 +126,7 @@ pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
         }
         attempt
     };
-    if effort.stop && fault.kind != Kind::KillService && !fault.comes_first() {
+    if effort.stop && !fault.comes_first() {
         attempt.stop_in_its_midst()?;
     }
     attempt.judge(repetitions)
@@ -171,12 +171,22 @@ impl<'a> Attempt<'a> {
             let healed = injected.heal(ground, &mut attempt.services)?;
             attempt.recover(0, began, began..mended, healed.at);
         } else {
-            for service in &mut attempt.services {
+            if effort.stop {
+                // One of them, as soon as it can be asked, while they all migrate.
+                attempt.services[0].until_it_answers()?;
+                attempt.stop()?;
+            }
+            let stays = usize::from(effort.stop);
+            for service in &mut attempt.services[stays..] {
                 service.until_ready()?;
             }
             let ready = Instant::now();
             attempt.recoveries.push((ready - began).as_secs_f64());
-            attempt.see_to_the_aftermath(0, ready);
+            if effort.stop {
+                attempt.services[0].start()?;
+                attempt.services[0].until_ready()?;
+            }
+            attempt.see_to_the_aftermath(0, Instant::now());
         }
         Ok(attempt)
     }
@@ -278,8 +288,15 @@ impl<'a> Attempt<'a> {
         let from = self.ledger.made();
         let injected = self.fault.inject(self.ground, &mut self.services)?;
         std::thread::sleep(AFTERMATH);
-        self.stop()?;
-        self.unknown += injected.heal(self.ground, &mut self.services)?.unknown;
+        if self.fault.kind == Kind::KillService {
+            // There is nobody to ask before it starts again.
+            injected.heal(self.ground, &mut self.services)?;
+            self.services[0].until_it_answers()?;
+            self.stop()?;
+        } else {
+            self.stop()?;
+            self.unknown += injected.heal(self.ground, &mut self.services)?.unknown;
+        }
         self.services[0].start()?;
         let started = Instant::now();
         let good = self.ledger.find(from, PATIENCE, |visit| {
