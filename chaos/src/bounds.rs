@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 
 use crate::ground::{Ground, Needs};
+use crate::hostile::HALF_HEAD;
 use crate::ledger::Ledger;
 use crate::service::Service;
 
@@ -23,7 +24,7 @@ pub struct Bounds {
     pub memory_silent: f64,
     /// The same where a request was made.
     pub memory_used: f64,
-    /// The same with 63 KiB of a head: a little more, and it is refused.
+    /// The same with half a head, of 63 KiB.
     pub memory_half: f64,
     /// Sessions with Postgres under load.
     pub sessions: usize,
@@ -113,7 +114,7 @@ fn memory_of_one(ground: &Ground, said: Said) -> Result<f64> {
 
 /// Opens [`CONNECTIONS`] and says that.
 fn open(service: &Service, said: Said) -> Result<Vec<TcpStream>> {
-    let half = [b"GET / HTTP/1.1\r\nx: ", &*vec![b'x'; 63 * 1024]].concat();
+    let half = [b"GET / HTTP/1.1\r\nx: ", &*vec![b'x'; HALF_HEAD]].concat();
     let open: Vec<_> = (0..CONNECTIONS)
         .map(|_| {
             let mut stream = TcpStream::connect(service.address)?;

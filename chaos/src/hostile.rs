@@ -23,7 +23,7 @@ use crate::service::Service;
 pub enum Attack {
     /// A head that comes byte by byte.
     SlowHead,
-    /// The first 64 KiB of a head, and no more.
+    /// The first 63 KiB of a head, and no more.
     HalfHead,
     /// A body that comes byte by byte.
     SlowBody,
@@ -124,8 +124,8 @@ const PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_SAYING: Duration = Duration::from_secs(1);
 /// How many requests are made before an answer is read.
 const UNREAD: usize = 100;
-/// Of a head that never ends: what the service would read of it at once.
-const HALF: usize = 64 * 1024;
+/// Of a head that never ends: a little more, and it is refused.
+pub(crate) const HALF_HEAD: usize = 63 * 1024;
 /// Between two connections that are opened.
 const STAGGER: Duration = Duration::from_micros(200);
 
@@ -348,7 +348,7 @@ impl Attack {
         };
         match self {
             Self::SlowHead => request("GET /", b"x-slow: "),
-            Self::HalfHead => request("GET /", &[b"x-half: ", &*vec![b'x'; HALF]].concat()),
+            Self::HalfHead => request("GET /", &[b"x-half: ", &*vec![b'x'; HALF_HEAD]].concat()),
             Self::SlowBody => request("POST /", b"content-length: 60000\r\n\r\n"),
             Self::EndlessBody => {
                 let fields = b"transfer-encoding: chunked\r\n\r\n";

@@ -275,12 +275,21 @@ fn sampler(reader: &mut Reader<'_>) -> Result<Sampler, ConfigError> {
 }
 
 pub(super) fn healthcheck_url(text: &str) -> Result<Uri, ConfigError> {
+    let is_asked_openly = |url: &Uri| {
+        let user = url
+            .authority()
+            .map(|authority| authority.as_str().contains('@'));
+        url.scheme_str() == Some("http") && user == Some(false)
+    };
     text.parse::<Uri>()
         .ok()
-        .filter(|url| url.scheme_str() == Some("http") && url.host().is_some())
+        .filter(is_asked_openly)
         .ok_or_else(|| {
             let value = displayed(text);
-            ConfigError::new(&format!("--{}={value}: expected an http:// URL", cli::URL))
+            ConfigError::new(&format!(
+                "--{}={value}: expected an http:// URL without user",
+                cli::URL
+            ))
         })
 }
 

@@ -47,6 +47,18 @@ async fn healthcheck_fails_in_one_line_where_nobody_answers() {
 }
 
 #[tokio::test]
+async fn healthcheck_takes_no_url_with_a_password_and_does_not_repeat_it() {
+    for user in ["ana:segredo@", "segredo@"] {
+        let url = format!("http://{user}127.0.0.1:1/health");
+        let ended = Ended::of(&["healthcheck", "--url", &url], &[]).await;
+        assert_eq!(ended.code, Some(2), "{ended:?}");
+        assert!(ended.error().contains("without user"), "{ended:?}");
+        let told = ended.output + &ended.errors;
+        assert!(!told.contains("segredo"), "{told}");
+    }
+}
+
+#[tokio::test]
 async fn migrate_brings_a_fresh_database_up_to_date_once() {
     let world = World::new();
     let migrate = async || Ended::of(&["migrate"], &world.settings()).await;
