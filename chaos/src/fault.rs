@@ -1,20 +1,19 @@
 //! The faults: what each breaks, how it is mended, and what a visitor may notice of it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use devstack::Postgres;
 use sqlx::PgConnection;
-use tokio::io::AsyncWriteExt as _;
-use tokio::net::TcpStream;
 
 use crate::chance;
 use crate::ground::{Ground, Needs, REDIS_PASSWORD, Store};
 use crate::proxy::{Cut, Rules};
 use crate::service::Service;
+use crate::visitor::{Visit, Visitor};
 
 /// Something that breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,12 +102,12 @@ enum Held {
 }
 
 /// A mended fault.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Healed {
     /// When what was broken worked again, as seen without the service.
     pub at: Instant,
     /// Visits that others than the ledger's clients have made meanwhile.
-    pub unknown: usize,
+    pub others: Vec<Visit>,
 }
 
 const fn fault(name: &'static str, harm: Harm, kind: Kind) -> Fault {
@@ -341,7 +340,7 @@ impl Injected {
     ///
     /// If that fails, or what was broken does not work again.
     pub fn heal(self, ground: &Ground, services: &mut [Service]) -> Result<Healed> {
-        let mut unknown = 0;
+        let mut others = Vec::new();
         // As most are mended: before it works again, not after.
         let mut at = Instant::now();
         match (self.kind, self.held) {
@@ -378,10 +377,10 @@ impl Injected {
             (Kind::WrongType, _) => redis(ground, &["RENAME guardada visitas_home"])?,
             (Kind::NamesGone, _) => ground.names.as_ref().context("no names")?.give()?,
             (Kind::CollectorSilent, _) => ground.way_to_collector.clear()?,
-            (Kind::Disconnects, Held::Storm(storm)) => unknown = storm.stop(ground),
+            (Kind::Disconnects, Held::Storm(storm)) => others = storm.stop(ground),
             _ => {}
         }
-        Ok(Healed { at, unknown })
+        Ok(Healed { at, others })
     }
 }
 
@@ -467,8 +466,7 @@ impl Restarting {
 /// Clients that ask for a visit and leave, at any moment.
 struct Storm {
     going: Arc<AtomicBool>,
-    asked: Arc<AtomicUsize>,
-    clients: Vec<tokio::task::JoinHandle<()>>,
+    clients: Vec<tokio::task::JoinHandle<Vec<Visit>>>,
 }
 
 const STORM_CLIENTS: usize = 32;
@@ -477,40 +475,31 @@ const LONGEST_STAY: Duration = Duration::from_millis(6);
 impl Storm {
     fn start(ground: &Ground, services: &[Service]) -> Self {
         let going = Arc::new(AtomicBool::new(true));
-        let asked = Arc::new(AtomicUsize::new(0));
         let address = services[0].address;
         let clients = (0..STORM_CLIENTS).map(|client| {
-            let (going, asked) = (Arc::clone(&going), Arc::clone(&asked));
+            let going = Arc::clone(&going);
             ground.runtime.spawn(async move {
+                let some_time = || LONGEST_STAY.mul_f64(chance::fraction());
+                let mut visits = Vec::new();
                 while going.load(Ordering::Relaxed) {
-                    if let Ok(mut stream) = TcpStream::connect(address).await {
-                        asked.fetch_add(1, Ordering::Relaxed);
-                        let request = b"GET / HTTP/1.1\r\nhost: chaos\r\n\r\n";
-                        stream.write_all(request).await.ok();
-                        tokio::time::sleep(LONGEST_STAY.mul_f64(chance::fraction())).await;
-                        if client % 2 == 0 {
-                            // A reset instead of a goodbye.
-                            stream.set_zero_linger().ok();
-                        }
-                    }
-                    tokio::time::sleep(LONGEST_STAY.mul_f64(chance::fraction())).await;
+                    visits.push(Visitor::pass_by(address, some_time(), client % 2 == 0).await);
+                    tokio::time::sleep(some_time()).await;
                 }
+                visits
             })
         });
         Self {
             clients: clients.collect(),
             going,
-            asked,
         }
     }
 
-    /// How many visits were asked for.
-    fn stop(self, ground: &Ground) -> usize {
+    /// The visits that were asked for.
+    fn stop(self, ground: &Ground) -> Vec<Visit> {
         self.going.store(false, Ordering::Relaxed);
-        for client in self.clients {
-            ground.runtime.block_on(client).ok();
-        }
-        self.asked.load(Ordering::Relaxed)
+        let clients = self.clients.into_iter();
+        let visits = clients.filter_map(|client| ground.runtime.block_on(client).ok());
+        visits.flatten().collect()
     }
 }
 

@@ -77,8 +77,8 @@ struct Attempt<'a> {
     ground: &'a Ground,
     services: Vec<Service>,
     ledger: Ledger,
-    /// Visits of others.
-    unknown: usize,
+    /// Visits of others than the ledger's clients.
+    others: Vec<Visit>,
     stop: Option<Stop>,
     first_errors: Vec<f64>,
     recoveries: Vec<f64>,
@@ -198,7 +198,7 @@ impl<'a> Attempt<'a> {
             ground,
             services,
             ledger: Ledger::start(ground.runtime.handle(), &addresses),
-            unknown: 0,
+            others: Vec::new(),
             stop: None,
             first_errors: Vec::new(),
             recoveries: Vec::new(),
@@ -222,8 +222,8 @@ impl<'a> Attempt<'a> {
         };
         std::thread::sleep(hold);
         let mended = Instant::now();
-        let Healed { at, unknown } = injected.heal(self.ground, &mut self.services)?;
-        self.unknown += unknown;
+        let Healed { at, others } = injected.heal(self.ground, &mut self.services)?;
+        self.others.extend(others);
         let due = if self.fault.is_overcome() { began } else { at };
         self.recover(from, began, whole..mended, due);
         Ok(())
@@ -295,7 +295,8 @@ impl<'a> Attempt<'a> {
             self.stop()?;
         } else {
             self.stop()?;
-            self.unknown += injected.heal(self.ground, &mut self.services)?.unknown;
+            let healed = injected.heal(self.ground, &mut self.services)?;
+            self.others.extend(healed.others);
         }
         self.services[0].start()?;
         let started = Instant::now();
@@ -339,7 +340,6 @@ impl<'a> Attempt<'a> {
         let mut doubt = Doubt {
             counted: self.services.iter().map(Service::in_doubt).sum(),
             unasked: 0,
-            strangers: self.unknown,
         };
         if let Some(stop) = self.stop {
             // Nobody can be asked any more which of these were in doubt.
@@ -362,7 +362,8 @@ impl<'a> Attempt<'a> {
             }
             Err(error) => complaints.push(format!("a visit after it all: {error:#}")),
         }
-        let found = verdict(&visits, &moments, doubt, self.fault.counter_starts_over());
+        let all = [&visits[..], &self.others].concat();
+        let found = verdict(&all, &moments, doubt, self.fault.counter_starts_over());
 
         let before_the_stop =
             |visit: &&Visit| self.stop.is_none_or(|stop| visit.answered() < stop.asked);

@@ -32,8 +32,6 @@ pub struct Doubt {
     pub counted: usize,
     /// Refusals whose service ended before it could be asked whether they were in doubt.
     pub unasked: usize,
-    /// Visits of clients that wrote nothing down.
-    pub strangers: usize,
 }
 
 /// Between the service's look at the clock and ours, in microseconds.
@@ -53,16 +51,15 @@ pub fn verdict(
         .clone()
         .filter(|visit| !has_row(visit, moments))
         .count();
-    let unanswered = visits
-        .iter()
-        .filter(|visit| matches!(visit.outcome, Outcome::Unanswered | Outcome::Wrong(_)))
-        .count();
+    let number = |of: fn(Outcome) -> bool| visits.iter().filter(|visit| of(visit.outcome)).count();
+    let unanswered = number(|outcome| matches!(outcome, Outcome::Unanswered | Outcome::Wrong(_)));
+    let left = number(|outcome| outcome == Outcome::Left);
     let acknowledged = acknowledged.count();
     let in_doubt = unanswered + doubt.counted;
-    let all = acknowledged + in_doubt + doubt.unasked + doubt.strangers;
+    let all = acknowledged + in_doubt + doubt.unasked + left;
     let excess = moments.len().saturating_sub(all);
-    let strays = strays(visits, moments).saturating_sub(doubt.strangers);
-    let mut duplicated = repeated(visits.iter().filter_map(Visit::total)) + excess.max(strays);
+    let mut duplicated =
+        repeated(visits.iter().filter_map(Visit::total)) + excess.max(strays(visits, moments));
     if !counter_started_over {
         duplicated += repeated(visits.iter().filter_map(Visit::redis));
     }
@@ -185,20 +182,22 @@ mod tests {
 
     #[test]
     fn rows_that_no_visit_can_have_made_are_duplicates() {
-        let visits = [told(SECOND, 1), visit(SECOND, Outcome::Unanswered)];
-        let rows = [SECOND; 4];
         let doubt = Doubt {
             counted: 1,
-            strangers: 1,
             ..Doubt::default()
         };
-        let found = verdict(&visits, &rows, doubt, false);
-        assert_eq!((found.in_doubt, found.duplicated), (2, 1));
-        let doubt = Doubt {
-            strangers: 2,
-            ..doubt
+        let of = |visits: &[Visit]| {
+            let found = verdict(visits, &[SECOND; 4], doubt, false);
+            (found.in_doubt, found.duplicated)
         };
-        assert_eq!(verdict(&visits, &rows, doubt, false).duplicated, 0);
+        let unanswered = visit(SECOND, Outcome::Unanswered);
+        let left = visit(SECOND, Outcome::Left);
+        let refused = visit(SECOND, Outcome::Refused);
+        assert_eq!(of(&[told(SECOND, 1), unanswered, left]), (2, 1));
+        assert_eq!(of(&[told(SECOND, 1), unanswered, left, left]), (2, 0));
+        assert_eq!(of(&[told(SECOND, 1), unanswered, left, refused]), (2, 0));
+        let elsewhere = visit(2 * SECOND, Outcome::Left);
+        assert_eq!(of(&[told(SECOND, 1), unanswered, left, elsewhere]), (2, 1));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use bench::client::Head;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// One visit as its client saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,8 @@ pub enum Outcome {
     Unanswered,
     /// There was no connection to send it over.
     NotSent,
+    /// It was sent, and its client left before any answer.
+    Left,
     /// An answer that no visit may have, by its status.
     Wrong(u16),
 }
@@ -61,6 +63,9 @@ struct Answer {
 
 /// More than twice as long as an answer may take.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A visit may be taken so long after its client has left.
+const TAKEN_AFTER: Duration = Duration::from_millis(250);
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: chaos\r\n\r\n";
 
@@ -96,6 +101,33 @@ impl Visit {
     }
 }
 
+/// When a visit began.
+struct Begun {
+    sent: Instant,
+    sent_at: i64,
+}
+
+impl Begun {
+    fn now() -> Self {
+        let sent = Instant::now();
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        let microseconds = since.unwrap_or_default().as_micros();
+        Self {
+            sent,
+            sent_at: i64::try_from(microseconds).unwrap_or(i64::MAX),
+        }
+    }
+
+    fn ended(self, outcome: Outcome) -> Visit {
+        Visit {
+            sent: self.sent,
+            sent_at: self.sent_at,
+            took: self.sent.elapsed(),
+            outcome,
+        }
+    }
+}
+
 impl Visitor {
     /// A client that has not connected yet.
     #[must_use]
@@ -109,19 +141,30 @@ impl Visitor {
 
     /// Makes a visit.
     pub async fn visit(&mut self) -> Visit {
-        let sent = Instant::now();
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
-        let sent_at = since.unwrap_or_default().as_micros();
+        let begun = Begun::now();
         let outcome = self.outcome().await;
         if matches!(outcome, Outcome::Unanswered | Outcome::Wrong(_)) {
             self.stream = None;
         }
-        Visit {
-            sent,
-            sent_at: i64::try_from(sent_at).unwrap_or(i64::MAX),
-            took: sent.elapsed(),
-            outcome,
+        begun.ended(outcome)
+    }
+
+    /// Asks for a visit over a connection of its own and leaves after `stay`: by a reset or with a
+    /// goodbye.
+    pub async fn pass_by(address: SocketAddr, stay: Duration, reset: bool) -> Visit {
+        let begun = Begun::now();
+        let Ok(mut stream) = TcpStream::connect(address).await else {
+            return begun.ended(Outcome::NotSent);
+        };
+        stream.write_all(REQUEST).await.ok();
+        sleep(stay).await;
+        if reset {
+            stream.set_zero_linger().ok();
         }
+        drop(stream);
+        let mut visit = begun.ended(Outcome::Left);
+        visit.took += TAKEN_AFTER;
+        visit
     }
 
     async fn outcome(&mut self) -> Outcome {

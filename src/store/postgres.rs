@@ -314,8 +314,9 @@ impl Postgres {
     }
 
     fn failed(&self, error: &Error) {
-        self.state.failed(error);
+        // In this order: what a probe opens as soon as the state is down is not to be forgotten.
         self.pool.forget_all();
+        self.state.failed(error);
     }
 
     fn reading_failed(&self, began: Instant, error: &Error) {
