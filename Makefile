@@ -29,7 +29,7 @@ bench: bench-ready ## Measure everything, half an hour, and write bench/report.m
 bench-quick: bench-ready ## Measure the essentials, two minutes
 	@target/release/bench quick
 
-bench-soak: bench-ready ## Watch memory at the peak, twenty minutes, and write bench/soak.md
+bench-soak: bench-ready ## Watch memory at the peak, half an hour, and write bench/soak.md
 	@target/release/bench soak
 
 # The bench and what it measures, built as they are for `make run`.
@@ -37,10 +37,10 @@ bench-ready:
 	@devstack/install.sh wrk=wrk
 	@cargo build --release --locked --quiet --bin visitas --bin bench --workspace
 
-chaos: chaos-ready ## Break everything, eight minutes, and write docs/faults.md
+chaos: chaos-ready ## Break everything, thirteen minutes, and write docs/faults.md
 	@target/release/chaos all
 
-chaos-long: chaos-ready ## Kill each part at a hundred random moments, ten minutes
+chaos-long: chaos-ready ## Kill each part at a hundred random moments, ten minutes, and write docs/kills.md
 	@target/release/chaos long
 
 chaos-ready: setup

@@ -128,9 +128,31 @@ impl Process {
     ///
     /// What the system says.
     pub fn terminate(&self) -> Result<()> {
+        self.signal(Signal::TERM)
+    }
+
+    /// Lets it stand still, until [`Self::resume`].
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn pause(&self) -> Result<()> {
+        self.signal(Signal::STOP)
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn resume(&self) -> Result<()> {
+        self.signal(Signal::CONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id())?;
         let pid = Pid::from_raw(pid).context("no process has the id 0")?;
-        Ok(kill_process(pid, Signal::TERM)?)
+        Ok(kill_process(pid, signal)?)
     }
 
     /// Kills it and returns once it is gone.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 
 use crate::ground::{Ground, Needs};
-use crate::hostile::HALF_HEAD;
+use crate::hostile::half_head;
 use crate::ledger::Ledger;
 use crate::service::Service;
 
@@ -24,8 +24,10 @@ pub struct Bounds {
     pub memory_silent: f64,
     /// The same where a request was made.
     pub memory_used: f64,
-    /// The same with half a head, of 63 KiB.
+    /// The same with half a head, as long as it may be.
     pub memory_half: f64,
+    /// The same where requests are made as fast as they are taken, and no answer is read.
+    pub memory_unread: f64,
     /// Sessions with Postgres under load.
     pub sessions: usize,
     /// Connections that are open of one more than [`MAX_CONNECTIONS`] where only so many may be.
@@ -63,7 +65,7 @@ pub fn run() -> Result<Bounds> {
 
     let files = |service: &Service| service.open_files().context("no /proc");
     let idle_files = settled(&service)?;
-    let open = open(&service, Said::Request)?;
+    let open = open(&service, CONNECTIONS, Said::Request)?;
     let busy_files = files(&service)?;
     drop(open);
     let left_files = settled(&service)?;
@@ -85,53 +87,83 @@ pub fn run() -> Result<Bounds> {
         memory_silent: memory_of_one(&ground, Said::Nothing)?,
         memory_used: memory_of_one(&ground, Said::Request)?,
         memory_half: memory_of_one(&ground, Said::HalfHead)?,
+        memory_unread: memory_of_one(&ground, Said::Requests)?,
         sessions: sessions.parse()?,
         capped_files,
     })
 }
 
 /// What is said over a connection.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Said {
     Nothing,
     Request,
     HalfHead,
+    Requests,
 }
 
-/// The resident memory that each of [`CONNECTIONS`] takes, in kibibytes. The service is one of
-/// their own: what others have freed would be taken first.
+/// The resident memory that a connection takes, in kibibytes. The service is one of their own: what
+/// others have freed would be taken first.
 fn memory_of_one(ground: &Ground, said: Said) -> Result<f64> {
     let mut service = Service::new(ground)?;
     service.set("HEADER_TIMEOUT", "1m");
     service.start()?;
     service.until_ready()?;
+    let connections = match said {
+        // Each makes some thousands.
+        Said::Requests => CROWD,
+        _ => CONNECTIONS,
+    };
     let memory = || service.memory().context("no /proc");
+    // What the first ones take, others use as well.
+    let _first = open(&service, connections / 10, said)?;
     let before = memory()?;
-    let _open = open(&service, said)?;
-    let taken = memory()?.0 - before.0;
-    Ok(taken * 1024.0 / CONNECTIONS as f64)
+    let _open = open(&service, connections, said)?;
+    Ok((memory()?.0 - before.0) * 1024.0 / connections as f64)
 }
 
-/// Opens [`CONNECTIONS`] and says that.
-fn open(service: &Service, said: Said) -> Result<Vec<TcpStream>> {
-    let half = [b"GET / HTTP/1.1\r\nx: ", &*vec![b'x'; HALF_HEAD]].concat();
-    let open: Vec<_> = (0..CONNECTIONS)
+/// Opens so many and says that.
+fn open(service: &Service, connections: usize, said: Said) -> Result<Vec<TcpStream>> {
+    let request = b"GET /health HTTP/1.1\r\nhost: chaos\r\n\r\n";
+    let half = half_head();
+    let open: Vec<_> = (0..connections)
         .map(|_| {
             let mut stream = TcpStream::connect(service.address)?;
             match said {
                 Said::Nothing => {}
                 Said::Request => {
-                    stream.write_all(b"GET /health/live HTTP/1.1\r\nhost: chaos\r\n\r\n")?;
+                    stream.write_all(request)?;
                     ensure!(stream.read(&mut [0; 4096])? > 0, "no answer");
                 }
                 Said::HalfHead => stream.write_all(&half)?,
+                Said::Requests => stream.set_nonblocking(true)?,
             }
             Ok(stream)
         })
         .collect::<Result<_>>()?;
     // What was said last is still to be read.
     std::thread::sleep(MOMENT);
+    if said == Said::Requests {
+        say_until_stuck(&open, &request.repeat(1000));
+    }
     Ok(open)
+}
+
+/// Until nothing more is taken over any of them for a moment, or for a while.
+fn say_until_stuck(open: &[TcpStream], requests: &[u8]) {
+    let deadline = Instant::now() + SETTLE;
+    let mut said = vec![0; open.len()];
+    let mut moved = Instant::now();
+    while moved.elapsed() < MOMENT && Instant::now() < deadline {
+        for (mut stream, said) in open.iter().zip(&mut said) {
+            // Where it is stuck, it would block; nobody closes here.
+            if let Ok(more) = stream.write(&requests[*said % requests.len()..]) {
+                *said += more;
+                moved = Instant::now();
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// The number of files once it has been the same for a moment, or after a while.

@@ -293,7 +293,11 @@ impl Fault {
             Kind::Narrow(store) => {
                 change(ground, store, |rules| rules.bytes_per_second = Some(NARROW));
             }
-            Kind::ConnectionsTaken => held = Held::Sessions(take_connections(ground)?),
+            Kind::ConnectionsTaken => {
+                // It would be the quicker one to connect again.
+                let taken = services[0].while_paused(|| take_connections(ground))?;
+                held = Held::Sessions(taken);
+            }
             Kind::ReadOnly => set_read_only(ground, true)?,
             Kind::DiskFull => ground.disk.as_ref().context("no disk")?.fill()?,
             Kind::RestartLoop => held = Held::Restarting(Restarting::start(&ground.postgres)),
@@ -415,7 +419,7 @@ fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
     let all: i64 = ground
         .runtime
         .block_on(sqlx::query_scalar(all).fetch_one(&mut taken[0]))?;
-    // One that has not said yet whose it is cannot be ended, so its turn comes later.
+    // It takes a moment for a session to end.
     for _ in 0..TRIES {
         while let Ok(session) = ground.session("select 1") {
             taken.push(session);

@@ -23,7 +23,7 @@ use crate::service::Service;
 pub enum Attack {
     /// A head that comes byte by byte.
     SlowHead,
-    /// The first 63 KiB of a head, and no more.
+    /// The first 31 KiB of a head, and no more.
     HalfHead,
     /// A body that comes byte by byte.
     SlowBody,
@@ -124,8 +124,6 @@ const PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_SAYING: Duration = Duration::from_secs(1);
 /// How many requests are made before an answer is read.
 const UNREAD: usize = 100;
-/// Of a head that never ends: a little more, and it is refused.
-pub(crate) const HALF_HEAD: usize = 63 * 1024;
 /// Between two connections that are opened.
 const STAGGER: Duration = Duration::from_micros(200);
 
@@ -348,7 +346,7 @@ impl Attack {
         };
         match self {
             Self::SlowHead => request("GET /", b"x-slow: "),
-            Self::HalfHead => request("GET /", &[b"x-half: ", &*vec![b'x'; HALF_HEAD]].concat()),
+            Self::HalfHead => half_head(),
             Self::SlowBody => request("POST /", b"content-length: 60000\r\n\r\n"),
             Self::EndlessBody => {
                 let fields = b"transfer-encoding: chunked\r\n\r\n";
@@ -411,6 +409,15 @@ impl Witness {
     fn seen(&self) -> MutexGuard<'_, Seen> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Of a head that never ends: a little more, and it is refused.
+pub(crate) fn half_head() -> Vec<u8> {
+    [
+        b"GET / HTTP/1.1\r\nhost: chaos\r\nx-half: ",
+        &*vec![b'x'; 31 * 1024],
+    ]
+    .concat()
 }
 
 /// A little now and then, until the service closes.

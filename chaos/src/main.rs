@@ -12,8 +12,25 @@ use chaos::report::{self, Tried};
 use chaos::trial::Effort;
 use clap::{Arg, ArgMatches, Command, value_parser};
 
-/// Where the report is kept.
-const REPORT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/faults.md");
+/// A report that is kept.
+struct Kept {
+    /// Its name in `docs`.
+    file: &'static str,
+    /// What writes it.
+    command: &'static str,
+}
+
+const FAULTS: Kept = Kept {
+    file: "faults.md",
+    command: "make chaos",
+};
+const KILLS: Kept = Kept {
+    file: "kills.md",
+    command: "make chaos-long",
+};
+
+/// Where they are kept.
+const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
 
 /// How to read it.
 const METHOD: &str = "\nSixteen clients visit all the time and write down what they are told; after each fault every \
@@ -23,8 +40,8 @@ const METHOD: &str = "\nSixteen clients visit all the time and write down what t
      moment when what was broken works again, as seen without the service, to the first visit that \
      both stores have counted (for connections that fall silent, which the service has to get over by \
      itself, from the beginning); where several times are given it is their median (lowest – \
-     highest). Then the service is asked to stop in the midst of the same fault: *stop* is how long \
-     that took.\n";
+     highest). Then the service is asked to stop in the midst of the same fault, or while it starts \
+     where that is what the fault is about: *stop* is how long that took.\n";
 
 /// Long enough for every deadline to have passed several times.
 const HOLD: Duration = Duration::from_secs(5);
@@ -77,9 +94,12 @@ fn command() -> Command {
                 .about("Tries each fault once, shortened, and prints what came of it")
                 .arg(only),
         )
+        .subcommand(Command::new("overload").about("Overloads it and prints what came of it"))
+        .subcommand(Command::new("hostile").about("Attacks it and prints what came of it"))
+        .subcommand(Command::new("bounds").about("Prints what it takes"))
         .subcommand(
             Command::new("long")
-                .about("Kills each part at random moments and prints what came of it")
+                .about("Kills each part at random moments and writes docs/kills.md")
                 .arg(number("kills", "100", "How often")),
         )
         .subcommand(Command::new("list").about("Names the faults"))
@@ -106,25 +126,25 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             if only.is_some() {
                 return publish(&sections, None);
             }
-            eprintln!("chaos: overload");
-            sections.push(report::overload(&chaos::overload::run(&FACTORS, STEP)?));
-            eprintln!("chaos: hostile clients");
-            let hostile = chaos::hostile::run(HOSTILE_ROUNDS, HOSTILE_STEP, IDLE_CONNECTIONS)?;
-            sections.push(report::hostile(&hostile));
-            eprintln!("chaos: bounds");
-            sections.push(report::bounds(&chaos::bounds::run()?));
-            publish(&sections, Some(REPORT))
+            sections.extend([overload()?, hostile()?, bounds()?]);
+            publish(&sections, Some(&FAULTS))
         }
         "short" => {
             let only = matches.get_one::<String>("only").map(String::as_str);
             publish(&[report::faults(&faults(only, chaos::SHORT)?)], None)
         }
+        "overload" => publish(&[overload()?], None),
+        "hostile" => publish(&[hostile()?], None),
+        "bounds" => publish(&[bounds()?], None),
         "long" => {
             let effort = Effort {
                 kills: number("kills")?,
                 ..chaos::SHORT
             };
-            publish(&[report::faults(&faults(Some("killed"), effort)?)], None)
+            publish(
+                &[report::faults(&faults(Some("killed"), effort)?)],
+                Some(&KILLS),
+            )
         }
         _ => {
             for fault in fault::ALL {
@@ -159,21 +179,36 @@ fn faults(only: Option<&str>, effort: Effort) -> Result<Vec<Tried>> {
     Ok(tried)
 }
 
+fn overload() -> Result<Section> {
+    eprintln!("chaos: overload");
+    Ok(report::overload(&chaos::overload::run(&FACTORS, STEP)?))
+}
+
+fn hostile() -> Result<Section> {
+    eprintln!("chaos: hostile clients");
+    let hostile = chaos::hostile::run(HOSTILE_ROUNDS, HOSTILE_STEP, IDLE_CONNECTIONS)?;
+    Ok(report::hostile(&hostile))
+}
+
+fn bounds() -> Result<Section> {
+    eprintln!("chaos: bounds");
+    Ok(report::bounds(&chaos::bounds::run()?))
+}
+
 /// Prints and writes, and says whether all goals are met.
-fn publish(sections: &[Section], file: Option<&str>) -> Result<bool> {
+fn publish(sections: &[Section], kept: Option<&Kept>) -> Result<bool> {
     let mut head = String::new();
-    if let Some(file) = file {
+    if let Some(Kept { command, .. }) = kept {
         let postgres = devstack::Postgres::start(devstack::PostgresOptions::default())?;
         let load = "sixteen clients of this program";
-        head = machine::describe(&postgres, "make chaos", load)? + METHOD;
-        let folder = Path::new(file).parent().context("no folder")?;
-        std::fs::create_dir_all(folder)?;
+        head = machine::describe(&postgres, command, load)? + METHOD;
     }
     let document = document("What was broken", &head, sections);
     print!("{document}");
-    if let Some(file) = file {
-        std::fs::write(file, &document)?;
-        eprintln!("chaos: written to {file}");
+    if let Some(Kept { file, .. }) = kept {
+        std::fs::create_dir_all(FOLDER)?;
+        std::fs::write(Path::new(FOLDER).join(file), &document)?;
+        eprintln!("chaos: written to docs/{file}");
     }
     let mut goals = sections.iter().flat_map(|section| &section.goals);
     Ok(goals.all(bench::report::Goal::is_met))

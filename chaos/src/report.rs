@@ -34,9 +34,10 @@ const PROBE: Duration = Duration::from_millis(100);
 const MEMORY: f64 = 64.0;
 /// What Compose lets the service have, in mebibytes, whatever anybody does.
 const MEMORY_LIMIT: f64 = 512.0;
-/// Of a connection, in kibibytes: so many as Compose allows of the worst leave a fifth of that.
+/// Of a connection, in kibibytes.
 const MEMORY_USED: f64 = 24.0;
-const MEMORY_HALF: f64 = 100.0;
+/// As many of these as Compose allows, 4 096, leave a tenth of that limit to the service itself.
+const MEMORY_AT_WORST: f64 = 0.9 * MEMORY_LIMIT * 1024.0 / 4096.0;
 /// Sessions of the pool.
 const SESSIONS: f64 = 4.0;
 
@@ -377,7 +378,11 @@ pub fn bounds(bounds: &Bounds) -> Section {
             kibibytes(bounds.memory_silent),
         ),
         ("that has been used", kibibytes(bounds.memory_used)),
-        ("that has 63 KiB of a head", kibibytes(bounds.memory_half)),
+        ("that has 31 KiB of a head", kibibytes(bounds.memory_half)),
+        (
+            "whose answers nobody reads",
+            kibibytes(bounds.memory_unread),
+        ),
         ("sessions with Postgres under load", count(bounds.sessions)),
     ];
     Section {
@@ -413,8 +418,14 @@ pub fn bounds(bounds: &Bounds) -> Section {
             ),
             Goal::at_most(
                 "memory of a connection that has half a head",
-                MEMORY_HALF,
+                MEMORY_AT_WORST,
                 bounds.memory_half,
+                kibibytes,
+            ),
+            Goal::at_most(
+                "memory of a connection whose answers nobody reads",
+                MEMORY_AT_WORST,
+                bounds.memory_unread,
                 kibibytes,
             ),
             Goal::at_most(

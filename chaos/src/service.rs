@@ -139,6 +139,19 @@ impl Service {
             .terminate()
     }
 
+    /// Does something while it stands still.
+    ///
+    /// # Errors
+    ///
+    /// If it does not run, or that fails.
+    pub fn while_paused<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let process = self.process.as_ref().context("it does not run")?;
+        process.pause()?;
+        let done = work();
+        process.resume()?;
+        done
+    }
+
     /// Whether it has ended with success, where it ends soon enough; it is killed otherwise.
     ///
     /// # Errors

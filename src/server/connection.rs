@@ -43,10 +43,11 @@ use tower::Service;
 
 use super::Limits;
 
-/// hyper's cap on what it has read of a head before it reads on, and on what it buffers of an
-/// answer before it writes. A head of more than twice this is answered 431, more than 100 fields
-/// too. Buffers start at 8 KiB each way and grow as needed.
-const BUFFER_MAX: usize = 64 * 1024;
+/// hyper's cap on what it has read of a head before it reads on, and on what it buffers of answers
+/// before it makes the next. Half a head of this is answered 431, a head of more than twice this and
+/// one of more than 100 fields, too. Buffers start at 8 KiB each way and grow as needed; a client
+/// that asks without reading has both full.
+const BUFFER_MAX: usize = 32 * 1024;
 
 /// How long a client may go on sending what nobody reads after its answer: a body that the handler
 /// ignored, or a head that hyper refused.
