@@ -30,7 +30,7 @@ pub struct Bounds {
     pub memory_unread: f64,
     /// Sessions with Postgres under load.
     pub sessions: usize,
-    /// Connections that are open of one more than [`MAX_CONNECTIONS`] where only so many may be.
+    /// File descriptors where more than [`MAX_CONNECTIONS`] clients come and only so many may.
     pub capped_files: usize,
 }
 
@@ -57,7 +57,7 @@ pub fn run() -> Result<Bounds> {
     let mut service = Service::new(&ground)?;
     service.start()?;
     service.until_ready()?;
-    let ledger = Ledger::start(ground.runtime.handle(), &[service.address]);
+    let mut ledger = Ledger::start(ground.runtime.handle(), &[service.address]);
     std::thread::sleep(Duration::from_secs(1));
     let sessions =
         ground.sql("select count(*) from pg_stat_activity where application_name = 'visitas'")?;
@@ -129,6 +129,7 @@ fn open(service: &Service, connections: usize, said: Said) -> Result<Vec<TcpStre
     let open: Vec<_> = (0..connections)
         .map(|_| {
             let mut stream = TcpStream::connect(service.address)?;
+            stream.set_read_timeout(Some(SETTLE))?;
             match said {
                 Said::Nothing => {}
                 Said::Request => {

@@ -13,7 +13,7 @@ use crate::chance;
 use crate::ground::{Ground, Needs, REDIS_PASSWORD, Store};
 use crate::proxy::{Cut, Rules};
 use crate::service::Service;
-use crate::visitor::{Visit, Visitor};
+use crate::visitor::{Outcome, Visit, Visitor};
 
 /// Something that breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,11 +267,33 @@ impl Fault {
             // The store's deadline comes first.
             Kind::SilenceEstablished(Store::Postgres) => Duration::from_millis(1250),
             Kind::SilenceEstablished(Store::Redis) => Duration::from_millis(500),
-            // The service itself starts, and migrates.
-            Kind::KillService | Kind::MigrationLocked | Kind::FiveInstances => {
-                Duration::from_secs(1)
-            }
+            // The service itself starts.
+            Kind::KillService | Kind::FiveInstances => Duration::from_secs(1),
             _ => Duration::from_millis(250),
+        }
+    }
+
+    /// How long an answer may take: the deadlines of the stores that it harms and a tenth, and as
+    /// long as an answer takes from stores that are slow.
+    #[must_use]
+    pub fn longest_answer(&self) -> Duration {
+        const REDIS: Duration = Duration::from_millis(275);
+        const POSTGRES: Duration = Duration::from_millis(1100);
+        const SLOW: Duration = Duration::from_millis(100);
+        match self.harm {
+            Harm::Nothing | Harm::Count => REDIS + SLOW,
+            Harm::Visits => POSTGRES + REDIS,
+        }
+    }
+
+    /// Whether what it is to break shows: by a visit that was made during it, or in what others did.
+    /// Where it harms, that is seen from the harm.
+    #[must_use]
+    pub fn shows(&self, visits: &[Visit], others: &[Visit]) -> bool {
+        match self.kind {
+            Kind::Delay(_) => visits.iter().any(|visit| visit.took >= 2 * DELAY_EACH_WAY),
+            Kind::Disconnects => others.iter().any(|visit| visit.outcome == Outcome::Left),
+            _ => true,
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use bench::client::{Connection, numbers};
 use bench::measure::Mebibytes;
 use bench::paced::{self, Latency, Pace};
@@ -116,6 +116,10 @@ const GOOD_CLIENTS: usize = 8;
 /// So that slow heads are cut while somebody watches.
 const HEADER_TIMEOUT: &str = "1s";
 
+/// When to give up on calm, and how long it lasts before it counts as such.
+const PATIENCE: Duration = Duration::from_secs(30);
+const MOMENT: Duration = Duration::from_millis(200);
+
 /// Between two bytes of whoever is slow.
 const DRIP: Duration = Duration::from_millis(200);
 /// Between two requests of whoever is not.
@@ -147,6 +151,7 @@ pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     for attack in ALL {
         let mut damage = Damage::none_of(attack, attack.clients(idle));
         for _ in 0..rounds {
+            calm_down(&service)?;
             damage.suffer(&ground, service.address, duration)?;
         }
         damages.push(damage);
@@ -164,6 +169,18 @@ pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
         memory: service.peak_memory(),
         complaints,
     })
+}
+
+/// Waits until whoever attacked last is gone and forgotten.
+fn calm_down(service: &Service) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    // The one that asks is one.
+    while service.metric("visitas_http_connections") != Some(1.0) {
+        ensure!(Instant::now() < deadline, "connections of an attack stay");
+        std::thread::sleep(MOMENT);
+    }
+    std::thread::sleep(MOMENT);
+    Ok(())
 }
 
 /// Visits of those who mean well.

@@ -59,6 +59,12 @@ impl Ledger {
         lock(&self.visits).len()
     }
 
+    /// The visits made after the first `from`.
+    #[must_use]
+    pub fn since(&self, from: usize) -> Vec<Visit> {
+        lock(&self.visits)[from..].to_vec()
+    }
+
     /// Waits for a visit, of those made after the first `from`, that is as wanted; nothing if none
     /// is soon enough.
     #[must_use]
@@ -87,7 +93,7 @@ impl Ledger {
 
     /// Lets every client finish its last visit and returns all of them, in the order of their ends.
     #[must_use]
-    pub fn stop(mut self) -> Vec<Visit> {
+    pub fn stop(&mut self) -> Vec<Visit> {
         self.going.store(false, Ordering::Relaxed);
         for client in std::mem::take(&mut self.clients) {
             // A client does not panic; what it had written down before is there in any case.

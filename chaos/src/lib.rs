@@ -32,6 +32,7 @@ pub const SHORT: Effort = Effort {
     kills: 1,
     hold: Duration::from_secs(1),
     pause: Duration::from_secs(3),
+    aftermath: Duration::from_millis(1300),
     stop: true,
 };
 

@@ -33,7 +33,7 @@ const KILLS: Kept = Kept {
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
 
 /// How to read it.
-const METHOD: &str = "\nSixteen clients visit all the time and write down what they are told; after each fault every \
+const METHOD: &str = "\nSixteen clients visit all the time and write down what they are told; at the end every \
      number that was acknowledged is looked for in the table, in a row of its own whose moment lies \
      between the visit's beginning and its answer. A visit is *in doubt* if its client got no answer, \
      or if the service counted it so. *First error* is from the fault's beginning; *recovery* from the \
@@ -41,11 +41,13 @@ const METHOD: &str = "\nSixteen clients visit all the time and write down what t
      both stores have counted (for connections that fall silent, which the service has to get over by \
      itself, from the beginning); where several times are given it is their median (lowest – \
      highest). Then the service is asked to stop in the midst of the same fault, or while it starts \
-     where that is what the fault is about: *stop* is how long that took.\n";
+     where that is what the fault is about: *stop* is how long that took, and *start* from when it \
+     was started again, with all of it working, to the first good visit.\n";
 
 /// Long enough for every deadline to have passed several times.
 const HOLD: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_secs(30);
+const AFTERMATH: Duration = Duration::from_millis(2500);
 const STEP: Duration = Duration::from_secs(5);
 const HOSTILE_ROUNDS: usize = 3;
 const HOSTILE_STEP: Duration = Duration::from_secs(3);
@@ -118,6 +120,7 @@ fn run(matches: &ArgMatches) -> Result<bool> {
                 kills: number("kills")?,
                 hold: HOLD,
                 pause: PAUSE,
+                aftermath: AFTERMATH,
                 stop: true,
             };
             let only = matches.get_one::<String>("only").map(String::as_str);

@@ -1,5 +1,6 @@
 //! The report: what came of every fault, of overload and of hostile clients, beside the goals.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use bench::report::{Goal, Section, table};
 use crate::bounds::{Bounds, CONNECTIONS, MAX_CONNECTIONS, POOLED};
 use crate::hostile::Hostile;
 use crate::overload::{CAPACITY, Overload};
-use crate::trial::{LONGEST_ANSWER, LONGEST_STOP, Trial};
+use crate::trial::{LONGEST_STOP, Trial};
 
 /// A fault, whether it could be tried here or not.
 #[derive(Clone, Debug)]
@@ -22,7 +23,7 @@ pub enum Tried {
     Failed(&'static str, String),
 }
 
-/// A store may be this much slower to refuse than a visitor should notice.
+/// Whoever is refused is refused within this.
 const REFUSAL: Duration = Duration::from_millis(5);
 /// What an overloaded service answers well, it answers within this.
 const ACCEPTED: Duration = Duration::from_millis(250);
@@ -30,6 +31,10 @@ const ACCEPTED: Duration = Duration::from_millis(250);
 const AFTERMATH: Duration = Duration::from_millis(250);
 /// Whoever asks for health waits no longer.
 const PROBE: Duration = Duration::from_millis(100);
+/// A service that starts where all works makes good visits within this.
+const BACK: Duration = Duration::from_secs(1);
+/// Of a hundred visits of those who mean well, one may take longer, whoever else is there.
+const OTHERS: Duration = Duration::from_millis(100);
 /// A crowd may cost so much memory, in mebibytes.
 const MEMORY: f64 = 64.0;
 /// What Compose lets the service have, in mebibytes, whatever anybody does.
@@ -68,6 +73,7 @@ pub fn faults(tried: &[Tried]) -> Section {
             "worst good answer",
             "longest answer",
             "stop",
+            "start",
         ],
         trials.iter().map(|trial| {
             [
@@ -81,9 +87,8 @@ pub fn faults(tried: &[Tried]) -> Section {
                 spread(&trial.recoveries),
                 milliseconds(trial.worst_good.as_secs_f64()),
                 milliseconds(trial.longest.as_secs_f64()),
-                trial
-                    .stopped_in
-                    .map_or_else(|| "–".to_owned(), |took| milliseconds(took.as_secs_f64())),
+                optional(trial.stopped_in),
+                optional(trial.back_in),
             ]
         }),
     );
@@ -109,6 +114,10 @@ fn goals_of_faults(tried: &[Tried], trials: &[&Trial]) -> Vec<Goal> {
         .iter()
         .filter(|tried| matches!(tried, Tried::Failed(..)))
         .count();
+    let skipped = tried
+        .iter()
+        .filter(|tried| matches!(tried, Tried::Skipped(..)))
+        .count();
     let sum = |figure: fn(&Trial) -> usize| {
         let sum: usize = trials.iter().map(|trial| figure(trial)).sum();
         sum as f64
@@ -131,15 +140,15 @@ fn goals_of_faults(tried: &[Tried], trials: &[&Trial]) -> Vec<Goal> {
             number,
         ),
         Goal::at_most(
-            "longest wait for an answer",
-            LONGEST_ANSWER.as_secs_f64(),
-            longest(|trial| trial.longest),
-            milliseconds,
-        ),
-        Goal::at_most(
             "longest stop",
             LONGEST_STOP.as_secs_f64(),
             longest(|trial| trial.stopped_in.unwrap_or_default()),
+            milliseconds,
+        ),
+        Goal::at_most(
+            "longest start after a stop",
+            BACK.as_secs_f64(),
+            longest(|trial| trial.back_in.unwrap_or_default()),
             milliseconds,
         ),
         Goal::at_most(
@@ -148,35 +157,42 @@ fn goals_of_faults(tried: &[Tried], trials: &[&Trial]) -> Vec<Goal> {
             sum(|trial| trial.complaints.len()) + failed as f64,
             number,
         ),
+        Goal::at_most("could not be tried here", 0.0, skipped as f64, number),
     ];
-    let mut limits: Vec<_> = trials.iter().map(|trial| trial.fault.recovery()).collect();
-    limits.sort_unstable();
-    limits.dedup();
-    for limit in limits {
-        let same = trials
-            .iter()
-            .filter(|trial| trial.fault.recovery() == limit);
-        let worst = same
-            .flat_map(|trial| {
-                trial
-                    .recoveries
-                    .iter()
-                    .map(|&recovery| (recovery, trial.fault.name))
-            })
-            .max_by(|one, other| one.0.total_cmp(&other.0));
-        if let Some((worst, name)) = worst {
-            let what = format!("longest recovery ({name})");
-            goals.push(Goal::at_most(
-                &what,
-                limit.as_secs_f64(),
-                worst,
-                milliseconds,
-            ));
-        }
-    }
+    goals.extend(worst_by_limit("wait for an answer", trials, |trial| {
+        (
+            trial.fault.longest_answer(),
+            vec![trial.longest.as_secs_f64()],
+        )
+    }));
+    goals.extend(worst_by_limit("recovery", trials, |trial| {
+        (trial.fault.recovery(), trial.recoveries.clone())
+    }));
     goals
 }
 
+/// The longest of a kind, in seconds, of all trials that have the same limit.
+fn worst_by_limit(
+    what: &str,
+    trials: &[&Trial],
+    figures: fn(&Trial) -> (Duration, Vec<f64>),
+) -> Vec<Goal> {
+    let mut worst = BTreeMap::<Duration, (f64, &str)>::new();
+    for trial in trials {
+        let (limit, figures) = figures(trial);
+        for figure in figures {
+            let worst = worst.entry(limit).or_insert((figure, trial.fault.name));
+            if figure > worst.0 {
+                *worst = (figure, trial.fault.name);
+            }
+        }
+    }
+    let goal = |(limit, (worst, name)): (Duration, (f64, &str))| {
+        let what = format!("longest {what} ({name})");
+        Goal::at_most(&what, limit.as_secs_f64(), worst, milliseconds)
+    };
+    worst.into_iter().map(goal).collect()
+}
 /// Of overload.
 #[must_use]
 pub fn overload(overload: &Overload) -> Section {
@@ -338,6 +354,12 @@ pub fn hostile(hostile: &Hostile) -> Section {
             milliseconds,
         ),
         Goal::at_most(
+            "hostile clients: p99 of others in the worst round",
+            OTHERS.as_secs_f64(),
+            Spread::of(damages().flat_map(|damage| damage.p99.iter().copied())).max,
+            milliseconds,
+        ),
+        Goal::at_most(
             "hostile clients: memory",
             MEMORY_LIMIT,
             hostile.memory.map_or(f64::NAN, |memory| memory.0),
@@ -453,6 +475,10 @@ fn mebibytes(number: f64) -> String {
 
 fn kibibytes(number: f64) -> String {
     format!("{number:.1} KiB")
+}
+
+fn optional(took: Option<Duration>) -> String {
+    took.map_or_else(|| "–".to_owned(), |took| milliseconds(took.as_secs_f64()))
 }
 
 /// Of seconds.

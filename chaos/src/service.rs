@@ -23,7 +23,16 @@ pub struct Service {
     logs: Vec<PathBuf>,
     process: Option<Process>,
     /// Of the processes that have ended.
-    in_doubt_before: usize,
+    counted_before: Counted,
+}
+
+/// What a service has counted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counted {
+    /// Visits that are recorded.
+    pub recorded: usize,
+    /// Visits that are in doubt.
+    pub in_doubt: usize,
 }
 
 const READY_DEADLINE: Duration = Duration::from_secs(30);
@@ -41,7 +50,7 @@ impl Service {
             wrapping: ground.wrapping(),
             logs: Vec::new(),
             process: None,
-            in_doubt_before: 0,
+            counted_before: Counted::default(),
         })
     }
 
@@ -121,7 +130,7 @@ impl Service {
     ///
     /// If it does not run.
     pub fn kill(&mut self) -> Result<()> {
-        self.note_in_doubt();
+        self.note_what_is_counted();
         let mut process = self.process.take().context("it does not run")?;
         process.kill()
     }
@@ -132,7 +141,7 @@ impl Service {
     ///
     /// If it does not run.
     pub fn terminate(&mut self) -> Result<()> {
-        self.note_in_doubt();
+        self.note_what_is_counted();
         self.process
             .as_ref()
             .context("it does not run")?
@@ -166,11 +175,14 @@ impl Service {
         Ok(status.map(|status| status.success()))
     }
 
-    /// How many visits it has counted as in doubt, over all its processes as far as they could be
-    /// asked.
+    /// What it has counted, over all its processes as far as they could be asked.
     #[must_use]
-    pub fn in_doubt(&self) -> usize {
-        self.in_doubt_before + self.in_doubt_now()
+    pub fn counted(&self) -> Counted {
+        let (before, now) = (self.counted_before, self.counted_now());
+        Counted {
+            recorded: before.recorded + now.recorded,
+            in_doubt: before.in_doubt + now.in_doubt,
+        }
     }
 
     /// The value of a series of its metrics, by its name and labels as they are written there.
@@ -217,12 +229,18 @@ impl Service {
         .collect()
     }
 
-    fn note_in_doubt(&mut self) {
-        self.in_doubt_before += self.in_doubt_now();
+    fn note_what_is_counted(&mut self) {
+        self.counted_before = self.counted();
     }
 
-    fn in_doubt_now(&self) -> usize {
-        let counted = self.metric("visitas_visits_total{outcome=\"in_doubt\"}");
-        counted.map_or(0, |counted| format!("{counted:.0}").parse().unwrap_or(0))
+    fn counted_now(&self) -> Counted {
+        let number = |outcome: &str| {
+            let counted = self.metric(&format!("visitas_visits_total{{outcome=\"{outcome}\"}}"));
+            counted.map_or(0, |counted| format!("{counted:.0}").parse().unwrap_or(0))
+        };
+        Counted {
+            recorded: number("ok") + number("degraded"),
+            in_doubt: number("in_doubt"),
+        }
     }
 }

@@ -26,6 +26,9 @@ pub struct Effort {
     pub hold: Duration,
     /// How long a paused store stands still.
     pub pause: Duration,
+    /// How long visits are to stay good after a fault that lasts; the service looks at its stores
+    /// every second.
+    pub aftermath: Duration,
     /// Whether the service is asked to stop during the fault, too.
     pub stop: bool,
 }
@@ -51,6 +54,8 @@ pub struct Trial {
     pub longest: Duration,
     /// How long the service took to stop in the midst of it.
     pub stopped_in: Option<Duration>,
+    /// From its next start, when all worked again, to the first good visit.
+    pub back_in: Option<Duration>,
     /// What must not be.
     pub complaints: Vec<String>,
 }
@@ -64,8 +69,8 @@ pub const LONGEST_STOP: Duration = Duration::from_secs(11);
 const WARM: usize = 200;
 /// When to give up on good visits.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// What happens shortly after a recovery belongs to it.
-const AFTERMATH: Duration = Duration::from_millis(300);
+/// Between two kills, and before a stop.
+const MOMENT: Duration = Duration::from_millis(300);
 /// What is to be overcome lasts longer than it may take.
 const OVERCOME: Duration = Duration::from_secs(3);
 /// A strike comes within this, at a moment that nobody has chosen.
@@ -80,6 +85,9 @@ struct Attempt<'a> {
     /// Visits of others than the ledger's clients.
     others: Vec<Visit>,
     stop: Option<Stop>,
+    /// When services ended whose counters went with them.
+    gaps: Vec<Range<Instant>>,
+    strikes: usize,
     first_errors: Vec<f64>,
     recoveries: Vec<f64>,
     complaints: Vec<String>,
@@ -90,6 +98,9 @@ struct Attempt<'a> {
 struct Stop {
     asked: Instant,
     ended: Instant,
+    /// When the service that was started again was good, or everything ended.
+    back: Instant,
+    back_in: Option<Duration>,
 }
 
 /// Why it cannot be tried here, if it cannot.
@@ -108,13 +119,12 @@ pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
     let services = (0..fault.instances())
         .map(|_| Service::new(&ground))
         .collect::<Result<Vec<_>>>()?;
-    let mut repetitions = if fault.is_a_kill() {
+    let repetitions = if fault.is_a_kill() {
         effort.kills
     } else {
         effort.repetitions
     };
     let mut attempt = if fault.comes_first() {
-        repetitions = 1;
         Attempt::broken(fault, &ground, services, effort)?
     } else {
         let mut attempt = Attempt::whole(fault, &ground, services)?;
@@ -129,7 +139,7 @@ pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
     if effort.stop && !fault.comes_first() {
         attempt.stop_in_its_midst()?;
     }
-    attempt.judge(repetitions)
+    attempt.judge()
 }
 
 impl<'a> Attempt<'a> {
@@ -160,16 +170,18 @@ impl<'a> Attempt<'a> {
             service.start()?;
         }
         let mut attempt = Self::of(fault, ground, services);
+        attempt.strikes = 1;
         if fault.kind == Kind::MigrationLocked {
             std::thread::sleep(effort.hold);
             if effort.stop {
                 attempt.stop()?;
                 attempt.services[0].start()?;
-                std::thread::sleep(AFTERMATH);
+                std::thread::sleep(MOMENT);
             }
             let mended = Instant::now();
             let healed = injected.heal(ground, &mut attempt.services)?;
-            attempt.recover(0, began, began..mended, healed.at);
+            attempt.recover(0, began, began..mended, healed.at, effort.aftermath);
+            attempt.is_back(None);
         } else {
             if effort.stop {
                 // One of them, as soon as it can be asked, while they all migrate.
@@ -184,9 +196,11 @@ impl<'a> Attempt<'a> {
             attempt.recoveries.push((ready - began).as_secs_f64());
             if effort.stop {
                 attempt.services[0].start()?;
+                let started = Instant::now();
                 attempt.services[0].until_ready()?;
+                attempt.is_back(Some(started.elapsed()));
             }
-            attempt.see_to_the_aftermath(0, Instant::now());
+            attempt.see_to_the_aftermath(0, Instant::now(), effort.aftermath);
         }
         Ok(attempt)
     }
@@ -200,6 +214,8 @@ impl<'a> Attempt<'a> {
             ledger: Ledger::start(ground.runtime.handle(), &addresses),
             others: Vec::new(),
             stop: None,
+            gaps: Vec::new(),
+            strikes: 0,
             first_errors: Vec::new(),
             recoveries: Vec::new(),
             complaints: Vec::new(),
@@ -208,31 +224,57 @@ impl<'a> Attempt<'a> {
 
     /// One repetition.
     fn strike(&mut self, effort: Effort) -> Result<()> {
+        self.strikes += 1;
         let from = self.ledger.made();
         std::thread::sleep(SOME_MOMENT.mul_f64(chance::fraction()));
         let began = Instant::now();
         let injected = self.fault.inject(self.ground, &mut self.services)?;
         let whole = Instant::now();
+        if self.fault.kind == Kind::KillService {
+            self.gaps.push(began..whole);
+        }
         let hold = match self.fault.kind {
             Kind::Pause(_) => effort.pause,
             // What is killed many times is away for a moment only.
-            _ if self.fault.is_a_kill() && effort.kills > 1 => effort.hold.min(AFTERMATH),
+            _ if self.fault.is_a_kill() && effort.kills > 1 => effort.hold.min(MOMENT),
             _ if self.fault.is_overcome() => effort.hold.max(OVERCOME),
             _ => effort.hold,
         };
         std::thread::sleep(hold);
         let mended = Instant::now();
         let Healed { at, others } = injected.heal(self.ground, &mut self.services)?;
+        if !self.fault.shows(&self.ledger.since(from), &others) {
+            self.complain("it did not show".to_owned());
+        }
         self.others.extend(others);
         let due = if self.fault.is_overcome() { began } else { at };
-        self.recover(from, began, whole..mended, due);
+        let aftermath = if self.fault.is_a_kill() && effort.kills > 1 {
+            MOMENT
+        } else {
+            effort.aftermath
+        };
+        self.recover(from, began, whole..mended, due, aftermath);
         Ok(())
     }
 
     /// Waits for the first good visit after `due`, and looks whether it stays at that. The fault
     /// has taken from `began` on to become `whole`.
-    fn recover(&mut self, from: usize, began: Instant, whole: Range<Instant>, due: Instant) {
-        let broken = |visit: &Visit| !visit.is_good() && visit.answered() > began;
+    fn recover(
+        &mut self,
+        from: usize,
+        began: Instant,
+        whole: Range<Instant>,
+        due: Instant,
+        aftermath: Duration,
+    ) {
+        let harm = self.fault.harm;
+        let broken = |visit: &Visit| {
+            let harmed = match harm {
+                Harm::Visits => visit.total().is_none(),
+                _ => !visit.is_good(),
+            };
+            harmed && visit.answered() > began
+        };
         let first_error = self.ledger.find(from, Duration::ZERO, broken);
         let since = first_error.map_or(due, |error| error.answered().max(due));
         let good = self.ledger.find(from, PATIENCE, |visit| {
@@ -247,7 +289,7 @@ impl<'a> Attempt<'a> {
                 let spared = self.ledger.find(from, Duration::ZERO, |visit| {
                     visit.sent > error.answered().max(whole.start)
                         && visit.answered() < whole.end
-                        && match self.fault.harm {
+                        && match harm {
                             Harm::Count => visit.is_good(),
                             _ => visit.total().is_some(),
                         }
@@ -257,7 +299,7 @@ impl<'a> Attempt<'a> {
                     self.complain(format!("a visit {after:?} after it began was spared"));
                 }
             }
-            None if self.fault.harm != Harm::Nothing => self.complain("nobody noticed".to_owned()),
+            None if harm != Harm::Nothing => self.complain("nobody noticed".to_owned()),
             _ => {}
         }
         if let Some(error) = first_error {
@@ -265,12 +307,12 @@ impl<'a> Attempt<'a> {
                 .push((error.answered() - began).as_secs_f64());
             self.recoveries.push((good.answered() - due).as_secs_f64());
         }
-        self.see_to_the_aftermath(from, good.answered());
+        self.see_to_the_aftermath(from, good.answered(), aftermath);
     }
 
     /// After `recovered` visits are to stay good.
-    fn see_to_the_aftermath(&mut self, from: usize, recovered: Instant) {
-        std::thread::sleep(AFTERMATH);
+    fn see_to_the_aftermath(&mut self, from: usize, recovered: Instant, aftermath: Duration) {
+        std::thread::sleep(aftermath);
         let relapse = self.ledger.find(from, Duration::ZERO, |visit| {
             !visit.is_good() && visit.sent > recovered
         });
@@ -286,9 +328,12 @@ impl<'a> Attempt<'a> {
     /// Asks the service to stop while the fault is there, and starts it again after it.
     fn stop_in_its_midst(&mut self) -> Result<()> {
         let from = self.ledger.made();
+        let began = Instant::now();
         let injected = self.fault.inject(self.ground, &mut self.services)?;
-        std::thread::sleep(AFTERMATH);
+        let whole = Instant::now();
+        std::thread::sleep(MOMENT);
         if self.fault.kind == Kind::KillService {
+            self.gaps.push(began..whole);
             // There is nobody to ask before it starts again.
             injected.heal(self.ground, &mut self.services)?;
             self.services[0].until_it_answers()?;
@@ -303,11 +348,19 @@ impl<'a> Attempt<'a> {
         let good = self.ledger.find(from, PATIENCE, |visit| {
             visit.is_good() && visit.sent > started
         });
-        if good.is_none() {
-            self.complain(format!("no good visit within {PATIENCE:?} after a stop"));
+        match good {
+            Some(good) => self.is_back(Some(good.answered() - started)),
+            None => self.complain(format!("no good visit within {PATIENCE:?} after a stop")),
         }
-        // Where there are others, the good visit was theirs.
         self.services[0].until_ready()
+    }
+
+    /// The service that was asked to stop works again.
+    fn is_back(&mut self, back_in: Option<Duration>) {
+        if let Some(stop) = &mut self.stop {
+            stop.back = Instant::now();
+            stop.back_in = back_in;
+        }
     }
 
     fn stop(&mut self) -> Result<()> {
@@ -321,96 +374,124 @@ impl<'a> Attempt<'a> {
             Some(true) if took > LONGEST_STOP => self.complain(format!("it stopped in {took:?}")),
             Some(true) => {}
         }
+        let ended = asked + took;
+        self.gaps.push(asked..ended);
         self.stop = Some(Stop {
             asked,
-            ended: asked + took,
+            ended,
+            back: ended + PATIENCE,
+            back_in: None,
         });
         Ok(())
     }
 
     /// Ends the load and compares.
-    fn judge(self, repetitions: usize) -> Result<Trial> {
-        let addresses: Vec<_> = self
-            .services
-            .iter()
-            .map(|service| service.address)
-            .collect();
+    fn judge(mut self) -> Result<Trial> {
         let visits = self.ledger.stop();
-        let mut complaints = self.complaints;
-        let mut doubt = Doubt {
-            counted: self.services.iter().map(Service::in_doubt).sum(),
-            unasked: 0,
+        let counted: Vec<_> = self.services.iter().map(Service::counted).collect();
+        let in_doubt = counted.iter().map(|counted| counted.in_doubt).sum();
+        let known: usize = counted.iter().map(|counted| counted.recorded).sum();
+        let moments = self.rows_after_one_more()?;
+        let all = [&visits[..], &self.others].concat();
+        // No row that no service knows of, but for visits whose service took its counters along.
+        let in_a_gap = |visit: &&Visit| {
+            let mut gaps = self.gaps.iter();
+            gaps.any(|gap| visit.answered() >= gap.start && visit.sent <= gap.end)
         };
-        if let Some(stop) = self.stop {
-            // Nobody can be asked any more which of these were in doubt.
-            let refused = |visit: &&Visit| {
-                visit.outcome == Outcome::Refused
-                    && (stop.asked..=stop.ended).contains(&visit.answered())
-            };
-            doubt.unasked = visits.iter().filter(refused).count();
+        let may_be = known + in_doubt + all.iter().filter(in_a_gap).count();
+        if moments.len() > may_be {
+            let rows = moments.len();
+            self.complain(format!(
+                "{rows} rows where no more than {may_be} were recorded"
+            ));
         }
-        // One more visit, alone: its number is that of the rows.
-        let further = client::numbers(addresses[0]);
+        let refused = |visit: &&Visit| visit.outcome == Outcome::Refused;
+        let doubt = Doubt {
+            counted: in_doubt,
+            // Nobody can be asked any more which of these were in doubt.
+            unasked: self.stop.map_or(0, |stop| {
+                let meanwhile = |visit: &&Visit| {
+                    refused(visit) && (stop.asked..=stop.ended).contains(&visit.answered())
+                };
+                visits.iter().filter(meanwhile).count()
+            }),
+        };
+        let found = verdict(&all, &moments, doubt, self.fault.counter_starts_over());
+
+        self.look_for_needless_harm(&visits);
+        let answers = visits
+            .iter()
+            .filter(|visit| visit.outcome != Outcome::NotSent);
+        let longest = answers.map(|visit| visit.took).max().unwrap_or_default();
+        if longest > LONGEST_ANSWER {
+            self.complain(format!("an answer took {longest:?}"));
+        }
+        let panics: Vec<_> = self.services.iter().flat_map(Service::panics).collect();
+        self.complaints.extend(panics);
+        let good = visits.iter().filter(|visit| visit.total().is_some());
+        Ok(Trial {
+            fault: *self.fault,
+            repetitions: self.strikes,
+            verdict: found,
+            refused: visits.iter().filter(refused).count(),
+            first_errors: self.first_errors,
+            recoveries: self.recoveries,
+            worst_good: good.map(|visit| visit.took).max().unwrap_or_default(),
+            longest,
+            stopped_in: self.stop.map(|stop| stop.ended - stop.asked),
+            back_in: self.stop.and_then(|stop| stop.back_in),
+            complaints: self.complaints,
+        })
+    }
+
+    /// Makes one more visit, alone: its number is that of the rows. Returns the others' rows.
+    fn rows_after_one_more(&mut self) -> Result<Vec<i64>> {
+        let further = client::numbers(self.services[0].address);
         let mut moments = self.ground.moments()?;
+        let rows = moments.len();
         match further {
-            Ok((total, _)) => {
-                let rows = moments.len();
+            Ok((total, redis)) => {
                 if usize::try_from(total).ok() != Some(rows) {
-                    complaints.push(format!("the service says {total} where {rows} rows are"));
+                    self.complain(format!("the service says {total} where {rows} rows are"));
+                }
+                // Redis counts what is committed, once: it may know less, and never more.
+                if let Some(redis) = redis.filter(|&redis| redis > total) {
+                    self.complain(format!("Redis says {redis} where {rows} rows are"));
                 }
                 moments.pop();
             }
-            Err(error) => complaints.push(format!("a visit after it all: {error:#}")),
+            Err(error) => self.complain(format!("a visit after it all: {error:#}")),
         }
-        let all = [&visits[..], &self.others].concat();
-        let found = verdict(&all, &moments, doubt, self.fault.counter_starts_over());
+        Ok(moments)
+    }
 
-        let before_the_stop =
-            |visit: &&Visit| self.stop.is_none_or(|stop| visit.answered() < stop.asked);
-        let needless =
-            visits
-                .iter()
-                .filter(before_the_stop)
-                .filter(|visit| match self.fault.harm {
-                    Harm::Nothing => !visit.is_good(),
-                    Harm::Count => visit.total().is_none(),
-                    Harm::Visits => matches!(visit.outcome, Outcome::Wrong(_)),
-                });
-        let needless: Vec<_> = needless.collect();
+    /// Visits that suffered what this fault does not excuse.
+    fn look_for_needless_harm(&mut self, visits: &[Visit]) {
+        let (fault, stop) = (self.fault, self.stop);
+        let excused_by_the_stop = |visit: &Visit| {
+            stop.is_some_and(|stop| visit.answered() >= stop.asked && visit.sent <= stop.back)
+        };
+        // Whoever asked before the stop is answered, whatever else happens then.
+        let owed_no_answer = |visit: &Visit| {
+            fault.kind == Kind::KillService
+                || stop.is_some_and(|stop| (stop.asked..=stop.back).contains(&visit.sent))
+        };
+        let needless = |visit: &&Visit| match (visit.outcome, fault.harm) {
+            (Outcome::Wrong(_), _) => true,
+            (Outcome::Unanswered, _) if !owed_no_answer(visit) => true,
+            (_, Harm::Nothing) => !visit.is_good() && !excused_by_the_stop(visit),
+            (_, Harm::Count) => visit.total().is_none() && !excused_by_the_stop(visit),
+            (_, Harm::Visits) => false,
+        };
+        let needless: Vec<_> = visits.iter().filter(needless).collect();
         if let Some(first) = needless.first() {
-            complaints.push(format!(
+            self.complain(format!(
                 "{} visits suffered that need not have; the first came to {:?} after {:?}",
                 needless.len(),
                 first.outcome,
                 first.took
             ));
         }
-        let answers = visits
-            .iter()
-            .filter(|visit| visit.outcome != Outcome::NotSent);
-        let longest = answers.map(|visit| visit.took).max().unwrap_or_default();
-        if longest > LONGEST_ANSWER {
-            complaints.push(format!("an answer took {longest:?}"));
-        }
-        for service in &self.services {
-            complaints.extend(service.panics());
-        }
-        let good = visits.iter().filter(|visit| visit.total().is_some());
-        Ok(Trial {
-            fault: *self.fault,
-            repetitions,
-            verdict: found,
-            refused: visits
-                .iter()
-                .filter(|visit| visit.outcome == Outcome::Refused)
-                .count(),
-            first_errors: self.first_errors,
-            recoveries: self.recoveries,
-            worst_good: good.map(|visit| visit.took).max().unwrap_or_default(),
-            longest,
-            stopped_in: self.stop.map(|stop| stop.ended - stop.asked),
-            complaints,
-        })
     }
 
     fn complain(&mut self, complaint: String) {

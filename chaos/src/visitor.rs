@@ -170,9 +170,9 @@ impl Visitor {
     async fn outcome(&mut self) -> Outcome {
         let stream = match self.stream.take() {
             Some(stream) => stream,
-            None => match TcpStream::connect(self.address).await {
-                Ok(stream) => stream,
-                Err(_) => return Outcome::NotSent,
+            None => match timeout(PATIENCE, TcpStream::connect(self.address)).await {
+                Ok(Ok(stream)) => stream,
+                _ => return Outcome::NotSent,
             },
         };
         let exchange = timeout(PATIENCE, self.exchange(stream)).await;

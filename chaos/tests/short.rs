@@ -1,17 +1,20 @@
 //! Each fault once, shortened, and the crowd: nothing acknowledged is lost, and all comes back.
 //!
-//! What the clock says is judged by `make chaos`, with the program as it is shipped; here it is only
-//! bounded.
+//! How fast all of it is, is judged by `make chaos`, with the program as it is shipped; here times
+//! have bounds that a busy machine keeps, and what must not be must not be here, either.
 
 use std::io::Write as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chaos::bounds::{MAX_CONNECTIONS, POOLED};
 use chaos::report::{self, Tried};
 
 /// On a machine that does something else, too.
 const RECOVERY: f64 = 3.0;
+const START: Duration = Duration::from_secs(3);
+/// So that nobody has a reason to leave it out.
+const ALL: Duration = Duration::from_mins(5);
 
 /// One after the other: each looks at a clock.
 fn turn() -> MutexGuard<'static, ()> {
@@ -22,6 +25,7 @@ fn turn() -> MutexGuard<'static, ()> {
 #[test]
 fn no_fault_loses_or_repeats_what_was_acknowledged() {
     let _turn = turn();
+    let started = Instant::now();
     let tried = chaos::faults(None, chaos::SHORT, |_tried| {});
     let text = report::faults(&tried).text;
     for tried in &tried {
@@ -40,7 +44,10 @@ fn no_fault_loses_or_repeats_what_was_acknowledged() {
         assert!(trial.complaints.is_empty(), "{text}");
         let late = trial.recoveries.iter().filter(|took| **took > RECOVERY);
         assert_eq!(late.count(), 0, "{text}");
+        assert!(trial.back_in.is_none_or(|took| took < START), "{text}");
     }
+    let took = started.elapsed();
+    assert!(took < ALL, "{took:?}");
 }
 
 #[test]
@@ -59,7 +66,7 @@ fn overload_refuses_what_it_cannot_record_and_breaks_nothing() {
 #[test]
 fn hostile_clients_keep_nobody_from_an_answer() {
     let _turn = turn();
-    let hostile = chaos::hostile::run(1, Duration::from_millis(1500), 2000).unwrap();
+    let hostile = chaos::hostile::run(1, Duration::from_secs(2), 2000).unwrap();
     let text = report::hostile(&hostile).text;
     assert!(hostile.complaints.is_empty(), "{text}");
     for damage in &hostile.damages {

@@ -170,7 +170,7 @@ async fn assert_refused(service: &Service, request: &str, status: &str) {
     let mut wire = Wire::open(service).await;
     wire.send(request).await;
     let answer = wire.rest().await;
-    assert!(answer.starts_with(status), "{answer:?} to {request:?}");
+    assert!(answer.starts_with(status), "{answer:?} to {request:.200}");
     assert_eq!(answer.is_empty(), status.is_empty(), "{answer:?}");
     Wire::open(service).await.get("/health/live").await;
 }
