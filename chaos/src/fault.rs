@@ -157,8 +157,8 @@ pub const ALL: [Fault; 32] = {
             Count,
             K::Cut(Redis, Cut::Reply),
         ),
-        fault("postgres, 100 ms away", Nothing, K::Delay(Postgres)),
-        fault("redis, 100 ms away", Nothing, K::Delay(Redis)),
+        fault("postgres, 60 ms away", Nothing, K::Delay(Postgres)),
+        fault("redis, 60 ms away", Nothing, K::Delay(Redis)),
         fault("postgres, 16 KiB/s", Nothing, K::Narrow(Postgres)),
         fault("redis, 16 KiB/s", Nothing, K::Narrow(Redis)),
         fault("postgres, connections used up", Visits, K::ConnectionsTaken),
@@ -189,7 +189,7 @@ const MIGRATION_LOCK: &str = "select pg_advisory_lock(8532477865791419136)";
 const VISITS_BY_HAND: &str =
     "begin; insert into visitas (data) select now() from generate_series(1, 1000)";
 
-const DELAY_EACH_WAY: Duration = Duration::from_millis(50);
+const DELAY_EACH_WAY: Duration = Duration::from_millis(30);
 const NARROW: u32 = 16 * 1024;
 
 impl Fault {

@@ -128,24 +128,24 @@ impl Service {
     ///
     /// # Errors
     ///
-    /// If it does not run.
+    /// If it does not run, or does not say what it has counted.
     pub fn kill(&mut self) -> Result<()> {
-        self.note_what_is_counted();
+        self.counted_before = self.counted()?;
         let mut process = self.process.take().context("it does not run")?;
         process.kill()
     }
 
-    /// Asks it to stop.
+    /// Asks it to stop and says when. Its counters go with it.
     ///
     /// # Errors
     ///
-    /// If it does not run.
-    pub fn terminate(&mut self) -> Result<()> {
-        self.note_what_is_counted();
-        self.process
-            .as_ref()
-            .context("it does not run")?
-            .terminate()
+    /// If it does not run, or does not say what it has counted.
+    pub fn terminate(&mut self) -> Result<Instant> {
+        self.counted_before = self.counted()?;
+        let process = self.process.as_ref().context("it does not run")?;
+        let asked = Instant::now();
+        process.terminate()?;
+        Ok(asked)
     }
 
     /// Does something while it stands still.
@@ -175,14 +175,25 @@ impl Service {
         Ok(status.map(|status| status.success()))
     }
 
-    /// What it has counted, over all its processes as far as they could be asked.
-    #[must_use]
-    pub fn counted(&self) -> Counted {
-        let (before, now) = (self.counted_before, self.counted_now());
-        Counted {
-            recorded: before.recorded + now.recorded,
-            in_doubt: before.in_doubt + now.in_doubt,
+    /// What it has counted, over all its processes.
+    ///
+    /// # Errors
+    ///
+    /// If it runs and does not say.
+    pub fn counted(&self) -> Result<Counted> {
+        let mut counted = self.counted_before;
+        if self.process.is_some() {
+            let number = |outcome: &str| -> Result<usize> {
+                let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}}");
+                let counted = self
+                    .metric(&series)
+                    .context("it does not say what it counted")?;
+                Ok(format!("{counted:.0}").parse()?)
+            };
+            counted.recorded += number("ok")? + number("degraded")?;
+            counted.in_doubt += number("in_doubt")?;
         }
+        Ok(counted)
     }
 
     /// The value of a series of its metrics, by its name and labels as they are written there.
@@ -227,20 +238,5 @@ impl Service {
             lines.map(str::to_owned).collect::<Vec<_>>()
         })
         .collect()
-    }
-
-    fn note_what_is_counted(&mut self) {
-        self.counted_before = self.counted();
-    }
-
-    fn counted_now(&self) -> Counted {
-        let number = |outcome: &str| {
-            let counted = self.metric(&format!("visitas_visits_total{{outcome=\"{outcome}\"}}"));
-            counted.map_or(0, |counted| format!("{counted:.0}").parse().unwrap_or(0))
-        };
-        Counted {
-            recorded: number("ok") + number("degraded"),
-            in_doubt: number("in_doubt"),
-        }
     }
 }
