@@ -37,7 +37,7 @@ bench-ready:
 	@devstack/install.sh wrk=wrk
 	@cargo build --release --locked --quiet --bin visitas --bin bench --workspace
 
-chaos: chaos-ready ## Break everything, thirteen minutes, and write docs/faults.md
+chaos: chaos-ready ## Break everything, eleven minutes, and write docs/faults.md
 	@target/release/chaos all
 
 chaos-long: chaos-ready ## Kill each part at a hundred random moments, four minutes, and write docs/kills.md
