@@ -409,11 +409,14 @@ impl<'a> Attempt<'a> {
                 && gaps.any(|gap| visit.answered() >= gap.start && visit.sent <= gap.end)
         };
         let may_be = known + in_doubt + all.iter().filter(in_a_gap).count();
-        if moments.len() > may_be {
+        if !(known..=may_be).contains(&moments.len()) {
             let rows = moments.len();
             self.complain(format!(
-                "{rows} rows where no more than {may_be} were recorded"
+                "{rows} rows where {known} to {may_be} were recorded"
             ));
+        }
+        if self.fault.harm != Harm::Visits && in_doubt > 0 {
+            self.complain(format!("{in_doubt} visits in doubt"));
         }
         let refused = |visit: &&Visit| visit.outcome == Outcome::Refused;
         let doubt = Doubt {
