@@ -27,7 +27,7 @@ use tokio::{
 pub struct Limits {
     /// Connections open at once. Those beyond wait in the kernel's backlog, where they cost no file
     /// descriptor of this process. Measured in resident memory by `make chaos`: 3 KiB a silent
-    /// connection, 8 KiB one that has been used, 47 KiB one with half a head, 105 KiB at worst, whose
+    /// connection, 8 KiB one that has been used, 47 KiB one with half a head, 106 KiB at worst, whose
     /// client asks and does not read. The kernel's buffers come on top.
     pub max_connections: usize,
     /// From a request head's first byte to its last; for a connection's first request, from accept.
