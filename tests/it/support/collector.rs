@@ -113,9 +113,10 @@ impl Collector {
         end(served).await;
         let serving = match manner {
             Manner::Absent => return,
-            Manner::Swallows => tokio::spawn(swallow(bound(self.address))),
+            Manner::Swallows => tokio::spawn(swallow(bound(self.address).await)),
             _ => {
-                let listener = bound(self.address).listen(1024).expect("the port again");
+                let socket = bound(self.address).await;
+                let listener = socket.listen(1024).expect("the port again");
                 tokio::spawn(serve(listener, Arc::clone(&self.received)))
             }
         };
@@ -202,10 +203,15 @@ fn value<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a Value> {
     attribute.value.as_ref()?.value.as_ref()
 }
 
-fn bound(address: SocketAddr) -> TcpSocket {
+/// Takes the port again. A process that another test is just starting has a copy of the listener
+/// that was closed, until it becomes the program that it is to be.
+async fn bound(address: SocketAddr) -> TcpSocket {
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_reuseaddr(true).expect("a socket's option");
-    socket.bind(address).expect("a port");
+    eventually("the port is free", SOON, async || {
+        socket.bind(address).is_ok()
+    })
+    .await;
     socket
 }
 
