@@ -23,6 +23,8 @@ use tokio::{
 };
 use visitas::server::{self, Drained, Limits};
 
+use crate::support::until_refused;
+
 const GET: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
 const GET_SLOW: &[u8] = b"GET /slow HTTP/1.1\r\nhost: a\r\n\r\n";
 const GET_SLOWER: &[u8] = b"GET /slower HTTP/1.1\r\nhost: a\r\n\r\n";
@@ -115,16 +117,6 @@ impl Server {
             .expect("ends")
             .expect("no panic");
         (drained, begun.elapsed())
-    }
-}
-
-/// Waits until nobody can connect. A process that another test is just starting has a copy of a
-/// listener that was closed, until it becomes the program that it is to be.
-async fn refuses(addr: SocketAddr) {
-    let begun = Instant::now();
-    while TcpStream::connect(addr).await.is_ok() {
-        assert!(begun.elapsed() < LONG, "it still accepts");
-        sleep(Duration::from_millis(5)).await;
     }
 }
 
@@ -510,7 +502,7 @@ async fn stop_closes_idle_and_silent_connections_and_refuses_new_ones() {
     near(took, Duration::from_millis(100));
     assert_eq!(rest(&mut idle).await.0, "");
     assert_eq!(rest(&mut silent).await.0, "");
-    refuses(addr).await;
+    until_refused(addr).await;
 }
 
 #[tokio::test]
@@ -521,7 +513,7 @@ async fn new_connections_are_refused_while_a_stop_still_answers() {
     stream.write_all(GET_SLOWER).await.expect("send");
     server.heads_become(1).await;
     let stopping = tokio::spawn(server.stop());
-    refuses(addr).await;
+    until_refused(addr).await;
     assert!(!stopping.is_finished());
 }
 

@@ -7,7 +7,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 
-use crate::support::{Answer, SOON, Service, Wire, World, eventually};
+use crate::support::{Answer, SOON, Service, Wire, World, eventually, until_refused};
 
 const PATHS: [&str; 5] = ["/", "/health", "/health/ready", "/health/live", "/metrics"];
 
@@ -229,8 +229,7 @@ async fn visit_after_the_stop_delay_is_503_and_ends_its_connection() {
     // The answer to a later connection shows that the head above is being read.
     service.visit().await;
     service.signal("TERM");
-    let connect = async || tokio::net::TcpStream::connect(service.address).await;
-    eventually("nobody listens", SOON, async || connect().await.is_err()).await;
+    until_refused(service.address).await;
     wire.send("\r\n").await;
     let answer = wire.rest().await;
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");

@@ -5,10 +5,9 @@ use std::time::{Duration, Instant};
 
 use devstack::Server;
 use reqwest::StatusCode;
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use crate::support::{HeldCount, SOON, Service, Wire, World, eventually};
+use crate::support::{HeldCount, SOON, Service, Wire, World, eventually, until_refused};
 
 const VISIT: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
 
@@ -50,10 +49,7 @@ async fn queued_visits_are_recorded_after_the_stop_and_later_ones_refused() {
     service.until_queued(10).await;
 
     service.signal("TERM");
-    eventually("the stop is under way", SOON, async || {
-        TcpStream::connect(service.address).await.is_err()
-    })
-    .await;
+    until_refused(service.address).await;
     late.send(rest).await;
     let refused = late.rest().await;
     assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");

@@ -203,8 +203,7 @@ fn value<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a Value> {
     attribute.value.as_ref()?.value.as_ref()
 }
 
-/// Takes the port again. A process that another test is just starting has a copy of the listener
-/// that was closed, until it becomes the program that it is to be.
+/// Takes the port again, once no process that is just starting has a copy of the listener.
 async fn bound(address: SocketAddr) -> TcpSocket {
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_reuseaddr(true).expect("a socket's option");

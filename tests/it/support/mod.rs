@@ -11,8 +11,11 @@ pub(crate) mod traces;
 mod wire;
 mod world;
 
+use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use tokio::net::TcpStream;
 
 pub(crate) use self::ended::{Ended, settings};
 pub(crate) use self::proxy::Way;
@@ -37,6 +40,15 @@ pub(crate) async fn eventually(
         );
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// Waits until nobody can connect. A process that another test is just starting has a copy of a
+/// listener that was closed here, until it becomes the program that it is to be.
+pub(crate) async fn until_refused(address: SocketAddr) {
+    eventually("connections are refused", SOON, async || {
+        TcpStream::connect(address).await.is_err()
+    })
+    .await;
 }
 
 /// What a test's own task guards is whole even where another has panicked.
