@@ -23,7 +23,7 @@ use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
 use crate::telemetry::http::Observer;
 use crate::telemetry::metric;
-use crate::{error, health, metrics, visit};
+use crate::{error, health, metrics, store, visit};
 
 /// A service that has its addresses and has not begun to serve.
 pub struct App {
@@ -226,7 +226,7 @@ fn layered(router: Router, observer: Arc<Observer>) -> Router {
 }
 
 async fn monitor(service: Service) {
-    health::watch(&service.postgres, &service.redis).await;
+    store::watch(&service.postgres, &service.redis).await;
 }
 
 async fn upkeep(service: Service, observer: Arc<Observer>) {

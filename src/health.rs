@@ -1,8 +1,6 @@
-//! Health: what watches the two stores, and the routes that tell what it saw.
+//! Health: whether visits are recorded.
 //!
 //! The routes only read what is known, so they answer at once whatever the stores do.
-
-use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
@@ -12,42 +10,7 @@ use http::header::{CACHE_CONTROL, HeaderValue};
 use serde::Serialize;
 
 use crate::service::Service;
-use crate::store::{Postgres, Redis, State as StoreState, Store};
-use crate::telemetry::metric;
-
-/// While a store is up it is read this often: what it has counted, and whether it still answers.
-const READ_EVERY: Duration = Duration::from_secs(1);
-/// While it is down a probe asks this often whether a visit would succeed.
-const PROBE_EVERY: Duration = Duration::from_millis(100);
-
-/// Watches both stores for as long as it is polled.
-pub async fn watch(postgres: &Postgres, redis: &Redis) {
-    let publish = || metric::rows(postgres.state().count(), redis.state().count());
-    tokio::join!(watch_store(postgres, publish), watch_store(redis, publish));
-}
-
-/// Reads a store while it is up and probes it while it is down. A probe does what a visit needs,
-/// so that the store is never called up for less.
-async fn watch_store(store: &impl Store, publish: impl Fn()) {
-    let state = store.state();
-    loop {
-        if state.is_up() {
-            // What came of it is in the state. A store that goes down is probed at once, whatever a
-            // reading still waits for.
-            tokio::select! {
-                _ = store.total() => {}
-                () = state.down() => {}
-            }
-            publish();
-            tokio::select! {
-                () = tokio::time::sleep(READ_EVERY) => {}
-                () = state.down() => publish(),
-            }
-        } else if store.probe().await.is_err() {
-            tokio::time::sleep(PROBE_EVERY).await;
-        }
-    }
-}
+use crate::store::{Availability, Store as _};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -61,6 +24,7 @@ struct Checks {
     postgres: Check,
     redis: Check,
     migrations: Check,
+    count: Check,
 }
 
 #[derive(Debug, Serialize)]
@@ -81,11 +45,12 @@ enum Overall {
 /// `GET /health` and `/health/ready`: whether visits are recorded.
 pub async fn ready(State(service): State<Service>) -> Response {
     let migrated = service.postgres.is_migrated();
-    let postgres = check(service.postgres.state());
-    let redis = check(service.redis.state());
-    let status = if !service.postgres.state().is_up() || !migrated || service.is_leaving() {
+    let recount_due = service.postgres.is_recount_due();
+    let postgres = check(service.postgres.availability());
+    let redis = check(service.redis.availability());
+    let status = if !service.postgres.availability().is_up() || !migrated || service.is_leaving() {
         Overall::Unavailable
-    } else if !service.redis.state().is_up() {
+    } else if !service.redis.availability().is_up() || recount_due {
         Overall::Degraded
     } else {
         Overall::Ok
@@ -97,6 +62,10 @@ pub async fn ready(State(service): State<Service>) -> Response {
             redis,
             migrations: Check {
                 status: if migrated { "ok" } else { "pending" },
+                latency_ms: None,
+            },
+            count: Check {
+                status: if recount_due { "recount_due" } else { "ok" },
                 latency_ms: None,
             },
         },
@@ -117,10 +86,14 @@ pub async fn live() -> Response {
     (no_store, Json(serde_json::json!({ "status": "ok" }))).into_response()
 }
 
-fn check(state: &StoreState) -> Check {
+fn check(availability: &Availability) -> Check {
     Check {
-        status: if state.is_up() { "ok" } else { "unavailable" },
-        latency_ms: state
+        status: if availability.is_up() {
+            "ok"
+        } else {
+            "unavailable"
+        },
+        latency_ms: availability
             .latency()
             .map(|latency| (latency.as_secs_f64() * 1e6).round() / 1e3),
     }

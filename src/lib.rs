@@ -4,11 +4,11 @@
 //!
 //! - [`server`] accepts connections and bounds how long each may take;
 //! - [`app`] holds the routes and the life of the service from start to stop;
-//! - [`telemetry`] sees each request and each store call, and changes neither;
+//! - [`telemetry`] sees each request and changes none;
 //! - [`visit`] is `GET /`, [`service`] what the handlers share;
 //! - [`recorder`] is the queue and the one writer that records waiting visits together;
-//! - [`store`] is Postgres and Redis;
-//! - [`health`] watches the stores and answers probes, [`metrics`] answers scrapes;
+//! - [`store`] is Postgres and Redis, and watches both;
+//! - [`health`] answers probes, [`metrics`] answers scrapes;
 //! - [`error`] is what a client sees of a mistake of its own;
 //! - [`config`] reads the settings, [`command`] runs what is not the service itself.
 

@@ -12,8 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tracing::{Span, warn};
 
-use crate::store::{Postgres, Redis, Store as _};
-use crate::telemetry::call::Trace;
+use crate::store::{Batch, Error, Postgres, Redis, Store as _};
 use crate::telemetry::metric::{self, Outcome};
 
 /// What a visit is told once it is recorded.
@@ -34,12 +33,12 @@ pub enum Refusal {
     /// The service stops.
     #[error("the service is stopping")]
     Stopping,
-    /// Postgres did not take it, or not within its deadline.
+    /// Postgres certainly did not record it.
     #[error("postgres did not record the visit")]
     Failed,
-    /// Its deadline passed before it was known what became of it.
-    #[error("the visit's deadline passed")]
-    Late,
+    /// It was sent to Postgres, or can have been, and whether it is recorded is not known.
+    #[error("the visit is in doubt")]
+    InDoubt,
 }
 
 /// Hands visits to the writer. Cheap to clone.
@@ -58,6 +57,7 @@ pub struct Writer {
     postgres: Arc<Postgres>,
     redis: Arc<Redis>,
     batch: Vec<Waiting>,
+    batch_limit: usize,
     arrivals: Vec<OffsetDateTime>,
 }
 
@@ -71,9 +71,11 @@ struct Waiting {
     answer: oneshot::Sender<Result<Recorded, Refusal>>,
 }
 
-/// The most visits that one commit takes: enough that no disk is the slower for it, and few
-/// enough that its statement stays well within its deadline.
+/// The most visits that one commit takes: large enough that it never limits throughput. A batch
+/// that times out halves it for the next ones, and each full batch that is recorded doubles it.
 const BATCH_LIMIT: usize = 4096;
+/// The SQLSTATE of a statement that ran into `statement_timeout`.
+const QUERY_CANCELED: &str = "57014";
 
 /// A queue for `capacity` visits, each of which is answered within `deadline`, and its writer.
 #[must_use]
@@ -97,6 +99,7 @@ pub fn recorder(
         postgres,
         redis,
         batch: Vec::new(),
+        batch_limit: BATCH_LIMIT,
         arrivals: Vec::new(),
     };
     (recorder, writer)
@@ -107,8 +110,8 @@ impl Recorder {
     ///
     /// # Errors
     ///
-    /// Why the visit is not known to be recorded. After a full queue, a stop or a refusal by
-    /// Postgres it certainly is not.
+    /// Why the visit is not known to be recorded. Except for [`Refusal::InDoubt`] it certainly is
+    /// not.
     pub async fn record(&self) -> Result<Recorded, Refusal> {
         // The writer closes the queue, but only once it has done with the batch in its hands.
         if *self.stop.borrow() {
@@ -130,9 +133,9 @@ impl Recorder {
         })?;
         match tokio::time::timeout_at(deadline, answered).await {
             Ok(Ok(answer)) => answer,
-            // The writer never drops a visit unanswered; if it did, nothing is known.
-            Ok(Err(_)) => Err(Refusal::Failed),
-            Err(_) => Err(Refusal::Late),
+            // The writer never drops a visit unanswered; if it did, nothing would be known. Nor is
+            // anything known of a visit whose deadline has passed: its batch can be under way.
+            Ok(Err(_)) | Err(_) => Err(Refusal::InDoubt),
         }
     }
 
@@ -160,7 +163,7 @@ impl Writer {
         loop {
             let taken = tokio::select! {
                 biased;
-                taken = self.queue.recv_many(&mut self.batch, BATCH_LIMIT) => taken,
+                taken = self.queue.recv_many(&mut self.batch, self.batch_limit) => taken,
                 _ = self.stop.wait_for(|stop| *stop), if !self.queue.is_closed() => {
                     self.queue.close();
                     continue;
@@ -179,9 +182,9 @@ impl Writer {
         if self.batch.is_empty() {
             return;
         }
-        if !self.postgres.state().is_up() {
+        if !self.postgres.availability().is_up() {
             // A visit that finds Postgres down does not wait for what the last one waited for.
-            return self.refuse(Outcome::Failed);
+            return self.refuse(Outcome::Failed, Refusal::Failed);
         }
         let visits = self.batch.len();
         self.arrivals.clear();
@@ -190,34 +193,51 @@ impl Writer {
                 .iter()
                 .map(|visit| OffsetDateTime::from(visit.arrived)),
         );
-        metric::batch_size(visits);
         let sampled = self.batch.iter().position(|visit| !visit.span.is_none());
         let parent = sampled.map(|first| self.batch[first].span.clone());
-        let mut trace = Trace::of(parent.as_ref());
+        let mut calls = Batch::new(visits, parent);
 
-        let total = match self.postgres.record(&self.arrivals, &mut trace).await {
+        let began = Instant::now();
+        let recorded = self.postgres.record(&self.arrivals, &mut calls).await;
+        if recorded
+            .as_ref()
+            .map_or_else(|failure| failure.sent, |_| true)
+        {
+            for visit in &self.batch {
+                metric::queue_wait(began - visit.queued);
+            }
+        }
+        let total = match recorded {
             Ok(total) => total,
             Err(failure) => {
-                self.link_waits(sampled, &trace);
-                return if failure.in_doubt {
+                self.link_waits(sampled, &calls);
+                drop(calls);
+                if is_timeout(&failure.error) {
+                    self.batch_limit = (visits / 2).max(1);
+                }
+                return if failure.is_in_doubt() {
                     warn!(
                         visits,
                         error = failure.error.chain(),
                         "visits are in doubt: their statement was sent and its end is not known"
                     );
-                    self.refuse(Outcome::InDoubt);
+                    self.refuse(Outcome::InDoubt, Refusal::InDoubt);
                 } else {
-                    self.refuse(Outcome::Failed);
+                    self.refuse(Outcome::Failed, Refusal::Failed);
                 };
             }
         };
-        let redis = if self.redis.state().is_up() {
-            self.redis.increment(visits, &mut trace).await.ok()
+        metric::batch_size(visits);
+        if visits == self.batch_limit {
+            self.batch_limit = (2 * self.batch_limit).min(BATCH_LIMIT);
+        }
+        let redis = if self.redis.availability().is_up() {
+            self.redis.increment(visits, &mut calls).await.ok()
         } else {
             None
         };
-        self.link_waits(sampled, &trace);
-        drop(parent);
+        self.link_waits(sampled, &calls);
+        drop(calls);
         self.acknowledge(total, redis);
     }
 
@@ -231,7 +251,6 @@ impl Writer {
             } else if visit.answer.is_closed() {
                 Outcome::Abandoned
             } else {
-                metric::queue_wait(now - visit.queued);
                 return true;
             };
             metric::visits(outcome, 1);
@@ -264,22 +283,27 @@ impl Writer {
         metric::visits(Outcome::InDoubt, late);
     }
 
-    fn refuse(&mut self, outcome: Outcome) {
+    fn refuse(&mut self, outcome: Outcome, refusal: Refusal) {
         metric::visits(outcome, self.batch.len());
         for visit in self.batch.drain(..) {
             drop(visit.span);
             // A client that has gone is not told.
-            visit.answer.send(Err(Refusal::Failed)).ok();
+            visit.answer.send(Err(refusal)).ok();
         }
     }
 
     /// The calls are children of the first sampled visit; the others point to them.
-    fn link_waits(&self, first: Option<usize>, trace: &Trace<'_>) {
+    fn link_waits(&self, first: Option<usize>, calls: &Batch) {
         let Some(first) = first else { return };
         for visit in &self.batch[first + 1..] {
             if !visit.span.is_none() {
-                trace.link_wait(&visit.span, visit.arrived);
+                calls.link_wait(&visit.span, visit.arrived);
             }
         }
     }
+}
+
+/// Whether a batch can have failed for its size.
+fn is_timeout(error: &Error) -> bool {
+    matches!(error, Error::Timeout(_)) || error.code() == Some(QUERY_CANCELED)
 }

@@ -52,10 +52,10 @@ pub async fn head() -> Response {
 /// so that a database that fails costs Redis nothing.
 fn unavailable(service: &Service, refusal: Refusal) -> Response {
     let postgres_works = match refusal {
-        Refusal::QueueFull | Refusal::Stopping => service.postgres.state().is_up(),
-        Refusal::Failed | Refusal::Late => false,
+        Refusal::QueueFull | Refusal::Stopping => service.postgres.availability().is_up(),
+        Refusal::Failed | Refusal::InDoubt => false,
     };
-    let redis = service.redis.state().count();
+    let redis = service.redis.availability().count();
     let answer = Answer {
         db_status: status(postgres_works),
         redis_status: status(redis.is_some()),
@@ -64,7 +64,10 @@ fn unavailable(service: &Service, refusal: Refusal) -> Response {
     };
     let mut response = respond(StatusCode::SERVICE_UNAVAILABLE, &answer);
     let headers = response.headers_mut();
-    headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    // A visit that can be recorded all the same must not be invited to come again.
+    if refusal != Refusal::InDoubt {
+        headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
     if refusal == Refusal::Stopping {
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }

@@ -3,7 +3,7 @@
 //! An increment is sent at most once: repeating one whose answer was lost could count it twice.
 //! It knows nothing of HTTP or of Postgres.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
@@ -12,26 +12,28 @@ use redis::{
     RedisConnectionInfo, RedisError, TlsCertificates,
 };
 
+use super::call::{Operation, Target};
 use super::pool::{Connect, Pool};
-use super::{Error, State, Store};
+use super::{Availability, Batch, CallError, Error, Store};
 use crate::config::RedisConfig;
-use crate::telemetry::call::{Operation, Target, Trace, call};
 use crate::telemetry::metric::System;
 
 /// The counter that starts over with the cache.
 #[derive(Debug)]
 pub struct Redis {
     pool: Pool<Opener>,
-    state: State,
-    target: Target,
-    deadline: Duration,
 }
 
-static INCREMENT: Operation = Operation::command("INCRBY");
+static INCREMENT: Operation = Operation::command("INCRBY").that_records_visits();
+/// The same command where it counts no visit.
+static ADJUST: Operation = Operation::command("INCRBY");
+static PING: Operation = Operation::command("PING");
 
 const KEY: &str = "visitas_home";
-/// The writer takes one connection and the health monitor one; the others leave room for what an
-/// outage left behind.
+/// Above this the counter has no room for a batch: `INCRBY` would overflow.
+const HIGHEST: i64 = i64::MAX - 4096;
+/// The writer takes one connection and the monitor one; the others leave room for what an outage
+/// left behind.
 const POOL_SIZE: u32 = 4;
 
 impl Redis {
@@ -47,113 +49,65 @@ impl Redis {
             address: config.host.clone(),
             port: config.port,
         };
-        INCREMENT.declare(&target);
         Ok(Self {
             pool: Pool::new(
                 Opener::new(config)?,
                 POOL_SIZE,
                 config.timeout,
-                System::Redis,
+                target,
+                &[&INCREMENT, &ADJUST],
             ),
-            state: State::new(System::Redis),
-            target,
-            deadline: config.timeout,
         })
     }
 
-    /// Adds visits to the counter and returns its value after them.
+    /// Adds the visits of a batch to the counter and returns its value after them.
     ///
     /// # Errors
     ///
-    /// Whatever kept the value from being known; the visits may be counted even so.
-    pub async fn increment(&self, visits: usize, trace: &mut Trace<'_>) -> Result<i64, Error> {
-        let started = Instant::now();
-        let result = self
-            .increment_by(
-                i64::try_from(visits).unwrap_or(i64::MAX),
-                Some(visits),
-                trace,
-            )
-            .await;
-        match &result {
-            Ok(_) => self.state.succeeded(started.elapsed()),
-            Err(error) => self.failed(error),
-        }
-        result
-    }
-
-    /// Moves the counter by a correction, which may be negative, and returns its value.
-    ///
-    /// # Errors
-    ///
-    /// Why the value is not known; the correction may have been made.
-    pub async fn correct(&self, difference: i64) -> Result<i64, Error> {
-        self.increment_by(difference, None, &mut Trace::none())
+    /// Whatever kept the value from being known; the visits can be counted even so.
+    pub async fn increment(&self, visits: usize, batch: &mut Batch) -> Result<i64, CallError> {
+        let by = i64::try_from(visits).unwrap_or(i64::MAX);
+        self.pool
+            .call(&INCREMENT, Some(batch), async |connection| {
+                increment_by(connection, by).await
+            })
             .await
     }
 
-    async fn increment_by(
-        &self,
-        by: i64,
-        visits: Option<usize>,
-        trace: &mut Trace<'_>,
-    ) -> Result<i64, Error> {
-        let work = async {
-            let mut link = self.pool.take().await?;
-            link.call(async |connection| send_increment(connection, by).await)
-                .await
-        };
-        call(&self.target, &INCREMENT, visits, trace, self.deadline, work).await
-    }
-
-    fn failed(&self, error: &Error) {
-        // In this order: what a probe opens as soon as the state is down is not to be forgotten.
-        self.pool.forget_all();
-        self.state.failed(error);
+    /// Moves the counter by a correction, which can be negative, and returns its value.
+    ///
+    /// # Errors
+    ///
+    /// Why the value is not known; the correction can have been made.
+    pub async fn correct(&self, difference: i64) -> Result<i64, Error> {
+        let corrected = self.pool.call(&ADJUST, None, async |connection| {
+            increment_by(connection, difference).await
+        });
+        corrected.await.map_err(|failure| failure.error)
     }
 }
 
 impl Store for Redis {
-    fn state(&self) -> &State {
-        &self.state
+    fn availability(&self) -> &Availability {
+        self.pool.availability()
     }
 
     async fn probe(&self) -> Result<(), Error> {
         let started = Instant::now();
-        let work = async {
-            let mut link = self.pool.open().await?;
-            link.call(async |connection| send_increment(connection, 0).await)
-                .await?;
-            Ok(link)
-        };
-        let trace = &mut Trace::none();
-        match call(&self.target, &INCREMENT, None, trace, self.deadline, work).await {
-            Ok(link) => {
-                self.pool.offer(link);
-                self.state.succeeded(started.elapsed());
+        match self.pool.call_on_new(&ADJUST, read_counter).await {
+            Ok((link, _)) => {
+                self.pool.keep(link, started.elapsed());
                 Ok(())
             }
             Err(error) => {
-                self.failed(&error);
+                self.pool.fail(&error);
                 Err(error)
             }
         }
     }
 
-    /// Read by adding nothing: a cache that can be read and not written is of no use to a visit.
     async fn total(&self) -> Result<i64, Error> {
-        let started = Instant::now();
-        let result = self.increment_by(0, None, &mut Trace::none()).await;
-        match &result {
-            Ok(count) => self.state.read(*count, started.elapsed()),
-            Err(error) => {
-                self.state.reading_failed(started, error);
-                if !self.state.is_up() {
-                    self.pool.forget_all();
-                }
-            }
-        }
-        result
+        self.pool.read(&ADJUST, read_counter, |count| *count).await
     }
 
     fn report(&self) {
@@ -161,7 +115,18 @@ impl Store for Redis {
     }
 }
 
-async fn send_increment(connection: &mut MultiplexedConnection, by: i64) -> Result<i64, Error> {
+/// Reads the counter by adding nothing, and checks that a batch could be added: a cache that can
+/// be read and not incremented is of no use to a visit.
+async fn read_counter(connection: &mut MultiplexedConnection) -> Result<i64, Error> {
+    let count = increment_by(connection, 0).await?;
+    if count > HIGHEST {
+        let cause = format!("{KEY} is {count}: it has no room for a batch of visits");
+        return Err(Error::Unexpected(cause.into()));
+    }
+    Ok(count)
+}
+
+async fn increment_by(connection: &mut MultiplexedConnection, by: i64) -> Result<i64, Error> {
     redis::cmd("INCRBY")
         .arg(KEY)
         .arg(by)
@@ -219,6 +184,8 @@ impl Opener {
 
 impl Connect for Opener {
     type Connection = MultiplexedConnection;
+
+    const PING: &'static Operation = &PING;
 
     async fn open(&self) -> Result<MultiplexedConnection, Error> {
         self.client

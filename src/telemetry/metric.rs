@@ -30,6 +30,7 @@ mod name {
     pub(super) const ROWS: &str = "visitas_rows";
     pub(super) const REDIS_VISITS: &str = "visitas_redis_visits";
     pub(super) const DRIFT: &str = "visitas_store_drift";
+    pub(super) const RECOUNT_DUE: &str = "visitas_recount_due";
     pub(super) const DEPENDENCY_UP: &str = "visitas_dependency_up";
     pub(super) const POOL_COUNT: &str = "db_client_connection_count";
     pub(super) const POOL_MAX: &str = "db_client_connection_max";
@@ -119,7 +120,12 @@ const GAUGES: &[(&str, Unit, &str)] = &[
     (
         name::DRIFT,
         Unit::Count,
-        "Rows minus the value in Redis; NaN while either is unknown.",
+        "Rows minus the value in Redis, both at the same moment; NaN while either is unknown.",
+    ),
+    (
+        name::RECOUNT_DUE,
+        Unit::Count,
+        "Whether data was loaded in a way that can have led the count astray (1) or not (0).",
     ),
     (
         name::DEPENDENCY_UP,
@@ -329,7 +335,8 @@ pub fn install() -> anyhow::Result<PrometheusHandle> {
     LazyLock::force(&BATCH_SIZE);
     LazyLock::force(&QUEUE_DEPTH);
     LazyLock::force(&SPANS);
-    rows(None, None);
+    rows(None, None, None);
+    recount_due(false);
     metrics::counter!(name::LOG_LINES_DROPPED).absolute(0);
     metrics::gauge!(
         name::BUILD_INFO,
@@ -353,12 +360,12 @@ pub fn visits(outcome: Outcome, visits: usize) {
     VISITS[outcome as usize].increment(visits as u64);
 }
 
-/// Records how long a visit waited for its batch to begin.
+/// Records how long a visit waited for the batch that was sent with it.
 pub fn queue_wait(wait: Duration) {
     QUEUE_WAIT.record(wait);
 }
 
-/// Records how many visits one commit takes.
+/// Records how many visits one commit took.
 pub fn batch_size(visits: usize) {
     BATCH_SIZE.record(visits as f64);
 }
@@ -373,12 +380,17 @@ pub fn queue_capacity(visits: usize) {
     metrics::gauge!(name::QUEUE_CAPACITY).set(visits as f64);
 }
 
-/// Says what the stores have counted, as far as is known.
-pub fn rows(rows: Option<i64>, redis: Option<i64>) {
+/// Says what the stores have counted, and by how much Postgres has more, as far as is known.
+pub fn rows(rows: Option<i64>, redis: Option<i64>, drift: Option<i64>) {
     let value = |count: Option<i64>| count.map_or(f64::NAN, |count| count as f64);
     metrics::gauge!(name::ROWS).set(value(rows));
     metrics::gauge!(name::REDIS_VISITS).set(value(redis));
-    metrics::gauge!(name::DRIFT).set(value(rows) - value(redis));
+    metrics::gauge!(name::DRIFT).set(value(drift));
+}
+
+/// Says whether the count can have been led astray.
+pub fn recount_due(due: bool) {
+    metrics::gauge!(name::RECOUNT_DUE).set(f64::from(u8::from(due)));
 }
 
 /// Says whether a store does what a visit needs.

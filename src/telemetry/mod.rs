@@ -1,9 +1,8 @@
 //! What the service tells about itself: logs, traces and metrics, started once and flushed last.
 //!
 //! Telemetry never changes an answer: whoever logs, counts or traces does not wait for whoever
-//! reads. [`call`] wraps every store call, [`http`] every request, [`metric`] spells every name.
+//! reads. [`http`] wraps every request, [`metric`] spells every name.
 
-pub mod call;
 pub mod exposition;
 pub mod http;
 mod log;
@@ -31,7 +30,7 @@ use crate::config::{LogConfig, TracesConfig};
 
 /// The target of the spans that are exported. No library's span has it, so none is exported; the
 /// exporter's own requests are not traced.
-const SPANS: &str = "visitas::span";
+pub(crate) const SPANS: &str = "visitas::span";
 
 static TRACER: OnceLock<SdkTracer> = OnceLock::new();
 
@@ -125,6 +124,6 @@ impl Telemetry {
 }
 
 /// The tracer, where spans are exported.
-fn tracer() -> Option<&'static SdkTracer> {
+pub(crate) fn tracer() -> Option<&'static SdkTracer> {
     TRACER.get()
 }

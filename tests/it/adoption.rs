@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 use tokio::task::JoinHandle;
 
 use crate::support::load::visits;
-use crate::support::{Ended, SOON, Service, World, eventually, execute};
+use crate::support::{Ended, SOON, Service, Way, World, eventually, execute};
 
 /// The table as the challenge's Flask program makes it.
 const FLASK: &str =
@@ -307,4 +307,35 @@ impl OldProgram {
         self.task.await.unwrap();
         self.inserted.load(Ordering::Relaxed)
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migration_whose_connection_falls_silent_does_not_stop_probes() {
+    let world = World::new();
+    // Rewriting the table takes three seconds, so that the connection falls silent meanwhile.
+    world
+        .sql(
+            "create function public.slow(id bigint) returns boolean language plpgsql as $$ begin \
+               perform pg_sleep(0.05); return true; end $$; \
+             create table visitas (id serial primary key, data_hora timestamp default now()); \
+             insert into visitas select from generate_series(1, 60); \
+             alter table visitas add check (slow(id))",
+        )
+        .await;
+    let way = Way::to(world.postgres.port()).await;
+    let service = world.start(&[("DB_PORT", &way.port.to_string())]).await;
+    let migrating = "select count(*) from pg_stat_activity \
+                     where datname = current_database() and query like '%adopted from an earlier version%' \
+                     and pid <> pg_backend_pid()";
+    eventually("it migrates", SOON, async || {
+        world.number(migrating).await > 0
+    })
+    .await;
+    way.fall_silent();
+    let what = || format!("visits are recorded: {}", service.printed());
+    eventually(&what(), 4 * SOON, async || {
+        service.get("/").await.status == 200
+    })
+    .await;
+    assert_eq!(service.visit().await.0, world.rows().await);
 }

@@ -192,3 +192,58 @@ fn left_out(service: &Service) -> u64 {
         .filter_map(|line| line["lines.left_out"].as_u64())
         .sum()
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reason_of_an_outage_that_changes_is_logged() {
+    let world = World::of_its_own();
+    world
+        .sql("create role rotates login superuser password 'old'")
+        .await;
+    let rotates = [("DB_USER", "rotates"), ("DB_PASSWORD", "old")];
+    let service = Service::start(&world.settings_but("DB_PASSWORD", &rotates)).await;
+    service.until_ready().await;
+    world.sql("alter role rotates password 'new'").await;
+    world
+        .sql("select pg_terminate_backend(pid) from pg_stat_activity where usename = 'rotates'")
+        .await;
+    let reasons = || {
+        let mut lines = service.logged("store is down");
+        lines.extend(service.logged("store is still down"));
+        lines
+    };
+    eventually("the new reason is logged", SOON, async || {
+        reasons()
+            .iter()
+            .any(|line| line["error"].to_string().contains("28P01"))
+    })
+    .await;
+    assert!(reasons().len() <= 3, "{:?}", reasons());
+    world.sql("alter role rotates password 'old'").await;
+    service.until_ready().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_migration_is_one_line_with_the_hint_of_the_server() {
+    let world = World::new();
+    world.sql("create view visitas as select 1 as id").await;
+    let service = world.start(&[]).await;
+    let attempts = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="MIGRATE",outcome="error"}"#;
+    eventually("it has tried several times", SOON, async || {
+        service.metric(attempts).await >= Some(4.0)
+    })
+    .await;
+    let down = service.logged("store is down");
+    assert_eq!(down.len(), 1);
+    let error = down[0]["error"].as_str().unwrap();
+    assert!(
+        error.ends_with("(hint: Rename it, then migrate again.)"),
+        "{error}"
+    );
+    assert!(!error.contains("at line"), "{error}");
+    let notices = service.log();
+    let notices: Vec<_> = notices
+        .iter()
+        .filter(|line| line["target"].to_string().contains("sqlx"))
+        .collect();
+    assert!(notices.is_empty(), "{notices:?}");
+}

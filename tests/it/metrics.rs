@@ -1,6 +1,9 @@
 //! The metrics: what is counted, and when. What they are called is in `exposition`.
 
-use crate::support::{HeldCount, World};
+use std::time::{Duration, Instant};
+
+use crate::support::load::Load;
+use crate::support::{HeldCount, SOON, Way, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn series_that_can_be_known_beforehand_exist_at_zero() {
@@ -71,4 +74,49 @@ fn calls(store: &str, operation: &str, outcome: &str) -> String {
         "visitas_store_calls_total{{db_system_name=\"{store}\",\
          db_operation_name=\"{operation}\",outcome=\"{outcome}\"}}"
     )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn visits_that_are_not_sent_have_no_wait_and_no_batch() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    service.visit().await;
+    world.postgres.kill().unwrap();
+    service.until_health("unavailable").await;
+    for _ in 0..20 {
+        assert_eq!(service.get("/").await.status, 503);
+    }
+    let sent = service.counted("ok").await + service.counted("in_doubt").await;
+    let waits = service.metric("visitas_queue_wait_seconds_count").await;
+    assert_eq!(waits, Some(sent as f64));
+    assert_eq!(service.metric("visitas_batch_size_count").await, Some(1.0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn visits_in_flight_are_no_drift() {
+    let world = World::new();
+    let slow = Way::with_delay(world.redis.port(), Duration::from_millis(100)).await;
+    let service = world
+        .serve_with(&[
+            ("REDIS_PORT", &slow.port.to_string()),
+            ("REDIS_TIMEOUT", "600ms"),
+        ])
+        .await;
+    let load = Load::start(&[&service], 32);
+    let until = Instant::now() + Duration::from_secs(3);
+    let mut known = 0;
+    while Instant::now() < until {
+        let drift = service.metric("visitas_store_drift").await.unwrap();
+        assert!(drift.is_nan() || drift == 0.0, "{drift}");
+        known += u32::from(!drift.is_nan());
+    }
+    assert!(known > 0);
+    load.stop().await;
+    world
+        .redis_says::<i64>(&["DECRBY", "visitas_home", "5"])
+        .await;
+    eventually("the drift is seen", SOON, async || {
+        service.metric("visitas_store_drift").await == Some(5.0)
+    })
+    .await;
 }

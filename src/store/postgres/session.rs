@@ -7,13 +7,19 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity, PgSslMode};
 use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
 
+use super::PING;
 use crate::config::{PostgresConfig, SslMode};
+use crate::store::Error;
+use crate::store::call::Operation;
+use crate::store::error::Cause;
 use crate::store::pool::Connect;
-use crate::store::{Cause, Error};
 
-/// Whoever is in the way of a migration or of a recount is waited for this long. It is well above
-/// Postgres's `deadlock_timeout`, after which an autovacuum in the way is cancelled.
+/// How long a migration or a recount waits for a lock. It is well above Postgres's
+/// `deadlock_timeout`, after which an autovacuum that holds the lock is cancelled.
 const UNHURRIED_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The first release that has `transaction_timeout`, as it numbers itself.
+const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
 
 /// How to open a session. Everything that the promise of a visit stands on is pinned here, so
 /// that no default of the server, the database or the role can weaken it.
@@ -22,7 +28,7 @@ pub(super) struct Session {
     options: PgConnectOptions,
     lock_timeout: Duration,
     statement_timeout: Duration,
-    deadline: Duration,
+    timeout: Duration,
 }
 
 impl Session {
@@ -63,6 +69,15 @@ impl Session {
             ("synchronous_commit", "on"),
             ("search_path", "public"),
             ("TimeZone", "UTC"),
+            // Nobody reads notices.
+            ("client_min_messages", "warning"),
+            // An idle session is waiting for the next visit.
+            ("idle_session_timeout", "0"),
+            // A client whose host has vanished must not keep its locks for hours.
+            ("tcp_keepalives_idle", "5"),
+            ("tcp_keepalives_interval", "5"),
+            ("tcp_keepalives_count", "2"),
+            ("tcp_user_timeout", "15000"),
             // Compiling a statement of the recording function costs more than running it, and so
             // does planning it: left to choose, Postgres plans some of them at every call.
             ("jit", "off"),
@@ -72,33 +87,55 @@ impl Session {
             options,
             lock_timeout: config.lock_timeout(),
             statement_timeout: config.statement_timeout(),
-            deadline: config.timeout,
+            timeout: config.timeout,
         }
     }
 
     /// A session without a limit on how long a statement may run, for migrations and counting.
     pub(super) async fn open_unhurried(&self) -> Result<PgConnection, Error> {
-        let options = self
+        let opening = self.open_with(UNHURRIED_LOCK_TIMEOUT, Duration::ZERO);
+        tokio::time::timeout(self.timeout, opening)
+            .await
+            .unwrap_or(Err(Error::Timeout(self.timeout)))
+    }
+
+    async fn open_with(&self, lock: Duration, statement: Duration) -> Result<PgConnection, Error> {
+        // The server gives up before the client does, so that a wait ends in a definite failure.
+        let milliseconds = |duration: Duration| duration.as_millis().to_string();
+        let mut connection = self
             .options
             .clone()
-            .options(timeouts(UNHURRIED_LOCK_TIMEOUT, Duration::ZERO));
-        tokio::time::timeout(self.deadline, options.connect())
+            .options([
+                ("lock_timeout", milliseconds(lock)),
+                ("statement_timeout", milliseconds(statement)),
+                // A transaction is idle only while `reconcile` asks Redis.
+                (
+                    "idle_in_transaction_session_timeout",
+                    milliseconds(self.timeout.saturating_mul(4)),
+                ),
+            ])
+            .connect()
             .await
-            .map_err(|_elapsed| Error::Timeout(self.deadline))?
-            .map_err(connect_failure)
+            .map_err(connect_failure)?;
+        if connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT) {
+            // An older server refuses a session that names it.
+            sqlx::query("set transaction_timeout = 0")
+                .execute(&mut connection)
+                .await
+                .map_err(connect_failure)?;
+        }
+        Ok(connection)
     }
 }
 
 impl Connect for Session {
     type Connection = PgConnection;
 
+    const PING: &'static Operation = &PING;
+
     async fn open(&self) -> Result<PgConnection, Error> {
-        self.options
-            .clone()
-            .options(timeouts(self.lock_timeout, self.statement_timeout))
-            .connect()
+        self.open_with(self.lock_timeout, self.statement_timeout)
             .await
-            .map_err(connect_failure)
     }
 
     async fn ping(&self, connection: &mut PgConnection) -> Result<(), Error> {
@@ -106,12 +143,22 @@ impl Connect for Session {
     }
 }
 
-/// The server gives up before the client does, so that a wait ends in a definite failure.
-fn timeouts(lock: Duration, statement: Duration) -> [(&'static str, String); 2] {
-    [
-        ("lock_timeout", lock.as_millis().to_string()),
-        ("statement_timeout", statement.as_millis().to_string()),
-    ]
+/// What the server said: its message with detail and hint. The driver would add a line number,
+/// which is one of the server's own source.
+#[derive(Debug, thiserror::Error)]
+struct ServerError(Box<PgDatabaseError>);
+
+impl std::fmt::Display for ServerError {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(self.0.message())?;
+        if let Some(detail) = self.0.detail() {
+            write!(formatter, " (detail: {detail})")?;
+        }
+        if let Some(hint) = self.0.hint() {
+            write!(formatter, " (hint: {hint})")?;
+        }
+        Ok(())
+    }
 }
 
 /// What a failed statement says about itself.
@@ -121,7 +168,7 @@ pub(super) fn failure(error: sqlx::Error) -> Error {
             let answer = answer.downcast::<PgDatabaseError>();
             let code = answer.code().to_owned();
             let ended = matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic);
-            let source = answer as Cause;
+            let source = Cause::from(ServerError(answer));
             if ended {
                 Error::Ended { code, source }
             } else {

@@ -1,7 +1,7 @@
 //! Whether a store does what a visit needs of it, as the outcome of every call tells.
 //!
 //! One value per store drives readiness, the refusal or skipping of calls while the store is
-//! down, the gauge `visitas_dependency_up` and the two log lines of an outage. It makes no call.
+//! down, the gauge `visitas_dependency_up` and the log lines of an outage. It makes no call.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,9 +13,9 @@ use tracing::{info, warn};
 use super::Error;
 use crate::telemetry::metric::{self, System};
 
-/// The state of one store. It starts as down: nothing is known to work before it has worked.
+/// Whether one store is up. It starts as down: nothing is known to work before it has worked.
 #[derive(Debug)]
-pub struct State {
+pub struct Availability {
     system: System,
     up: AtomicBool,
     count: AtomicI64,
@@ -26,15 +26,26 @@ pub struct State {
 #[derive(Debug)]
 struct Details {
     since: Instant,
-    announced: bool,
+    /// The reason that the log has for the present outage, and since when.
+    reason: Option<(String, Instant)>,
     last_success: Option<Instant>,
     latency: Option<Duration>,
+    relapses: u32,
 }
 
 /// A count that is not known. No store counts this far down.
 const UNKNOWN: i64 = i64::MIN;
+/// How long to pause after a probe that failed.
+pub(super) const PROBE_PAUSE: Duration = Duration::from_millis(100);
+/// The longest pause before the probe of a store that fails again whenever it is up.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// A store that fails within this after a successful probe has relapsed: the probe could not see
+/// what is wrong.
+const RELAPSE: Duration = Duration::from_secs(1);
+/// How often an outage can say that its reason has changed.
+const REASON_INTERVAL: Duration = Duration::from_secs(1);
 
-impl State {
+impl Availability {
     pub(super) fn new(system: System) -> Self {
         metric::dependency_up(system, false);
         Self {
@@ -44,9 +55,10 @@ impl State {
             went_down: Notify::new(),
             details: Mutex::new(Details {
                 since: Instant::now(),
-                announced: false,
+                reason: None,
                 last_success: None,
                 latency: None,
+                relapses: 0,
             }),
         }
     }
@@ -71,50 +83,69 @@ impl State {
     }
 
     /// Returns when the store goes down, at once if it is down already.
-    pub async fn down(&self) {
+    pub(super) async fn down(&self) {
         let went_down = self.went_down.notified();
         if self.is_up() {
             went_down.await;
         }
     }
 
+    /// How long to wait before a store that has just gone down is probed. None, except where the
+    /// last probes succeeded and a visit then failed at once: then it doubles each time.
+    pub(super) fn relapse_pause(&self) -> Duration {
+        match self.details().relapses {
+            0 => Duration::ZERO,
+            relapses => pause_after(relapses),
+        }
+    }
+
     /// A call that a visit needs, or a probe that does the same, has succeeded.
     pub(super) fn succeeded(&self, took: Duration) {
         let mut details = self.details();
-        details.last_success = Some(Instant::now());
+        let now = Instant::now();
+        details.last_success = Some(now);
         details.latency = Some(took);
         if self.up.swap(true, Ordering::AcqRel) {
             return;
         }
         metric::dependency_up(self.system, true);
-        if details.announced {
+        if details.reason.take().is_some() {
             info!(
                 store = self.system.name(),
-                down.seconds = details.since.elapsed().as_secs_f64(),
+                down.seconds = (now - details.since).as_secs_f64(),
                 "store is up again"
             );
         }
-        details.announced = false;
-        details.since = Instant::now();
+        details.since = now;
     }
 
     /// A call that a visit needs, or a probe, has failed.
     pub(super) fn failed(&self, error: &Error) {
         self.count.store(UNKNOWN, Ordering::Relaxed);
         let mut details = self.details();
+        let now = Instant::now();
         if self.up.swap(false, Ordering::AcqRel) {
-            details.since = Instant::now();
+            let was_up = now - details.since;
+            // What has been up for longer than it was made to wait is not the same fault.
+            details.relapses = if was_up < RELAPSE + pause_after(details.relapses) {
+                details.relapses.saturating_add(1)
+            } else {
+                0
+            };
+            details.since = now;
             metric::dependency_up(self.system, false);
         }
         self.went_down.notify_waiters();
-        if !details.announced {
-            details.announced = true;
-            warn!(
-                store = self.system.name(),
-                error = error.chain(),
-                "store is down"
-            );
-        }
+        let error = error.chain();
+        let message = match &details.reason {
+            None => "store is down",
+            Some((reason, since)) if *reason != error && now - *since >= REASON_INTERVAL => {
+                "store is still down"
+            }
+            Some(_) => return,
+        };
+        warn!(store = self.system.name(), error, "{message}");
+        details.reason = Some((error, now));
     }
 
     /// A reading has succeeded: it tells how fast the store answers, not that it takes visits.
@@ -124,7 +155,7 @@ impl State {
     }
 
     /// A reading that began at `began` has failed. It counts only where no visit has succeeded
-    /// since: a reading may fail for a reason that does not concern visits.
+    /// since: a reading can fail for a reason that does not concern visits.
     pub(super) fn reading_failed(&self, began: Instant, error: &Error) {
         self.count.store(UNKNOWN, Ordering::Relaxed);
         if self.details().last_success.is_none_or(|last| last < began) {
@@ -136,5 +167,42 @@ impl State {
         // Nothing panics while it holds this lock; if something did, the details would still be
         // whole, since each field stands alone.
         self.details.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The pause that so many relapses in a row have grown to.
+fn pause_after(relapses: u32) -> Duration {
+    PROBE_PAUSE
+        .saturating_mul(1 << relapses.min(10))
+        .min(LONGEST_PAUSE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::error::Cause;
+
+    #[test]
+    fn pause_grows_while_a_store_fails_right_after_each_probe() {
+        let availability = Availability::new(System::Redis);
+        let error = Error::Connection(Cause::from("gone"));
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            availability.succeeded(Duration::ZERO);
+            availability.failed(&error);
+            pauses.push(availability.relapse_pause());
+        }
+        assert!(pauses.is_sorted(), "{pauses:?}");
+        assert_eq!(pauses[0], 2 * PROBE_PAUSE);
+        assert_eq!(pauses[7], LONGEST_PAUSE);
+    }
+
+    #[test]
+    fn first_outage_is_probed_at_once() {
+        let availability = Availability::new(System::Redis);
+        availability.succeeded(Duration::ZERO);
+        availability.details().since -= Duration::from_mins(1);
+        availability.failed(&Error::Timeout(Duration::ZERO));
+        assert_eq!(availability.relapse_pause(), Duration::ZERO);
     }
 }

@@ -1,5 +1,5 @@
-//! The one wrapper round every store call: a deadline, a span, a duration and a count, also for
-//! a call that times out or whose caller goes away.
+//! A store call as it is observed: a deadline, a span, a duration and a count, also for a call
+//! that times out or whose caller goes away.
 //!
 //! It knows what a call is named and how it ended, never what it is for.
 
@@ -11,67 +11,67 @@ use opentelemetry::trace::{SpanBuilder, SpanContext, SpanKind, TraceContextExt a
 use tracing::{Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-use super::metric::{CallMetrics, CallOutcome, System};
-use crate::store::Error;
+use super::Error;
+use crate::telemetry;
+use crate::telemetry::metric::{CallMetrics, CallOutcome, System};
 
 /// What a store is asked to do, named as the database conventions name it.
 #[derive(Debug)]
-pub struct Operation {
+pub(super) struct Operation {
     name: &'static str,
     summary: &'static str,
     text: Option<&'static str>,
     procedure: Option<&'static str>,
+    records_visits: bool,
+    repairable: Option<&'static str>,
     metrics: OnceLock<CallMetrics>,
 }
 
 /// Where a store is.
 #[derive(Debug)]
-pub struct Target {
+pub(super) struct Target {
     /// Which of the two.
-    pub system: System,
+    pub(super) system: System,
     /// `database|schema`, or the number of the Redis database.
-    pub namespace: String,
+    pub(super) namespace: String,
     /// A host name or an address.
-    pub address: String,
+    pub(super) address: String,
     /// A TCP port.
-    pub port: u16,
+    pub(super) port: u16,
 }
 
-/// The trace that the calls of one batch belong to, if any of its visits is sampled.
+/// The visits that calls are made for. Where one of them is sampled, the calls are its spans.
 #[derive(Debug)]
-pub struct Trace<'a> {
-    parent: Option<&'a Span>,
+pub struct Batch {
+    visits: usize,
+    parent: Option<Span>,
     calls: Vec<SpanContext>,
 }
 
 impl Operation {
-    /// A Redis command.
-    #[must_use]
-    pub const fn command(name: &'static str) -> Self {
+    /// A Redis command, or a command of a Postgres session such as BEGIN.
+    pub(super) const fn command(name: &'static str) -> Self {
         Self {
             name,
             summary: name,
             text: None,
             procedure: None,
+            records_visits: false,
+            repairable: None,
             metrics: OnceLock::new(),
         }
     }
 
     /// A `SELECT`.
-    #[must_use]
-    pub const fn query(summary: &'static str, text: &'static str) -> Self {
-        Self {
-            name: "SELECT",
-            summary,
-            text: Some(text),
-            procedure: None,
-            metrics: OnceLock::new(),
-        }
+    pub(super) const fn query(summary: &'static str, text: &'static str) -> Self {
+        let mut operation = Self::command("SELECT");
+        operation.summary = summary;
+        operation.text = Some(text);
+        operation
     }
 
     /// A `SELECT` of one function of the database.
-    #[must_use]
-    pub const fn procedure(
+    pub(super) const fn procedure(
         summary: &'static str,
         procedure: &'static str,
         text: &'static str,
@@ -81,21 +81,41 @@ impl Operation {
         operation
     }
 
+    /// The call records the visits of its batch.
+    pub(super) const fn that_records_visits(mut self) -> Self {
+        self.records_visits = true;
+        self
+    }
+
+    /// The caller repairs what fails with this code, so such a failure says nothing of the store.
+    pub(super) const fn that_repairs(mut self, code: &'static str) -> Self {
+        self.repairable = Some(code);
+        self
+    }
+
     /// The statement.
-    #[must_use]
-    pub fn text(&self) -> &'static str {
+    pub(super) fn text(&self) -> &'static str {
         self.text.unwrap_or_default()
     }
 
+    /// Whether the caller repairs this failure.
+    pub(super) fn repairs(&self, error: &Error) -> bool {
+        self.repairable.is_some() && self.repairable == error.code()
+    }
+
     /// Makes the operation's series exist before its first call.
-    pub fn declare(&self, target: &Target) -> &CallMetrics {
+    pub(super) fn declare(&self, target: &Target) -> &CallMetrics {
         self.metrics
             .get_or_init(|| CallMetrics::new(target.system, &target.namespace, self.name))
     }
 
-    fn span(&self, parent: &Span, target: &Target, visits: Option<usize>) -> Span {
+    fn span(&self, target: &Target, batch: &Batch) -> Span {
+        let Some(parent) = &batch.parent else {
+            return Span::none();
+        };
+        let visits = self.records_visits.then_some(batch.visits);
         tracing::info_span!(
-            target: super::SPANS,
+            target: telemetry::SPANS,
             parent: parent,
             "call",
             otel.name = self.summary,
@@ -116,20 +136,12 @@ impl Operation {
     }
 }
 
-impl<'a> Trace<'a> {
-    /// No trace: the call has no span, its metrics are kept all the same.
+impl Batch {
+    /// So many visits, of which `parent` is the first sampled one's span.
     #[must_use]
-    pub fn none() -> Self {
+    pub fn new(visits: usize, parent: Option<Span>) -> Self {
         Self {
-            parent: None,
-            calls: Vec::new(),
-        }
-    }
-
-    /// The calls become children of a sampled visit's span.
-    #[must_use]
-    pub fn of(parent: Option<&'a Span>) -> Self {
-        Self {
+            visits,
             parent,
             calls: Vec::new(),
         }
@@ -138,7 +150,7 @@ impl<'a> Trace<'a> {
     /// Says in the trace of another sampled visit how long it waited, with links to the calls
     /// that recorded it.
     pub fn link_wait(&self, visit: &Span, arrived: SystemTime) {
-        let Some(tracer) = super::tracer() else {
+        let Some(tracer) = telemetry::tracer() else {
             return;
         };
         let links = self
@@ -155,51 +167,51 @@ impl<'a> Trace<'a> {
     }
 }
 
-/// Makes one call to a store, within `deadline`.
+/// Observes one call to a store, which must end within `timeout`. Only a batch has spans.
 ///
 /// # Errors
 ///
 /// What `work` fails with, or [`Error::Timeout`].
-pub async fn call<T>(
+pub(super) async fn observe<T>(
     target: &Target,
     operation: &Operation,
-    visits: Option<usize>,
-    trace: &mut Trace<'_>,
-    deadline: Duration,
+    batch: Option<&mut Batch>,
+    timeout: Duration,
     work: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, Error> {
-    let span = trace
-        .parent
-        .map_or_else(Span::none, |parent| operation.span(parent, target, visits));
-    if !span.is_none() {
-        trace
-            .calls
-            .push(span.context().span().span_context().clone());
+    let mut span = Span::none();
+    if let Some(batch) = batch {
+        span = operation.span(target, batch);
+        if !span.is_none() {
+            batch
+                .calls
+                .push(span.context().span().span_context().clone());
+        }
     }
     let running = Running {
         metrics: operation.declare(target),
         span,
         started: Instant::now(),
-        over: false,
+        ended: false,
     };
-    let result = tokio::time::timeout(deadline, work)
+    let result = tokio::time::timeout(timeout, work)
         .await
-        .unwrap_or(Err(Error::Timeout(deadline)));
+        .unwrap_or(Err(Error::Timeout(timeout)));
     running.end(&result);
     result
 }
 
-/// A call under way. Dropped before its end, it counts as cancelled.
+/// A call in flight. Dropped before its end, it counts as cancelled.
 struct Running<'a> {
     metrics: &'a CallMetrics,
     span: Span,
     started: Instant,
-    over: bool,
+    ended: bool,
 }
 
 impl Running<'_> {
     fn end<T>(mut self, result: &Result<T, Error>) {
-        self.over = true;
+        self.ended = true;
         match result {
             Ok(_) => self
                 .metrics
@@ -224,7 +236,7 @@ impl Running<'_> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        if !self.over {
+        if !self.ended {
             self.fail(CallOutcome::Cancelled, "cancelled", None);
         }
     }
@@ -254,10 +266,9 @@ mod tests {
             .unwrap();
         let _entered = runtime.enter();
         metrics::with_local_recorder(&recorder, || {
-            let mut trace = Trace::none();
             let never = std::future::pending::<Result<(), Error>>();
-            let deadline = Duration::from_secs(1);
-            let mut call = Box::pin(call(&target, &operation, None, &mut trace, deadline, never));
+            let timeout = Duration::from_secs(1);
+            let mut call = Box::pin(observe(&target, &operation, None, timeout, never));
             let mut context = Context::from_waker(Waker::noop());
             assert!(call.as_mut().poll(&mut context).is_pending());
         });

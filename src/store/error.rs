@@ -1,0 +1,101 @@
+//! Why a store call failed, and whether it can have taken effect.
+
+use std::time::Duration;
+
+/// Why a store call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The store did not answer before the call's deadline. The call can still take effect.
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    /// The store could not be reached, or the connection broke before an answer was read.
+    #[error("connection failed")]
+    Connection(#[source] Cause),
+    /// The store answered with an error: the call has had no effect.
+    #[error("refused with {code}")]
+    Refused {
+        /// The SQLSTATE, or the first word of Redis's error.
+        code: String,
+        /// What the store said.
+        #[source]
+        source: Cause,
+    },
+    /// The store ended the session while it answered (SQLSTATE class 57P, severity FATAL): the
+    /// call can have taken effect just before.
+    #[error("session ended with {code}")]
+    Ended {
+        /// The SQLSTATE.
+        code: String,
+        /// What the store said.
+        #[source]
+        source: Cause,
+    },
+    /// The answer was not what the call expects.
+    #[error("unexpected answer")]
+    Unexpected(#[source] Cause),
+}
+
+pub(super) type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a call that a visit needs failed.
+#[derive(Debug)]
+pub struct CallError {
+    /// What the store or the network said.
+    pub error: Error,
+    /// Whether the call had a connection, so that its statement can have reached the store.
+    pub sent: bool,
+}
+
+impl Error {
+    /// The SQLSTATE or Redis error prefix, where the store sent one.
+    #[must_use]
+    pub fn code(&self) -> Option<&str> {
+        match self {
+            Self::Refused { code, .. } | Self::Ended { code, .. } => Some(code),
+            Self::Timeout(_) | Self::Connection(_) | Self::Unexpected(_) => None,
+        }
+    }
+
+    /// The value of `error.type`: the store's own code, or a word for what happened instead.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        match self {
+            Self::Timeout(_) => "timeout",
+            Self::Connection(_) => "connection",
+            Self::Unexpected(_) => "_OTHER",
+            Self::Refused { code, .. } | Self::Ended { code, .. } => code,
+        }
+    }
+
+    /// Whether a statement that failed like this, once sent, has certainly had no effect.
+    #[must_use]
+    pub fn is_definite(&self) -> bool {
+        matches!(self, Self::Refused { .. })
+    }
+
+    /// Whether the connection is still in step with the store after this.
+    pub(super) fn leaves_connection_usable(&self) -> bool {
+        matches!(self, Self::Refused { .. })
+    }
+
+    /// The error and its causes in one line, for the log.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut line = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(source) = cause {
+            line.push_str(": ");
+            line.push_str(&source.to_string());
+            cause = source.source();
+        }
+        line
+    }
+}
+
+impl CallError {
+    /// Whether the call can have taken effect although it failed.
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        self.sent && !self.error.is_definite()
+    }
+}

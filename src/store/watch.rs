@@ -1,0 +1,92 @@
+//! Watches both stores: probes one that is down until a visit would succeed, and reads what those
+//! that are up have counted.
+
+use std::cmp::Ordering;
+use std::time::Duration;
+
+use super::availability::PROBE_PAUSE;
+use super::{Postgres, Redis, Store};
+use crate::telemetry::metric;
+
+/// How often the stores are read: what they have counted, and whether they still answer.
+const READ_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Watches both stores for as long as it is polled.
+pub async fn watch(postgres: &Postgres, redis: &Redis) {
+    let publish = |drift| {
+        let rows = postgres.availability().count();
+        metric::rows(rows, redis.availability().count(), drift);
+        metric::recount_due(postgres.is_recount_due());
+    };
+    tokio::join!(
+        recover(postgres, publish),
+        recover(redis, publish),
+        read(postgres, redis, publish)
+    );
+}
+
+/// Probes a store whenever it is down. A probe does what a visit needs, so a store is marked up
+/// only if a visit would succeed.
+async fn recover(store: &impl Store, publish: impl Fn(Option<i64>)) {
+    let availability = store.availability();
+    loop {
+        availability.down().await;
+        // Its counts are unknown from here on.
+        publish(None);
+        tokio::time::sleep(availability.relapse_pause()).await;
+        while !availability.is_up() && Box::pin(store.probe()).await.is_err() {
+            tokio::time::sleep(PROBE_PAUSE).await;
+        }
+    }
+}
+
+/// Reads what both stores have counted. Redis is read before and after Postgres, so that visits
+/// that come meanwhile are not taken for a difference between the two.
+async fn read(postgres: &Postgres, redis: &Redis, publish: impl Fn(Option<i64>)) {
+    loop {
+        let before = read_if_up(redis).await;
+        let rows = read_if_up(postgres).await;
+        let after = read_if_up(redis).await;
+        let drift = match (rows, before, after) {
+            (Some(rows), Some(before), Some(after)) => Some(nearest_drift(rows, before, after)),
+            _ => None,
+        };
+        publish(drift);
+        tokio::time::sleep(READ_INTERVAL).await;
+    }
+}
+
+/// What a store has counted; `None` while that is unknown. The availability has the reason.
+async fn read_if_up(store: &impl Store) -> Option<i64> {
+    if store.availability().is_up() {
+        store.total().await.ok()
+    } else {
+        None
+    }
+}
+
+/// The distance of the rows from Redis that is certain: the smallest that any value of Redis
+/// between its two readings has.
+fn nearest_drift(rows: i64, before: i64, after: i64) -> i64 {
+    let (low, high) = (before.min(after), before.max(after));
+    match (rows.cmp(&low), rows.cmp(&high)) {
+        (Ordering::Less, _) => rows.saturating_sub(low),
+        (_, Ordering::Greater) => rows.saturating_sub(high),
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::nearest_drift;
+
+    #[test]
+    fn visits_between_the_readings_are_no_drift() {
+        assert_eq!(nearest_drift(105, 100, 110), 0);
+        assert_eq!(nearest_drift(100, 100, 100), 0);
+        assert_eq!(nearest_drift(97, 100, 110), -3);
+        assert_eq!(nearest_drift(113, 100, 110), 3);
+        // The cache has started over between the readings.
+        assert_eq!(nearest_drift(105, 104, 1), 1);
+    }
+}

@@ -1,0 +1,160 @@
+//! Triggers and rules of other people on the table: no visit is acknowledged whose row it lacks,
+//! and the count is of what it has.
+
+use reqwest::StatusCode;
+
+use crate::support::load::visits;
+use crate::support::{SOON, Service, World, eventually};
+
+/// What keeps a visit's row out of the table without an error, with how to take it away again.
+const LOSSES: [(&str, &str); 6] = [
+    (
+        "create function public.drops() returns trigger language plpgsql as $$ begin return null; end $$; \
+         create trigger drops before insert on visitas for each row execute function public.drops()",
+        "drop trigger drops on visitas",
+    ),
+    (
+        "create function public.drops() returns trigger language plpgsql as $$ begin if new.id % 2 = 0 then return null; end if; return new; end $$; \
+         create trigger drops before insert on visitas for each row execute function public.drops()",
+        "drop trigger drops on visitas",
+    ),
+    (
+        "create rule drops as on insert to visitas do instead nothing",
+        "drop rule drops on visitas",
+    ),
+    (
+        "create table public.others (data timestamptz); \
+         create rule drops as on insert to visitas do instead insert into others values (new.data)",
+        "drop rule drops on visitas",
+    ),
+    (
+        "create function public.drops() returns trigger language plpgsql as $$ begin delete from visitas where id = new.id; return null; end $$; \
+         create trigger drops after insert on visitas for each row execute function public.drops()",
+        "drop trigger drops on visitas",
+    ),
+    (
+        "create function public.drops() returns trigger language plpgsql as $$ begin delete from visitas where id = new.id; return null; end $$; \
+         create constraint trigger drops after insert on visitas deferrable initially deferred for each row execute function public.drops()",
+        "drop trigger drops on visitas",
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn visit_whose_row_the_database_drops_is_not_acknowledged() {
+    for (loss, mend) in LOSSES {
+        let world = World::new();
+        let service = world.serve().await;
+        service.visit().await;
+        world.sql(loss).await;
+        let mut acknowledged = 1;
+        // One batch at a time, so that a trigger that drops every other row meets both kinds.
+        for _ in 0..4 {
+            let answer = service.get("/").await;
+            if answer.status == StatusCode::OK {
+                acknowledged += 1;
+                continue;
+            }
+            assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE, "{loss}");
+            assert_eq!(answer.json()["db_status"], "erro", "{loss}");
+            assert_eq!(answer.json()["total_registros_db"], serde_json::Value::Null);
+        }
+        assert_eq!(world.rows().await, acknowledged, "{loss}");
+        assert_eq!(world.redis_visits().await, acknowledged, "{loss}");
+        eventually("the log names it", SOON, async || names_it(&service)).await;
+
+        world.sql(mend).await;
+        service.until_ready().await;
+        assert_eq!(service.visit().await.0, acknowledged + 1, "after {mend}");
+        assert_eq!(world.rows().await, acknowledged + 1, "after {mend}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn batch_of_which_the_database_drops_a_row_fails_as_a_whole() {
+    let world = World::new();
+    let service = world.serve().await;
+    world.sql(LOSSES[1].0).await;
+    let visits = visits(&[&service], 32, 200).await;
+    let acknowledged = visits.iter().filter(|visit| visit.status == 200).count();
+    assert_eq!(world.rows().await, i64::try_from(acknowledged).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn table_that_drops_visits_is_not_adopted() {
+    for (loss, mend) in [LOSSES[0], LOSSES[2], LOSSES[4]] {
+        let world = World::new();
+        world
+            .sql("create table visitas (id serial primary key, data_hora timestamp default now(), data timestamptz)")
+            .await;
+        world.sql("insert into visitas default values").await;
+        world.sql(loss).await;
+        let service = world.start(&[]).await;
+        eventually("the log names it", SOON, async || names_it(&service)).await;
+        let health = service.get("/health").await;
+        assert_eq!(health.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(health.json()["checks"]["migrations"]["status"], "pending");
+
+        world.sql(mend).await;
+        service.until_ready().await;
+        assert_eq!(service.visit().await.0, 2, "after {mend}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn table_that_keeps_the_newest_rows_takes_visits_and_is_counted() {
+    let world = World::new();
+    let service = world.serve().await;
+    world
+        .sql(
+            "create function public.keep_three() returns trigger language plpgsql as $$ begin \
+               delete from visitas where id not in (select id from visitas order by id desc limit 3); \
+               return null; end $$; \
+             create trigger keep_three after insert on visitas for each statement \
+               execute function public.keep_three()",
+        )
+        .await;
+    for total in [1, 2, 3, 3, 3, 3] {
+        assert_eq!(service.visit().await.0, total);
+        assert_eq!(world.rows().await, total);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_a_trigger_adds_to_a_visit_are_counted() {
+    let world = World::new();
+    let service = world.serve().await;
+    world
+        .sql(
+            "create function public.double() returns trigger language plpgsql as $$ begin \
+               if pg_trigger_depth() = 1 then insert into visitas default values; end if; \
+               return null; end $$; \
+             create trigger double after insert on visitas for each row \
+               execute function public.double()",
+        )
+        .await;
+    for total in [2, 4, 6] {
+        assert_eq!(service.visit().await.0, total);
+        assert_eq!(world.rows().await, total);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rule_that_also_does_something_else_stops_no_visit() {
+    let world = World::new();
+    let service = world.serve().await;
+    world
+        .sql(
+            "create table public.others (at timestamptz); \
+             create rule also as on insert to visitas do also insert into others values (now())",
+        )
+        .await;
+    assert_eq!(service.visit().await.0, 1);
+    assert_eq!(service.visit().await.0, 2);
+    assert_eq!(world.number("select count(*) from others").await, 2);
+}
+
+/// Whether the log says that visits were dropped, and by what.
+fn names_it(service: &Service) -> bool {
+    let log = service.printed();
+    log.contains("VS003") && (log.contains("trigger drops") || log.contains("rule drops"))
+}

@@ -1,0 +1,134 @@
+//! Faults that a probe cannot see, and probes that see more than they seem to.
+
+use std::time::{Duration, Instant};
+
+use reqwest::StatusCode;
+
+use crate::support::load::Load;
+use crate::support::{SOON, Service, World, eventually};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deferred_trigger_that_raises_takes_the_store_down_once() {
+    let world = World::new();
+    let service = world.serve().await;
+    service.visit().await;
+    world
+        .sql(
+            "create function public.refuses() returns trigger language plpgsql as $$ begin \
+               raise exception 'not today' using detail = 'It is a holiday.', hint = 'Come back.'; end $$; \
+             create constraint trigger refuses after insert on visitas \
+               deferrable initially deferred for each row execute function public.refuses()",
+        )
+        .await;
+    assert_eq!(
+        service.get("/").await.status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+    let until = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < until {
+        let visit = service.get("/").await.status;
+        assert_eq!(visit, StatusCode::SERVICE_UNAVAILABLE);
+        let health = service.get("/health").await.status;
+        assert_eq!(health, StatusCode::SERVICE_UNAVAILABLE);
+    }
+    let down = service.logged("store is down");
+    assert_eq!(down.len(), 1, "{down:?}");
+    let error = down[0]["error"].as_str().unwrap();
+    let text = "not today (detail: It is a holiday.) (hint: Come back.)";
+    assert!(error.ends_with(text), "{error}");
+    assert!(service.logged("store is up again").is_empty());
+
+    world.sql("drop trigger refuses on visitas").await;
+    service.until_ready().await;
+    assert_eq!(service.visit().await.0, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_that_no_probe_sees_is_tried_less_and_less_often() {
+    let world = World::new();
+    let service = world.serve().await;
+    // Only a batch of several visits fails.
+    world
+        .sql(
+            "create function public.refuses() returns trigger language plpgsql as $$ begin \
+               if (select count(*) from rows) > 1 then raise exception 'one at a time'; end if; \
+               return null; end $$; \
+             create trigger refuses after insert on visitas referencing new table as rows \
+               for each statement execute function public.refuses()",
+        )
+        .await;
+    let load = Load::start(&[&service], 32);
+    let outages = || service.logged("store is down").len();
+    eventually("it fails", SOON, async || outages() > 0).await;
+    let until = Instant::now() + Duration::from_secs(3);
+    let relapses = |service: &Service| {
+        let times = service.logged("store is up again");
+        times.len()
+    };
+    while Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // 0.2 + 0.4 + 0.8 + 1.6 s of pauses, and the outages between them.
+    assert!(outages() <= 7, "{} outages", outages());
+    assert!(relapses(&service) <= 7);
+    load.stop().await;
+    world.sql("drop trigger refuses on visitas").await;
+    service.until_ready().await;
+    assert_eq!(service.visit().await.0, world.rows().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn counter_without_room_takes_redis_down_once() {
+    let world = World::new();
+    let service = world.serve().await;
+    service.visit().await;
+    world
+        .redis_says::<String>(&["SET", "visitas_home", "9223372036854775807"])
+        .await;
+    service.until_health("degraded").await;
+    for total in 2..12 {
+        let visit = service.get("/").await;
+        assert_eq!(visit.status, StatusCode::OK);
+        assert_eq!(visit.json()["total_registros_db"], total);
+        assert_eq!(visit.json()["redis_status"], "erro");
+        assert_eq!(service.get("/health").await.json()["status"], "degraded");
+    }
+    let down = service.logged("store is down");
+    assert_eq!(down.len(), 1, "{down:?}");
+    assert!(service.logged("store is up again").is_empty());
+
+    world.redis_says::<i64>(&["DEL", "visitas_home"]).await;
+    service.until_ready().await;
+    assert_eq!(service.visit().await, (12, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn batch_that_is_too_large_for_its_deadline_shrinks_and_grows_back() {
+    let world = World::new();
+    let service = world
+        .serve_with(&[("DB_TIMEOUT", "1s"), ("VISIT_TIMEOUT", "5s")])
+        .await;
+    // At most some 70 rows within statement_timeout.
+    world
+        .sql(
+            "create function public.slow() returns trigger language plpgsql as $$ begin \
+               perform pg_sleep(0.012); return new; end $$; \
+             create trigger slow before insert on visitas for each row execute function public.slow()",
+        )
+        .await;
+    let load = Load::start(&[&service], 256);
+    let rows = async || world.rows().await;
+    eventually("small batches are recorded", 2 * SOON, async || {
+        rows().await > 150
+    })
+    .await;
+    world.sql("drop trigger slow on visitas").await;
+    let large = "visitas_batch_size_bucket{le=\"128\"}";
+    let all = "visitas_batch_size_bucket{le=\"+Inf\"}";
+    eventually("large batches are recorded", SOON, async || {
+        service.metric(all).await > service.metric(large).await
+    })
+    .await;
+    load.stop().await;
+    assert_eq!(service.visit().await.0, world.rows().await);
+}

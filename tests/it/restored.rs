@@ -1,0 +1,342 @@
+//! Dumps and copies: however data gets into the tables, the total equals the rows, or the service
+//! says that a recount is due.
+
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+use devstack::{Postgres, PostgresOptions};
+use reqwest::StatusCode;
+
+use crate::support::{Ended, SOON, Service, World, eventually};
+
+/// Rows added and removed by hand that no visit has folded into the count.
+const BY_HAND: &str = "insert into visitas select from generate_series(1, 20); \
+                       delete from visitas where id in (select id from visitas order by id limit 2)";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dump_restored_into_an_empty_cluster_is_counted_exactly() {
+    let (world, dump) = dumped(&[]).await;
+    let other = Other::new("restored");
+    other.load(&dump);
+    other.pass_transactions_of(&world);
+    let service = other.serve(&world).await;
+    // 3 visits and the 18 rows of BY_HAND.
+    assert_eq!(service.visit().await.0, 22);
+    other.expect_exact(&service).await;
+    other.sql("truncate visitas; insert into visitas default values");
+    assert_eq!(service.visit().await.0, 2);
+    other.expect_exact(&service).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_after_a_restore_and_before_the_first_visit_are_counted() {
+    let (world, dump) = dumped(&[]).await;
+    let other = Other::new("restored");
+    other.load(&dump);
+    other.sql("truncate visitas");
+    other.sql("insert into visitas select from generate_series(1, 4)");
+    let service = other.serve(&world).await;
+    assert_eq!(service.visit().await.0, 5);
+    other.expect_exact(&service).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dump_loaded_into_a_migrated_database_never_makes_the_total_wrong_in_silence() {
+    for arguments in [
+        &[][..],
+        &["--data-only"],
+        &["--data-only", "--disable-triggers"],
+        &["--data-only", "--inserts"],
+        &["--clean", "--if-exists"],
+        &["--data-only", "--table=visitas"],
+    ] {
+        let (world, dump) = dumped(arguments).await;
+        let other = Other::new("restored");
+        let service = other.serve(&world).await;
+        other.load(&dump);
+        other.pass_transactions_of(&world);
+        other.expect_exact_or_due(&service).await;
+        other.expect_exact_after_a_recount(&world, &service).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dump_loaded_into_another_database_of_the_cluster_is_not_counted_twice() {
+    let (world, dump) = dumped(&["--data-only"]).await;
+    let other = Other::beside(&world);
+    let service = other.serve(&world).await;
+    // So that what the dump holds is younger than the other database's last entry.
+    service.visit().await;
+    world.sql("insert into visitas default values").await;
+    let younger = dump_of(&world.postgres, &world.database, &["--data-only"]);
+    for dump in [dump, younger] {
+        other.load(&dump);
+        other.expect_exact_or_due(&service).await;
+    }
+    other.expect_exact_after_a_recount(&world, &service).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copy_of_the_database_counts_for_itself() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    service.visit().await;
+    service.stop().await;
+    world.sql(BY_HAND).await;
+    let copy = Other::named(&world, "copied");
+    let template = format!("create database copied template {}", world.database);
+    world.postgres.sql("postgres", &template).unwrap();
+    let service = copy.serve(&world).await;
+    assert_eq!(service.visit().await.0, 20);
+    copy.expect_exact(&service).await;
+    let first = world.serve().await;
+    assert_eq!(first.visit().await.0, world.rows().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn own_data_loaded_again_is_not_counted_twice() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    service.visit().await;
+    world.sql(BY_HAND).await;
+    let dump = dump_of(&world.postgres, &world.database, &["--data-only"]);
+    service.visit().await;
+    world.sql("truncate visitas").await;
+    service.visit().await;
+    let own = Other::named(&world, &world.database);
+    own.load(&dump);
+    own.expect_exact_or_due(&service).await;
+    world.postgres.kill().unwrap();
+    world.postgres.start_again().unwrap();
+    service.until_health("degraded").await;
+    own.expect_exact_or_due(&service).await;
+    own.expect_exact_after_a_recount(&world, &service).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicated_tables_are_counted_exactly_after_the_switch() {
+    let (world, schema) = dumped(&["--schema-only"]).await;
+    let ledger = dump_of(
+        &world.postgres,
+        &world.database,
+        &[
+            "--data-only",
+            "--table=_sqlx_migrations",
+            "--table=visitas",
+            "--table=visitas_contagem",
+            "--table=visitas_ajustes",
+        ],
+    );
+    // A replication brings rows and no sequences, and fires no trigger.
+    let rows: String = ledger
+        .split_inclusive('\n')
+        .filter(|line| !line.contains("pg_catalog.setval"))
+        .collect();
+    let other = Other::new("replicated");
+    other.load(&schema);
+    other.load(&format!("set session_replication_role = replica;\n{rows}"));
+    other.sql("select setval('visitas_id_seq', 1000)");
+    other.sql("delete from visitas where id in (select id from visitas order by id limit 1)");
+    other.sql("truncate visitas");
+    other.sql("insert into visitas select from generate_series(1, 6)");
+    let service = other.serve(&world).await;
+    assert_eq!(service.visit().await.0, 7);
+    other.expect_exact(&service).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ledger_that_somebody_writes_to_is_due_for_a_recount() {
+    for forgery in [
+        "insert into visitas_ajustes (transacao, diferenca, origem) values ('1', 5, 'elsewhere/1')",
+        "insert into visitas_ajustes (transacao, diferenca) values ('1', 5)",
+        "insert into visitas_contagem select 999, 5, limite, abertas, 'elsewhere/1' from visitas_contagem limit 1",
+    ] {
+        let world = World::of_its_own();
+        let service = world.serve().await;
+        service.visit().await;
+        world.sql(forgery).await;
+        let own = Other::named(&world, &world.database);
+        service.until_health("degraded").await;
+        let health = service.get("/health").await;
+        assert_eq!(health.status, StatusCode::OK);
+        assert_eq!(health.json()["checks"]["count"]["status"], "recount_due");
+        assert_eq!(service.metric("visitas_recount_due").await, Some(1.0));
+        assert_eq!(service.visit().await.0, 2, "{forgery}");
+        own.expect_exact_after_a_recount(&world, &service).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn emptied_ledger_is_counted_anew() {
+    let world = World::new();
+    let service = world.serve().await;
+    service.visit().await;
+    world
+        .sql("insert into visitas default values; delete from visitas_contagem")
+        .await;
+    assert_eq!(service.visit().await.0, 3);
+    assert_eq!(service.visit().await.0, 4);
+}
+
+/// A database with three visits, manual changes that no visit followed, and its dump.
+async fn dumped(arguments: &[&str]) -> (World, String) {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    for _ in 0..3 {
+        service.visit().await;
+    }
+    service.stop().await;
+    world.sql(BY_HAND).await;
+    let dump = dump_of(&world.postgres, &world.database, arguments);
+    (world, dump)
+}
+
+fn dump_of(postgres: &Postgres, database: &str, arguments: &[&str]) -> String {
+    let output = client(postgres, "pg_dump", database)
+        .args(arguments)
+        .output()
+        .expect("pg_dump runs");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+fn client(postgres: &Postgres, program: &str, database: &str) -> Command {
+    let mut command = Command::new(postgres.programs().join(program));
+    command
+        .env_clear()
+        .env("PGPASSWORD", devstack::PASSWORD)
+        .args(["-h", postgres.host(), "-p", &postgres.port().to_string()])
+        .args(["-U", devstack::USER, "-d", database]);
+    command
+}
+
+/// A database that data is loaded into.
+struct Other {
+    postgres: std::sync::Arc<Postgres>,
+    database: String,
+}
+
+impl Other {
+    /// On a cluster of its own.
+    fn new(database: &str) -> Self {
+        let postgres = Postgres::start(PostgresOptions::default()).expect("Postgres starts");
+        postgres.create_database(database).expect("a database");
+        Self {
+            postgres: postgres.into(),
+            database: database.to_owned(),
+        }
+    }
+
+    /// A new database on the world's cluster.
+    fn beside(world: &World) -> Self {
+        let other = Self::named(world, "beside");
+        world
+            .postgres
+            .create_database("beside")
+            .expect("a database");
+        other
+    }
+
+    /// A database of this name on the world's cluster.
+    fn named(world: &World, database: &str) -> Self {
+        Self {
+            postgres: std::sync::Arc::clone(&world.postgres),
+            database: database.to_owned(),
+        }
+    }
+
+    fn settings(&self, world: &World) -> Vec<(String, String)> {
+        world.settings_but(
+            "DB_",
+            &[
+                ("DB_HOST", self.postgres.host()),
+                ("DB_PORT", &self.postgres.port().to_string()),
+                ("DB_PASSWORD", devstack::PASSWORD),
+                ("DB_NAME", &self.database),
+            ],
+        )
+    }
+
+    async fn serve(&self, world: &World) -> Service {
+        let service = Service::start(&self.settings(world)).await;
+        service.until_ready().await;
+        service
+    }
+
+    /// Feeds a dump to `psql`, which goes on after an error, as it does unless told otherwise.
+    fn load(&self, dump: &str) {
+        let mut psql = client(&self.postgres, "psql", &self.database)
+            .arg("-Xq")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("psql runs");
+        let mut input = psql.stdin.take().expect("its input");
+        input.write_all(dump.as_bytes()).expect("psql reads");
+        drop(input);
+        psql.wait().expect("psql ends");
+    }
+
+    fn sql(&self, statement: &str) -> String {
+        self.postgres
+            .sql(&self.database, statement)
+            .expect("the statement succeeds")
+    }
+
+    fn rows(&self) -> i64 {
+        self.sql("select count(*) from visitas")
+            .parse()
+            .expect("a number")
+    }
+
+    /// Makes the transaction ids here pass those of the cluster that the data came from.
+    fn pass_transactions_of(&self, world: &World) {
+        let theirs: i64 = world
+            .postgres
+            .sql("postgres", "select pg_current_xact_id()")
+            .unwrap()
+            .parse()
+            .unwrap();
+        let ours = || {
+            self.sql("select pg_current_xact_id()")
+                .parse::<i64>()
+                .unwrap()
+        };
+        while ours() <= theirs + 100 {
+            self.sql("do $$ begin for i in 1..500 loop perform pg_current_xact_id(); commit; end loop; end $$");
+        }
+    }
+
+    async fn expect_exact(&self, service: &Service) {
+        eventually("the health is ok", SOON, async || {
+            let health = service.get("/health").await.json();
+            health["checks"]["count"]["status"] == "ok"
+        })
+        .await;
+        assert_eq!(service.visit().await.0, self.rows());
+        assert_eq!(service.metric("visitas_recount_due").await, Some(0.0));
+    }
+
+    /// Whatever the total says, it is the number of rows, or a recount is due.
+    async fn expect_exact_or_due(&self, service: &Service) {
+        for _ in 0..3 {
+            let total = service.visit().await.0;
+            if total != self.rows() {
+                let ledger = self.sql("select 'entry', c::text from visitas_contagem as c union all select 'adjustment', a::text from visitas_ajustes as a");
+                let what = format!("a recount is due: {total} of {}\n{ledger}", self.rows());
+                eventually(&what, SOON, async || {
+                    service.metric("visitas_recount_due").await == Some(1.0)
+                })
+                .await;
+            }
+        }
+    }
+
+    async fn expect_exact_after_a_recount(&self, world: &World, service: &Service) {
+        let ended = Ended::of(&["recount"], &self.settings(world)).await;
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        service.until_ready().await;
+        self.expect_exact(service).await;
+    }
+}
