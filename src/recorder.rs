@@ -10,10 +10,10 @@ use std::time::{Duration, SystemTime};
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
-use tracing::{Span, warn};
+use tracing::warn;
 
 use crate::store::{Postgres, Redis, Store as _};
-use crate::telemetry::call::Trace;
+use crate::telemetry::call::{Parent, Trace};
 use crate::telemetry::metric::{self, Outcome};
 
 /// What a visit is told once it is recorded.
@@ -67,7 +67,8 @@ struct Waiting {
     arrived: SystemTime,
     queued: Instant,
     deadline: Instant,
-    span: Span,
+    /// Not the span itself: it ends with the response, whether or not the visit still waits here.
+    parent: Option<Parent>,
     answer: oneshot::Sender<Result<Recorded, Refusal>>,
 }
 
@@ -121,7 +122,7 @@ impl Recorder {
             arrived: SystemTime::now(),
             queued,
             deadline,
-            span: Span::current(),
+            parent: Parent::current(),
             answer,
         };
         self.queue.try_send(visit).map_err(|error| match error {
@@ -191,8 +192,8 @@ impl Writer {
                 .map(|visit| OffsetDateTime::from(visit.arrived)),
         );
         metric::batch_size(visits);
-        let sampled = self.batch.iter().position(|visit| !visit.span.is_none());
-        let parent = sampled.map(|first| self.batch[first].span.clone());
+        let sampled = self.batch.iter().position(|visit| visit.parent.is_some());
+        let parent = sampled.and_then(|first| self.batch[first].parent.clone());
         let mut trace = Trace::of(parent.as_ref());
 
         let total = match self.postgres.record(&self.arrivals, &mut trace).await {
@@ -217,7 +218,6 @@ impl Writer {
             None
         };
         self.link_waits(sampled, &trace);
-        drop(parent);
         self.acknowledge(total, redis);
     }
 
@@ -249,8 +249,6 @@ impl Writer {
         let visits = self.batch.len();
         let mut late = 0;
         for (before, visit) in (0_i64..).zip(self.batch.drain(..).rev()) {
-            // The span ends with the answer, so it must not be held beyond it.
-            drop(visit.span);
             let recorded = Recorded {
                 total: total - before,
                 redis: redis.map(|redis| redis - before),
@@ -267,7 +265,6 @@ impl Writer {
     fn refuse(&mut self, outcome: Outcome) {
         metric::visits(outcome, self.batch.len());
         for visit in self.batch.drain(..) {
-            drop(visit.span);
             // A client that has gone is not told.
             visit.answer.send(Err(Refusal::Failed)).ok();
         }
@@ -277,8 +274,8 @@ impl Writer {
     fn link_waits(&self, first: Option<usize>, trace: &Trace<'_>) {
         let Some(first) = first else { return };
         for visit in &self.batch[first + 1..] {
-            if !visit.span.is_none() {
-                trace.link_wait(&visit.span, visit.arrived);
+            if let Some(parent) = &visit.parent {
+                trace.link_wait(parent, visit.arrived);
             }
         }
     }

@@ -7,7 +7,10 @@ use std::borrow::Cow;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime};
 
-use opentelemetry::trace::{SpanBuilder, SpanContext, SpanKind, TraceContextExt as _, Tracer as _};
+use opentelemetry::Context;
+use opentelemetry::trace::{
+    Link, SpanBuilder, SpanContext, SpanKind, TraceContextExt as _, TraceState, Tracer as _,
+};
 use tracing::{Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
@@ -37,10 +40,24 @@ pub struct Target {
     pub port: u16,
 }
 
+/// A sampled request's span, for those beneath it. Unlike the span itself it does not keep the
+/// span from ending: a visit may be in the queue for longer than its request is under way.
+#[derive(Debug, Clone)]
+pub struct Parent(Context);
+
+impl Parent {
+    /// The current span, if it is sampled.
+    #[must_use]
+    pub fn current() -> Option<Self> {
+        let span = Span::current();
+        (!span.is_none()).then(|| Self(span.context()))
+    }
+}
+
 /// The trace that the calls of one batch belong to, if any of its visits is sampled.
 #[derive(Debug)]
 pub struct Trace<'a> {
-    parent: Option<&'a Span>,
+    parent: Option<&'a Parent>,
     calls: Vec<SpanContext>,
 }
 
@@ -93,10 +110,10 @@ impl Operation {
             .get_or_init(|| CallMetrics::new(target.system, &target.namespace, self.name))
     }
 
-    fn span(&self, parent: &Span, target: &Target, visits: Option<usize>) -> Span {
-        tracing::info_span!(
+    fn span(&self, parent: &Parent, target: &Target, visits: Option<usize>) -> Span {
+        let span = tracing::info_span!(
             target: super::SPANS,
-            parent: parent,
+            parent: None,
             "call",
             otel.name = self.summary,
             otel.kind = "client",
@@ -112,7 +129,10 @@ impl Operation {
             server.port = i64::from(target.port),
             db.response.status_code = field::Empty,
             error.type = field::Empty,
-        )
+        );
+        // This fails only once the span has started, which nothing has made it do yet.
+        span.set_parent(parent.0.clone()).ok();
+        span
     }
 }
 
@@ -128,7 +148,7 @@ impl<'a> Trace<'a> {
 
     /// The calls become children of a sampled visit's span.
     #[must_use]
-    pub fn of(parent: Option<&'a Span>) -> Self {
+    pub fn of(parent: Option<&'a Parent>) -> Self {
         Self {
             parent,
             calls: Vec::new(),
@@ -137,22 +157,34 @@ impl<'a> Trace<'a> {
 
     /// Says in the trace of another sampled visit how long it waited, with links to the calls
     /// that recorded it.
-    pub fn link_wait(&self, visit: &Span, arrived: SystemTime) {
+    pub fn link_wait(&self, visit: &Parent, arrived: SystemTime) {
         let Some(tracer) = super::tracer() else {
             return;
         };
         let links = self
             .calls
             .iter()
-            .map(|call| opentelemetry::trace::Link::with_context(call.clone()))
+            .map(|call| Link::with_context(without_state(call)))
             .collect();
         let wait = SpanBuilder::from_name(Cow::Borrowed("record"))
             .with_kind(SpanKind::Internal)
             .with_start_time(arrived)
             .with_links(links);
         // A span that is dropped ends now.
-        drop(tracer.build_with_context(wait, &visit.context()));
+        drop(tracer.build_with_context(wait, &visit.0));
     }
+}
+
+/// A link needs the ids alone. The `tracestate` is another caller's, and each visit of a batch
+/// would keep a copy of it for each call.
+fn without_state(call: &SpanContext) -> SpanContext {
+    SpanContext::new(
+        call.trace_id(),
+        call.span_id(),
+        call.trace_flags(),
+        call.is_remote(),
+        TraceState::NONE,
+    )
 }
 
 /// Makes one call to a store, within `deadline`.
