@@ -227,6 +227,9 @@ pub struct TelemetryConfig {
     pub log: LogConfig,
     /// Traces; `None` if `OTEL_SDK_DISABLED` is true.
     pub traces: Option<TracesConfig>,
+    /// Whether `OTEL_PROPAGATORS` has W3C's trace context. It holds without traces too: log lines
+    /// have the caller's trace.
+    pub trace_context: bool,
 }
 
 /// Logs.
@@ -251,6 +254,9 @@ pub struct TracesConfig {
     pub service_name: String,
     /// `OTEL_RESOURCE_ATTRIBUTES`, decoded, without `service.name`.
     pub resource_attributes: Vec<(String, String)>,
+    /// `OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT`, otherwise `OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT`: the
+    /// most characters of an attribute's value.
+    pub value_length_limit: usize,
     /// `OTEL_BSP_SCHEDULE_DELAY`: the pause between two exports.
     pub schedule_delay: Duration,
     /// `OTEL_BSP_MAX_QUEUE_SIZE`: spans that may wait for export.

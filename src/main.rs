@@ -67,7 +67,7 @@ fn say(
     command: impl Future<Output = anyhow::Result<String>>,
 ) -> anyhow::Result<()> {
     let telemetry = log
-        .map(|log| Telemetry::start(log, None, LOG_END))
+        .map(|log| Telemetry::start(log, None, false, LOG_END))
         .transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -91,6 +91,7 @@ fn serve(config: Config) -> anyhow::Result<()> {
     let telemetry = Arc::new(Telemetry::start(
         &config.telemetry.log,
         config.telemetry.traces.as_ref(),
+        config.telemetry.trace_context,
         shutdown.for_log(),
     )?);
     let runtime = Runtime::new().context("starting the runtime")?;

@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime};
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
-use tracing::{Span, warn};
+use tracing::warn;
 
-use crate::store::{Batch, Error, Postgres, Redis, Store as _};
+use crate::store::{Batch, Error, Parent, Postgres, Redis, Store as _};
 use crate::telemetry::metric::{self, Outcome};
 
 /// What a visit is told once it is recorded.
@@ -67,7 +67,8 @@ struct Waiting {
     arrived: SystemTime,
     queued: Instant,
     deadline: Instant,
-    span: Span,
+    /// Not the span itself: it ends with the response, whether or not the visit still waits here.
+    parent: Option<Parent>,
     answer: oneshot::Sender<Result<Recorded, Refusal>>,
 }
 
@@ -124,7 +125,7 @@ impl Recorder {
             arrived: SystemTime::now(),
             queued,
             deadline,
-            span: Span::current(),
+            parent: Parent::current(),
             answer,
         };
         self.queue.try_send(visit).map_err(|error| match error {
@@ -193,8 +194,8 @@ impl Writer {
                 .iter()
                 .map(|visit| OffsetDateTime::from(visit.arrived)),
         );
-        let sampled = self.batch.iter().position(|visit| !visit.span.is_none());
-        let parent = sampled.map(|first| self.batch[first].span.clone());
+        let sampled = self.batch.iter().position(|visit| visit.parent.is_some());
+        let parent = sampled.and_then(|first| self.batch[first].parent.clone());
         let mut calls = Batch::new(visits, parent);
 
         let began = Instant::now();
@@ -211,7 +212,6 @@ impl Writer {
             Ok(total) => total,
             Err(failure) => {
                 self.link_waits(sampled, &calls);
-                drop(calls);
                 if is_timeout(&failure.error) {
                     self.batch_limit = (visits / 2).max(1);
                 }
@@ -237,7 +237,6 @@ impl Writer {
             None
         };
         self.link_waits(sampled, &calls);
-        drop(calls);
         self.acknowledge(total, redis);
     }
 
@@ -268,8 +267,6 @@ impl Writer {
         let visits = self.batch.len();
         let mut late = 0;
         for (before, visit) in (0_i64..).zip(self.batch.drain(..).rev()) {
-            // The span ends with the answer, so it must not be held beyond it.
-            drop(visit.span);
             let recorded = Recorded {
                 total: total - before,
                 redis: redis.map(|redis| redis - before),
@@ -286,7 +283,6 @@ impl Writer {
     fn refuse(&mut self, outcome: Outcome, refusal: Refusal) {
         metric::visits(outcome, self.batch.len());
         for visit in self.batch.drain(..) {
-            drop(visit.span);
             // A client that has gone is not told.
             visit.answer.send(Err(refusal)).ok();
         }
@@ -296,8 +292,8 @@ impl Writer {
     fn link_waits(&self, first: Option<usize>, calls: &Batch) {
         let Some(first) = first else { return };
         for visit in &self.batch[first + 1..] {
-            if !visit.span.is_none() {
-                calls.link_wait(&visit.span, visit.arrived);
+            if let Some(parent) = &visit.parent {
+                calls.link_wait(parent, visit.arrived);
             }
         }
     }

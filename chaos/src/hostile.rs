@@ -1,12 +1,13 @@
 //! Clients that mean no good, beside some that do: what the latter notice.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use bench::client::{Connection, numbers};
 use bench::measure::Mebibytes;
 use bench::paced::{self, Latency, Pace};
@@ -86,6 +87,8 @@ pub struct Hostile {
     pub damages: Vec<Damage>,
     /// The most memory that was resident.
     pub memory: Option<Mebibytes>,
+    /// Memory of spans that no collector takes, of requests that are as long as they may be.
+    pub spans: Mebibytes,
     /// What must not be.
     pub complaints: Vec<String>,
 }
@@ -131,6 +134,14 @@ const UNREAD: usize = 100;
 /// Between two connections that are opened.
 const STAGGER: Duration = Duration::from_micros(200);
 
+/// Requests with a path and a user agent of this many bytes, each of which is sampled.
+const LONG_REQUESTS: usize = 12_800;
+const LONG: usize = 15_000;
+/// Series of the spans that the exporter's queue has no room for.
+const QUEUE_FULL: &str = "otel_sdk_processor_span_processed_total{\
+    otel_component_name=\"batching_span_processor/0\",\
+    otel_component_type=\"batching_span_processor\",error_type=\"queue_full\"}";
+
 /// Makes one attack after the other, each so many times for `duration`, with so many idle
 /// connections. Others visit meanwhile, and for as long before each.
 ///
@@ -170,8 +181,37 @@ pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     Ok(Hostile {
         damages,
         memory: service.peak_memory(),
+        spans: memory_of_spans(&ground)?,
         complaints,
     })
+}
+
+/// Makes long requests of a service whose collector accepts the connection and stalls, and says how
+/// much memory that takes.
+fn memory_of_spans(ground: &Ground) -> Result<Mebibytes> {
+    // The system accepts for it, and nothing is ever read.
+    let collector = TcpListener::bind("127.0.0.1:0")?;
+    let mut service = Service::new(ground)?;
+    let endpoint = format!("http://{}", collector.local_addr()?);
+    service.set("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint);
+    service.start()?;
+    service.until_ready()?;
+    let memory = || service.memory().context("no /proc");
+    let before = memory()?;
+    let (path, agent) = ("p".repeat(LONG), "a".repeat(LONG));
+    let request = format!(
+        "GET /{path} HTTP/1.1\r\nhost: chaos\r\nuser-agent: {agent}\r\nconnection: close\r\n\r\n"
+    );
+    for _ in 0..LONG_REQUESTS {
+        let mut stream = std::net::TcpStream::connect(service.address)?;
+        stream.write_all(request.as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 404"), "answered {answer}");
+    }
+    let dropped = service.metric(QUEUE_FULL);
+    ensure!(dropped > Some(0.0), "the queue of spans was never full");
+    Ok(Mebibytes(memory()?.0 - before.0))
 }
 
 /// Waits until whoever attacked is gone and forgotten, and says whether that came to pass.

@@ -39,6 +39,8 @@ const OTHERS: Duration = Duration::from_millis(100);
 const MEMORY: f64 = 64.0;
 /// What Compose lets the service have, in mebibytes, whatever anybody does.
 const MEMORY_LIMIT: f64 = 512.0;
+/// What spans may take of that while no collector takes them, in mebibytes.
+const MEMORY_OF_SPANS: f64 = 32.0;
 /// Of a connection, in kibibytes.
 const MEMORY_USED: f64 = 24.0;
 /// As many of these as Compose allows, 4 096, leave a tenth of that limit to the service itself.
@@ -363,6 +365,12 @@ pub fn hostile(hostile: &Hostile) -> Section {
             "hostile clients: memory",
             MEMORY_LIMIT,
             hostile.memory.map_or(f64::NAN, |memory| memory.0),
+            mebibytes,
+        ),
+        Goal::at_most(
+            "hostile clients: memory of spans that no collector takes",
+            MEMORY_OF_SPANS,
+            hostile.spans.0,
             mebibytes,
         ),
         Goal::at_most(

@@ -69,6 +69,7 @@ fn hostile_clients_keep_nobody_from_an_answer() {
     let hostile = chaos::hostile::run(1, Duration::from_secs(2), 2000).unwrap();
     let text = report::hostile(&hostile).text;
     assert!(hostile.complaints.is_empty(), "{text}");
+    assert!(hostile.spans.0 < 32.0, "{:?}", hostile.spans);
     for damage in &hostile.damages {
         assert_eq!(damage.failed_probes, 0, "{text}");
         assert!(damage.answered > 0.99, "{text}");

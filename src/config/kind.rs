@@ -276,6 +276,32 @@ impl<T: Copy> Kind for Choice<T> {
     }
 }
 
+/// A list of words, as in `OTEL_PROPAGATORS`: whether W3C's trace context is among them.
+#[derive(Debug)]
+pub(super) struct Propagators;
+
+impl Kind for Propagators {
+    type Value = bool;
+    const VALUE_NAME: &'static str = "WORDS";
+
+    fn accepts(&self) -> String {
+        "tracecontext, baggage, both with a comma between them, or none alone".to_owned()
+    }
+
+    fn parse(&self, text: &str) -> Result<bool, Rejection> {
+        let mut words: Vec<_> = text
+            .split(',')
+            .map(|word| word.trim().to_ascii_lowercase())
+            .collect();
+        words.sort_unstable();
+        words.dedup();
+        let is_known = |word: &String| matches!(word.as_str(), "tracecontext" | "baggage");
+        accept_if(words == ["none"] || words.iter().all(is_known), || {
+            words.iter().any(|word| word == "tracecontext")
+        })
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Filter;
 

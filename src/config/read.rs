@@ -48,6 +48,7 @@ pub(super) fn service(reader: &mut Reader<'_>, terminal: bool) -> Result<Config,
         telemetry: TelemetryConfig {
             log: log(reader, terminal)?,
             traces: traces(reader)?,
+            trace_context: reader.required(&OTEL_PROPAGATORS)?,
         },
     })
 }
@@ -187,6 +188,11 @@ fn traces(reader: &mut Reader<'_>) -> Result<Option<TracesConfig>, ConfigError> 
     let exports = reader.required(&OTEL_TRACES_EXPORTER)?;
     let exporter = exporter(reader)?;
     let sampler = sampler(reader)?;
+    let general_limit = reader.required(&OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT)?;
+    let span_limit = reader.specific(
+        &OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT,
+        &OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT,
+    )?;
     let mut resource_attributes = reader
         .optional(&OTEL_RESOURCE_ATTRIBUTES)?
         .unwrap_or_default();
@@ -206,6 +212,7 @@ fn traces(reader: &mut Reader<'_>) -> Result<Option<TracesConfig>, ConfigError> 
         sampler,
         service_name,
         resource_attributes,
+        value_length_limit: span_limit.unwrap_or(general_limit),
         schedule_delay: reader.required(&OTEL_BSP_SCHEDULE_DELAY)?,
         max_queue_size: reader.required(&OTEL_BSP_MAX_QUEUE_SIZE)?,
         max_export_batch_size: reader.required(&OTEL_BSP_MAX_EXPORT_BATCH_SIZE)?,

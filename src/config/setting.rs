@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::kind::{
     Address, Choice, Count, Durations, FilePath, Filter, Headers, Host, Kind, Milliseconds, Pairs,
-    Password, Pem, Port, Ratio, Text,
+    Password, Pem, Port, Propagators, Ratio, Text,
 };
 use super::url::{Endpoint, PostgresUrl, RedisUrl};
 use super::value::{Compression, LogFormat, Root, Sampler, SslMode};
@@ -204,6 +204,12 @@ settings! {
         ]), Value "parentbased_always_on";
         /// The ratio, for the two samplers that take one.
         OTEL_TRACES_SAMPLER_ARG: Ratio = Ratio, Absent "1";
+        /// Headers to take a request's trace from. Baggage is accepted and not used; none uses no header.
+        OTEL_PROPAGATORS: Propagators = Propagators, Value "tracecontext,baggage";
+        /// Maximum length of an attribute's value, in characters. Longer values are cut.
+        OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT: Count = Count { min: 1, max: 4096 }, Value "512";
+        /// Overrides OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT for the attributes of spans.
+        OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT: Count = Count { min: 1, max: 4096 }, Absent "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT";
         /// Resource attribute service.name.
         OTEL_SERVICE_NAME: Text = Text { max_bytes: 255 }, Value "visitas";
         /// Further resource attributes.

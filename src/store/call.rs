@@ -7,7 +7,10 @@ use std::borrow::Cow;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime};
 
-use opentelemetry::trace::{SpanBuilder, SpanContext, SpanKind, TraceContextExt as _, Tracer as _};
+use opentelemetry::Context;
+use opentelemetry::trace::{
+    Link, SpanBuilder, SpanContext, SpanKind, TraceContextExt as _, TraceState, Tracer as _,
+};
 use tracing::{Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
@@ -40,11 +43,25 @@ pub(super) struct Target {
     pub(super) port: u16,
 }
 
+/// A sampled request's span, for those beneath it. Unlike the span itself it does not keep the
+/// span from ending: a visit can be in the queue for longer than its request is in flight.
+#[derive(Debug, Clone)]
+pub struct Parent(Context);
+
+impl Parent {
+    /// The current span, if it is sampled.
+    #[must_use]
+    pub fn current() -> Option<Self> {
+        let span = Span::current();
+        (!span.is_none()).then(|| Self(span.context()))
+    }
+}
+
 /// The visits that calls are made for. Where one of them is sampled, the calls are its spans.
 #[derive(Debug)]
 pub struct Batch {
     visits: usize,
-    parent: Option<Span>,
+    parent: Option<Parent>,
     calls: Vec<SpanContext>,
 }
 
@@ -114,9 +131,9 @@ impl Operation {
             return Span::none();
         };
         let visits = self.records_visits.then_some(batch.visits);
-        tracing::info_span!(
+        let span = tracing::info_span!(
             target: telemetry::SPANS,
-            parent: parent,
+            parent: None,
             "call",
             otel.name = self.summary,
             otel.kind = "client",
@@ -132,14 +149,17 @@ impl Operation {
             server.port = i64::from(target.port),
             db.response.status_code = field::Empty,
             error.type = field::Empty,
-        )
+        );
+        // This fails only once the span has started, which nothing has made it do yet.
+        span.set_parent(parent.0.clone()).ok();
+        span
     }
 }
 
 impl Batch {
     /// So many visits, of which `parent` is the first sampled one's span.
     #[must_use]
-    pub fn new(visits: usize, parent: Option<Span>) -> Self {
+    pub fn new(visits: usize, parent: Option<Parent>) -> Self {
         Self {
             visits,
             parent,
@@ -149,22 +169,34 @@ impl Batch {
 
     /// Says in the trace of another sampled visit how long it waited, with links to the calls
     /// that recorded it.
-    pub fn link_wait(&self, visit: &Span, arrived: SystemTime) {
+    pub fn link_wait(&self, visit: &Parent, arrived: SystemTime) {
         let Some(tracer) = telemetry::tracer() else {
             return;
         };
         let links = self
             .calls
             .iter()
-            .map(|call| opentelemetry::trace::Link::with_context(call.clone()))
+            .map(|call| Link::with_context(without_state(call)))
             .collect();
         let wait = SpanBuilder::from_name(Cow::Borrowed("record"))
             .with_kind(SpanKind::Internal)
             .with_start_time(arrived)
             .with_links(links);
         // A span that is dropped ends now.
-        drop(tracer.build_with_context(wait, &visit.context()));
+        drop(tracer.build_with_context(wait, &visit.0));
     }
+}
+
+/// A link needs the ids alone. The `tracestate` is another caller's, and each visit of a batch
+/// would keep a copy of it for each call.
+fn without_state(call: &SpanContext) -> SpanContext {
+    SpanContext::new(
+        call.trace_id(),
+        call.span_id(),
+        call.trace_flags(),
+        call.is_remote(),
+        TraceState::NONE,
+    )
 }
 
 /// Observes one call to a store, which must end within `timeout`. Only a batch has spans.

@@ -13,7 +13,7 @@ mod redis;
 mod watch;
 
 pub use self::availability::Availability;
-pub use self::call::Batch;
+pub use self::call::{Batch, Parent};
 pub use self::error::{CallError, Error};
 pub use self::postgres::{Postgres, Recount};
 pub use self::redis::Redis;

@@ -22,8 +22,8 @@ use tracing::{Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
-use super::metric;
 use super::sampling::Sampler;
+use super::{metric, trace};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACE_RESPONSE: HeaderName = HeaderName::from_static("traceresponse");
@@ -145,7 +145,7 @@ impl Seen {
         let route = request.extensions().get::<MatchedPath>().cloned();
         let id = request_id(request);
         let decision = if is_probe_or_scrape(route.as_ref()) {
-            Sampler::decline(request.headers())
+            observer.sampler.decline(request.headers())
         } else {
             observer.sampler.decide(request.headers())
         };
@@ -158,7 +158,7 @@ impl Seen {
         let context = if span.is_none() {
             None
         } else {
-            Some(span.context().span().span_context().clone())
+            Some(decision.start(&span))
         };
         metric::request_active(method, 1.0);
         Self {
@@ -257,12 +257,9 @@ fn request_span(
         || named.to_owned(),
         |route| format!("{named} {}", route.as_str()),
     );
-    let header = |name| {
-        request
-            .headers()
-            .get(name)
-            .and_then(|value: &HeaderValue| value.to_str().ok())
-    };
+    // Cut here as well as at the span's end, since it is held while the request is under way.
+    let cut = |value| trace::cut(value, super::value_length_limit());
+    let agent = request.headers().get(http::header::USER_AGENT);
     let span = tracing::info_span!(
         target: super::SPANS,
         parent: None,
@@ -272,11 +269,11 @@ fn request_span(
         otel.status_code = field::Empty,
         http.request.method = method,
         http.route = route.map(MatchedPath::as_str),
-        url.path = request.uri().path(),
+        url.path = cut(request.uri().path()),
         url.scheme = "http",
         http.response.status_code = field::Empty,
         network.protocol.version = version(request.version()),
-        user_agent.original = header(http::header::USER_AGENT),
+        user_agent.original = agent.and_then(|value| value.to_str().ok()).map(cut),
         visitas.request.id = id.to_str().ok(),
         error.type = field::Empty,
     );

@@ -13,8 +13,10 @@ use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::config::{LogConfig, LogFormat};
 
-/// Lines that may wait to be written. What does not fit is dropped and counted.
+/// Lines that may wait to be written, and their bytes: a line can be as long as what a store says.
+/// What does not fit is dropped and counted.
 const BUFFERED_LINES: usize = 8192;
+const BUFFERED_BYTES: usize = 8 << 20;
 
 /// The thread that writes. Dropping this waits until everything is written, though not for ever:
 /// nobody may read.
@@ -65,12 +67,27 @@ pub(super) struct Buffer {
 #[derive(Debug, Default)]
 struct Lines {
     waiting: VecDeque<Vec<u8>>,
+    /// What those that wait have together.
+    bytes: usize,
     /// Whether one more has been taken and is being written.
     writing: bool,
     dropped: u64,
 }
 
 impl Lines {
+    /// Keeps a line, if there is room for it.
+    fn push(&mut self, line: &[u8]) -> bool {
+        let bytes = self.bytes + line.len();
+        let fits = self.waiting.len() < BUFFERED_LINES && bytes <= BUFFERED_BYTES;
+        if fits {
+            self.waiting.push_back(line.to_vec());
+            self.bytes = bytes;
+        } else {
+            self.dropped += 1;
+        }
+        fits
+    }
+
     fn unwritten(&self) -> bool {
         self.writing || !self.waiting.is_empty()
     }
@@ -95,6 +112,7 @@ impl Buffer {
         let mut lines = self.lines();
         loop {
             if let Some(line) = lines.waiting.pop_front() {
+                lines.bytes -= line.len();
                 lines.writing = true;
                 return line;
             }
@@ -114,13 +132,8 @@ impl Buffer {
 impl Write for &Buffer {
     /// Takes a whole line, or drops it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let mut lines = self.lines();
-        if lines.waiting.len() < BUFFERED_LINES {
-            lines.waiting.push_back(line.to_vec());
-            drop(lines);
+        if self.lines().push(line) {
             self.filled.notify_one();
-        } else {
-            lines.dropped += 1;
         }
         Ok(line.len())
     }
@@ -158,4 +171,35 @@ where
             .with_filter(filter)
             .boxed(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept_of(lines: usize, line: &[u8]) -> (usize, u64) {
+        let buffer = Buffer::default();
+        for _ in 0..lines {
+            (&buffer).write_all(line).unwrap();
+        }
+        let lines = buffer.lines();
+        (lines.waiting.len(), lines.dropped)
+    }
+
+    #[test]
+    fn buffer_is_bounded_by_lines_and_by_bytes() {
+        assert_eq!(kept_of(8193, b"a line of an ordinary length\n"), (8192, 1));
+        assert_eq!(kept_of(10, &vec![b'x'; 1 << 20]), (8, 2));
+        assert_eq!(kept_of(1, &vec![b'x'; (8 << 20) + 1]), (0, 1));
+    }
+
+    #[test]
+    fn line_that_was_taken_makes_room() {
+        let buffer = Buffer::default();
+        for _ in 0..2 {
+            (&buffer).write_all(&vec![b'x'; 8 << 20]).unwrap();
+            assert_eq!(buffer.take().len(), 8 << 20);
+        }
+        assert_eq!(buffer.lines().dropped, 0);
+    }
 }

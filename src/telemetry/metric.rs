@@ -4,8 +4,9 @@
 //! Handles are looked up once and kept, since looking one up costs more than using it. Nothing
 //! here knows why a metric changes.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Key, Label, Unit};
@@ -239,6 +240,35 @@ impl System {
     }
 }
 
+/// Stands for everything that has no name or no series of its own.
+const OTHER: &str = "_OTHER";
+
+/// At most so many series of a kind: the first ones that come.
+struct Limit {
+    series: usize,
+    known: RwLock<HashSet<Key>>,
+}
+
+impl Limit {
+    fn new(series: usize) -> Self {
+        Self {
+            series,
+            known: RwLock::default(),
+        }
+    }
+
+    /// Whether a series is one of those that there may be.
+    fn admits(&self, series: &Key) -> bool {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        if known.contains(series) || known.len() >= self.series {
+            return known.contains(series);
+        }
+        drop(known);
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        known.len() < self.series && known.insert(series.clone()) || known.contains(series)
+    }
+}
+
 /// What became of a visit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -402,11 +432,15 @@ pub fn dependency_up(system: System, up: bool) {
 // --- HTTP ---
 
 static HTTP_ACTIVE: LazyLock<Gauge> = LazyLock::new(|| active_requests("GET"));
-static ROOT_OK: LazyLock<Requests> =
-    LazyLock::new(|| Requests::new("GET", Some("/"), Some(200), "1.1"));
-static ROOT_UNAVAILABLE: LazyLock<Requests> =
-    LazyLock::new(|| Requests::new("GET", Some("/"), Some(503), "1.1"));
+static ROOT_OK: LazyLock<Requests> = LazyLock::new(|| Requests::new(Kind::visit(200)));
+static ROOT_UNAVAILABLE: LazyLock<Requests> = LazyLock::new(|| Requests::new(Kind::visit(503)));
 static REQUEST_EXEMPLARS: LazyLock<Exemplars> = LazyLock::new(|| Exemplars::new(HTTP_BUCKETS));
+
+/// Series of requests with a method, a route and a version of their own, those for visits not
+/// counted. A stranger chooses the method and the version, so their product with all routes and
+/// statuses has to end somewhere.
+const REQUEST_SERIES: usize = 36;
+static KNOWN_REQUESTS: LazyLock<Limit> = LazyLock::new(|| Limit::new(REQUEST_SERIES));
 
 /// Records a request's duration. The method and the protocol version are names from fixed sets;
 /// the status is absent when the client left before there was one, the span when the request was
@@ -422,7 +456,70 @@ pub fn request(
     match (method, route, status, version) {
         ("GET", Some("/"), Some(200), "1.1") => ROOT_OK.record(took, span),
         ("GET", Some("/"), Some(503), "1.1") => ROOT_UNAVAILABLE.record(took, span),
-        _ => Requests::new(method, route, status, version).record(took, span),
+        _ => {
+            let kind = Kind {
+                method,
+                route,
+                status,
+                version,
+            };
+            Requests::new(kind.bounded(&KNOWN_REQUESTS)).record(took, span);
+        }
+    }
+}
+
+/// What tells the series of requests apart.
+#[derive(Debug, Clone, Copy)]
+struct Kind<'a> {
+    method: &'static str,
+    route: Option<&'a str>,
+    status: Option<u16>,
+    version: &'static str,
+}
+
+impl Kind<'_> {
+    /// A visit that had this status.
+    const fn visit(status: u16) -> Self {
+        Self {
+            method: "GET",
+            route: Some("/"),
+            status: Some(status),
+            version: "1.1",
+        }
+    }
+
+    /// The kind that a request is counted as. What the service refuses has one kind for each
+    /// status, and so has what would be one kind too many.
+    fn bounded(self, limit: &Limit) -> Self {
+        let is_refused = matches!(self.status, Some(400..=499));
+        let is_visit = self.method == "GET" && self.route == Some("/");
+        if !is_refused && (is_visit || limit.admits(&self.series())) {
+            return self;
+        }
+        Self {
+            method: OTHER,
+            route: None,
+            status: self.status,
+            version: "1.1",
+        }
+    }
+
+    fn series(&self) -> Key {
+        let mut labels = vec![
+            Label::from_static_parts("http_request_method", self.method),
+            Label::from_static_parts("url_scheme", "http"),
+            Label::from_static_parts("network_protocol_version", self.version),
+        ];
+        if let Some(route) = self.route {
+            labels.push(Label::new("http_route", route.to_owned()));
+        }
+        if let Some(status) = self.status {
+            labels.push(Label::new("http_response_status_code", status.to_string()));
+            if status >= 500 {
+                labels.push(Label::new("error_type", status.to_string()));
+            }
+        }
+        Key::from_parts(name::HTTP_DURATION, labels)
     }
 }
 
@@ -433,29 +530,12 @@ struct Requests {
 }
 
 impl Requests {
-    fn new(
-        method: &'static str,
-        route: Option<&str>,
-        status: Option<u16>,
-        version: &'static str,
-    ) -> Self {
-        let mut labels = vec![
-            Label::from_static_parts("http_request_method", method),
-            Label::from_static_parts("url_scheme", "http"),
-            Label::from_static_parts("network_protocol_version", version),
-        ];
-        if let Some(route) = route {
-            labels.push(Label::new("http_route", route.to_owned()));
-        }
-        if let Some(status) = status {
-            labels.push(Label::new("http_response_status_code", status.to_string()));
-            if status >= 500 {
-                labels.push(Label::new("error_type", status.to_string()));
-            }
-        }
+    fn new(kind: Kind<'_>) -> Self {
+        let series = kind.series();
+        let labels: Vec<_> = series.labels().cloned().collect();
         Self {
-            series: Key::from_parts(name::HTTP_DURATION, labels.clone()),
             durations: metrics::histogram!(name::HTTP_DURATION, labels),
+            series,
         }
     }
 
@@ -467,12 +547,13 @@ impl Requests {
     }
 }
 
-/// Adds to the number of requests being answered, or takes from it.
+/// Adds to the number of requests being answered, or takes from it. No route has another method
+/// than these two.
 pub fn request_active(method: &'static str, change: f64) {
-    if method == "GET" {
-        HTTP_ACTIVE.increment(change);
-    } else {
-        active_requests(method).increment(change);
+    match method {
+        "GET" => HTTP_ACTIVE.increment(change),
+        "HEAD" => active_requests("HEAD").increment(change),
+        _ => active_requests(OTHER).increment(change),
     }
 }
 
@@ -492,6 +573,11 @@ pub fn connections_max(limit: usize) {
 }
 
 // --- store calls ---
+
+/// Series of failed calls with a code or a word of their own, of all operations together. The codes
+/// are the stores' to choose.
+const FAILURE_SERIES: usize = 20;
+static KNOWN_FAILURES: LazyLock<Limit> = LazyLock::new(|| Limit::new(FAILURE_SERIES));
 
 /// The handles of one operation of one store.
 #[derive(Debug)]
@@ -538,13 +624,37 @@ impl CallMetrics {
             self.succeeded.record(took);
             return;
         };
-        let mut labels = self.labels.to_vec();
-        labels.push(Label::new("error_type", error_type.to_owned()));
-        if let Some(code) = code {
-            labels.push(Label::new("db_response_status_code", code.to_owned()));
-        }
+        let labels = self.failure(error_type, code, &KNOWN_FAILURES);
         metrics::histogram!(name::CALL_DURATION, labels).record(took);
     }
+
+    /// The labels of a failure; those of any other one where it would be one series too many, or
+    /// where the store's code is none.
+    fn failure(&self, error_type: &str, code: Option<&str>, limit: &Limit) -> Vec<Label> {
+        let labelled = |error_type: &str, code: Option<&str>| {
+            let mut labels = self.labels.to_vec();
+            labels.push(Label::new("error_type", error_type.to_owned()));
+            if let Some(code) = code {
+                labels.push(Label::new("db_response_status_code", code.to_owned()));
+            }
+            labels
+        };
+        if code.is_none_or(is_code) {
+            let labels = labelled(error_type, code);
+            let series = Key::from_parts(name::CALL_DURATION, labels.clone());
+            if error_type == OTHER || limit.admits(&series) {
+                return labels;
+            }
+        }
+        labelled(OTHER, None)
+    }
+}
+
+/// Whether a text looks like a SQLSTATE or the first word of an error of Redis's.
+fn is_code(text: &str) -> bool {
+    let is_of_a_code =
+        |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_';
+    (1..=32).contains(&text.len()) && text.bytes().all(is_of_a_code)
 }
 
 /// The handles of one store's connection pool.
@@ -687,4 +797,133 @@ pub fn render(handle: &PrometheusHandle, log_lines_dropped: u64, format: Format)
         );
     }
     exposition::write(&text, format, &exemplars)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Samples of one series of requests: a bucket for each bound and one for the rest, a sum and a
+    /// count.
+    const SAMPLES_OF_REQUESTS: usize = HTTP_BUCKETS.len() + 3;
+    /// The same of one series of calls.
+    const SAMPLES_OF_CALLS: usize = STORE_BUCKETS.len() + 3;
+
+    /// Every kind of request that there can be, with far more routes than there are.
+    fn kinds(routes: &[String]) -> Vec<Kind<'_>> {
+        let mut kinds = Vec::new();
+        let statuses = [200, 204, 304, 400, 404, 405, 413, 500, 503].map(Some);
+        for version in ["1.0", "1.1"] {
+            for route in routes
+                .iter()
+                .map(|route| Some(route.as_str()))
+                .chain([None])
+            {
+                for status in statuses.into_iter().chain([None]) {
+                    kinds.extend(["GET", "HEAD", "POST", "TRACE", OTHER].map(|method| Kind {
+                        method,
+                        route,
+                        status,
+                        version,
+                    }));
+                }
+            }
+        }
+        kinds
+    }
+
+    #[test]
+    fn requests_of_all_kinds_have_at_most_1160_samples() {
+        let mut routes: Vec<_> = (0..40).map(|number| format!("/{number}")).collect();
+        routes.push("/".to_owned());
+        let limit = Limit::new(REQUEST_SERIES);
+        let series = |kinds: &[Kind<'_>]| {
+            let counted = kinds.iter().map(|kind| kind.bounded(&limit).series());
+            counted.collect::<HashSet<_>>()
+        };
+        let kinds = kinds(&routes);
+        let first = series(&kinds);
+        assert_eq!(series(&kinds), first, "a kind keeps its series");
+        let samples = first.len() * SAMPLES_OF_REQUESTS;
+        assert!(samples <= 1160, "{samples}");
+    }
+
+    #[test]
+    fn refused_request_has_neither_method_nor_route() {
+        let limit = Limit::new(REQUEST_SERIES);
+        for status in [404, 405, 413] {
+            let refused = Kind {
+                method: "HEAD",
+                route: Some("/"),
+                status: Some(status),
+                version: "1.0",
+            };
+            let counted = refused.bounded(&limit);
+            assert_eq!(
+                (
+                    counted.method,
+                    counted.route,
+                    counted.status,
+                    counted.version
+                ),
+                (OTHER, None, Some(status), "1.1")
+            );
+        }
+    }
+
+    #[test]
+    fn visit_has_a_series_of_its_own_when_all_others_are_taken() {
+        let limit = Limit::new(0);
+        for (method, own) in [("GET", true), ("HEAD", false)] {
+            let kind = Kind {
+                method,
+                version: "1.0",
+                ..Kind::visit(500)
+            };
+            assert_eq!(kind.bounded(&limit).route.is_some(), own, "{method}");
+        }
+    }
+
+    #[test]
+    fn store_that_sends_hundreds_of_codes_makes_a_bounded_number_of_series() {
+        let limit = Limit::new(FAILURE_SERIES);
+        let calls = metrics::with_local_recorder(&metrics::NoopRecorder, || {
+            ["SELECT", "BEGIN"]
+                .map(|operation| CallMetrics::new(System::Postgresql, "d", operation))
+        });
+        let mut series = HashSet::new();
+        for code in 0..500 {
+            for calls in &calls {
+                let code = format!("X{code:04}");
+                series.insert(calls.failure(&code, Some(&code), &limit));
+            }
+        }
+        assert_eq!(series.len(), FAILURE_SERIES + calls.len());
+        assert!(series.len() * SAMPLES_OF_CALLS <= 352);
+        let known = calls[0].failure("X0000", Some("X0000"), &limit);
+        assert!(series.contains(&known) && known.len() == 5, "{known:?}");
+        let late = calls[0].failure("X0499", Some("X0499"), &limit);
+        assert!(
+            late[3..].iter().all(|label| label.value() == OTHER),
+            "{late:?}"
+        );
+        assert_eq!(late.len(), 4, "no code: {late:?}");
+    }
+
+    #[test]
+    fn code_that_is_none_is_no_label() {
+        let limit = Limit::new(FAILURE_SERIES);
+        let calls = metrics::with_local_recorder(&metrics::NoopRecorder, || {
+            CallMetrics::new(System::Redis, "0", "INCRBY")
+        });
+        let long = "X".repeat(33);
+        for code in ["", "no code", "wrongtype", "\u{e9}", &long] {
+            let labels = calls.failure(code, Some(code), &limit);
+            assert_eq!(labels[3].value(), OTHER, "{code}");
+            assert_eq!(labels.len(), 4, "{code}");
+        }
+        for code in ["57P01", "WRONGTYPE"] {
+            assert_eq!(calls.failure(code, Some(code), &limit)[4].value(), code);
+        }
+    }
 }

@@ -33,6 +33,7 @@ use crate::config::{LogConfig, TracesConfig};
 pub(crate) const SPANS: &str = "visitas::span";
 
 static TRACER: OnceLock<SdkTracer> = OnceLock::new();
+static VALUE_LENGTH_LIMIT: OnceLock<usize> = OnceLock::new();
 
 /// Running telemetry. Dropping it writes what is left of the log.
 pub struct Telemetry {
@@ -40,12 +41,13 @@ pub struct Telemetry {
     pipeline: Option<Pipeline>,
     prometheus: PrometheusHandle,
     traces: Option<TracesConfig>,
+    trace_context: bool,
     flushed: AtomicBool,
 }
 
 impl Telemetry {
-    /// Starts logs, metrics and, where there is an exporter, traces. Must be called once, and
-    /// outside the runtime. The end of the log is waited for no longer than `patience`.
+    /// Starts logs, metrics and, where there is an exporter, traces; with `trace_context` a request's
+    /// headers say whose child it is. Must be called once, and outside the runtime. The end of the log is waited for no longer than `patience`.
     ///
     /// # Errors
     ///
@@ -53,6 +55,7 @@ impl Telemetry {
     pub fn start(
         log: &LogConfig,
         traces: Option<&TracesConfig>,
+        trace_context: bool,
         patience: Duration,
     ) -> anyhow::Result<Self> {
         let writing = Writing::start(patience)?;
@@ -62,6 +65,7 @@ impl Telemetry {
             .transpose()?;
         let spans = pipeline.as_ref().map(|pipeline| {
             let exported = TRACER.get_or_init(|| pipeline.tracer.clone());
+            VALUE_LENGTH_LIMIT.get_or_init(|| pipeline.value_length_limit);
             tracing_opentelemetry::layer()
                 .with_tracer(exported.clone())
                 .with_location(false)
@@ -84,6 +88,7 @@ impl Telemetry {
             pipeline,
             prometheus: metric::install()?,
             traces: traces.cloned(),
+            trace_context,
             flushed: AtomicBool::new(false),
         })
     }
@@ -93,9 +98,10 @@ impl Telemetry {
     pub fn sampler(&self) -> Sampler {
         match (&self.pipeline, &self.traces) {
             (Some(pipeline), Some(traces)) => {
-                Sampler::new(traces.sampler, std::sync::Arc::clone(&pipeline.breaker))
+                let breaker = std::sync::Arc::clone(&pipeline.breaker);
+                Sampler::new(traces.sampler, breaker, self.trace_context)
             }
-            _ => Sampler::off(),
+            _ => Sampler::off(self.trace_context),
         }
     }
 
@@ -126,4 +132,9 @@ impl Telemetry {
 /// The tracer, where spans are exported.
 pub(crate) fn tracer() -> Option<&'static SdkTracer> {
     TRACER.get()
+}
+
+/// The most characters of an attribute's value. Without an exporter there are no attributes.
+fn value_length_limit() -> usize {
+    VALUE_LENGTH_LIMIT.get().copied().unwrap_or(0)
 }

@@ -9,18 +9,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use opentelemetry::trace::TracerProvider as _;
-use opentelemetry::{InstrumentationScope, KeyValue};
+use opentelemetry::{Array, InstrumentationScope, KeyValue, StringValue, Value};
 use opentelemetry_otlp::SpanExporter as OtlpExporter;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{
     BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, Span, SpanData,
-    SpanExporter, SpanProcessor,
+    SpanExporter, SpanLimits, SpanProcessor,
 };
 use tracing::{info, warn};
 
 use super::metric::{self, Spans};
 use super::otlp::{self, Meetings};
+use super::sampling::DrawnIds;
 use crate::config::{ExporterConfig, TracesConfig};
 
 /// The version of the semantic conventions that names and attributes follow.
@@ -32,6 +33,7 @@ pub(super) struct Pipeline {
     provider: SdkTracerProvider,
     pub(super) tracer: SdkTracer,
     pub(super) breaker: Arc<Breaker>,
+    pub(super) value_length_limit: usize,
 }
 
 impl Pipeline {
@@ -58,10 +60,14 @@ impl Pipeline {
             queued,
             breaker: Arc::clone(&breaker),
             capacity: config.max_queue_size,
+            value_length_limit: config.value_length_limit,
         };
         let provider = SdkTracerProvider::builder()
             // What is sampled has been decided before a span is made.
             .with_sampler(Sampler::AlwaysOn)
+            .with_id_generator(DrawnIds::default())
+            // Otherwise the SDK takes limits from variables that are no settings of ours.
+            .with_span_limits(SpanLimits::default())
             .with_resource(resource(config))
             .with_span_processor(processor)
             .build();
@@ -74,6 +80,7 @@ impl Pipeline {
             provider,
             tracer,
             breaker,
+            value_length_limit: config.value_length_limit,
         })
     }
 
@@ -253,6 +260,7 @@ struct Bounded {
     queued: Arc<AtomicUsize>,
     breaker: Arc<Breaker>,
     capacity: usize,
+    value_length_limit: usize,
 }
 
 impl SpanProcessor for Bounded {
@@ -260,11 +268,14 @@ impl SpanProcessor for Bounded {
         self.processor.on_start(span, context);
     }
 
-    fn on_end(&self, span: SpanData) {
+    fn on_end(&self, mut span: SpanData) {
         if self.queued.fetch_add(1, Ordering::Relaxed) >= self.capacity {
             self.queued.fetch_sub(1, Ordering::Relaxed);
             metric::spans(Spans::QueueFull, 1);
             return;
+        }
+        for attribute in &mut span.attributes {
+            cut_value(&mut attribute.value, self.value_length_limit);
         }
         self.breaker.unexported.fetch_add(1, Ordering::AcqRel);
         metric::spans(Spans::Queued, 1);
@@ -281,6 +292,34 @@ impl SpanProcessor for Bounded {
 
     fn set_resource(&mut self, resource: &Resource) {
         self.processor.set_resource(resource);
+    }
+}
+
+/// The beginning of a text, at most so many characters.
+pub(super) fn cut(text: &str, limit: usize) -> &str {
+    // No character is shorter than a byte.
+    if text.len() <= limit {
+        return text;
+    }
+    text.char_indices()
+        .nth(limit)
+        .and_then(|(end, _)| text.get(..end))
+        .unwrap_or(text)
+}
+
+/// Cuts the texts of an attribute's value. A span may wait for long, so it must not be as large as
+/// what a caller or a store sends.
+fn cut_value(value: &mut Value, limit: usize) {
+    let cut_text = |text: &mut StringValue| {
+        let short = cut(text.as_str(), limit);
+        if short.len() < text.as_str().len() {
+            *text = StringValue::from(short.to_owned());
+        }
+    };
+    match value {
+        Value::String(text) => cut_text(text),
+        Value::Array(Array::String(texts)) => texts.iter_mut().for_each(cut_text),
+        _ => {}
     }
 }
 
@@ -325,6 +364,28 @@ impl SpanExporter for Counted {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn value_is_cut_between_characters() {
+        let cut_to = |limit, value: Value| {
+            let mut value = value;
+            cut_value(&mut value, limit);
+            value
+        };
+        for (limit, text, expected) in [
+            (3, "", ""),
+            (3, "abc", "abc"),
+            (3, "abcd", "abc"),
+            (3, "çãé", "çãé"),
+            (2, "çãé", "çã"),
+            (1, "\u{1f600}\u{1f600}", "\u{1f600}"),
+        ] {
+            assert_eq!(cut_to(limit, Value::from(text)), Value::from(expected));
+            let array = |text: &str| Value::Array(Array::String(vec![text.to_owned().into(); 2]));
+            assert_eq!(cut_to(limit, array(text)), array(expected));
+        }
+        assert_eq!(cut_to(1, Value::from(12)), Value::from(12));
+    }
 
     #[test]
     fn open_breaker_admits_one_request_a_second() {

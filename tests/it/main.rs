@@ -31,5 +31,6 @@ mod server;
 mod settings;
 mod shutdown;
 mod spans;
+mod strangers;
 mod tls;
 mod unread;

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use axum::Router;
 use axum::body::Body;
-use http::Request;
+use http::{HeaderMap, Method, Request};
+use opentelemetry::trace::{SpanKind, TraceId};
+use opentelemetry_sdk::trace::{SamplingDecision, ShouldSample as _};
 use reqwest::StatusCode;
 use tower::Service as _;
 use tracing::Span;
@@ -58,6 +60,111 @@ async fn malformed_traceparent_is_no_parent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn two_traceparents_start_a_new_trace() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    for second in [
+        &PARENT.replace("0af7", "1af7"),
+        PARENT,
+        UNSAMPLED,
+        "malformed",
+    ] {
+        let mut headers = HeaderMap::new();
+        for value in [PARENT, second] {
+            headers.append("traceparent", value.parse().unwrap());
+        }
+        headers.append("tracestate", "vendor=1".parse().unwrap());
+        let answer = service.ask(Method::GET, "/", headers).await;
+        let spans = collector.trace_of(&answer, 3).await;
+        let server = named(&spans, "GET /");
+        assert_eq!(hex(&server.span.parent_span_id), "", "{second}");
+        assert_ne!(hex(&server.span.trace_id), PARENT[3..35], "{second}");
+        assert_eq!(server.span.trace_state, "", "{second}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn members_of_a_second_tracestate_follow_those_of_the_first() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    let mut headers = HeaderMap::new();
+    headers.append("traceparent", PARENT.parse().unwrap());
+    for value in ["b=1,c=2", "", "a=3"] {
+        headers.append("tracestate", value.parse().unwrap());
+    }
+    let answer = service.ask(Method::GET, "/", headers).await;
+    for span in collector.trace_of(&answer, 3).await {
+        assert_eq!(span.span.trace_state, "b=1,c=2,a=3", "{}", span.span.name);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn propagators_without_tracecontext_use_no_header() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    for propagators in ["none", "baggage"] {
+        let settings = [
+            ("OTEL_PROPAGATORS", propagators),
+            ("RUST_LOG", "info,access=debug"),
+        ];
+        let service = traced_with(&world, &collector, &settings).await;
+        for caller in [PARENT, UNSAMPLED] {
+            let headers = [("traceparent", caller), ("tracestate", "a=1")];
+            let answer = ask(&service, "/", &headers).await;
+            let spans = collector.trace_of(&answer, 3).await;
+            let server = named(&spans, "GET /");
+            assert_eq!(hex(&server.span.parent_span_id), "", "{propagators}");
+            assert_eq!(server.span.trace_state, "", "{propagators}");
+            ask(&service, "/health/live", &headers).await;
+        }
+        service.stop().await;
+        let log = service.printed();
+        assert!(log.contains("/health/live"), "{log}");
+        for caller in [PARENT, UNSAMPLED] {
+            assert!(!log.contains(&caller[3..35]), "{log}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ratio_is_decided_on_the_id_that_the_trace_gets() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    for (sampler, ratio) in [
+        ("traceidratio", 0.5),
+        ("parentbased_traceidratio", 0.5),
+        ("traceidratio", 0.1),
+    ] {
+        let argument = ratio.to_string();
+        let settings = [
+            ("OTEL_TRACES_SAMPLER", sampler),
+            ("OTEL_TRACES_SAMPLER_ARG", argument.as_str()),
+        ];
+        let service = traced_with(&world, &collector, &settings).await;
+        // What another service with the same ratio does.
+        let reference = opentelemetry_sdk::trace::Sampler::TraceIdRatioBased(ratio);
+        let mut sampled = 0;
+        for _ in 0..200 {
+            let answer = service.get("/").await;
+            let Some(trace) = answer.header("traceresponse").get(3..35) else {
+                continue;
+            };
+            sampled += 1;
+            let trace_id = TraceId::from_hex(trace).unwrap();
+            let decided = reference.should_sample(None, trace_id, "", &SpanKind::Server, &[], &[]);
+            assert_eq!(
+                decided.decision,
+                SamplingDecision::RecordAndSample,
+                "{trace}"
+            );
+            collector.trace(trace, 1).await;
+        }
+        // Five standard deviations.
+        let (expected, deviation) = (200.0 * ratio, (200.0 * ratio * (1.0 - ratio)).sqrt());
+        let distance = (f64::from(sampled) - expected).abs();
+        assert!(distance < 5.0 * deviation, "{sampled} of 200 at {ratio}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn unsampled_visits_make_no_span_and_all_metrics() {
     let (world, collector) = (World::new(), Collector::start().await);
     let off = [("OTEL_TRACES_SAMPLER", "always_off")];
@@ -87,7 +194,7 @@ async fn handler_of_an_unsampled_request_is_in_no_span() {
     let counting = tracing_subscriber::registry().with(Counting(Arc::clone(&made)));
     let _counting = tracing::subscriber::set_default(counting);
     let handler = || async { Span::current().is_none().to_string() };
-    let observer = Observer::new(Sampler::off(), SOON);
+    let observer = Observer::new(Sampler::off(true), SOON);
     let mut router = Router::new()
         .route("/", axum::routing::get(handler))
         .layer(observer.layer());

@@ -11,7 +11,7 @@ use crate::support::{Ended, settings};
 const CANARY: &str = "c4nary";
 
 /// Every variable with a value that is not accepted.
-const BAD: [(&str, &str); 51] = [
+const BAD: [(&str, &str); 54] = [
     ("DB_HOST", "two words"),
     ("DB_PORT", "0"),
     ("DB_USER", "bell\u{7}"),
@@ -57,6 +57,9 @@ const BAD: [(&str, &str); 51] = [
     ("OTEL_TRACES_EXPORTER", "console"),
     ("OTEL_TRACES_SAMPLER", "sometimes"),
     ("OTEL_TRACES_SAMPLER_ARG", "1.5"),
+    ("OTEL_PROPAGATORS", "tracecontext,jaeger"),
+    ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "-1"),
+    ("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "unlimited"),
     ("OTEL_SERVICE_NAME", "two\nlines"),
     ("OTEL_RESOURCE_ATTRIBUTES", "no equals sign"),
     ("OTEL_BSP_SCHEDULE_DELAY", "5s"),

@@ -3,11 +3,12 @@
 use http::{HeaderMap, Method};
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use opentelemetry_proto::tonic::trace::v1::status::StatusCode as SpanStatus;
+use prost::Message as _;
 use reqwest::StatusCode;
 use tokio::task::JoinHandle;
 
 use crate::support::collector::{Collector, Exported, hex, named, text};
-use crate::support::traces::{UNSAMPLED, ask, traced, traced_with};
+use crate::support::traces::{PARENT, UNSAMPLED, ask, traced, traced_with};
 use crate::support::{Answer, HeldCount, SOON, Service, Wire, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -288,6 +289,209 @@ async fn calls_belong_to_the_first_visit_of_their_batch_that_is_sampled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn server_span_ends_when_its_client_leaves_the_queue() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let (service, count, alone) = with_a_visit_waiting(&world, &collector).await;
+    let mut leaving = Wire::open(&service).await;
+    leaving.send(visit_of(PARENT)).await;
+    service.until_queued(1).await;
+    leaving.reset();
+    // The count is still held, so the visit is still in the queue.
+    let server = collector.trace(&PARENT[3..35], 1).await.remove(0);
+    assert_eq!(server.span.name, "GET /");
+    assert_eq!(server.integer("http.response.status_code"), None);
+    assert_eq!(service.metric("visitas_queue_depth").await, Some(1.0));
+    count.release().await;
+    alone.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn server_span_ends_when_its_client_leaves_during_the_call() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced_with(&world, &collector, &PATIENT).await;
+    let mut count = HeldCount::of(&world).await;
+    let mut leaving = Wire::open(&service).await;
+    leaving.send(visit_of(PARENT)).await;
+    count.until_waited_for().await;
+    leaving.reset();
+    let server = collector.trace(&PARENT[3..35], 1).await.remove(0);
+    assert_eq!(server.span.name, "GET /");
+    count.release().await;
+    // Those that end after it are its children all the same.
+    let spans = collector.trace(&PARENT[3..35], 3).await;
+    for call in ["SELECT registrar_visitas", "INCRBY"] {
+        let call = named(&spans, call);
+        assert_eq!(call.span.parent_span_id, server.span.span_id);
+    }
+}
+
+/// Each call takes 2.4 s, so the second visit's deadline passes during its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn server_span_ends_with_its_503_and_not_with_its_batch() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let timeouts = [
+        ("DB_TIMEOUT", "4s"),
+        ("REDIS_TIMEOUT", "100ms"),
+        ("VISIT_TIMEOUT", "4100ms"),
+    ];
+    let service = traced_with(&world, &collector, &timeouts).await;
+    world
+        .sql(
+            "create function demorar() returns trigger language plpgsql \
+             as 'begin perform pg_sleep(2.4); return null; end'; \
+             create trigger demora before insert on visitas execute function demorar()",
+        )
+        .await;
+    let mut count = HeldCount::of(&world).await;
+    let first = service.begin_visit();
+    count.until_waited_for().await;
+    let second = service.begin_visit();
+    service.until_queued(1).await;
+    count.release().await;
+    assert_eq!(first.await.unwrap().status, StatusCode::OK);
+    let second = second.await.unwrap();
+    assert_eq!(second.status, StatusCode::SERVICE_UNAVAILABLE);
+    let spans = collector.trace_of(&second, 3).await;
+    // In the order in which they ended.
+    let names: Vec<_> = spans.iter().map(|exported| &exported.span.name).collect();
+    assert_eq!(names, ["GET /", "SELECT registrar_visitas", "INCRBY"]);
+    for call in &spans[1..] {
+        assert_eq!(call.span.parent_span_id, spans[0].span.span_id);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn repair_of_the_sequence_is_a_call_of_the_visit() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    service.visit().await;
+    let insert = "insert into visitas (id) select last_value + 1 from visitas_id_seq";
+    world.sql(insert).await;
+    let answer = service.get("/").await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.body);
+    let mut spans = collector.trace_of(&answer, 5).await;
+    spans.sort_by_key(|exported| exported.span.start_time_unix_nano);
+    let names: Vec<_> = spans.iter().map(|exported| &*exported.span.name).collect();
+    let record = "SELECT registrar_visitas";
+    assert_eq!(
+        names,
+        [
+            "GET /",
+            record,
+            "SELECT avancar_sequencia",
+            record,
+            "INCRBY"
+        ]
+    );
+    for call in &spans[1..] {
+        assert_eq!(call.span.kind(), SpanKind::Client);
+        assert_eq!(call.span.parent_span_id, spans[0].span.span_id);
+    }
+    assert_eq!(spans[1].text("error.type"), Some("23505"));
+    assert_eq!(status(&spans[2]), SpanStatus::Unset);
+    let procedure = spans[2].text("db.stored_procedure.name");
+    assert_eq!(procedure, Some("avancar_sequencia"));
+    assert_eq!(
+        spans[2].integer("visitas.batch.size"),
+        None,
+        "it records none"
+    );
+}
+
+// --- how large a span is ---
+
+#[tokio::test(flavor = "multi_thread")]
+async fn attribute_values_are_cut_and_the_span_is_small() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let service = traced(&world, &collector).await;
+    let (path, agent) = (format!("/{}", "p".repeat(15_000)), "a".repeat(15_000));
+    let state = (0..400).map(|number| format!("k{number}={}", "v".repeat(30)));
+    let state = state.collect::<Vec<_>>().join(",");
+    let id = "i".repeat(128);
+    let headers = [
+        ("user-agent", agent.as_str()),
+        ("traceparent", PARENT),
+        ("tracestate", &state),
+        ("x-request-id", &id),
+    ];
+    let answer = ask(&service, &path, &headers).await;
+    let server = &collector.trace_of(&answer, 1).await[0];
+    assert_eq!(server.text("url.path"), path.get(..512));
+    assert_eq!(server.text("user_agent.original"), agent.get(..512));
+    assert_eq!(server.text("visitas.request.id"), Some(id.as_str()));
+    assert_eq!(
+        server.span.trace_state,
+        state[..state[..513].rfind(',').unwrap()]
+    );
+    let size = server.span.encoded_len();
+    assert!(size < 2500, "{size} bytes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limit_of_attribute_values_is_a_setting_in_characters() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let limits = [
+        ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "3"),
+        ("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "10"),
+        // Those of the SDK's own hold whatever these say.
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "1"),
+        ("OTEL_SPAN_LINK_COUNT_LIMIT", "0"),
+    ];
+    let service = traced_with(&world, &collector, &limits).await;
+    let mut wire = Wire::open(&service).await;
+    let path = "/ç㐀\u{1f600}67890123";
+    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nuser-agent: 0123456789abc\r\n\r\n");
+    wire.send(request).await;
+    eventually("its span is exported", SOON, async || {
+        !collector.spans().is_empty()
+    })
+    .await;
+    let server = &collector.spans()[0];
+    assert_eq!(server.text("url.path"), Some("/ç㐀\u{1f600}678901"));
+    assert_eq!(server.text("user_agent.original"), Some("0123456789"));
+    assert_eq!(server.integer("http.response.status_code"), Some(404));
+    assert_eq!(server.span.dropped_attributes_count, 0);
+    // Not those of the request alone.
+    let spans = collector.trace_of(&service.get("/").await, 3).await;
+    let call = named(&spans, "SELECT registrar_visitas");
+    assert_eq!(call.text("db.query.text"), Some("select pub"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn link_has_no_tracestate_and_its_span_has() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let (service, count, alone) = with_a_visit_waiting(&world, &collector).await;
+    let mut together = Vec::new();
+    for (queued, trace) in [(1, "a"), (2, "b")] {
+        let parent = format!("00-{}-b7ad6b7169203331-01", trace.repeat(32));
+        let request = service.client.get(service.url("/"));
+        let request = request
+            .header("traceparent", parent)
+            .header("tracestate", "vendor=1");
+        together.push(tokio::spawn(request.send()));
+        service.until_queued(queued).await;
+    }
+    count.release().await;
+    alone.await.unwrap();
+    for visit in together {
+        visit.await.unwrap().unwrap();
+    }
+    let spans = collector.trace(&"b".repeat(32), 2).await;
+    let wait = named(&spans, "record");
+    assert_eq!(wait.span.trace_state, "vendor=1");
+    assert_eq!(wait.span.links.len(), 2);
+    assert!(
+        wait.span
+            .links
+            .iter()
+            .all(|link| link.trace_state.is_empty())
+    );
+    for span in collector.trace(&"a".repeat(32), 3).await {
+        assert_eq!(span.span.trace_state, "vendor=1", "{}", span.span.name);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn last_span_is_flushed_at_the_stop() {
     let (world, collector) = (World::new(), Collector::start().await);
     let late = [("OTEL_BSP_SCHEDULE_DELAY", "600000")];
@@ -300,13 +504,20 @@ async fn last_span_is_flushed_at_the_stop() {
 
 // --- wiring ---
 
+/// Deadlines that leave a test the time to hold the count's lock.
+const PATIENT: [(&str, &str); 2] = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
+
+/// A visit with this `traceparent`, byte by byte.
+fn visit_of(traceparent: &str) -> String {
+    format!("GET / HTTP/1.1\r\nhost: test\r\ntraceparent: {traceparent}\r\n\r\n")
+}
+
 /// A service whose writer is busy with one visit, so that those which follow form one batch.
 async fn with_a_visit_waiting(
     world: &World,
     collector: &Collector,
 ) -> (Service, HeldCount, JoinHandle<Answer>) {
-    let patient = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
-    let service = traced_with(world, collector, &patient).await;
+    let service = traced_with(world, collector, &PATIENT).await;
     let mut count = HeldCount::of(world).await;
     let alone = service.begin_visit();
     count.until_waited_for().await;

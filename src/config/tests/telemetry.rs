@@ -147,3 +147,75 @@ fn batch_of_spans_fits_in_the_queue() {
     assert!(line.contains("OTEL_BSP_MAX_QUEUE_SIZE=\"511\""), "{line}");
     serve("", &[("OTEL_BSP_MAX_QUEUE_SIZE", "512")]);
 }
+
+#[test]
+fn propagators_are_a_list_of_those_that_are_known_or_none() {
+    let trace_context = |list: &str| {
+        serve("", &[("OTEL_PROPAGATORS", list)])
+            .telemetry
+            .trace_context
+    };
+    assert!(serve("", &[]).telemetry.trace_context);
+    for list in [
+        "tracecontext",
+        "tracecontext,baggage",
+        "baggage, tracecontext",
+        "tracecontext,tracecontext",
+        "TraceContext",
+    ] {
+        assert!(trace_context(list), "{list}");
+    }
+    for list in [
+        "baggage",
+        "baggage,baggage",
+        "none",
+        "None",
+        " none ",
+        "none,none",
+    ] {
+        assert!(!trace_context(list), "{list}");
+    }
+    for list in [
+        "b3",
+        "b3multi",
+        "jaeger",
+        "xray",
+        "ottrace",
+        "tracecontext,b3",
+        "none,tracecontext",
+        "baggage,none",
+        "tracecontext,",
+        ",",
+        " ",
+        "tracecontext baggage",
+        "tracecontext;baggage",
+    ] {
+        let line = error("", &[("OTEL_PROPAGATORS", list)]);
+        assert!(line.starts_with("OTEL_PROPAGATORS="), "{line}");
+        error(
+            "",
+            &[("OTEL_PROPAGATORS", list), ("OTEL_SDK_DISABLED", "true")],
+        );
+    }
+    let disabled = [("OTEL_SDK_DISABLED", "true"), ("OTEL_PROPAGATORS", "none")];
+    assert!(!serve("", &disabled).telemetry.trace_context);
+}
+
+#[test]
+fn limit_of_spans_wins_over_the_general_one_and_both_are_bounded() {
+    let limit = |environment: &[(&str, &str)]| {
+        let traces = serve("", environment).telemetry.traces;
+        traces.expect("traces").value_length_limit
+    };
+    let general = ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "100");
+    let of_spans = ("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "200");
+    assert_eq!(limit(&[]), 512);
+    assert_eq!(limit(&[general]), 100);
+    assert_eq!(limit(&[of_spans]), 200);
+    assert_eq!(limit(&[general, of_spans]), 200);
+    for bad in ["0", "4097", "-1", "1.5", "1k"] {
+        for variable in [general.0, of_spans.0] {
+            error("", &[(variable, bad)]);
+        }
+    }
+}

@@ -137,6 +137,11 @@ impl Collector {
     pub(crate) async fn trace_of(&self, answer: &Answer, spans: usize) -> Vec<Exported> {
         let trace = answer.header("traceresponse").get(3..35);
         let trace = trace.expect("the answer names its trace").to_owned();
+        self.trace(&trace, spans).await
+    }
+
+    /// The spans of a trace, once there are so many.
+    pub(crate) async fn trace(&self, trace: &str, spans: usize) -> Vec<Exported> {
         let mut found = Vec::new();
         eventually("the trace is exported", SOON, async || {
             found = self.spans();

@@ -30,6 +30,11 @@ impl Wire {
         self.stream.write_all(bytes.as_ref()).await.ok();
     }
 
+    /// Leaves without a word: the service sees a reset.
+    pub(crate) fn reset(self) {
+        self.stream.set_zero_linger().expect("a socket's option");
+    }
+
     /// Asks for a path and returns the answer, which has a `Content-Length`.
     pub(crate) async fn get(&mut self, path: &str) -> String {
         self.send(format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n"))
@@ -61,6 +66,15 @@ impl Wire {
                 return None;
             }
         }
+    }
+
+    /// The beginning of the next answer, which can be less than its headers. None if the connection
+    /// closes first.
+    pub(crate) async fn beginning(&mut self) -> Option<String> {
+        let mut bytes = Vec::new();
+        let read = timeout(SOON, self.stream.read_buf(&mut bytes)).await;
+        let read = read.expect("an answer or an end");
+        matches!(read, Ok(1..)).then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Reads until the service closes the connection. A reset counts as closed, too.
