@@ -27,5 +27,6 @@ mod server;
 mod settings;
 mod shutdown;
 mod spans;
+mod sweep;
 mod tls;
 mod unread;

@@ -359,7 +359,7 @@ fn without_comparisons(alert: &str) -> String {
     while let Some(word) = words.next() {
         if ["==", "!=", "<=", ">=", "<", ">"].contains(&word) {
             let number = words.next().and_then(|number| number.parse::<f64>().ok());
-            let is_all = matches!(words.peek(), None | Some(&("and" | "or" | "unless")));
+            let is_all = matches!(words.peek(), None | Some(&("and" | "or" | "unless" | ")")));
             assert!(number.is_some() && is_all, "no plain number: {alert}");
             comparisons += 1;
         } else {
