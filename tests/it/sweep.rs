@@ -44,7 +44,7 @@ const QUIET: Traffic = Traffic {
 
 #[test]
 fn steady_breach_is_reported_before_a_fifth_of_the_budget_is_spent() {
-    judge_steady(&BUSY, 3 * DAY, &rates(&[1.1, 5.9, 14.0, 100.0]));
+    judge_steady(&BUSY, 3 * DAY, &rates(&[1.1, 5.9, 100.0]));
 }
 
 #[test]
@@ -74,7 +74,7 @@ fn half_of_what_is_allowed_never_alerts() {
 #[test]
 fn alerts_end_with_their_burst() {
     let bursts = [
-        (100.0, 10),
+        (100.0, HOUR / 2),
         (20.0, 2 * HOUR),
         (8.0, 7 * HOUR),
         (3.0, 30 * HOUR),
