@@ -24,7 +24,7 @@ test: setup ## Check and test everything
 	cargo test --workspace --locked
 
 sweep: PACKAGES = promtool=prometheus
-sweep: setup ## Try 20 rates of failure against the alerts, three minutes, and print when each fires
+sweep: setup ## Try 20 rates of failure against the alerts, a few minutes, and print when each fires
 	SWEEP=whole cargo test --locked --test it sweep:: -- --nocapture
 
 bench: bench-ready ## Measure everything, half an hour, and write bench/report.md

@@ -155,6 +155,10 @@ fn first<'a>(firing: &'a Firing, objective: &str) -> Option<(&'a str, f64)> {
 
 // --- what is tried ---
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the person who runs the tests chooses how many rates are tried, as with PROPTEST_CASES"
+)]
 fn whole() -> bool {
     std::env::var("SWEEP").is_ok_and(|sweep| sweep == "whole")
 }
