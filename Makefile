@@ -3,7 +3,7 @@
 # Programs are run from where they are built, whatever the environment says of that.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run test check bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
+.PHONY: help run test sweep check bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ test: setup ## Check and test everything
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
 	cargo test --workspace --locked
+
+sweep: PACKAGES = promtool=prometheus
+sweep: setup ## Try 20 rates of failure against the alerts, a few minutes, and print when each fires
+	SWEEP=whole cargo test --locked --test it sweep:: -- --nocapture
 
 bench: bench-ready ## Measure everything, half an hour, and write bench/report.md
 	@target/release/bench full

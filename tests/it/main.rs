@@ -32,5 +32,6 @@ mod settings;
 mod shutdown;
 mod spans;
 mod strangers;
+mod sweep;
 mod tls;
 mod unread;

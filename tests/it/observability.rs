@@ -358,9 +358,15 @@ fn without_comparisons(alert: &str) -> String {
     let (mut left, mut comparisons) = (Vec::new(), 0);
     while let Some(word) = words.next() {
         if ["==", "!=", "<=", ">=", "<", ">"].contains(&word) {
-            let number = words.next().and_then(|number| number.parse::<f64>().ok());
-            let is_all = matches!(words.peek(), None | Some(&("and" | "or" | "unless")));
-            assert!(number.is_some() && is_all, "no plain number: {alert}");
+            let number = words.next().unwrap_or_default();
+            let (number, closing) = number.split_at(number.find(')').unwrap_or(number.len()));
+            let is_all = !closing.is_empty()
+                || matches!(words.peek(), None | Some(&("and" | "or" | "unless")));
+            assert!(
+                number.parse::<f64>().is_ok() && is_all,
+                "no plain number: {alert}"
+            );
+            left.push(closing);
             comparisons += 1;
         } else {
             left.push(word);

@@ -3,8 +3,7 @@
 
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -35,7 +34,7 @@ impl Prometheus {
         let folder = tempfile::tempdir().expect("a folder");
         let configuration = folder.path().join("prometheus.yml");
         std::fs::write(&configuration, configured(address, targets)).expect("a configuration");
-        symlink(rules(), folder.path().join("rules")).expect("the rules");
+        copy_rules(&folder.path().join("rules"));
         let log = File::create(folder.path().join("log")).expect("a log");
         let child = installed("prometheus")
             .arg(format!("--config.file={}", configuration.display()))
@@ -138,6 +137,25 @@ pub(crate) fn installed(program: &str) -> Command {
 /// The folder of the rules.
 pub(crate) fn rules() -> PathBuf {
     PathBuf::from(OBSERVABILITY).join("rules")
+}
+
+/// Copies the rules; a group with an interval of its own is evaluated as often as the others.
+fn copy_rules(folder: &Path) {
+    std::fs::create_dir(folder).expect("a folder");
+    for entry in std::fs::read_dir(rules()).expect("the rules") {
+        let file = entry.expect("a file").path();
+        let text = std::fs::read_to_string(&file).expect("rules");
+        let lines = text
+            .lines()
+            .map(|line| match line.split_once("interval: ") {
+                Some((indent, _)) if indent.trim().is_empty() => {
+                    format!("{indent}interval: {OFTEN}\n")
+                }
+                _ => format!("{line}\n"),
+            });
+        let copy = folder.join(file.file_name().expect("a name"));
+        std::fs::write(copy, lines.collect::<String>()).expect("a copy");
+    }
 }
 
 /// The project's own configuration for Prometheus, but for how often it looks, and where.
