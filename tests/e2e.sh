@@ -21,6 +21,7 @@ cases=(
     ps_says_that_all_three_are_healthy
     total_survives_down_and_up
     web_tells_an_outage_of_db_and_counts_on_after_it
+    replaced_volume_of_db_is_used_without_a_restart_of_web
     web_serves_visits_without_the_cache
     web_comes_up_beside_a_cache_that_never_becomes_healthy
     stopped_service_resolves_to_nobody
@@ -120,6 +121,23 @@ web_tells_an_outage_of_db_and_counts_on_after_it() {
     within 60 health_is healthy web
     [ "$(total)" = $((before + 1)) ] || fail "the total did not go on from $before"
     [ "$(incarnation_of web)" = "$incarnation" ] || fail "web was restarted"
+}
+
+replaced_volume_of_db_is_used_without_a_restart_of_web() {
+    local web_before started
+    visit >/dev/null
+    web_before=$(incarnation_of web)
+    compose rm --stop --force db
+    docker volume rm "${project}_db-data" >/dev/null
+    within 5 says '"migrations":{"status":"pending"}' /health || within 5 status_is 503 /health || fail "web is ready without db"
+    compose up --detach db
+    within 30 is_healthy db || fail "db is $(health db)"
+    started=$(now)
+    within 10 status_is 200 / || fail "no visit succeeds"
+    note "$(since "$started") s from a healthy db to a visit"
+    within 5 is_healthy web || fail "web is $(health web)"
+    [ "$(sql 'select count(*) from visitas')" = "$(($(total) - 1))" ] || fail "the total is not the number of rows"
+    [ "$(incarnation_of web)" = "$web_before" ] || fail "web was started again"
 }
 
 web_serves_visits_without_the_cache() {
