@@ -29,11 +29,15 @@ pub(super) fn service(reader: &mut Reader<'_>, terminal: bool) -> Result<Config,
         timeout: reader.required(&VISIT_TIMEOUT)?,
         queue_capacity: reader.required(&QUEUE_CAPACITY)?,
     };
-    if visit.timeout < postgres.timeout {
+    // A visit waits for one call to each store, one after the other.
+    let calls = postgres.timeout + redis.timeout;
+    if visit.timeout < calls {
         return Err(ConfigError::new(&format!(
-            "{}: is less than {}; expected at least the time of one call",
+            "{}: is less than {} + {}; expected at least {}",
             reader.name(&VISIT_TIMEOUT.about),
             reader.name(&DB_TIMEOUT.about),
+            reader.name(&REDIS_TIMEOUT.about),
+            in_words(calls),
         )));
     }
     Ok(Config {

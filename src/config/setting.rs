@@ -132,7 +132,7 @@ settings! {
         }, Value "75s";
     }
     "Visits" {
-        /// Deadline of one visit, its wait in the queue included; at least that of a Postgres call.
+        /// Deadline of one visit, its wait in the queue included; at least `DB_TIMEOUT` + `REDIS_TIMEOUT`.
         VISIT_TIMEOUT: Durations = Durations {
             min: Duration::from_millis(10),
             max: Duration::from_mins(2),

@@ -166,7 +166,7 @@ async fn visit_without_postgres_is_503_and_increments_nothing() {
 async fn visit_with_a_slow_postgres_is_503_by_its_deadline() {
     let world = World::of_its_own();
     let service = world
-        .serve_with(&[("DB_TIMEOUT", "800ms"), ("VISIT_TIMEOUT", "1s")])
+        .serve_with(&[("DB_TIMEOUT", "750ms"), ("VISIT_TIMEOUT", "1s")])
         .await;
     world.postgres.pause().expect("Postgres pauses");
     let took = elapsed(async || {
