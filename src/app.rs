@@ -219,6 +219,7 @@ fn layered(router: Router, observer: Arc<Observer>) -> Router {
     router.layer(
         ServiceBuilder::new()
             .layer(observer.layer())
+            .map_response(error::not_stored)
             .map_response(error::problem_document)
             .layer(CatchPanicLayer::new())
             .layer(RequestBodyLimitLayer::new(BODY_LIMIT)),

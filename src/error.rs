@@ -5,7 +5,7 @@ use axum::BoxError;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::response::Response;
 use http::StatusCode;
-use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -50,4 +50,15 @@ where
         parts.headers.insert(CONNECTION, close);
     }
     Response::from_parts(parts, Body::from(body))
+}
+
+/// Keeps caches from storing a response that does not say itself how long it is good for: each is
+/// about its own moment. Without this a cache may keep some by its own judgement, a 404 or a
+/// scrape among them (RFC 9111, section 4.2.2).
+pub fn not_stored(mut response: Response) -> Response {
+    response
+        .headers_mut()
+        .entry(CACHE_CONTROL)
+        .or_insert(HeaderValue::from_static("no-store"));
+    response
 }
