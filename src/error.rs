@@ -1,6 +1,8 @@
 //! Errors as a client sees them: a problem document (RFC 9457) that says which rule of HTTP was
 //! broken and nothing of what goes on inside.
 
+use std::any::Any;
+
 use axum::BoxError;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::response::Response;
@@ -60,5 +62,13 @@ pub fn not_stored(mut response: Response) -> Response {
         .headers_mut()
         .entry(CACHE_CONTROL)
         .or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+/// The response to a request whose handler panicked. What it panicked with is in the log.
+#[must_use]
+pub fn panicked(_panic: Box<dyn Any + Send>) -> http::Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
     response
 }

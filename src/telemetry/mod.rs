@@ -9,6 +9,7 @@ pub mod http;
 mod log;
 pub mod metric;
 mod otlp;
+mod panic;
 pub mod sampling;
 mod trace;
 
@@ -45,8 +46,9 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Starts logs, metrics and, where there is an exporter, traces. Must be called once, and
-    /// outside the runtime. The end of the log is waited for no longer than `patience`.
+    /// Starts logs, metrics and, where there is an exporter, traces. From then on a panic is a line
+    /// of the log. Must be called once, and outside the runtime. The end of the log is waited for no
+    /// longer than `patience`.
     ///
     /// # Errors
     ///
@@ -80,10 +82,12 @@ impl Telemetry {
             .with(log::layer(log, writing.buffer())?)
             .with(spans)
             .try_init()?;
+        let prometheus = metric::install()?;
+        panic::install_hook();
         Ok(Self {
             writing,
             pipeline,
-            prometheus: metric::install()?,
+            prometheus,
             traces: traces.cloned(),
             flushed: AtomicBool::new(false),
         })
