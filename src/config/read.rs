@@ -101,7 +101,9 @@ pub(super) fn postgres(reader: &mut Reader<'_>) -> Result<PostgresConfig, Config
         password: reader.secret(&DB_PASSWORD, &DB_PASSWORD_FILE)?,
         database: reader.required(&DB_NAME)?,
         ssl_mode: reader.required(&DB_SSLMODE)?,
-        ssl_root_cert: reader.optional(&DB_SSLROOTCERT)?,
+        ssl_root_cert: reader
+            .optional(&DB_SSLROOTCERT)?
+            .map(|certificates| certificates.path),
         timeout: reader.required(&DB_TIMEOUT)?,
     };
     // The other modes take any certificate, so that naming one's own would only look safe.
@@ -131,7 +133,7 @@ fn redis(reader: &mut Reader<'_>) -> Result<RedisConfig, ConfigError> {
         reader.unpack(url, cache.parts);
         (tls, username, database) = (cache.tls, cache.username, cache.database);
     }
-    let config = RedisConfig {
+    let mut config = RedisConfig {
         host: reader.required(&REDIS_HOST)?,
         port: reader.required(&REDIS_PORT)?,
         tls,
@@ -147,6 +149,9 @@ fn redis(reader: &mut Reader<'_>) -> Result<RedisConfig, ConfigError> {
             reader.name(&REDIS_TLS_CA.about),
             url.variable,
         )));
+    }
+    if config.tls && config.tls_ca.is_none() {
+        config.tls_ca = reader.system_roots();
     }
     Ok(config)
 }
@@ -257,6 +262,7 @@ fn exporter(reader: &mut Reader<'_>) -> Result<Option<ExporterConfig>, ConfigErr
         headers: headers.unwrap_or_default(),
         timeout: timeout.map_or(batch_timeout, |timeout| timeout.min(batch_timeout)),
         compression: compression.unwrap_or(Compression::None),
+        roots: reader.system_roots(),
     }))
 }
 

@@ -331,8 +331,5 @@ fn file(name: &str, contents: impl AsRef<[u8]>) -> TemporaryFile {
 }
 
 fn certificate(name: &str) -> TemporaryFile {
-    file(
-        name,
-        "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n",
-    )
+    file(name, include_str!("tests/ca.pem"))
 }

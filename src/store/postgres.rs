@@ -5,6 +5,7 @@
 
 mod migration;
 mod session;
+mod trust;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

@@ -2,12 +2,17 @@
 //!
 //! It knows no statement.
 
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use rustls::pki_types::UnixTime;
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity, PgSslMode};
 use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
+use tokio::sync::Mutex;
 
-use crate::config::{PostgresConfig, SslMode};
+use super::trust;
+use crate::config::{Certificates, PostgresConfig, SslMode};
 use crate::store::pool::Connect;
 use crate::store::{Cause, Error};
 
@@ -20,6 +25,7 @@ const UNHURRIED_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 pub(super) struct Session {
     options: PgConnectOptions,
+    roots: Option<Roots>,
     lock_timeout: Duration,
     statement_timeout: Duration,
     deadline: Duration,
@@ -53,9 +59,6 @@ impl Session {
         if config.host.starts_with('/') {
             options = options.socket(&config.host);
         }
-        if let Some(certificates) = &config.ssl_root_cert {
-            options = options.ssl_root_cert_from_pem(certificates.pem.clone());
-        }
         options = options.options([
             // Each statement of the recording function must see what the lock's last holder did.
             ("default_transaction_isolation", "read committed"),
@@ -70,6 +73,7 @@ impl Session {
         ]);
         Self {
             options,
+            roots: config.ssl_root_cert.clone().map(Roots::new),
             lock_timeout: config.lock_timeout(),
             statement_timeout: config.statement_timeout(),
             deadline: config.timeout,
@@ -78,27 +82,73 @@ impl Session {
 
     /// A session without a limit on how long a statement may run, for migrations and counting.
     pub(super) async fn open_unhurried(&self) -> Result<PgConnection, Error> {
-        let options = self
-            .options
-            .clone()
-            .options(timeouts(UNHURRIED_LOCK_TIMEOUT, Duration::ZERO));
-        tokio::time::timeout(self.deadline, options.connect())
+        let timeouts = timeouts(UNHURRIED_LOCK_TIMEOUT, Duration::ZERO);
+        tokio::time::timeout(self.deadline, self.connect(timeouts))
             .await
             .map_err(|_elapsed| Error::Timeout(self.deadline))?
-            .map_err(connect_failure)
     }
+
+    async fn connect(&self, timeouts: [(&'static str, String); 2]) -> Result<PgConnection, Error> {
+        let mut options = self.options.clone().options(timeouts);
+        if let Some(roots) = &self.roots {
+            options = options.ssl_root_cert_from_pem(roots.read().await?);
+        }
+        options.connect().await.map_err(connect_failure)
+    }
+}
+
+/// The file of `DB_SSLROOTCERT`.
+#[derive(Debug, Clone)]
+struct Roots {
+    file: PathBuf,
+    /// Held while a thread reads, so that a file system that stands still takes no more than one.
+    reading: Arc<Mutex<()>>,
+}
+
+impl Roots {
+    fn new(file: PathBuf) -> Self {
+        Self {
+            file,
+            reading: Arc::default(),
+        }
+    }
+
+    /// Certificates to trust, in PEM, as the file holds them now: as with psql, an authority that
+    /// was taken out of it is not trusted any longer, and without the file none is.
+    async fn read(&self) -> Result<Vec<u8>, Error> {
+        let reading = Arc::clone(&self.reading).lock_owned().await;
+        let file = self.file.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let _reading = reading;
+            trusted(&file).map_err(|why| format!("{} {why}", file.display()))
+        });
+        match read.await {
+            Ok(Ok(pem)) => Ok(pem),
+            Ok(Err(why)) => Err(Error::Connection(why.into())),
+            Err(error) => Err(Error::Connection(error.into())),
+        }
+    }
+}
+
+fn trusted(file: &Path) -> Result<Vec<u8>, String> {
+    // The driver adds those that it finds by itself to what it is given.
+    if !rustls_native_certs::load_native_certs().certs.is_empty() {
+        return Err("cannot replace the system's root certificates".to_owned());
+    }
+    let certificates = Certificates::read(file)?;
+    let roots = trust::roots(&certificates.pem, UnixTime::now());
+    if roots.is_empty() {
+        return Err("holds no certificate of an authority that is valid now".to_owned());
+    }
+    Ok(Certificates::in_pem(&roots))
 }
 
 impl Connect for Session {
     type Connection = PgConnection;
 
     async fn open(&self) -> Result<PgConnection, Error> {
-        self.options
-            .clone()
-            .options(timeouts(self.lock_timeout, self.statement_timeout))
-            .connect()
+        self.connect(timeouts(self.lock_timeout, self.statement_timeout))
             .await
-            .map_err(connect_failure)
     }
 
     async fn ping(&self, connection: &mut PgConnection) -> Result<(), Error> {
