@@ -288,9 +288,13 @@ impl Kind for Filter {
     }
 
     fn parse(&self, text: &str) -> Result<String, Rejection> {
-        accept_if(!text.is_empty() && EnvFilter::try_new(text).is_ok(), || {
-            text.to_owned()
-        })
+        // With whitespace before a directive its parser miscounts, and may panic.
+        let directives: Vec<&str> = text.split(',').map(str::trim).collect();
+        let filter = directives.join(",");
+        if filter.is_empty() || EnvFilter::try_new(&filter).is_err() {
+            return Err(None);
+        }
+        Ok(filter)
     }
 }
 
