@@ -1,7 +1,10 @@
 //! The service as a whole: its routes, and its life from start to stop.
 
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -113,27 +116,20 @@ impl App {
         );
         let mut monitoring = tokio::spawn(monitor(service.clone()));
         let mut writing = tokio::spawn(writer.run());
-
         let slow = config.telemetry.log.access_slow;
         let observer = Observer::new(service.telemetry.sampler(), slow);
-        let upkeep = tokio::spawn(upkeep(service.clone(), Arc::clone(&observer)));
+        let mut upkeeping = tokio::spawn(upkeep(service.clone(), Arc::clone(&observer)));
         let router = routes(&service, Arc::clone(&observer), metrics_listener.is_none());
         let (metrics_stop, metrics_stopped) = tokio::sync::oneshot::channel::<()>();
-        let metrics_server = metrics_listener.map(|listener| {
+        let mut metrics_server = metrics_listener.map(|listener| {
             let router = metrics_routes(&service, Arc::clone(&observer));
             tokio::spawn(async move {
                 let stop = async {
                     metrics_stopped.await.ok();
                 };
-                server::serve(
-                    listener,
-                    router,
-                    limits,
-                    |_open| {},
-                    stop,
-                    Duration::from_millis(100),
-                )
-                .await
+                let drain = Duration::from_millis(100);
+                let _drained =
+                    server::serve(listener, router, limits, |_open| {}, stop, drain).await;
             })
         });
 
@@ -141,9 +137,13 @@ impl App {
         let stop = async {
             let unexpected = tokio::select! {
                 () = signal => None,
-                // Neither ends by itself; a service without them is better started anew.
-                _ = &mut writing => Some("writer"),
-                _ = &mut monitoring => Some("monitor"),
+                // None ends by itself; a service without one of them is better started again.
+                task = first_to_end([
+                    ("writer", Some(&mut writing)),
+                    ("monitor", Some(&mut monitoring)),
+                    ("upkeep", Some(&mut upkeeping)),
+                    ("metrics listener", metrics_server.as_mut()),
+                ]) => Some(task),
             };
             service.leave();
             if let Some(part) = unexpected {
@@ -160,7 +160,7 @@ impl App {
             server::serve(listener, router, limits, metric::connections, stop, drain).await;
         let deadline = Instant::now() + shutdown.for_spans();
         monitoring.abort();
-        upkeep.abort();
+        upkeeping.abort();
         finish_writing(writing, deadline).await;
         let telemetry = Arc::clone(&service.telemetry);
         tokio::task::spawn_blocking(move || {
@@ -169,8 +169,9 @@ impl App {
         .await
         .context("flushing telemetry")?;
         drop(metrics_stop);
-        if let Some(server) = metrics_server {
-            let _drained = server.await.context("serving metrics")?;
+        // Polled again after its end it would panic.
+        if let Some(server) = metrics_server.filter(|server| !server.is_finished()) {
+            server.await.context("serving metrics")?;
         }
         observer.tell_left_out();
         info!(connections.aborted = drained.aborted, "stopped");
@@ -180,6 +181,23 @@ impl App {
         );
         Ok(())
     }
+}
+
+/// Waits until one of these tasks has ended, by a panic or otherwise, and returns its name.
+async fn first_to_end<const N: usize>(
+    mut tasks: [(&'static str, Option<&mut JoinHandle<()>>); N],
+) -> &'static str {
+    poll_fn(|cx| {
+        for (name, task) in &mut tasks {
+            if let Some(task) = task
+                && Pin::new(&mut **task).poll(cx).is_ready()
+            {
+                return Poll::Ready(*name);
+            }
+        }
+        Poll::Pending
+    })
+    .await
 }
 
 /// The queue is empty once every request is answered, so this waits only where some were not.
@@ -215,12 +233,13 @@ fn metrics_routes(service: &Service, observer: Arc<Observer>) -> Router {
 /// The first layer sees a request first: what is observed includes what the others refuse, and a
 /// panic is caught before it can pass anything unobserved. They are one stack, since axum allocates
 /// anew for each layer that is added by itself.
-fn layered(router: Router, observer: Arc<Observer>) -> Router {
+pub fn layered(router: Router, observer: Arc<Observer>) -> Router {
     router.layer(
         ServiceBuilder::new()
             .layer(observer.layer())
+            .map_response(error::not_stored)
             .map_response(error::problem_document)
-            .layer(CatchPanicLayer::new())
+            .layer(CatchPanicLayer::custom(error::panicked))
             .layer(RequestBodyLimitLayer::new(BODY_LIMIT)),
     )
 }
@@ -257,5 +276,24 @@ fn raise_file_limit(connections: usize) {
             error = error.to_string(),
             "cannot raise the limit on open files"
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn task_that_panics_or_returns_is_named() {
+        for end in [|| panic!("on purpose"), || {}] {
+            let mut stays = tokio::spawn(std::future::pending());
+            let mut ends = tokio::spawn(async move { end() });
+            let tasks = [
+                ("stays", Some(&mut stays)),
+                ("absent", None),
+                ("ends", Some(&mut ends)),
+            ];
+            assert_eq!(first_to_end(tasks).await, "ends");
+        }
     }
 }

@@ -6,11 +6,13 @@
 //! starts no logging.
 //!
 //! `setting` is the table, `kind` and `url` read one value each, `source` knows where they come
-//! from, `read` puts them together, and `cli` makes flags and help of the table.
+//! from, `read` puts them together, and `cli` makes flags and help of the table. `roots` finds the
+//! system's root certificates, and hides them from the Postgres driver.
 
 mod cli;
 mod kind;
 mod read;
+mod roots;
 mod setting;
 mod source;
 #[cfg(test)]
@@ -21,8 +23,10 @@ mod value;
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use http::Uri;
 
 use self::cli::Parsed;
@@ -108,8 +112,8 @@ pub struct PostgresConfig {
     pub database: String,
     /// `DB_SSLMODE`.
     pub ssl_mode: SslMode,
-    /// `DB_SSLROOTCERT`; without it the system's roots hold.
-    pub ssl_root_cert: Option<Certificates>,
+    /// `DB_SSLROOTCERT`; without it the system's roots hold. The file is read again for each session.
+    pub ssl_root_cert: Option<PathBuf>,
     /// `DB_TIMEOUT`: the deadline of one call.
     pub timeout: Duration,
 }
@@ -150,7 +154,8 @@ pub struct RedisConfig {
     pub password: Option<Secret>,
     /// The database's number in `REDIS_URL`, otherwise 0.
     pub database: i64,
-    /// `REDIS_TLS_CA`; without it the system's roots hold.
+    /// `REDIS_TLS_CA`, or the system's roots where the driver does not find them; without it those
+    /// hold that it finds.
     pub tls_ca: Option<Certificates>,
     /// `REDIS_TIMEOUT`: the deadline of one call, checkout included.
     pub timeout: Duration,
@@ -276,6 +281,21 @@ pub struct ExporterConfig {
     pub timeout: Duration,
     /// `OTEL_EXPORTER_OTLP_COMPRESSION`.
     pub compression: Compression,
+    /// The system's roots, where the exporter does not find them.
+    pub roots: Option<Certificates>,
+}
+
+impl Command {
+    /// The database that it opens sessions with.
+    fn postgres(&self) -> Option<&PostgresConfig> {
+        match self {
+            Self::Serve(config) => Some(&config.postgres),
+            Self::Migrate { postgres, .. }
+            | Self::Reconcile { postgres, .. }
+            | Self::Recount { postgres, .. } => Some(postgres),
+            Self::Healthcheck { .. } | Self::Print(_) => None,
+        }
+    }
 }
 
 /// Reads this process's command line and environment.
@@ -283,16 +303,35 @@ pub struct ExporterConfig {
 /// # Errors
 /// As [`parse`].
 pub fn from_process() -> Result<Command, ConfigError> {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "this is the one place that reads it"
-    )]
-    let environment = |variable: &str| std::env::var_os(variable);
     parse(
         std::env::args_os(),
-        &environment,
+        &process_environment,
         std::io::stdout().is_terminal(),
     )
+}
+
+/// Sees to it that a command whose database has certificates of its own to trust trusts no others.
+/// For that the program may be executed again, so this must be called before anything is started.
+///
+/// # Errors
+/// If the program cannot be executed.
+pub fn trust_no_other(command: &Command) -> anyhow::Result<()> {
+    let roots = command
+        .postgres()
+        .and_then(|postgres| postgres.ssl_root_cert.as_ref());
+    if roots.is_none() {
+        return Ok(());
+    }
+    roots::hide(&process_environment)
+        .context("keeping the system's root certificates from Postgres, as DB_SSLROOTCERT asks")
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "this is the one place that reads it"
+)]
+fn process_environment(variable: &str) -> Option<OsString> {
+    std::env::var_os(variable)
 }
 
 /// Reads a command line, whose first item is the program's name, and an environment. `terminal`

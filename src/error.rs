@@ -1,11 +1,13 @@
 //! Errors as a client sees them: a problem document (RFC 9457) that says which rule of HTTP was
 //! broken and nothing of what goes on inside.
 
+use std::any::Any;
+
 use axum::BoxError;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::response::Response;
 use http::StatusCode;
-use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -50,4 +52,23 @@ where
         parts.headers.insert(CONNECTION, close);
     }
     Response::from_parts(parts, Body::from(body))
+}
+
+/// Keeps caches from storing a response that does not say itself how long it is good for: each is
+/// about its own moment. Without this a cache may keep some by its own judgement, a 404 or a
+/// scrape among them (RFC 9111, section 4.2.2).
+pub fn not_stored(mut response: Response) -> Response {
+    response
+        .headers_mut()
+        .entry(CACHE_CONTROL)
+        .or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+/// The response to a request whose handler panicked. What it panicked with is in the log.
+#[must_use]
+pub fn panicked(_panic: Box<dyn Any + Send>) -> http::Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+    response
 }

@@ -6,7 +6,6 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
-use http::header::{CACHE_CONTROL, HeaderValue};
 use serde::Serialize;
 
 use crate::service::Service;
@@ -76,14 +75,12 @@ pub async fn ready(State(service): State<Service>) -> Response {
     } else {
         StatusCode::OK
     };
-    let no_store = [(CACHE_CONTROL, HeaderValue::from_static("no-store"))];
-    (code, no_store, Json(report)).into_response()
+    (code, Json(report)).into_response()
 }
 
 /// `GET /health/live`: whether the process serves at all.
 pub async fn live() -> Response {
-    let no_store = [(CACHE_CONTROL, HeaderValue::from_static("no-store"))];
-    (no_store, Json(serde_json::json!({ "status": "ok" }))).into_response()
+    Json(serde_json::json!({ "status": "ok" })).into_response()
 }
 
 fn check(availability: &Availability) -> Check {

@@ -30,6 +30,10 @@ fn main() -> ExitCode {
             return ExitCode::from(ConfigError::EXIT_STATUS);
         }
     };
+    if let Err(error) = config::trust_no_other(&command) {
+        eprintln!("visitas: {error:#}");
+        return ExitCode::FAILURE;
+    }
     match run(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -207,7 +207,10 @@ impl<F: Fn(usize)> Connections<F> {
     }
 
     fn closed(&self, ended: Option<Result<(), JoinError>>) {
-        if let Some(Err(error)) = ended {
+        // A panic has been logged where it happened.
+        if let Some(Err(error)) = ended
+            && !error.is_panic()
+        {
             tracing::error!(error = %error, "a connection's task failed");
         }
         (self.on_change)(self.tasks.len());

@@ -1,10 +1,15 @@
 //! `GET /`: records one visit and says what both stores have counted.
 
-use axum::body::Body;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{self, Poll};
+
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
+use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, StatusCode};
+use hyper::body::Frame;
 use serde::Serialize;
 
 use crate::recorder::Refusal;
@@ -39,13 +44,28 @@ pub async fn record(State(service): State<Service>) -> Response {
     }
 }
 
-/// `HEAD /` is no visit.
+/// `HEAD /` is no visit, so nobody knows how long the body of a `GET` would be.
 pub async fn head() -> Response {
-    let headers = [
-        (CONTENT_TYPE, HeaderValue::from_static("application/json")),
-        (CACHE_CONTROL, HeaderValue::from_static("no-store")),
-    ];
-    (StatusCode::OK, headers).into_response()
+    let mut response = Response::new(Body::new(UnknownLength));
+    let json = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(CONTENT_TYPE, json);
+    response
+}
+
+/// An empty body that does not tell its length. Of any other the router would write
+/// `Content-Length: 0`, which says that `GET /` has no body (RFC 9110, section 8.6).
+struct UnknownLength;
+
+impl HttpBody for UnknownLength {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _cx: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(None)
+    }
 }
 
 /// A visit that is not known to be recorded. What it says of Redis is what was last read there,
@@ -79,15 +99,16 @@ fn status(works: bool) -> &'static str {
 }
 
 fn respond(status: StatusCode, answer: &Answer) -> Response {
-    let Ok(body) = serde_json::to_vec(answer) else {
+    let Ok(mut body) = serde_json::to_vec(answer) else {
         // Four plain fields always serialise.
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };
+    // A terminal shows its prompt on a line of its own.
+    body.push(b'\n');
     let mut response = Response::new(Body::from(body));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.reserve(HEADERS);
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }

@@ -37,6 +37,7 @@ cases=(
     every_variable_of_env_example_takes_effect
     env_example_shows_the_defaults
     passwords_come_from_files
+    passwords_in_files_may_end_in_cr_lf
     unreadable_password_file_ends_web_with_a_line_that_names_it
     db_is_never_healthy_while_it_is_initialised
     volume_of_the_flask_version_is_adopted
@@ -369,6 +370,14 @@ passwords_come_from_files() {
     remove_everything
 }
 
+passwords_in_files_may_end_in_cr_lf() {
+    make_secrets s3gredo '\r\n'
+    remove_everything
+    with_secrets up --detach --wait --wait-timeout 120
+    visit | grep -q '"db_status":"ok","redis_status":"ok"' || fail "$(visit)"
+    remove_everything
+}
+
 unreadable_password_file_ends_web_with_a_line_that_names_it() {
     local said status=0
     make_secrets anything
@@ -613,8 +622,7 @@ blobs_with() {
 
 make_secrets() {
     rm -rf "$work/secrets" && mkdir -m 0700 "$work/secrets"
-    printf '%s\n' "$1" >"$work/secrets/db_password"
-    printf '%s\n' "$1" >"$work/secrets/redis_password"
+    printf "%s${2:-\\n}" "$1" | tee "$work/secrets/db_password" >"$work/secrets/redis_password"
     chmod 0444 "$work/secrets/"*
 }
 

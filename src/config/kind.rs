@@ -314,9 +314,13 @@ impl Kind for Filter {
     }
 
     fn parse(&self, text: &str) -> Result<String, Rejection> {
-        accept_if(!text.is_empty() && EnvFilter::try_new(text).is_ok(), || {
-            text.to_owned()
-        })
+        // With whitespace before a directive its parser miscounts, and may panic.
+        let directives: Vec<&str> = text.split(',').map(str::trim).collect();
+        let filter = directives.join(",");
+        if filter.is_empty() || EnvFilter::try_new(&filter).is_err() {
+            return Err(None);
+        }
+        Ok(filter)
     }
 }
 
@@ -339,7 +343,7 @@ impl Kind for FilePath {
 
 /// The text of a file that holds a secret, without the newline at its end.
 pub(super) fn read_secret(path: &Path) -> Result<String, Rejection> {
-    let bytes = read_bounded(path, 16_384)?;
+    let bytes = read_bounded(path, 16_384).map_err(Some)?;
     let text = String::from_utf8(bytes).map_err(|_| Some("is not UTF-8".to_owned()))?;
     let secret = text.trim_end_matches(['\r', '\n']);
     if secret.is_empty() {
@@ -360,16 +364,7 @@ impl Kind for Pem {
     }
 
     fn parse(&self, text: &str) -> Result<Certificates, Rejection> {
-        let path = PathBuf::from(text);
-        let pem = read_bounded(&path, 4 << 20)?;
-        let contents = String::from_utf8_lossy(&pem);
-        let certificate = contents
-            .split_once("-----BEGIN CERTIFICATE-----")
-            .is_some_and(|(_, rest)| rest.contains("-----END CERTIFICATE-----"));
-        if !certificate {
-            return Err(Some("holds no certificate".to_owned()));
-        }
-        Ok(Certificates { path, pem })
+        Certificates::read(Path::new(text)).map_err(Some)
     }
 }
 
@@ -474,7 +469,7 @@ fn in_range<T: std::str::FromStr + PartialOrd>(
 
 /// Reads a file that someone else names: bounded, and with the user in the error, since the usual
 /// cause is a file that only another user may read.
-fn read_bounded(path: &Path, max_bytes: u64) -> Result<Vec<u8>, Rejection> {
+pub(super) fn read_bounded(path: &Path, max_bytes: u64) -> Result<Vec<u8>, String> {
     let read = || -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
         File::open(path)?
@@ -484,10 +479,10 @@ fn read_bounded(path: &Path, max_bytes: u64) -> Result<Vec<u8>, Rejection> {
     };
     let bytes = read().map_err(|error| {
         let uid = rustix::process::geteuid().as_raw();
-        Some(format!("cannot be read by uid {uid}: {error}"))
+        format!("cannot be read by uid {uid}: {error}")
     })?;
     if bytes.len() as u64 > max_bytes {
-        return Err(Some(format!("is larger than {max_bytes} bytes")));
+        return Err(format!("is larger than {max_bytes} bytes"));
     }
     Ok(bytes)
 }

@@ -29,11 +29,15 @@ pub(super) fn service(reader: &mut Reader<'_>, terminal: bool) -> Result<Config,
         timeout: reader.required(&VISIT_TIMEOUT)?,
         queue_capacity: reader.required(&QUEUE_CAPACITY)?,
     };
-    if visit.timeout < postgres.timeout {
+    // A visit waits for one call to each store, one after the other.
+    let calls = postgres.timeout + redis.timeout;
+    if visit.timeout < calls {
         return Err(ConfigError::new(&format!(
-            "{}: is less than {}; expected at least the time of one call",
+            "{}: is less than {} + {}; expected at least {}",
             reader.name(&VISIT_TIMEOUT.about),
             reader.name(&DB_TIMEOUT.about),
+            reader.name(&REDIS_TIMEOUT.about),
+            in_words(calls),
         )));
     }
     Ok(Config {
@@ -98,7 +102,9 @@ pub(super) fn postgres(reader: &mut Reader<'_>) -> Result<PostgresConfig, Config
         password: reader.secret(&DB_PASSWORD, &DB_PASSWORD_FILE)?,
         database: reader.required(&DB_NAME)?,
         ssl_mode: reader.required(&DB_SSLMODE)?,
-        ssl_root_cert: reader.optional(&DB_SSLROOTCERT)?,
+        ssl_root_cert: reader
+            .optional(&DB_SSLROOTCERT)?
+            .map(|certificates| certificates.path),
         timeout: reader.required(&DB_TIMEOUT)?,
     };
     // The other modes take any certificate, so that naming one's own would only look safe.
@@ -128,7 +134,7 @@ fn redis(reader: &mut Reader<'_>) -> Result<RedisConfig, ConfigError> {
         reader.unpack(url, cache.parts);
         (tls, username, database) = (cache.tls, cache.username, cache.database);
     }
-    let config = RedisConfig {
+    let mut config = RedisConfig {
         host: reader.required(&REDIS_HOST)?,
         port: reader.required(&REDIS_PORT)?,
         tls,
@@ -144,6 +150,9 @@ fn redis(reader: &mut Reader<'_>) -> Result<RedisConfig, ConfigError> {
             reader.name(&REDIS_TLS_CA.about),
             url.variable,
         )));
+    }
+    if config.tls && config.tls_ca.is_none() {
+        config.tls_ca = reader.system_roots();
     }
     Ok(config)
 }
@@ -260,6 +269,7 @@ fn exporter(reader: &mut Reader<'_>) -> Result<Option<ExporterConfig>, ConfigErr
         headers: headers.unwrap_or_default(),
         timeout: timeout.map_or(batch_timeout, |timeout| timeout.min(batch_timeout)),
         compression: compression.unwrap_or(Compression::None),
+        roots: reader.system_roots(),
     }))
 }
 

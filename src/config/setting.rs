@@ -92,7 +92,7 @@ settings! {
             ("verify-ca", SslMode::VerifyCa),
             ("verify-full", SslMode::VerifyFull),
         ]), Value "prefer";
-        /// Certificates to trust, for the two verifying modes of TLS.
+        /// Certificates to trust instead of the system's, for the two verifying modes of TLS; the file is read for each session.
         DB_SSLROOTCERT: Pem = Pem, Absent "system roots";
         /// Deadline of one call; the server gives up a lock at 70 % and a statement at 85 % of it.
         DB_TIMEOUT: Durations = Durations {
@@ -105,7 +105,7 @@ settings! {
         REDIS_HOST: Host = Host { sockets: false }, Value "localhost";
         /// TCP port.
         REDIS_PORT: Port = Port, Value "6379";
-        /// Certificates to trust, for a rediss:// URL.
+        /// Certificates to trust instead of the system's, for a rediss:// URL.
         REDIS_TLS_CA: Pem = Pem, Absent "system roots";
         /// Deadline of one call, below 70 % of the one for Postgres.
         REDIS_TIMEOUT: Durations = Durations {
@@ -132,7 +132,7 @@ settings! {
         }, Value "75s";
     }
     "Visits" {
-        /// Deadline of one visit, its wait in the queue included; at least that of a Postgres call.
+        /// Deadline of one visit, its wait in the queue included; at least `DB_TIMEOUT` + `REDIS_TIMEOUT`.
         VISIT_TIMEOUT: Durations = Durations {
             min: Duration::from_millis(10),
             max: Duration::from_mins(2),

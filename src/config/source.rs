@@ -10,9 +10,10 @@ use std::fmt::Write as _;
 use clap::ArgMatches;
 
 use super::kind::{FilePath, Kind, Rejection, read_secret};
+use super::roots;
 use super::setting::{About, Fallback, OBEYED_BY_THE_DRIVER, Setting, all};
 use super::url::Parts;
-use super::value::Secret;
+use super::value::{Certificates, Secret};
 
 /// A bad command line or setting, in one line that names it, its value unless that is secret, and
 /// what is accepted.
@@ -188,6 +189,11 @@ impl<'a> Reader<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The system's root certificates, for a client that does not find them by itself.
+    pub(super) fn system_roots(&self) -> Option<Certificates> {
+        roots::handed_on(self.environment)
     }
 
     /// Names a setting that was read, with its value, for an error about several.

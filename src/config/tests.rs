@@ -191,14 +191,19 @@ fn durations_have_units_and_reach_their_bounds() {
 }
 
 #[test]
-fn visit_must_have_time_for_one_call() {
-    let line = error("--db-timeout=2001ms", &[]);
+fn visit_must_have_time_for_one_call_to_each_store() {
+    let line = error("--db-timeout=1751ms", &[]);
     assert!(line.contains("VISIT_TIMEOUT=\"2s\" (default)"), "{line}");
     assert!(
-        line.contains("--db-timeout=\"2001ms\" (DB_TIMEOUT)"),
+        line.contains("--db-timeout=\"1751ms\" (DB_TIMEOUT)"),
         "{line}"
     );
-    serve("--db-timeout=2s", &[]);
+    assert!(line.contains("REDIS_TIMEOUT=\"250ms\" (default)"), "{line}");
+    assert!(line.ends_with("expected at least 2001ms"), "{line}");
+    error("--visit-timeout=1249ms", &[]);
+    error("--redis-timeout=600ms --db-timeout=1401ms", &[]);
+    serve("--db-timeout=1750ms", &[]);
+    serve("--visit-timeout=1250ms", &[]);
 }
 
 #[test]
@@ -329,8 +334,5 @@ fn file(name: &str, contents: impl AsRef<[u8]>) -> TemporaryFile {
 }
 
 fn certificate(name: &str) -> TemporaryFile {
-    file(
-        name,
-        "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n",
-    )
+    file(name, include_str!("tests/ca.pem"))
 }

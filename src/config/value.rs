@@ -3,7 +3,14 @@
 //! They know nothing of settings or of how they are written.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+
+use super::kind::read_bounded;
 
 /// Text that is never shown: `Debug` and `Display` write `****`.
 #[derive(Clone, PartialEq, Eq)]
@@ -38,13 +45,49 @@ impl fmt::Display for Secret {
     }
 }
 
-/// Certificates to trust, read once at start.
+/// Certificates to trust.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Certificates {
     /// The file they were read from.
     pub path: PathBuf,
     /// The file's contents, in PEM.
     pub pem: Vec<u8>,
+}
+
+impl Certificates {
+    const MAX_BYTES: u64 = 4 << 20;
+
+    /// Reads a file in PEM with at least one certificate.
+    ///
+    /// # Errors
+    /// Why that is not what it is, to follow the file's name.
+    pub fn read(path: &Path) -> Result<Self, String> {
+        let pem = read_bounded(path, Self::MAX_BYTES)?;
+        let mut certificates = CertificateDer::pem_slice_iter(&pem).peekable();
+        if certificates.peek().is_none() {
+            return Err("holds no certificate".to_owned());
+        }
+        if certificates.any(|certificate| certificate.is_err()) {
+            return Err("holds a certificate that is not PEM".to_owned());
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            pem,
+        })
+    }
+}
+
+impl Certificates {
+    /// Writes certificates in PEM (RFC 7468).
+    #[must_use]
+    pub fn in_pem(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
+        let write = |certificate| {
+            let text = STANDARD.encode(certificate);
+            format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
+        };
+        let pem: String = certificates.iter().map(write).collect();
+        pem.into_bytes()
+    }
 }
 
 impl fmt::Debug for Certificates {

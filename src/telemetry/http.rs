@@ -22,6 +22,7 @@ use tracing::{Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
+use super::panic::{InRequest, RequestIds};
 use super::sampling::Sampler;
 use super::{metric, trace};
 
@@ -91,6 +92,7 @@ where
 
     fn call(&mut self, request: Request) -> Self::Future {
         let seen = Seen::begin(&self.observer, &request);
+        let _in_request = InRequest::enter(seen.ids());
         let span = seen.span.clone();
         Observed {
             answer: self.inner.call(request).instrument(span),
@@ -117,7 +119,9 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
+        let in_request = InRequest::enter(this.seen.ids());
         let mut response = ready!(this.answer.poll(cx))?;
+        drop(in_request);
         this.seen.answer(&mut response);
         Poll::Ready(Ok(response))
     }
@@ -172,6 +176,14 @@ impl Seen {
             span,
             started,
             over: false,
+        }
+    }
+
+    fn ids(&self) -> RequestIds {
+        RequestIds {
+            request: self.id.clone(),
+            trace: self.trace,
+            span: self.context.as_ref().map(SpanContext::span_id),
         }
     }
 

@@ -154,7 +154,10 @@ where
     // Spans are for the collector. Here each would be formatted, though whatever belongs to a
     // request says so in fields of its own.
     let no_spans = format!("{}=off", super::SPANS).parse()?;
-    let filter = EnvFilter::try_new(&config.filter)?.add_directive(no_spans);
+    let panics = format!("{}=error", super::panic::TARGET).parse()?;
+    let filter = EnvFilter::try_new(&config.filter)?
+        .add_directive(no_spans)
+        .add_directive(panics);
     let lines = tracing_subscriber::fmt::layer().with_writer(buffer);
     Ok(match config.format {
         LogFormat::Json => lines

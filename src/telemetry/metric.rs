@@ -40,6 +40,7 @@ mod name {
     pub(super) const POOL_WAIT: &str = "db_client_connection_wait_time_seconds";
     pub(super) const SPANS_EXPORTED: &str = "otel_sdk_exporter_span_exported_total";
     pub(super) const SPANS_PROCESSED: &str = "otel_sdk_processor_span_processed_total";
+    pub(super) const PANICS: &str = "visitas_panics_total";
     pub(super) const LOG_LINES_DROPPED: &str = "visitas_log_lines_dropped_total";
     pub(super) const BUILD_INFO: &str = "visitas_build_info";
     pub(super) const CPU_SECONDS: &str = "process_cpu_seconds_total";
@@ -83,6 +84,10 @@ const COUNTERS: &[(&str, &str)] = &[
     (
         name::SPANS_PROCESSED,
         "Spans handed to the exporter, or dropped because its queue was full.",
+    ),
+    (
+        name::PANICS,
+        "Panics; each is a bug, and a line of the log says where.",
     ),
     (
         name::LOG_LINES_DROPPED,
@@ -368,6 +373,7 @@ pub fn install() -> anyhow::Result<PrometheusHandle> {
     rows(None, None, None);
     recount_due(false);
     metrics::counter!(name::LOG_LINES_DROPPED).absolute(0);
+    metrics::counter!(name::PANICS).absolute(0);
     metrics::gauge!(
         name::BUILD_INFO,
         "version" => crate::VERSION, "revision" => crate::REVISION, "rustc" => crate::RUSTC,
@@ -743,6 +749,11 @@ static SPANS: LazyLock<[Counter; 4]> = LazyLock::new(|| {
 /// Counts spans by what became of them.
 pub fn spans(fate: Spans, spans: usize) {
     SPANS[fate as usize].increment(spans as u64);
+}
+
+/// Counts a panic.
+pub fn panicked() {
+    metrics::counter!(name::PANICS).increment(1);
 }
 
 // --- the process, read when somebody scrapes ---

@@ -8,6 +8,7 @@ pub mod http;
 mod log;
 pub mod metric;
 mod otlp;
+mod panic;
 pub mod sampling;
 mod trace;
 
@@ -46,8 +47,10 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Starts logs, metrics and, where there is an exporter, traces; with `trace_context` a request's
-    /// headers say whose child it is. Must be called once, and outside the runtime. The end of the log is waited for no longer than `patience`.
+    /// Starts logs, metrics and, where there is an exporter, traces; with `trace_context` a
+    /// request's headers say whose child it is. From then on a panic is a line of the log. Must be
+    /// called once, and outside the runtime. The end of the log is waited for no longer than
+    /// `patience`.
     ///
     /// # Errors
     ///
@@ -83,10 +86,12 @@ impl Telemetry {
             .with(log::layer(log, writing.buffer())?)
             .with(spans)
             .try_init()?;
+        let prometheus = metric::install()?;
+        panic::install_hook();
         Ok(Self {
             writing,
             pipeline,
-            prometheus: metric::install()?,
+            prometheus,
             traces: traces.cloned(),
             trace_context,
             flushed: AtomicBool::new(false),

@@ -15,6 +15,7 @@ use opentelemetry_http::{Bytes, HttpClient, HttpError};
 use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig as _, WithHttpConfig as _};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
 use prost::Message as _;
+use reqwest::Certificate;
 
 use super::trace::Breaker;
 use crate::config::{Compression, ExporterConfig};
@@ -49,10 +50,16 @@ pub(super) fn exporter(
     meetings: Meetings,
     breaker: Arc<Breaker>,
 ) -> anyhow::Result<SpanExporter> {
-    let http = reqwest::blocking::Client::builder()
+    let mut http = reqwest::blocking::Client::builder()
         .timeout(config.timeout)
         // What the environment says of proxies is no setting of ours.
-        .no_proxy()
+        .no_proxy();
+    if let Some(roots) = &config.roots {
+        let roots =
+            Certificate::from_pem_bundle(&roots.pem).context("reading root certificates")?;
+        http = http.tls_certs_only(roots);
+    }
+    let http = http
         .build()
         .context("building the exporter's HTTP client")?;
     let headers: HashMap<_, _> = config

@@ -29,7 +29,10 @@ async fn visit_answers_the_four_fields_in_order() {
     assert_eq!(answer.header("cache-control"), "no-store");
     assert_eq!(
         answer.body,
-        r#"{"db_status":"ok","redis_status":"ok","total_registros_db":1,"visitas_redis":1}"#
+        concat!(
+            r#"{"db_status":"ok","redis_status":"ok","total_registros_db":1,"visitas_redis":1}"#,
+            "\n"
+        )
     );
 }
 
@@ -42,6 +45,87 @@ async fn head_has_no_body_and_records_no_visit() {
     assert_eq!(answer.header("content-type"), "application/json");
     assert_eq!(answer.body, "");
     assert_eq!(service.visit().await, (1, 1));
+}
+
+/// On the wire, since a client might leave out a length that it does not believe.
+#[tokio::test]
+async fn head_has_no_content_length_since_nobody_knows_that_of_a_visit() {
+    let world = World::new();
+    let service = world.serve().await;
+    let mut wire = Wire::open(&service).await;
+    wire.send("HEAD / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
+        .await;
+    let response = wire.rest().await.to_ascii_lowercase();
+    assert!(response.starts_with("http/1.1 200 ok\r\n"), "{response}");
+    assert!(response.ends_with("\r\n\r\n"), "{response}");
+    for absent in ["content-length", "transfer-encoding"] {
+        assert!(!response.contains(absent), "{response}");
+    }
+}
+
+#[tokio::test]
+async fn head_on_any_other_route_is_get_without_the_body() {
+    let world = World::new();
+    let service = world.serve().await;
+    for path in PATHS.into_iter().skip(1).chain(["/nope"]) {
+        let [get, head] = [Method::GET, Method::HEAD].map(|method| ask(&service, method, path));
+        let (get, head) = (get.await, head.await);
+        assert_eq!(head.status, get.status, "{path}");
+        assert_eq!(head.body, "", "{path}");
+        let named = |answer: &Answer| -> Vec<_> { answer.headers.keys().cloned().collect() };
+        assert_eq!(named(&head), named(&get), "{path}");
+        for name in ["content-type", "cache-control", "vary", "allow"] {
+            assert_eq!(head.header(name), get.header(name), "{path}");
+        }
+        // The others say how long something took.
+        if ["/health/live", "/nope"].contains(&path) {
+            let length = get.body.len().to_string();
+            assert_eq!(head.header("content-length"), length, "{path}");
+        }
+        assert_ne!(head.header("content-length"), "0", "{path}");
+    }
+    assert_eq!(world.rows().await, 0);
+}
+
+#[tokio::test]
+async fn no_response_may_be_stored() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    let assert_not_stored = async |service: &Service| {
+        for path in PATHS.into_iter().chain(["/nope"]) {
+            for method in [Method::GET, Method::HEAD, Method::POST] {
+                let answer = ask(service, method.clone(), path).await;
+                let said = answer.header("cache-control");
+                assert_eq!(said, "no-store", "{method} {path}");
+            }
+        }
+    };
+    assert_not_stored(&service).await;
+    let apart = world.start(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
+    let address = apart.logged("listening")[0]["metrics.address"].clone();
+    let address = address.as_str().expect("an address").to_owned();
+    for path in ["metrics", "nope"] {
+        let answer = read(
+            apart
+                .client
+                .get(format!("http://{address}/{path}"))
+                .send()
+                .await,
+        )
+        .await;
+        assert_eq!(answer.header("cache-control"), "no-store", "{path}");
+    }
+    world.postgres.kill().expect("Postgres ends");
+    service.until_health("unavailable").await;
+    assert_not_stored(&service).await;
+    let large = service
+        .client
+        .get(service.url("/"))
+        .body(vec![b'x'; 64 * 1024 + 1]);
+    assert_eq!(
+        read(large.send().await).await.header("cache-control"),
+        "no-store"
+    );
 }
 
 #[tokio::test]
@@ -97,7 +181,10 @@ async fn visit_without_redis_is_recorded_and_says_so() {
     assert_eq!(answer.status, StatusCode::OK);
     assert_eq!(
         answer.body,
-        r#"{"db_status":"ok","redis_status":"erro","total_registros_db":1,"visitas_redis":null}"#
+        concat!(
+            r#"{"db_status":"ok","redis_status":"erro","total_registros_db":1,"visitas_redis":null}"#,
+            "\n"
+        )
     );
     assert_eq!(world.rows().await, 1);
 }
@@ -156,7 +243,10 @@ async fn visit_without_postgres_is_503_and_increments_nothing() {
         assert_eq!(answer.header("cache-control"), "no-store");
         assert_eq!(
             answer.body,
-            r#"{"db_status":"erro","redis_status":"ok","total_registros_db":null,"visitas_redis":1}"#
+            concat!(
+                r#"{"db_status":"erro","redis_status":"ok","total_registros_db":null,"visitas_redis":1}"#,
+                "\n"
+            )
         );
     }
     assert_eq!(world.redis_visits().await, 1);
@@ -166,7 +256,7 @@ async fn visit_without_postgres_is_503_and_increments_nothing() {
 async fn visit_with_a_slow_postgres_is_503_by_its_deadline() {
     let world = World::of_its_own();
     let service = world
-        .serve_with(&[("DB_TIMEOUT", "800ms"), ("VISIT_TIMEOUT", "1s")])
+        .serve_with(&[("DB_TIMEOUT", "750ms"), ("VISIT_TIMEOUT", "1s")])
         .await;
     world.postgres.pause().expect("Postgres pauses");
     let took = elapsed(async || {
@@ -191,7 +281,10 @@ async fn visit_without_either_store_is_503_with_both_in_error() {
     assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(
         answer.body,
-        r#"{"db_status":"erro","redis_status":"erro","total_registros_db":null,"visitas_redis":null}"#
+        concat!(
+            r#"{"db_status":"erro","redis_status":"erro","total_registros_db":null,"visitas_redis":null}"#,
+            "\n"
+        )
     );
 }
 
@@ -208,7 +301,10 @@ async fn visit_that_finds_the_queue_full_is_503_at_once_with_the_state_of_postgr
         assert_eq!(answer.header("retry-after"), "1");
         assert_eq!(
             answer.body,
-            r#"{"db_status":"ok","redis_status":"ok","total_registros_db":null,"visitas_redis":0}"#
+            concat!(
+                r#"{"db_status":"ok","redis_status":"ok","total_registros_db":null,"visitas_redis":0}"#,
+                "\n"
+            )
         );
     }
     // One may have had to wait for a processor. No visit has been answered otherwise yet.

@@ -61,7 +61,11 @@ async fn ordinary_request_has_no_line_at_info() {
 async fn slow_request_has_a_line_at_info() {
     let world = World::new();
     let service = world
-        .serve_with(&[("ACCESS_SLOW", "1s"), ("DB_TIMEOUT", "2s")])
+        .serve_with(&[
+            ("ACCESS_SLOW", "1s"),
+            ("DB_TIMEOUT", "2s"),
+            ("VISIT_TIMEOUT", "3s"),
+        ])
         .await;
     let mut count = HeldCount::of(&world).await;
     let slow = service.begin_visit();

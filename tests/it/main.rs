@@ -26,6 +26,7 @@ mod relapse;
 mod repair;
 mod replaced;
 mod restored;
+mod roots;
 mod sampled;
 mod server;
 mod settings;

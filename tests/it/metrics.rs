@@ -16,6 +16,7 @@ async fn series_that_can_be_known_beforehand_exist_at_zero() {
         let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}} 0\n");
         assert!(text.contains(&series), "{series}");
     }
+    assert!(text.contains("\nvisitas_panics_total 0\n"), "{text}");
     for (store, operation) in [("postgresql", "SELECT"), ("redis", "INCRBY")] {
         for outcome in ["ok", "error", "timeout", "cancelled"] {
             let series = calls(store, operation, outcome);

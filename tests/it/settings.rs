@@ -121,6 +121,9 @@ async fn settings_that_contradict_each_other_are_exit_2_and_both_named() {
         [("REDIS_PASSWORD", CANARY), ("REDIS_PASSWORD_FILE", path)],
         [("REDIS_TIMEOUT", "700ms"), ("DB_TIMEOUT", "1s")],
         [("VISIT_TIMEOUT", "1s"), ("DB_TIMEOUT", "2s")],
+        [("VISIT_TIMEOUT", "1249ms"), ("DB_TIMEOUT", "1s")],
+        [("VISIT_TIMEOUT", "1599ms"), ("REDIS_TIMEOUT", "600ms")],
+        [("DB_TIMEOUT", "1751ms"), ("REDIS_TIMEOUT", "250ms")],
         [("METRICS_ADDR", "0.0.0.0:9"), ("BIND_ADDR", "0.0.0.0:9")],
     ] {
         let ended = Ended::of(&[], &settings(&given)).await;

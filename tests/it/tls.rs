@@ -196,7 +196,7 @@ fn encrypting_redis() -> World {
 const PATIENT: [(&str, &str); 3] = [
     ("REDIS_TIMEOUT", "5s"),
     ("DB_TIMEOUT", "10s"),
-    ("VISIT_TIMEOUT", "10s"),
+    ("VISIT_TIMEOUT", "15s"),
 ];
 
 async fn patient(world: &World, settings: &[(&str, &str)]) -> Service {

@@ -35,10 +35,12 @@ fn secret_and_its_file_contradict_each_other() {
 
 #[test]
 fn secret_file_loses_the_newline_at_its_end() {
-    let file = file("newline", "c4nary \n");
-    let config = serve("", &[("DB_PASSWORD_FILE", file.path())]);
-    let password = config.postgres.password.expect("a password");
-    assert_eq!(password.expose(), "c4nary ");
+    for end in ["", "\n", "\r\n"] {
+        let file = file("newline", format!("c4nary {end}"));
+        let config = serve("", &[("DB_PASSWORD_FILE", file.path())]);
+        let password = config.postgres.password.expect("a password");
+        assert_eq!(password.expose(), "c4nary ", "{end:?}");
+    }
 }
 
 #[test]
@@ -259,12 +261,8 @@ fn root_certificates_are_read_and_need_a_mode_that_verifies() {
     let file = certificate("modes");
     for mode in ["verify-ca", "verify-full"] {
         let environment = [("DB_SSLROOTCERT", file.path()), ("DB_SSLMODE", mode)];
-        let certificates = serve("", &environment)
-            .postgres
-            .ssl_root_cert
-            .expect("certificates");
-        assert_eq!(certificates.path, file.0);
-        assert_eq!(certificates.pem, fs::read(&file.0).expect("the file"));
+        let postgres = serve("", &environment).postgres;
+        assert_eq!(postgres.ssl_root_cert.as_ref(), Some(&file.0));
     }
     for mode in ["disable", "allow", "prefer", "require"] {
         let line = error("", &[("DB_SSLROOTCERT", file.path()), ("DB_SSLMODE", mode)]);
@@ -283,14 +281,14 @@ fn root_certificates_come_from_the_url_or_beside_it() {
         file.path()
     );
     let postgres = serve("", &[("DATABASE_URL", &url)]).postgres;
-    assert_eq!(postgres.ssl_root_cert.expect("certificates").path, file.0);
+    assert_eq!(postgres.ssl_root_cert.as_ref(), Some(&file.0));
     error(
         "",
         &[("DATABASE_URL", &url), ("DB_SSLROOTCERT", file.path())],
     );
     let url = ("DATABASE_URL", "postgres://ana@db?sslmode=verify-full");
     let postgres = serve("", &[url, ("DB_SSLROOTCERT", file.path())]).postgres;
-    assert_eq!(postgres.ssl_root_cert.expect("certificates").path, file.0);
+    assert_eq!(postgres.ssl_root_cert.as_ref(), Some(&file.0));
 }
 
 #[test]
@@ -301,4 +299,37 @@ fn redis_certificates_need_tls() {
     assert!(error("", &[ca, ("REDIS_URL", "redis://cache")]).contains("rediss://"));
     let redis = serve("", &[ca, ("REDIS_URL", "rediss://cache")]).redis;
     assert!(redis.tls_ca.is_some());
+}
+
+#[test]
+fn systems_roots_are_handed_to_those_who_do_not_find_them() {
+    let file = certificate("system");
+    let handed = ("VISITAS_SYSTEM_CERT_FILE", file.path());
+    let hidden = [
+        ("REDIS_URL", "rediss://cache"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector"),
+        ("SSL_CERT_FILE", "/dev/null"),
+    ];
+    let config = serve("", &[&hidden[..], &[handed]].concat());
+    let traces = config.telemetry.traces;
+    let exported = traces
+        .and_then(|traces| traces.exporter)
+        .and_then(|exporter| exporter.roots)
+        .map(|roots| roots.pem);
+    let cached = config.redis.tls_ca.map(|roots| roots.pem);
+    assert_eq!(exported, cached);
+    let written = String::from_utf8(cached.expect("certificates")).expect("text");
+    let expected = fs::read_to_string(&file.0).expect("the file");
+    let unwrapped = |text: &str| text.replace('\n', "");
+    assert_eq!(unwrapped(&written), unwrapped(&expected));
+
+    // Nobody's, where there are none; and where libraries find them, they do.
+    let none = serve("", &hidden).redis.tls_ca.expect("no certificates");
+    assert_eq!(none.pem, b"");
+    for visible in [("SSL_CERT_FILE", file.path()), ("SSL_CERT_DIR", "/")] {
+        let environment = [&hidden[..2], &[handed, visible]].concat();
+        assert!(serve("", &environment).redis.tls_ca.is_none());
+    }
+    let named = [hidden[0], hidden[2], ("SSL_CERT_DIR", "/")];
+    assert!(serve("", &named).redis.tls_ca.is_none());
 }

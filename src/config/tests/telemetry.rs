@@ -3,6 +3,14 @@
 use super::*;
 
 #[test]
+fn whitespace_between_directives_is_left_out() {
+    let filter = |text: &str| serve("", &[("RUST_LOG", text)]).telemetry.log.filter;
+    assert_eq!(filter("info, visitas=debug"), "info,visitas=debug");
+    assert_eq!(filter("\u{2003}\u{e9}=info\n"), "\u{e9}=info");
+    error("", &[("RUST_LOG", "\u{2003}")]);
+}
+
+#[test]
 fn logs_are_pretty_on_a_terminal_unless_a_setting_says_otherwise() {
     let format = |terminal, environment: &[(&str, &str)]| match parse(
         ["visitas".into()],

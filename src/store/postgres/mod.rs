@@ -5,6 +5,7 @@
 
 mod migrate;
 mod session;
+mod trust;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

@@ -2,13 +2,17 @@
 //!
 //! It knows no statement.
 
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use rustls::pki_types::UnixTime;
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity, PgSslMode};
 use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
+use tokio::sync::Mutex;
 
-use super::PING;
-use crate::config::{PostgresConfig, SslMode};
+use super::{PING, trust};
+use crate::config::{Certificates, PostgresConfig, SslMode};
 use crate::store::Error;
 use crate::store::call::Operation;
 use crate::store::error::Cause;
@@ -26,6 +30,7 @@ const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
 #[derive(Debug, Clone)]
 pub(super) struct Session {
     options: PgConnectOptions,
+    roots: Option<Roots>,
     lock_timeout: Duration,
     statement_timeout: Duration,
     timeout: Duration,
@@ -59,9 +64,6 @@ impl Session {
         if config.host.starts_with('/') {
             options = options.socket(&config.host);
         }
-        if let Some(certificates) = &config.ssl_root_cert {
-            options = options.ssl_root_cert_from_pem(certificates.pem.clone());
-        }
         options = options.options([
             // Each statement of the recording function must see what the lock's last holder did.
             ("default_transaction_isolation", "read committed"),
@@ -85,6 +87,7 @@ impl Session {
         ]);
         Self {
             options,
+            roots: config.ssl_root_cert.clone().map(Roots::new),
             lock_timeout: config.lock_timeout(),
             statement_timeout: config.statement_timeout(),
             timeout: config.timeout,
@@ -102,21 +105,19 @@ impl Session {
     async fn open_with(&self, lock: Duration, statement: Duration) -> Result<PgConnection, Error> {
         // The server gives up before the client does, so that a wait ends in a definite failure.
         let milliseconds = |duration: Duration| duration.as_millis().to_string();
-        let mut connection = self
-            .options
-            .clone()
-            .options([
-                ("lock_timeout", milliseconds(lock)),
-                ("statement_timeout", milliseconds(statement)),
-                // A transaction is idle only while `reconcile` asks Redis.
-                (
-                    "idle_in_transaction_session_timeout",
-                    milliseconds(self.timeout.saturating_mul(4)),
-                ),
-            ])
-            .connect()
-            .await
-            .map_err(connect_failure)?;
+        let mut options = self.options.clone().options([
+            ("lock_timeout", milliseconds(lock)),
+            ("statement_timeout", milliseconds(statement)),
+            // A transaction is idle only while `reconcile` asks Redis.
+            (
+                "idle_in_transaction_session_timeout",
+                milliseconds(self.timeout.saturating_mul(4)),
+            ),
+        ]);
+        if let Some(roots) = &self.roots {
+            options = options.ssl_root_cert_from_pem(roots.read().await?);
+        }
+        let mut connection = options.connect().await.map_err(connect_failure)?;
         if connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT) {
             // An older server refuses a session that names it.
             sqlx::query("set transaction_timeout = 0")
@@ -126,6 +127,52 @@ impl Session {
         }
         Ok(connection)
     }
+}
+
+/// The file of `DB_SSLROOTCERT`.
+#[derive(Debug, Clone)]
+struct Roots {
+    file: PathBuf,
+    /// Held while a thread reads, so that a file system that stands still takes no more than one.
+    reading: Arc<Mutex<()>>,
+}
+
+impl Roots {
+    fn new(file: PathBuf) -> Self {
+        Self {
+            file,
+            reading: Arc::default(),
+        }
+    }
+
+    /// Certificates to trust, in PEM, as the file holds them now: as with psql, an authority that
+    /// was taken out of it is not trusted any longer, and without the file none is.
+    async fn read(&self) -> Result<Vec<u8>, Error> {
+        let reading = Arc::clone(&self.reading).lock_owned().await;
+        let file = self.file.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let _reading = reading;
+            trusted(&file).map_err(|why| format!("{} {why}", file.display()))
+        });
+        match read.await {
+            Ok(Ok(pem)) => Ok(pem),
+            Ok(Err(why)) => Err(Error::Connection(why.into())),
+            Err(error) => Err(Error::Connection(error.into())),
+        }
+    }
+}
+
+fn trusted(file: &Path) -> Result<Vec<u8>, String> {
+    // The driver adds those that it finds by itself to what it is given.
+    if !rustls_native_certs::load_native_certs().certs.is_empty() {
+        return Err("cannot replace the system's root certificates".to_owned());
+    }
+    let certificates = Certificates::read(file)?;
+    let roots = trust::roots(&certificates.pem, UnixTime::now());
+    if roots.is_empty() {
+        return Err("holds no certificate of an authority that is valid now".to_owned());
+    }
+    Ok(Certificates::in_pem(&roots))
 }
 
 impl Connect for Session {

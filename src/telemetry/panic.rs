@@ -1,0 +1,74 @@
+//! Panics: each is one line of the log and counted, wherever it happens.
+//!
+//! The line has the ids of the request that the thread was working on, if any. Nothing here knows
+//! what becomes of the task that panicked.
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::cell::RefCell;
+use std::panic::PanicHookInfo;
+use std::thread;
+
+use http::HeaderValue;
+use opentelemetry::{SpanId, TraceId};
+
+use super::metric;
+
+/// The target of the line. The log writes it whatever `RUST_LOG` says.
+pub(super) const TARGET: &str = "visitas::panic";
+
+/// What names a request in the log.
+#[derive(Debug, Clone)]
+pub(super) struct RequestIds {
+    pub(super) request: HeaderValue,
+    pub(super) trace: Option<TraceId>,
+    pub(super) span: Option<SpanId>,
+}
+
+thread_local! {
+    static CURRENT: RefCell<Option<RequestIds>> = const { RefCell::new(None) };
+}
+
+/// Until this is dropped, the thread works on one request.
+pub(super) struct InRequest;
+
+impl InRequest {
+    pub(super) fn enter(ids: RequestIds) -> Self {
+        CURRENT.set(Some(ids));
+        Self
+    }
+}
+
+impl Drop for InRequest {
+    fn drop(&mut self) {
+        CURRENT.set(None);
+    }
+}
+
+/// From here on a panic is logged and counted instead of being printed on stderr.
+pub(super) fn install_hook() {
+    std::panic::set_hook(Box::new(report));
+}
+
+fn report(panic: &PanicHookInfo<'_>) {
+    metric::panicked();
+    // A panic is reported however the thread got into it: by `try_borrow`, since another panic
+    // would abort the process, and by `try_with`, since the thread may be ending.
+    let ids = CURRENT
+        .try_with(|ids| ids.try_borrow().ok()?.clone())
+        .ok()
+        .flatten();
+    let text = panic.payload_as_str().unwrap_or("(not a text)");
+    // Present if RUST_BACKTRACE asks for one.
+    let backtrace = Backtrace::capture();
+    let backtrace = (backtrace.status() == BacktraceStatus::Captured).then_some(backtrace);
+    tracing::error!(
+        target: TARGET,
+        location = panic.location().map(display),
+        thread = thread::current().name(),
+        request_id = ids.as_ref().and_then(|ids| ids.request.to_str().ok()),
+        trace_id = ids.as_ref().and_then(|ids| ids.trace).map(display),
+        span_id = ids.as_ref().and_then(|ids| ids.span).map(display),
+        backtrace = backtrace.map(display),
+        "panicked: {text}"
+    );
+}

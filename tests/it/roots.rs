@@ -1,0 +1,569 @@
+//! Whose certificates are trusted: the system's, and those of `DB_SSLROOTCERT` in their place for
+//! Postgres alone. psql is the control: what it refuses is not accepted.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use devstack::{PostgresOptions, RedisOptions};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use serde_json::Value;
+use tempfile::{NamedTempFile, TempDir};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+
+use crate::support::collector::Collector;
+use crate::support::{Ended, SOON, Service, World, eventually, program, settings};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificate_of_the_systems_authority_is_refused_where_the_database_has_another() {
+    let world = encrypting();
+    let (signer, other) = (path(world.postgres.ca()), path(world.redis.ca()));
+    for (mode, host) in [
+        // The certificate is for another host.
+        ("verify-ca", "127.0.0.2"),
+        ("verify-full", "127.0.0.1"),
+    ] {
+        psql(&world, host, mode, signer).expect("psql accepts the right authority");
+        let refusal = psql(&world, host, mode, other).expect_err("psql accepts any authority");
+        assert!(refusal.contains("SSL error"), "{refusal}");
+
+        let url = format!(
+            "postgres://{}:{}@{host}:{}/{}?sslmode={mode}&sslrootcert={other}",
+            devstack::USER,
+            devstack::PASSWORD,
+            world.postgres.port(),
+            world.database,
+        );
+        let by_url = world.settings_but("DB_", &[("DATABASE_URL", &url)]);
+        let by_parts = world.settings_but(
+            "DB_HOST",
+            &[
+                ("DB_HOST", host),
+                ("DB_SSLMODE", mode),
+                ("DB_SSLROOTCERT", other),
+            ],
+        );
+        for given in [by_url, by_parts] {
+            let all = [given, settings(&PATIENT), system(signer)].concat();
+            let service = Service::start(&all).await;
+            until_down(&service, "postgresql", REFUSED).await;
+            let hasty = settings(&[("DB_TIMEOUT", "3s"), ("REDIS_TIMEOUT", "1s")]);
+            for command in ["migrate", "recount", "reconcile"] {
+                let ended = Ended::of(&[command], &[&all[..], &hasty].concat()).await;
+                assert_eq!(ended.code, Some(1), "{ended:?}");
+                assert!(ended.errors.contains(REFUSED), "{ended:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn systems_authorities_hold_for_postgres_where_no_other_is_named() {
+    let world = encrypting();
+    let system = system(path(world.postgres.ca()));
+    for mode in ["verify-ca", "verify-full"] {
+        let mode = [("DB_SSLMODE", mode)];
+        let all = [world.settings(), settings(&PATIENT), settings(&mode)].concat();
+        let service = Service::start(&[all.clone(), system.clone()].concat()).await;
+        until_up(&service, "postgresql").await;
+        let service = Service::start(&all).await;
+        until_down(&service, "postgresql", REFUSED).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_trusts_the_systems_authorities_and_not_those_of_the_database() {
+    let world = encrypting();
+    let (database, cache) = (path(world.postgres.ca()), path(world.redis.ca()));
+    let all = |system: Vec<(String, String)>, roots| {
+        let given = [
+            ("REDIS_URL", &*world.redis.url()),
+            ("DB_SSLMODE", "verify-full"),
+            ("DB_SSLROOTCERT", roots),
+        ];
+        let ours = world.settings_but("REDIS_", &given);
+        [ours, settings(&PATIENT), system].concat()
+    };
+    // Directories count, too, and a file in none of the usual places.
+    let directories = directories(&[Some(Path::new(cache)), None]);
+    for (system, visit) in [(system(cache), 1), (directories.1, 2)] {
+        let service = Service::start(&all(system, database)).await;
+        service.until_ready().await;
+        assert_eq!(service.visit().await, (visit, visit));
+    }
+    let service = Service::start(&all(system(database), cache)).await;
+    until_down(&service, "redis", REFUSED).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exporter_trusts_the_systems_authorities_and_not_those_of_the_database() {
+    let world = encrypting();
+    let (database, cache) = (path(world.postgres.ca()), path(world.redis.ca()));
+    let collector = Collector::start().await;
+    let endpoint = encrypted(&collector, world.redis.folder()).await;
+    let start = async |system_roots, roots| {
+        let given = settings(&[
+            ("DB_SSLMODE", "verify-full"),
+            ("DB_SSLROOTCERT", roots),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
+            ("OTEL_BSP_SCHEDULE_DELAY", "20"),
+        ]);
+        let ours = [world.settings_but("REDIS_", &[]), given];
+        let all = [
+            &ours.concat()[..],
+            &settings(&PATIENT),
+            &system(system_roots),
+        ]
+        .concat();
+        Service::start(&all).await
+    };
+    let service = start(cache, database).await;
+    until_up(&service, "postgresql").await;
+    eventually("a span arrives", SOON, async || {
+        service.get("/").await;
+        !collector.spans().is_empty()
+    })
+    .await;
+
+    let received = collector.spans().len();
+    drop(service);
+    let service = start(database, cache).await;
+    service.get("/").await;
+    eventually("the exporter refuses the collector", SOON, async || {
+        let lines = service.logged("the collector does not take spans");
+        lines
+            .iter()
+            .any(|line| line["error"].to_string().contains(REFUSED))
+    })
+    .await;
+    assert_eq!(collector.spans().len(), received);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_go_to_an_unencrypted_collector_where_the_system_has_no_authority() {
+    let world = encrypting();
+    let collector = Collector::start().await;
+    let given = [
+        ("DB_SSLMODE", "verify-full"),
+        ("DB_SSLROOTCERT", path(world.postgres.ca())),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &collector.endpoint()),
+        ("OTEL_BSP_SCHEDULE_DELAY", "20"),
+    ];
+    let ours = world.settings_but("REDIS_", &given);
+    let service = Service::start(&[ours, settings(&PATIENT), system("/dev/null")].concat()).await;
+    eventually("a span arrives", SOON, async || {
+        service.get("/").await;
+        !collector.spans().is_empty()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_psql_refuses_of_an_authority_or_a_chain_is_not_accepted() {
+    let world = encrypting();
+    let files = Chain::new(world.postgres.folder());
+    let expired = |params: &mut CertificateParams| params.not_after = date_time_ymd(2020, 1, 1);
+    let unborn = |params: &mut CertificateParams| params.not_before = date_time_ymd(2100, 1, 1);
+    let no_authority = |params: &mut CertificateParams| params.is_ca = IsCa::ExplicitNoCa;
+    let root = Authority::root("root", |_| {});
+    let middle = root.signs("middle", |_| {});
+    let (late, early) = (
+        Authority::root("late", expired),
+        Authority::root("early", unborn),
+    );
+    let (plain, stranger) = (
+        Authority::root("plain", no_authority),
+        Authority::root("root", |_| {}),
+    );
+    let old_middle = root.signs("old middle", expired);
+    let broken = "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n";
+    let accepts = async |trusted: &[&str], signer: &Authority, above: &[&str]| {
+        files.install(&world, signer, above).await;
+        let trusted = file(&trusted.concat());
+        let trusted = path(Some(trusted.path()));
+        let psql = psql(&world, "127.0.0.1", "verify-full", trusted);
+        let given = [("DB_SSLMODE", "verify-full"), ("DB_SSLROOTCERT", trusted)];
+        let ended = Ended::of(
+            &["migrate"],
+            &[world.settings(), settings(&given), settings(&PATIENT)].concat(),
+        )
+        .await;
+        assert!(
+            psql.is_ok() || ended.code != Some(0),
+            "psql refuses: {psql:?}"
+        );
+        assert!(
+            [Some(0), Some(1), Some(2)].contains(&ended.code),
+            "{ended:?}"
+        );
+        (psql.is_ok(), ended.code == Some(0))
+    };
+    let both = (true, true);
+    let neither = (false, false);
+    assert_eq!(accepts(&[&root.pem], &root, &[]).await, both);
+    assert_eq!(accepts(&[&root.pem], &middle, &[&middle.pem]).await, both);
+    assert_eq!(accepts(&[&middle.pem, &root.pem], &middle, &[]).await, both);
+    assert_eq!(accepts(&[&plain.pem, &root.pem], &root, &[]).await, both);
+    assert_eq!(accepts(&[&late.pem, &root.pem], &root, &[]).await, both);
+    assert_eq!(accepts(&[&root.pem], &middle, &[]).await, neither);
+    assert_eq!(accepts(&[&stranger.pem], &root, &[]).await, neither);
+    assert_eq!(accepts(&[&middle.pem], &middle, &[]).await, neither);
+    assert_eq!(
+        accepts(&[&middle.pem], &middle, &[&middle.pem, &root.pem]).await,
+        neither
+    );
+    assert_eq!(accepts(&[&late.pem], &late, &[]).await, neither);
+    assert_eq!(accepts(&[&early.pem], &early, &[]).await, neither);
+    assert_eq!(accepts(&[&plain.pem], &plain, &[]).await, neither);
+    assert_eq!(
+        accepts(&[&root.pem, &old_middle.pem], &old_middle, &[]).await,
+        neither
+    );
+    assert_eq!(accepts(&[&root.pem, broken], &root, &[]).await, neither);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn authority_that_leaves_the_file_is_trusted_by_no_further_session() {
+    let world = encrypting();
+    let authority = fs::read_to_string(path(world.postgres.ca())).expect("PEM");
+    let other = fs::read_to_string(path(world.redis.ca())).expect("PEM");
+    let trusted = file(&authority);
+    let trusted = trusted.path();
+    let given = [
+        ("DB_SSLMODE", "verify-full"),
+        ("DB_SSLROOTCERT", path(Some(trusted))),
+    ];
+    let ours = world.settings_but("REDIS_", &given);
+    let service = Service::start(&[ours, settings(&PATIENT)].concat()).await;
+    let all_sessions_end = async || {
+        world
+            .sql("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'visitas'")
+            .await;
+    };
+    let psql_accepts = || psql(&world, "127.0.0.1", "verify-full", path(Some(trusted))).is_ok();
+    for end in [Some(&other), None] {
+        fs::write(trusted, &authority).expect("a file");
+        until_up(&service, "postgresql").await;
+        assert!(psql_accepts());
+        match end {
+            Some(other) => fs::write(trusted, other),
+            None => fs::remove_file(trusted),
+        }
+        .expect("a file that changes");
+        all_sessions_end().await;
+        eventually("Postgres is down", SOON, async || {
+            service.get("/").await.status == 503
+        })
+        .await;
+        let failures = || service.metric(FAILURES);
+        let before = failures().await;
+        eventually("it stays so over some probes", SOON, async || {
+            failures().await > before.map(|before| before + 3.0)
+        })
+        .await;
+        assert_eq!(service.get("/").await.status, 503);
+        assert_eq!(sessions(&world).await, 0);
+        assert!(!psql_accepts());
+    }
+    fs::write(trusted, &authority).expect("a file");
+    until_up(&service, "postgresql").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cache_does_not_need_the_certificates_of_the_database() {
+    let world = encrypting();
+    let trusted = file(&fs::read_to_string(path(world.postgres.ca())).expect("PEM"));
+    let given = [
+        ("DB_SSLMODE", "verify-full"),
+        ("DB_SSLROOTCERT", path(Some(trusted.path()))),
+        ("REDIS_URL", &world.redis.url()),
+        ("REDIS_TLS_CA", path(world.redis.ca())),
+    ];
+    let ours = world.settings_but("REDIS_", &given);
+    let service = Service::start(&[ours, settings(&PATIENT)].concat()).await;
+    service.until_ready().await;
+    trusted.close().expect("the file is gone");
+    world.redis.restart().expect("Redis comes back");
+    eventually("Redis is back", SOON, async || {
+        service.get("/").await.json()["redis_status"] == "ok"
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn process_stays_the_one_that_was_started() {
+    let world = encrypting();
+    let given = [
+        ("DB_SSLMODE", "verify-full"),
+        ("DB_SSLROOTCERT", path(world.postgres.ca())),
+    ];
+    let service =
+        Service::start(&[world.settings_but("REDIS_", &given), settings(&PATIENT)].concat()).await;
+    let read = |name| {
+        let bytes = fs::read(format!("/proc/{}/{name}", service.pid())).expect("a process");
+        String::from_utf8(bytes).expect("text")
+    };
+    assert_eq!(read("comm"), "visitas\n");
+    let program = env!("CARGO_BIN_EXE_visitas");
+    assert_eq!(read("cmdline"), format!("{program}\0serve\0"));
+    assert!(read("environ").contains("SSL_CERT_FILE=/dev/null\0"));
+    service.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn program_whose_file_was_deleted_executes_itself() {
+    let world = encrypting();
+    let copy = TempDir::new().expect("a directory");
+    let copied = copy.path().join("visitas");
+    fs::copy(env!("CARGO_BIN_EXE_visitas"), &copied).expect("a copy");
+    let program_of_the_copy = File::open(&copied).expect("the copy");
+    fs::remove_file(&copied).expect("the copy is gone");
+    let given = [
+        ("DB_SSLMODE", "verify-full"),
+        ("DB_SSLROOTCERT", path(world.postgres.ca())),
+    ];
+    let all = [world.settings_but("REDIS_", &given), settings(&PATIENT)].concat();
+    let mut command = Command::new(format!("/proc/self/fd/{}", program_of_the_copy.as_raw_fd()));
+    command.env_clear().envs(
+        program(&[], &all)
+            .get_envs()
+            .filter_map(|(name, value)| Some((name, value?))),
+    );
+    let service = Service::spawn(command).await;
+    until_up(&service, "postgresql").await;
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn program_does_not_execute_itself_for_ever() {
+    let trusted = file(&Authority::root("root", |_| {}).pem);
+    let given = [
+        ("DB_SSLMODE", "verify-full"),
+        ("DB_SSLROOTCERT", path(Some(trusted.path()))),
+        ("VISITAS_SYSTEM_CERT_DIR", ""),
+    ];
+    for command in ["serve", "migrate", "recount", "reconcile"] {
+        let ended = Ended::of(&[command], &settings(&given)).await;
+        assert_eq!((ended.code, &*ended.output), (Some(1), ""), "{ended:?}");
+        assert!(
+            ended.error().contains("VISITAS_SYSTEM_CERT_DIR"),
+            "{ended:?}"
+        );
+    }
+    for command in ["config", "--help"] {
+        let ended = Ended::of(&[command], &settings(&given)).await;
+        assert_eq!((ended.code, &*ended.errors), (Some(0), ""), "{ended:?}");
+    }
+}
+
+// --- wiring ---
+
+/// As in `tls`: time enough for handshakes on a busy machine.
+const PATIENT: [(&str, &str); 3] = [
+    ("REDIS_TIMEOUT", "5s"),
+    ("DB_TIMEOUT", "10s"),
+    ("VISIT_TIMEOUT", "15s"),
+];
+
+/// The authorities of two servers have the same name, so the reason may also be its signature.
+const REFUSED: &str = "invalid peer certificate";
+
+/// Calls that Postgres refused or that did not reach it.
+const FAILURES: &str = "visitas_store_calls_total{db_system_name=\"postgresql\",\
+                        db_operation_name=\"SELECT\",outcome=\"error\"}";
+
+/// A Postgres that also listens where its certificate does not say, and a Redis, both encrypting,
+/// each with an authority of its own.
+fn encrypting() -> World {
+    let addresses = "127.0.0.1,127.0.0.2";
+    World::with(
+        PostgresOptions {
+            config: vec![("listen_addresses".to_owned(), addresses.to_owned())],
+            tls: true,
+            ..PostgresOptions::default()
+        },
+        RedisOptions {
+            tls: true,
+            ..RedisOptions::default()
+        },
+    )
+}
+
+/// The system's authorities, as an operator names them.
+fn system(file: &str) -> Vec<(String, String)> {
+    settings(&[("SSL_CERT_FILE", file)])
+}
+
+/// Directories with one file each, or none, and the setting that names them.
+fn directories(files: &[Option<&Path>]) -> (Vec<TempDir>, Vec<(String, String)>) {
+    let directories: Vec<_> = files
+        .iter()
+        .map(|file| {
+            let directory = TempDir::new().expect("a directory");
+            if let Some(file) = file {
+                fs::copy(file, directory.path().join("ca.pem")).expect("a copy");
+            }
+            directory
+        })
+        .collect();
+    let joined = std::env::join_paths(directories.iter().rev().map(TempDir::path));
+    let joined = joined.expect("paths").into_string().expect("text");
+    (directories, settings(&[("SSL_CERT_DIR", &joined)]))
+}
+
+/// Whether psql opens a session.
+fn psql(world: &World, host: &str, mode: &str, trusted: &str) -> Result<String, String> {
+    let database = &world.database;
+    let connection = format!("host={host} dbname={database} sslmode={mode} sslrootcert={trusted}");
+    let result = world.postgres.sql(&connection, "select 1");
+    result.map_err(|error| error.to_string())
+}
+
+async fn until_up(service: &Service, store: &str) {
+    let series = format!("visitas_dependency_up{{db_system_name=\"{store}\"}}");
+    eventually(&format!("{store} is up"), SOON, async || {
+        service.metric(&series).await == Some(1.0)
+    })
+    .await;
+}
+
+async fn until_down(service: &Service, store: &str, why: &str) {
+    let said = || -> Vec<Value> {
+        let mut lines = service.logged("store is down");
+        lines.retain(|line| line["store"] == store);
+        lines
+    };
+    eventually(&format!("{store} is down"), SOON, async || {
+        !said().is_empty()
+    })
+    .await;
+    assert!(said()[0]["error"].to_string().contains(why), "{:?}", said());
+}
+
+/// How many sessions the service has.
+async fn sessions(world: &World) -> i64 {
+    world
+        .number("select count(*) from pg_stat_activity where application_name = 'visitas'")
+        .await
+}
+
+/// The URL of a collector that is spoken to encrypted, with the certificate of the server in a
+/// folder.
+async fn encrypted(collector: &Collector, server: &Path) -> String {
+    let certificates = CertificateDer::pem_file_iter(server.join("server.pem")).expect("PEM");
+    let key = PrivateKeyDer::from_pem_file(server.join("server.key")).expect("a key");
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .ok();
+    let config = ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(certificates.flatten().collect(), key)
+        .expect("a certificate and its key");
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let plain = collector.endpoint().replace("http://", "");
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (acceptor, plain) = (acceptor.clone(), plain.clone());
+            tokio::spawn(async move {
+                if let Ok(mut stream) = acceptor.accept(stream).await
+                    && let Ok(mut onward) = TcpStream::connect(&plain).await
+                {
+                    tokio::io::copy_bidirectional(&mut stream, &mut onward)
+                        .await
+                        .ok();
+                }
+            });
+        }
+    });
+    format!("https://{address}")
+}
+
+/// A file that holds certificates.
+fn file(pem: &str) -> NamedTempFile {
+    let file = NamedTempFile::new().expect("a temporary file");
+    fs::write(file.path(), pem).expect("certificates on the disk");
+    file
+}
+
+fn path(path: Option<&Path>) -> &str {
+    path.and_then(Path::to_str).expect("a path of ASCII")
+}
+
+/// An authority, or what calls itself one.
+struct Authority {
+    pem: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn params(name: &str, change: impl FnOnce(&mut CertificateParams)) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        change(&mut params);
+        params
+    }
+
+    fn root(name: &str, change: impl FnOnce(&mut CertificateParams)) -> Self {
+        let (params, key) = (
+            Self::params(name, change),
+            KeyPair::generate().expect("a key"),
+        );
+        Self {
+            pem: params.self_signed(&key).expect("a certificate").pem(),
+            issuer: Issuer::new(params, key),
+        }
+    }
+
+    fn signs(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Self {
+        let (params, key) = (
+            Self::params(name, change),
+            KeyPair::generate().expect("a key"),
+        );
+        let signed = params.signed_by(&key, &self.issuer);
+        Self {
+            pem: signed.expect("a certificate").pem(),
+            issuer: Issuer::new(params, key),
+        }
+    }
+}
+
+/// The certificates that a Postgres shows, for the key that it has.
+struct Chain {
+    file: std::path::PathBuf,
+    key: KeyPair,
+}
+
+impl Chain {
+    fn new(server: &Path) -> Self {
+        let key = fs::read_to_string(server.join("server.key")).expect("a key");
+        Self {
+            file: server.join("server.pem"),
+            key: KeyPair::from_pem(&key).expect("a key"),
+        }
+    }
+
+    /// Has Postgres show a certificate by this authority, and those above it.
+    async fn install(&self, world: &World, signer: &Authority, above: &[&str]) {
+        let params = CertificateParams::new(["127.0.0.1".to_owned()]).expect("a name");
+        let own = params
+            .signed_by(&self.key, &signer.issuer)
+            .expect("a certificate");
+        fs::write(&self.file, format!("{}{}", own.pem(), above.concat())).expect("a file");
+        let loaded = "select (extract(epoch from pg_conf_load_time()) * 1000000)::bigint";
+        let before = world.number(loaded).await;
+        world.sql("select pg_reload_conf()").await;
+        eventually("Postgres has read its files again", SOON, async || {
+            world.number(loaded).await > before
+        })
+        .await;
+    }
+}
