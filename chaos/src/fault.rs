@@ -251,7 +251,6 @@ impl Fault {
             | Kind::Cut(Postgres, _)
             | Kind::Delay(_)
             | Kind::Narrow(_)
-            | Kind::ConnectionsTaken
             | Kind::ReadOnly
             | Kind::DiskFull
             | Kind::RestartLoop
@@ -269,6 +268,8 @@ impl Fault {
             | Kind::WrongPassword
             | Kind::WrongType
             | Kind::NamesGone
+            // Replicas stand still meanwhile, which can be longer than `REDIS_TIMEOUT`.
+            | Kind::ConnectionsTaken
             // A replica that starts has not read Redis yet.
             | Kind::KillService
             | Kind::MigrationLocked

@@ -2,6 +2,7 @@
 //!
 //! As plain as can be, since it shares the processors with what it visits.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -37,6 +38,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const TAKEN_AFTER: Duration = Duration::from_millis(250);
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: chaos\r\n\r\n";
+
+/// Whether the service has closed a connection over which nothing is under way, as it may: a client
+/// then opens another one, like every pool of connections.
+fn is_closed(idle: &TcpStream) -> bool {
+    let read = idle.try_read(&mut [0]);
+    !read.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+}
 
 /// The beginning of a visit.
 struct Start {
@@ -120,8 +128,8 @@ impl Visitor {
 
     async fn ask(&mut self) -> (Outcome, Option<i64>, Option<i64>) {
         let stream = match self.stream.take() {
-            Some(stream) => stream,
-            None => match timeout(PATIENCE, TcpStream::connect(self.address)).await {
+            Some(stream) if !is_closed(&stream) => stream,
+            _ => match timeout(PATIENCE, TcpStream::connect(self.address)).await {
                 Ok(Ok(stream)) => stream,
                 _ => return (Outcome::NotSent, None, None),
             },

@@ -79,6 +79,11 @@ impl Wire {
         timeout(pause, self.stream.read(&mut byte)).await.is_err()
     }
 
+    /// Ends the connection by a reset, as a client does that has crashed.
+    pub(crate) fn reset(self) {
+        self.stream.set_zero_linger().expect("the option is set");
+    }
+
     /// For how long it has been open.
     pub(crate) fn age(&self) -> Duration {
         self.opened.elapsed()
