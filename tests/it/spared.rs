@@ -103,6 +103,26 @@ async fn visits_that_postgres_fails_cost_no_redis_call() {
     }
 }
 
+/// The visit that discovers a failure is sent to Postgres; those after it are refused without.
+#[tokio::test(flavor = "multi_thread")]
+async fn visits_that_discover_a_failure_of_postgres_cost_no_redis_call() {
+    let world = World::new();
+    let ways = Ways::open(&world).await;
+    let hasty = [("DB_TIMEOUT", "300ms"), ("REDIS_TIMEOUT", "200ms")];
+    let service = ways.serve(&world, &hasty).await;
+    let (began, commands) = (Instant::now(), Commands::of(&ways.redis));
+    for _ in 0..15 {
+        let count = HeldCount::of(&world).await;
+        let answer = service.get("/").await;
+        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+        count.release().await;
+        service.until_ready().await;
+    }
+    let commands = Commands::of(&ways.redis).since(&commands);
+    assert_eq!(commands.all, commands.readings, "{commands:?}");
+    assert!(commands.all <= most_readings(began), "{commands:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn visit_beyond_the_queue_is_refused_within_5_ms_as_its_client_sees_it() {
     let world = World::alone();
