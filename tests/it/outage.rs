@@ -55,6 +55,16 @@ async fn postgres_killed_under_load_loses_and_repeats_no_visit() {
     })
     .await;
     let visits = load.stop().await;
+    let verdict = verdict(&world, &visits, &[]).await;
+    assert_eq!(verdict.violations(), 0, "{verdict:?}");
+    assert_eq!(
+        u64::try_from(verdict.in_doubt).unwrap(),
+        service.counted("in_doubt").await,
+        "{verdict:?}"
+    );
+    let rows = i64::try_from(verdict.rows).unwrap();
+    assert_eq!(service.visit().await.0, rows + 1);
+
     let refused = visits.iter().filter(|visit| visit.status == 503);
     let first_refusal = refused.map(Visit::answered).min().expect("a refusal");
     assert!(first_refusal.duration_since(killed) < RECOVERY);
@@ -66,16 +76,6 @@ async fn postgres_killed_under_load_loses_and_repeats_no_visit() {
             .iter()
             .all(|visit| [200, 503].contains(&visit.status))
     );
-
-    let verdict = verdict(&world, &visits, &[]).await;
-    assert_eq!(verdict.violations(), 0, "{verdict:?}");
-    assert_eq!(
-        u64::try_from(verdict.in_doubt).unwrap(),
-        service.counted("in_doubt").await,
-        "{verdict:?}"
-    );
-    let rows = i64::try_from(verdict.rows).unwrap();
-    assert_eq!(service.visit().await.0, rows + 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
