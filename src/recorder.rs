@@ -5,6 +5,7 @@
 //! two stores and no HTTP.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use time::OffsetDateTime;
@@ -46,6 +47,7 @@ pub enum Refusal {
 pub struct Recorder {
     queue: mpsc::Sender<Waiting>,
     deadline: Duration,
+    taken: Arc<Taken>,
     stop: watch::Sender<bool>,
 }
 
@@ -53,6 +55,7 @@ pub struct Recorder {
 #[derive(Debug)]
 pub struct Writer {
     queue: mpsc::Receiver<Waiting>,
+    taken: Arc<Taken>,
     stop: watch::Receiver<bool>,
     postgres: Arc<Postgres>,
     redis: Arc<Redis>,
@@ -72,6 +75,38 @@ struct Waiting {
     answer: oneshot::Sender<Result<Recorded, Refusal>>,
 }
 
+/// Until when visits were queued that the writer has taken. It tells a visit whose deadline passes
+/// whether it certainly still waits: the queue is in order, and the writer says what it takes
+/// before it looks at the clock to leave out what is late.
+#[derive(Debug)]
+struct Taken {
+    began: Instant,
+    until: AtomicU64,
+}
+
+impl Taken {
+    fn new() -> Self {
+        Self {
+            began: Instant::now(),
+            until: AtomicU64::new(0),
+        }
+    }
+
+    fn take(&self, queued: Instant) {
+        self.until.fetch_max(self.time(queued), Ordering::SeqCst);
+    }
+
+    fn still_waits(&self, queued: Instant) -> bool {
+        self.time(queued) > self.until.load(Ordering::SeqCst)
+    }
+
+    /// Nanoseconds since the recorder was made, from 1.
+    fn time(&self, moment: Instant) -> u64 {
+        let nanoseconds = (moment - self.began).as_nanos();
+        u64::try_from(nanoseconds).map_or(u64::MAX, |time| time.saturating_add(1))
+    }
+}
+
 /// The most visits that one commit takes: large enough that it never limits throughput. A batch
 /// that times out halves it for the next ones, and each full batch that is recorded doubles it.
 const BATCH_LIMIT: usize = 4096;
@@ -89,13 +124,16 @@ pub fn recorder(
     metric::queue_capacity(capacity);
     let (sender, receiver) = mpsc::channel(capacity);
     let (stop, stopped) = watch::channel(false);
+    let taken = Arc::new(Taken::new());
     let recorder = Recorder {
         queue: sender,
         deadline,
+        taken: Arc::clone(&taken),
         stop,
     };
     let writer = Writer {
         queue: receiver,
+        taken,
         stop: stopped,
         postgres,
         redis,
@@ -134,8 +172,9 @@ impl Recorder {
         })?;
         match tokio::time::timeout_at(deadline, answered).await {
             Ok(Ok(answer)) => answer,
-            // The writer never drops a visit unanswered; if it did, nothing would be known. Nor is
-            // anything known of a visit whose deadline has passed: its batch can be under way.
+            Err(_) if self.taken.still_waits(queued) => Err(Refusal::Failed),
+            // Its batch is in flight. (The writer never drops a visit unanswered; if it did, nothing
+            // would be known.)
             Ok(Err(_)) | Err(_) => Err(Refusal::InDoubt),
         }
     }
@@ -243,6 +282,9 @@ impl Writer {
     /// A client that has gone does not want its visit; one whose deadline has passed has been
     /// told that it has none.
     fn drop_abandoned_and_late(&mut self) {
+        if let Some(last) = self.batch.iter().map(|visit| visit.queued).max() {
+            self.taken.take(last);
+        }
         let now = Instant::now();
         self.batch.retain(|visit| {
             let outcome = if visit.deadline <= now {
@@ -272,20 +314,22 @@ impl Writer {
                 redis: redis.map(|redis| redis - before),
             };
             let told = visit.answer.send(Ok(recorded)).is_ok();
-            if !told && visit.deadline <= Instant::now() {
-                late += 1;
-            }
+            late += usize::from(!told && visit.deadline <= Instant::now());
         }
         metric::visits(outcome, visits - late);
         metric::visits(Outcome::InDoubt, late);
     }
 
     fn refuse(&mut self, outcome: Outcome, refusal: Refusal) {
-        metric::visits(outcome, self.batch.len());
+        let visits = self.batch.len();
+        let mut late = 0;
         for visit in self.batch.drain(..) {
-            // A client that has gone is not told.
-            visit.answer.send(Err(refusal)).ok();
+            let told = visit.answer.send(Err(refusal)).is_ok();
+            late += usize::from(!told && visit.deadline <= Instant::now());
         }
+        metric::visits(outcome, visits - late);
+        // Their clients were told that nothing is known.
+        metric::visits(Outcome::InDoubt, late);
     }
 
     /// The calls are children of the first sampled visit; the others point to them.

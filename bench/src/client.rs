@@ -116,6 +116,8 @@ pub struct Head {
     pub body: usize,
     /// Whether no other answer will come over this connection.
     pub closes: bool,
+    /// Whether the client is asked to try again (`Retry-After`).
+    pub retry_after: bool,
 }
 
 impl Head {
@@ -145,6 +147,7 @@ impl Head {
             body: std::str::from_utf8(body.value)?.parse()?,
             closes: header("connection")
                 .is_some_and(|header| header.value.eq_ignore_ascii_case(b"close")),
+            retry_after: header("retry-after").is_some(),
         }))
     }
 }

@@ -1,10 +1,11 @@
 //! Where the program is that is measured, where logs are left and which addresses are free.
 
+use std::fs;
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 /// The folder that cargo builds into, of the profile that this program was built with.
 fn built() -> Result<PathBuf> {
@@ -19,19 +20,65 @@ fn built() -> Result<PathBuf> {
     Ok(folder.to_owned())
 }
 
-/// The program that is measured: beside this one.
+/// The program that is measured: beside this one, and built from the sources as they are now.
 ///
 /// # Errors
 ///
-/// If it is not built.
+/// If it is not built, or was built before its sources were changed.
 pub fn visitas() -> Result<PathBuf> {
     let program = built()?.join("visitas");
+    let advice = "make builds it, or cargo build --bin visitas";
     ensure!(
         program.exists(),
-        "{} is not built: make does it, or cargo build --bin visitas",
+        "{} is not built: {advice}",
         program.display()
     );
+    if let Some(source) = newer_source(&program)? {
+        let (program, source) = (program.display(), source.display());
+        bail!("{program} is older than {source}: {advice}");
+    }
     Ok(program)
+}
+
+/// A source of the service that has changed since the program was built. The compiler lists the
+/// sources of the library, paths from the workspace on, next to each library that it builds.
+fn newer_source(program: &Path) -> Result<Option<PathBuf>> {
+    const WORKSPACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let built = fs::metadata(program)?.modified()?;
+    let folder = program.parent().context("a program without a folder")?;
+    let mut sources = vec!["src/main.rs".to_owned()];
+    for list in fs::read_dir(folder.join("deps"))? {
+        let list = list?.path();
+        let name = list.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("visitas-") && list.extension() == Some("d".as_ref()) {
+            let rules = fs::read_to_string(&list)?;
+            let mut rules = rules.lines().filter_map(|rule| rule.split_once(": "));
+            let library =
+                rules.find(|(target, _)| Path::new(target).extension() == Some("rlib".as_ref()));
+            if let Some((_, of_library)) = library {
+                // A space within a path is escaped.
+                let of_library = of_library.replace("\\ ", "\0");
+                let of_library = of_library
+                    .split(' ')
+                    .map(|source| source.replace('\0', " "));
+                sources.extend(of_library);
+            }
+        }
+    }
+    ensure!(
+        sources.len() > 1,
+        "no list of sources in {}",
+        folder.display()
+    );
+    let is_newer = |source: &PathBuf| {
+        // A list of an older build can name a source that is gone.
+        let modified = fs::metadata(source).and_then(|source| source.modified());
+        modified.is_ok_and(|modified| modified > built)
+    };
+    let mut sources = sources
+        .iter()
+        .map(|source| Path::new(WORKSPACE).join(source));
+    Ok(sources.find(is_newer))
 }
 
 /// Where logs and the like are left: beside what was built.
@@ -43,7 +90,7 @@ pub fn scratch() -> Result<PathBuf> {
     let built = built()?;
     let target = built.parent().context("no target folder")?;
     let folder = target.join("bench");
-    std::fs::create_dir_all(&folder)?;
+    fs::create_dir_all(&folder)?;
     Ok(folder)
 }
 
@@ -63,4 +110,40 @@ pub fn free_address() -> Result<SocketAddr> {
         }
     }
     anyhow::bail!("no free port from 15000")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use super::*;
+
+    #[test]
+    fn program_that_is_older_than_a_source_is_told_from_a_current_one() {
+        let folder = scratch().unwrap().join("newer source");
+        fs::create_dir_all(folder.join("deps")).unwrap();
+        let [program, one, other] =
+            ["visitas", "one.rs", "the other.rs"].map(|name| folder.join(name));
+        let touch = |file: &Path, moment: SystemTime| {
+            fs::File::create(file)
+                .unwrap()
+                .set_modified(moment)
+                .unwrap();
+        };
+        let list = folder.join("deps/visitas-0123.d");
+        let escaped = |file: &Path| file.display().to_string().replace(' ', "\\ ");
+        let sources = format!("{} {}", escaped(&one), escaped(&other));
+        let rules = format!("visitas-0123.d: {sources}\n\nlibvisitas-0123.rlib: {sources}\n");
+        fs::write(&list, rules).unwrap();
+        // Later than src/main.rs.
+        let built = SystemTime::now() + Duration::from_secs(1000);
+        touch(&program, built);
+        touch(&one, built);
+        touch(&other, built - Duration::from_secs(1));
+        assert_eq!(newer_source(&program).unwrap(), None);
+        touch(&other, built + Duration::from_secs(1));
+        assert_eq!(newer_source(&program).unwrap(), Some(other));
+        fs::remove_file(&list).unwrap();
+        assert!(newer_source(&program).is_err());
+    }
 }

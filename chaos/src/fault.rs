@@ -11,9 +11,10 @@ use sqlx::PgConnection;
 
 use crate::chance;
 use crate::ground::{Ground, Needs, REDIS_PASSWORD, Store};
-use crate::proxy::{Cut, Rules};
+use crate::history::Visit;
+use crate::proxy::{Cut, Proxy, Rules};
 use crate::service::Service;
-use crate::visitor::{Outcome, Visit, Visitor};
+use crate::visitor::Visitor;
 
 /// Something that breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +93,8 @@ pub enum Kind {
 pub struct Injected {
     kind: Kind,
     held: Held,
+    /// Effects of the proxy that carries the fault, before the fault.
+    effects_before: u64,
 }
 
 enum Held {
@@ -191,6 +194,8 @@ const VISITS_BY_HAND: &str =
 
 const DELAY_EACH_WAY: Duration = Duration::from_millis(30);
 const NARROW: u32 = 16 * 1024;
+/// Bytes of the shortest call that records visits: `INCRBY visitas_home 1`.
+const SHORTEST_CALL: u32 = 42;
 
 impl Fault {
     /// What must be there for it.
@@ -216,13 +221,59 @@ impl Fault {
         needs
     }
 
-    /// How many instances of the service there are.
+    /// How many replicas of the service there are.
     #[must_use]
-    pub fn instances(&self) -> usize {
-        if self.kind == Kind::FiveInstances {
-            5
-        } else {
-            1
+    pub fn replicas(&self) -> usize {
+        match self.kind {
+            Kind::FiveInstances => 5,
+            // What strikes in a moment leaves the most time for a third one.
+            Kind::Kill(_) | Kind::KillService => 3,
+            _ => 2,
+        }
+    }
+
+    /// Whether it can harm the visits to this replica.
+    #[must_use]
+    pub fn strikes(&self, replica: usize) -> bool {
+        self.kind != Kind::KillService || replica == 0
+    }
+
+    /// Whether Redis and the ways to it work all the time, so that a visit that is recorded has no
+    /// reason not to be counted, and a refusal none not to know the counter.
+    #[must_use]
+    pub fn spares_redis(&self) -> bool {
+        use Store::Postgres;
+        match self.kind {
+            Kind::Kill(Postgres)
+            | Kind::Pause(Postgres)
+            | Kind::SilenceEstablished(Postgres)
+            | Kind::Refuse(Postgres)
+            | Kind::Cut(Postgres, _)
+            | Kind::Delay(_)
+            | Kind::Narrow(_)
+            | Kind::ReadOnly
+            | Kind::DiskFull
+            | Kind::RestartLoop
+            | Kind::CountLocked
+            | Kind::IdleTransaction
+            | Kind::CollectorSilent
+            | Kind::Disconnects => true,
+            Kind::Kill(Store::Redis)
+            | Kind::Pause(Store::Redis)
+            | Kind::SilenceEstablished(Store::Redis)
+            | Kind::Refuse(Store::Redis)
+            | Kind::Cut(Store::Redis, _)
+            | Kind::OutOfMemory
+            | Kind::Replica
+            | Kind::WrongPassword
+            | Kind::WrongType
+            | Kind::NamesGone
+            // Replicas stand still meanwhile, which can be longer than `REDIS_TIMEOUT`.
+            | Kind::ConnectionsTaken
+            // A replica that starts has not read Redis yet.
+            | Kind::KillService
+            | Kind::MigrationLocked
+            | Kind::FiveInstances => false,
         }
     }
 
@@ -286,14 +337,15 @@ impl Fault {
         }
     }
 
-    /// Whether what it is to break shows: by a visit that was made during it, or in what others did.
-    /// Where it harms, that is seen from the harm.
+    /// The shortest time that a visit takes during it, where it only slows visits.
     #[must_use]
-    pub fn shows(&self, visits: &[Visit], others: &[Visit]) -> bool {
+    pub fn shortest_visit(&self) -> Duration {
         match self.kind {
-            Kind::Delay(_) => visits.iter().any(|visit| visit.took >= 2 * DELAY_EACH_WAY),
-            Kind::Disconnects => others.iter().any(|visit| visit.outcome == Outcome::Left),
-            _ => true,
+            Kind::Delay(_) => 2 * DELAY_EACH_WAY,
+            Kind::Narrow(_) => {
+                Duration::from_secs_f64(f64::from(SHORTEST_CALL) / f64::from(NARROW))
+            }
+            _ => Duration::ZERO,
         }
     }
 
@@ -304,6 +356,7 @@ impl Fault {
     /// If it cannot be broken as described.
     pub fn inject(&self, ground: &Ground, services: &mut [Service]) -> Result<Injected> {
         let mut held = Held::Nothing;
+        let effects_before = self.kind.proxy(ground).map_or(0, Proxy::effects);
         match self.kind {
             Kind::Kill(store) => ground.server(store).kill()?,
             Kind::KillService => services[0].kill()?,
@@ -316,8 +369,12 @@ impl Fault {
                 change(ground, store, |rules| rules.bytes_per_second = Some(NARROW));
             }
             Kind::ConnectionsTaken => {
-                // It would be the quicker one to connect again.
-                let taken = services[0].while_paused(|| take_connections(ground))?;
+                // They would be quicker to connect again.
+                let mut taken = Vec::new();
+                while_paused(services, &mut || {
+                    taken = take_connections(ground)?;
+                    Ok(())
+                })?;
                 held = Held::Sessions(taken);
             }
             Kind::ReadOnly => set_read_only(ground, true)?,
@@ -355,11 +412,49 @@ impl Fault {
         Ok(Injected {
             kind: self.kind,
             held,
+            effects_before,
         })
     }
 }
 
+impl Kind {
+    /// The proxy that carries it.
+    fn proxy(self, ground: &Ground) -> Option<&Proxy> {
+        match self {
+            Self::SilenceEstablished(store)
+            | Self::Refuse(store)
+            | Self::Cut(store, _)
+            | Self::Delay(store)
+            | Self::Narrow(store) => Some(ground.way_to(store)),
+            Self::CollectorSilent => Some(&ground.way_to_collector),
+            _ => None,
+        }
+    }
+}
+
 impl Injected {
+    /// Looks for evidence that it has taken effect, while it is in force, and returns what is
+    /// missing. A fault that harms visits shows in the harm as well.
+    ///
+    /// # Errors
+    ///
+    /// If nothing can be seen.
+    pub fn missing_evidence(&self, ground: &Ground) -> Result<Option<&'static str>> {
+        if let Some(proxy) = self.kind.proxy(ground)
+            && proxy.effects() == self.effects_before
+        {
+            return Ok(Some("the proxy had nothing to break"));
+        }
+        let open = match self.kind {
+            Kind::IdleTransaction => ground.sql(
+                "select count(*) > 0 from pg_stat_activity \
+                 where state = 'idle in transaction' and backend_xid is not null",
+            )?,
+            _ => return Ok(None),
+        };
+        Ok((open != "t").then_some("no transaction with visits is open and idle"))
+    }
+
     /// Mends it.
     ///
     /// # Errors
@@ -429,6 +524,14 @@ fn set_read_only(ground: &Ground, on: bool) -> Result<()> {
     ))?;
     ground.sql("select pg_reload_conf()")?;
     Ok(())
+}
+
+/// Does something while every replica stands still.
+fn while_paused(services: &[Service], work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    match services.split_first() {
+        Some((first, others)) => first.while_paused(|| while_paused(others, work)),
+        None => work(),
+    }
 }
 
 /// Takes every connection there is, the service's too.
@@ -501,14 +604,20 @@ const LONGEST_STAY: Duration = Duration::from_millis(6);
 impl Storm {
     fn start(ground: &Ground, services: &[Service]) -> Self {
         let going = Arc::new(AtomicBool::new(true));
-        let address = services[0].address;
         let clients = (0..STORM_CLIENTS).map(|client| {
             let going = Arc::clone(&going);
+            let replicas = services.iter().enumerate();
+            // Numbers that no client of the ledger has.
+            let client = usize::MAX - client;
+            let visitor =
+                |(replica, service): (_, &Service)| Visitor::new(client, replica, service.address);
+            let visitors: Vec<_> = replicas.map(visitor).collect();
             ground.runtime.spawn(async move {
                 let some_time = || LONGEST_STAY.mul_f64(chance::fraction());
                 let mut visits = Vec::new();
                 while going.load(Ordering::Relaxed) {
-                    visits.push(Visitor::pass_by(address, some_time(), client % 2 == 0).await);
+                    let visitor = &visitors[chance::below(visitors.len())];
+                    visits.push(visitor.pass_by(some_time(), client % 2 == 0).await);
                     tokio::time::sleep(some_time()).await;
                 }
                 visits

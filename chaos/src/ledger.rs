@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
-use crate::visitor::{Visit, Visitor};
+use crate::chance;
+use crate::history::Visit;
+use crate::visitor::Visitor;
 
 /// Clients under way. Each makes its next visit shortly after the one before.
 pub struct Ledger {
@@ -27,21 +29,25 @@ const PAUSE: Duration = Duration::from_millis(1);
 const PAUSE_AFTER_REFUSAL: Duration = Duration::from_millis(5);
 
 impl Ledger {
-    /// Starts clients, who take turns among the addresses.
+    /// Starts clients, each of which asks a random replica for each of its visits and keeps a
+    /// connection to each.
     #[must_use]
     pub fn start(runtime: &Handle, addresses: &[SocketAddr]) -> Self {
         let visits = Arc::new(Mutex::new(Vec::new()));
         let going = Arc::new(AtomicBool::new(true));
-        let clients = addresses.iter().cycle().take(CLIENTS).map(|&address| {
+        let clients = (0..CLIENTS).map(|client| {
             let visits = Arc::clone(&visits);
             let going = Arc::clone(&going);
+            let replicas = addresses.iter().enumerate();
+            let visitor = |(replica, &address)| Visitor::new(client, replica, address);
+            let mut visitors: Vec<_> = replicas.map(visitor).collect();
             runtime.spawn(async move {
-                let mut visitor = Visitor::of(address);
                 while going.load(Ordering::Relaxed) {
-                    let visit = visitor.visit().await;
+                    let replica = chance::below(visitors.len());
+                    let visit = visitors[replica].visit().await;
                     lock(&visits).push(visit);
-                    let answered = visit.total().is_some();
-                    tokio::time::sleep(if answered { PAUSE } else { PAUSE_AFTER_REFUSAL }).await;
+                    let recorded = visit.is_recorded();
+                    tokio::time::sleep(if recorded { PAUSE } else { PAUSE_AFTER_REFUSAL }).await;
                 }
             })
         });

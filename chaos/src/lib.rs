@@ -1,8 +1,8 @@
 //! Breaks what the service stands on, and sees what became of what it had acknowledged.
 //!
 //! In reading order: a `fault` is tried on its `ground` by a `trial`, while the clients of the
-//! `ledger` write down what they are told (`visitor`) and a `proxy` breaks the network; the `verdict`
-//! compares. `overload` and `hostile` are about visitors instead of stores, `bounds` about what the
+//! `ledger` write down what they are told (`visitor`) and a `proxy` breaks the network; the judge of
+//! the `history` compares. `overload` and `hostile` are about visitors instead of stores, `bounds` about what the
 //! service takes; `report` writes it all down. Everything here is loopback, ends with this program,
 //! and is bounded in time.
 
@@ -10,6 +10,7 @@ pub mod bounds;
 mod chance;
 pub mod fault;
 pub mod ground;
+pub mod history;
 pub mod hostile;
 pub mod ledger;
 pub mod overload;
@@ -17,7 +18,6 @@ pub mod proxy;
 pub mod report;
 pub mod service;
 pub mod trial;
-pub mod verdict;
 pub mod visitor;
 
 use std::time::Duration;

@@ -33,16 +33,20 @@ const KILLS: Kept = Kept {
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
 
 /// How to read it.
-const METHOD: &str = "\nSixteen clients visit all the time and write down what they are told; at the end every \
+const METHOD: &str = "\nSixteen clients visit all the time, each of them a random one of two replicas (three where \
+     a process is killed, five where five start at once), and write down what they are told; at the end every \
      number that was acknowledged is looked for in the table, in a row of its own whose moment lies \
-     between the visit's beginning and its answer. A visit is *in doubt* if its client got no answer, \
-     or if the service counted it so. *First error* is from the fault's beginning; *recovery* from the \
-     moment when what was broken works again, as seen without the service, to the first visit that \
-     both stores have counted (for connections that fall silent, which the service has to get over by \
+     between the visit's beginning and its answer. *Duplicated* are numbers that were told twice (in Redis, \
+     within one of its lives), and numbers and rows that no visit explains. *Out of order* are visits that were \
+     sent after a visit with the same or a higher number had been answered, in either store. A visit is *in doubt* \
+     if its client got no answer, or one that says so. *First error* is from the fault's beginning; *recovery* from \
+     the moment when what was broken works again, as seen without the service, until every replica has made a visit \
+     that both stores have counted (for connections that fall silent, which the service has to get over by \
      itself, from the beginning); where several times are given it is their median (lowest – \
-     highest). Then the service is asked to stop in the midst of the same fault, or while it starts \
-     where that is what the fault is about: *stop* is how long that took, and *start* from when it \
-     was started again, with all of it working, to the first good visit.\n";
+     highest). A fault of which there is no evidence that it took effect is itself a violation. Then one replica is \
+     asked to stop in the midst of the same fault, or while it starts where that is what the fault is about: *stop* \
+     is how long that took, and *start* from when it was started again, with all of it working, to the first good \
+     visit.\n";
 
 /// Long enough for every deadline to have passed several times.
 const HOLD: Duration = Duration::from_secs(5);
@@ -165,11 +169,13 @@ fn faults(only: Option<&str>, effort: Effort) -> Result<Vec<Tried>> {
         Tried::Ran(trial) => {
             let verdict = trial.verdict;
             eprintln!(
-                "chaos: {}: {} acknowledged, {} lost, {} duplicated, {} in doubt, recovery {:?}",
+                "chaos: {}: {} acknowledged, {} lost, {} duplicated, {} out of order, {} in doubt, \
+                 recovery {:?}",
                 trial.fault.name,
-                verdict.acknowledged,
+                verdict.recorded,
                 verdict.lost,
-                verdict.duplicated,
+                verdict.duplicated(),
+                verdict.out_of_order(),
                 verdict.in_doubt,
                 trial.recoveries
             );

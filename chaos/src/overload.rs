@@ -13,8 +13,9 @@ use bench::measure::Mebibytes;
 use tokio::task::JoinHandle;
 
 use crate::ground::{Ground, Needs};
+use crate::history::{Outcome, Visit};
 use crate::service::Service;
-use crate::visitor::{Outcome, Visit, Visitor};
+use crate::visitor::Visitor;
 
 /// What came of it.
 #[derive(Clone, Debug)]
@@ -117,7 +118,7 @@ pub fn run(factors: &[f64], duration: Duration) -> Result<Overload> {
     Ok(Overload {
         peak,
         steps,
-        recovery: first.map(|visit| visit.answered() - ended),
+        recovery: first.map(|visit| visit.ended - ended),
         aftermath: longest(&after),
         normal,
         memory: (before, service.peak_memory()),
@@ -131,9 +132,9 @@ impl Step {
             let mut took: Vec<_> = wanted
                 .map(|(due, visit)| {
                     if since_due {
-                        visit.answered() - *due
+                        visit.ended - *due
                     } else {
-                        visit.took
+                        visit.took()
                     }
                 })
                 .collect();
@@ -145,13 +146,13 @@ impl Step {
             .map(|(due, _)| *due)
             .min()
             .map(|start| start + duration);
-        let in_time = |visit: &Visit| end.is_some_and(|end| visit.answered() <= end);
+        let in_time = |visit: &Visit| end.is_some_and(|end| visit.ended <= end);
         let good = visits
             .iter()
             .filter(|(_, visit)| visit.is_good() && in_time(visit));
         let goodput = good.count();
         let refused = took(|visit| visit.outcome == Outcome::Refused, false);
-        let accepted = took(|visit| visit.total().is_some(), true);
+        let accepted = took(Visit::is_recorded, true);
         let a_second = |number: usize| number as f64 / duration.as_secs_f64();
         Self {
             factor,
@@ -173,20 +174,16 @@ fn p99(sorted: &[Duration]) -> Duration {
 }
 
 fn longest(visits: &[Visit]) -> Duration {
-    visits
-        .iter()
-        .map(|visit| visit.took)
-        .max()
-        .unwrap_or_default()
+    visits.iter().map(Visit::took).max().unwrap_or_default()
 }
 
 /// Each client visits again once it is answered.
 async fn closed(address: SocketAddr, clients: usize, duration: Duration) -> Vec<Visit> {
     let end = Instant::now() + duration;
     let clients: Vec<_> = (0..clients)
-        .map(|_| {
+        .map(|client| {
             tokio::spawn(async move {
-                let mut visitor = Visitor::of(address);
+                let mut visitor = Visitor::new(client, 0, address);
                 let mut visits = Vec::new();
                 while Instant::now() < end {
                     visits.push(visitor.visit().await);
@@ -207,7 +204,7 @@ async fn open(address: SocketAddr, rate: f64, duration: Duration) -> Vec<(Instan
         .map(|index| {
             let mut due = start + interval.mul_f64(index as f64 / CONNECTIONS as f64);
             tokio::spawn(async move {
-                let mut visitor = Visitor::of(address);
+                let mut visitor = Visitor::new(index, 0, address);
                 let mut visits = Vec::new();
                 while due < end {
                     tokio::time::sleep_until(due.into()).await;

@@ -7,7 +7,7 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -68,6 +68,7 @@ struct Lane {
     protocol: Protocol,
     rules: watch::Sender<Rules>,
     next: Arc<AtomicU64>,
+    effects: Arc<AtomicU64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -102,6 +103,7 @@ impl Proxy {
                 protocol,
                 rules: watch::Sender::new(Rules::default()),
                 next: Arc::new(AtomicU64::new(0)),
+                effects: Arc::new(AtomicU64::new(0)),
             },
             accepting: Mutex::new(None),
             runtime: runtime.clone(),
@@ -114,6 +116,13 @@ impl Proxy {
     #[must_use]
     pub fn port(&self) -> u16 {
         self.address.port()
+    }
+
+    /// How often a rule has changed what passes: bytes that were held back or late, and connections
+    /// that were reset.
+    #[must_use]
+    pub fn effects(&self) -> u64 {
+        self.lane.effects.load(Ordering::Relaxed)
     }
 
     /// Changes what is done to what passes, at once and for open connections too.
@@ -213,6 +222,7 @@ impl Lane {
             }
         };
         if end == End::Reset {
+            self.count_effect();
             for stream in [&client, &server] {
                 stream.set_zero_linger().ok();
             }
@@ -234,6 +244,9 @@ impl Lane {
                 return End::Closed;
             };
             let bytes = &buffer[..length];
+            if number < rules.borrow().silent_below {
+                self.count_effect();
+            }
             let heard = rules.wait_for(|rules| number >= rules.silent_below).await;
             let Ok(now) = heard.map(|rules| *rules) else {
                 return End::Closed;
@@ -250,11 +263,21 @@ impl Lane {
                 },
                 _ => {}
             }
-            tokio::time::sleep(now.takes(length)).await;
+            let (takes, held) = (now.takes(length), Instant::now());
+            tokio::time::sleep(takes).await;
+            if !takes.is_zero() && held.elapsed() >= takes {
+                self.count_effect();
+            }
             if to.write_all(bytes).await.is_err() {
                 return End::Closed;
             }
         }
+    }
+}
+
+impl Lane {
+    fn count_effect(&self) {
+        self.effects.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -283,6 +306,8 @@ impl Protocol {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read as _, Write as _};
+
     use super::*;
 
     #[test]
@@ -295,6 +320,46 @@ mod tests {
         assert!(Protocol::Redis.records(increment("10").as_bytes()));
         assert!(!Protocol::Redis.records(increment("0").as_bytes()));
         assert!(!Protocol::Redis.records(b"*1\r\n$4\r\nPING\r\n"));
+    }
+
+    #[test]
+    fn rule_without_effect_is_told_from_one_with_an_effect() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = server.local_addr().unwrap().port();
+        let proxy = Proxy::open(runtime.handle(), port, Protocol::Other).unwrap();
+        let client = || std::net::TcpStream::connect(("127.0.0.1", proxy.port())).unwrap();
+        let mut stream = client();
+        let (mut accepted, _) = server.accept().unwrap();
+        let mut say = |byte: u8| {
+            stream.write_all(&[byte]).unwrap();
+            let mut heard = [0];
+            accepted.read_exact(&mut heard).unwrap();
+            assert_eq!(heard, [byte]);
+        };
+        say(1);
+        assert_eq!(proxy.effects(), 0);
+        proxy.change(|rules| rules.bytes_per_second = Some(1000));
+        assert_eq!(proxy.effects(), 0, "nothing has passed since");
+        say(2);
+        assert_eq!(proxy.effects(), 1);
+        proxy.clear().unwrap();
+        say(3);
+        assert_eq!(proxy.effects(), 1);
+
+        proxy.silence_established();
+        let mut new = client();
+        let (mut accepted, _) = server.accept().unwrap();
+        new.write_all(&[4]).unwrap();
+        accepted.read_exact(&mut [0]).unwrap();
+        assert_eq!(proxy.effects(), 1, "a new connection is not silent");
+        stream.write_all(&[5]).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while proxy.effects() < 2 {
+            assert!(Instant::now() < deadline, "the silence has no effect");
+            std::thread::yield_now();
+        }
+        drop(runtime);
     }
 
     #[test]

@@ -69,6 +69,7 @@ pub fn faults(tried: &[Tried]) -> Section {
             "acknowledged",
             "lost",
             "duplicated",
+            "out of order",
             "in doubt",
             "first error",
             "recovery",
@@ -81,9 +82,10 @@ pub fn faults(tried: &[Tried]) -> Section {
             [
                 trial.fault.name.to_owned(),
                 trial.repetitions.to_string(),
-                count(trial.verdict.acknowledged),
+                count(trial.verdict.recorded),
                 count(trial.verdict.lost),
-                count(trial.verdict.duplicated),
+                count(trial.verdict.duplicated()),
+                count(trial.verdict.out_of_order()),
                 count(trial.verdict.in_doubt),
                 spread(&trial.first_errors),
                 spread(&trial.recoveries),
@@ -138,7 +140,13 @@ fn goals_of_faults(tried: &[Tried], trials: &[&Trial]) -> Vec<Goal> {
         Goal::at_most(
             "duplicated",
             0.0,
-            sum(|trial| trial.verdict.duplicated),
+            sum(|trial| trial.verdict.duplicated()),
+            number,
+        ),
+        Goal::at_most(
+            "out of order",
+            0.0,
+            sum(|trial| trial.verdict.out_of_order()),
             number,
         ),
         Goal::at_most(

@@ -10,11 +10,10 @@ use anyhow::Result;
 
 use crate::chance;
 use crate::fault::{Fault, Harm, Healed, Kind};
-use crate::ground::{Ground, obstacle};
+use crate::ground::{Ground, Store, obstacle};
+use crate::history::{Outcome, Verdict, Visit};
 use crate::ledger::Ledger;
 use crate::service::Service;
-use crate::verdict::Verdict;
-use crate::visitor::Visit;
 
 /// How long and how often.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +46,8 @@ pub struct Trial {
     pub refused: usize,
     /// From each strike to the first visit that was not good, in seconds; none where there was none.
     pub first_errors: Vec<f64>,
-    /// From when it worked again to the first good visit, in seconds, where there had been an error.
+    /// From when it worked again until every replica had made a good visit, in seconds, where there
+    /// had been an error.
     pub recoveries: Vec<f64>,
     /// The worst latency of a visit that was acknowledged.
     pub worst_good: Duration,
@@ -88,6 +88,8 @@ struct Attempt<'a> {
     stop: Option<Stop>,
     /// When services ended whose counters went with them.
     gaps: Vec<Range<Instant>>,
+    /// When Redis was certainly down between two of its lives.
+    redis_outages: Vec<Range<Instant>>,
     strikes: usize,
     first_errors: Vec<f64>,
     recoveries: Vec<f64>,
@@ -97,8 +99,6 @@ struct Attempt<'a> {
 /// A stop in the midst of a fault.
 #[derive(Clone, Copy, Debug)]
 struct Stop {
-    /// When it was asked what it had counted, just before.
-    counted: Instant,
     asked: Instant,
     ended: Instant,
     /// When the service that was started again was good, or everything ended.
@@ -119,7 +119,7 @@ pub fn hindrance(fault: &Fault) -> Option<String> {
 /// If it cannot be tried; what is wrong with the service is no error, but in the trial.
 pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
     let ground = Ground::start(fault.needs())?;
-    let services = (0..fault.instances())
+    let services = (0..fault.replicas())
         .map(|_| Service::new(&ground))
         .collect::<Result<Vec<_>>>()?;
     let repetitions = if fault.is_a_kill() {
@@ -184,7 +184,7 @@ impl<'a> Attempt<'a> {
             let mended = Instant::now();
             let healed = injected.heal(ground, &mut attempt.services)?;
             attempt.recover(0, began, began..mended, healed.at, effort.aftermath);
-            attempt.is_back(None);
+            attempt.mark_back(None);
         } else {
             if effort.stop {
                 // One of them, as soon as it can be asked, while all of them start.
@@ -201,7 +201,7 @@ impl<'a> Attempt<'a> {
                 attempt.services[0].start()?;
                 let started = Instant::now();
                 attempt.services[0].until_ready()?;
-                attempt.is_back(Some(started.elapsed()));
+                attempt.mark_back(Some(started.elapsed()));
             }
             attempt.see_to_the_aftermath(0, Instant::now(), effort.aftermath);
         }
@@ -218,6 +218,7 @@ impl<'a> Attempt<'a> {
             others: Vec::new(),
             stop: None,
             gaps: Vec::new(),
+            redis_outages: Vec::new(),
             strikes: 0,
             first_errors: Vec::new(),
             recoveries: Vec::new(),
@@ -245,11 +246,13 @@ impl<'a> Attempt<'a> {
             _ => effort.hold,
         };
         std::thread::sleep(hold);
+        if let Some(missing) = injected.missing_evidence(self.ground)? {
+            self.complain(format!("it took no effect: {missing}"));
+        }
         let mended = Instant::now();
         let Healed { at, others } = injected.heal(self.ground, &mut self.services)?;
-        if !self.fault.shows(&self.ledger.since(from), &others) {
-            self.complain("it did not show".to_owned());
-        }
+        self.note_redis_outage(whole..mended);
+        self.look_for_effects(from, &(whole..mended), &others);
         self.others.extend(others);
         let due = if self.fault.is_overcome() { began } else { at };
         let aftermath = if is_killed_again {
@@ -261,8 +264,36 @@ impl<'a> Attempt<'a> {
         Ok(())
     }
 
-    /// Waits for the first good visit after `due`, and looks whether it stays at that. The fault
-    /// has taken from `began` on to become `whole`.
+    /// A fault that harms no visit shows in how long visits take, or in what other clients did.
+    fn look_for_effects(&mut self, from: usize, meanwhile: &Range<Instant>, others: &[Visit]) {
+        let shortest = self.fault.shortest_visit();
+        let visits = self.ledger.since(from);
+        let mut visits = visits
+            .iter()
+            .filter(|visit| visit.sent > meanwhile.start && visit.ended < meanwhile.end)
+            .peekable();
+        if visits.peek().is_none() && self.fault.harm == Harm::Nothing {
+            self.complain("no visit was made meanwhile".to_owned());
+        }
+        if let Some(quick) = visits.find(|visit| visit.took() < shortest) {
+            let took = quick.took();
+            self.complain(format!("it took no effect: a visit took {took:?}"));
+        }
+        let left = |visit: &Visit| visit.outcome == Outcome::Left;
+        if self.fault.kind == Kind::Disconnects && !others.iter().any(left) {
+            self.complain("it took no effect: no client left".to_owned());
+        }
+    }
+
+    /// Redis has been killed and started again: its counter starts over.
+    fn note_redis_outage(&mut self, down: Range<Instant>) {
+        if self.fault.kind == Kind::Kill(Store::Redis) {
+            self.redis_outages.push(down);
+        }
+    }
+
+    /// Waits until every replica has made a good visit after `due`, and looks whether visits stay
+    /// good. The fault has taken from `began` on to become `whole`.
     fn recover(
         &mut self,
         from: usize,
@@ -271,47 +302,75 @@ impl<'a> Attempt<'a> {
         due: Instant,
         aftermath: Duration,
     ) {
-        let harm = self.fault.harm;
-        let broken = |visit: &Visit| {
-            let harmed = match harm {
-                Harm::Visits => visit.total().is_none(),
-                _ => !visit.is_good(),
+        let mut errors = Vec::new();
+        let mut recovered = due;
+        for replica in 0..self.services.len() {
+            let is_struck = self.fault.strikes(replica);
+            let error = if is_struck {
+                self.first_error(replica, from, began, &whole)
+            } else {
+                None
             };
-            harmed && visit.answered() > began
+            let since = error.map_or(due, |error| error.ended.max(due));
+            let good = self.ledger.find(from, PATIENCE, |visit| {
+                visit.replica == replica && visit.is_good() && visit.ended > since
+            });
+            let Some(good) = good else {
+                self.complain(format!(
+                    "no good visit to replica {replica} within {PATIENCE:?}"
+                ));
+                return;
+            };
+            recovered = recovered.max(good.ended);
+            if let Some(error) = error {
+                errors.push((error.ended - began, good.ended - due));
+            }
+        }
+        let first_error = errors.iter().map(|(error, _)| error.as_secs_f64());
+        if let Some(first_error) = first_error.min_by(f64::total_cmp) {
+            self.first_errors.push(first_error);
+            let recoveries = errors.iter().map(|(_, recovery)| recovery.as_secs_f64());
+            self.recoveries.extend(recoveries.max_by(f64::total_cmp));
+        }
+        self.see_to_the_aftermath(from, recovered, aftermath);
+    }
+
+    /// The first visit to a replica that the fault has harmed. Complains if there is none, or if a
+    /// later one was spared by a fault that spares none.
+    fn first_error(
+        &mut self,
+        replica: usize,
+        from: usize,
+        began: Instant,
+        whole: &Range<Instant>,
+    ) -> Option<Visit> {
+        let harm = self.fault.harm;
+        let is_harmed = |visit: &Visit| match harm {
+            Harm::Visits => !visit.is_recorded(),
+            Harm::Nothing | Harm::Count => !visit.is_good(),
         };
-        let first_error = self.ledger.find(from, Duration::ZERO, broken);
-        let since = first_error.map_or(due, |error| error.answered().max(due));
-        let good = self.ledger.find(from, PATIENCE, |visit| {
-            visit.is_good() && visit.answered() > since
+        let error = self.ledger.find(from, Duration::ZERO, |visit| {
+            visit.replica == replica && is_harmed(visit) && visit.ended > began
         });
-        let Some(good) = good else {
-            self.complain(format!("no good visit within {PATIENCE:?}"));
-            return;
-        };
-        match first_error {
+        match error {
             Some(error) if self.fault.is_complete() => {
                 let spared = self.ledger.find(from, Duration::ZERO, |visit| {
-                    visit.sent > error.answered().max(whole.start)
-                        && visit.answered() < whole.end
-                        && match harm {
-                            Harm::Count => visit.is_good(),
-                            _ => visit.total().is_some(),
-                        }
+                    visit.replica == replica
+                        && visit.sent > error.ended.max(whole.start)
+                        && visit.ended < whole.end
+                        && !is_harmed(visit)
                 });
                 if let Some(spared) = spared {
                     let after = spared.sent - began;
                     self.complain(format!("a visit {after:?} after it began was spared"));
                 }
             }
-            None if harm != Harm::Nothing => self.complain("nobody noticed".to_owned()),
+            None if harm != Harm::Nothing => {
+                self.complain(format!("no visit to replica {replica} noticed it"));
+            }
             _ => {}
         }
-        if let Some(error) = first_error {
-            self.first_errors
-                .push((error.answered() - began).as_secs_f64());
-            self.recoveries.push((good.answered() - due).as_secs_f64());
-        }
-        self.see_to_the_aftermath(from, good.answered(), aftermath);
+        error
     }
 
     /// After `recovered` visits are to stay good.
@@ -344,26 +403,35 @@ impl<'a> Attempt<'a> {
             self.stop()?;
         } else {
             self.stop()?;
+            let mended = Instant::now();
             let healed = injected.heal(self.ground, &mut self.services)?;
+            self.note_redis_outage(whole..mended);
             self.others.extend(healed.others);
         }
         self.services[0].start()?;
         let started = Instant::now();
-        let good = self.ledger.find(from, PATIENCE, |visit| {
-            visit.is_good() && visit.sent > started
-        });
-        match good {
-            Some(good) => {
-                self.is_back(Some(good.answered() - started));
-                self.see_to_the_aftermath(from, good.answered(), aftermath);
+        let mut recovered = started;
+        for replica in 0..self.services.len() {
+            let good = self.ledger.find(from, PATIENCE, |visit| {
+                visit.replica == replica && visit.is_good() && visit.sent > started
+            });
+            let Some(good) = good else {
+                self.complain(format!(
+                    "no good visit to replica {replica} within {PATIENCE:?} after a stop"
+                ));
+                return Ok(());
+            };
+            if replica == 0 {
+                self.mark_back(Some(good.ended - started));
             }
-            None => self.complain(format!("no good visit within {PATIENCE:?} after a stop")),
+            recovered = recovered.max(good.ended);
         }
-        self.services[0].until_ready()
+        self.see_to_the_aftermath(from, recovered, aftermath);
+        self.services.iter_mut().try_for_each(Service::until_ready)
     }
 
     /// The service that was asked to stop works again.
-    fn is_back(&mut self, back_in: Option<Duration>) {
+    fn mark_back(&mut self, back_in: Option<Duration>) {
         if let Some(stop) = &mut self.stop {
             stop.back = Instant::now();
             stop.back_in = back_in;
@@ -384,7 +452,6 @@ impl<'a> Attempt<'a> {
         let ended = asked + took;
         self.gaps.push(counted..ended);
         self.stop = Some(Stop {
-            counted,
             asked,
             ended,
             back: ended + PATIENCE,

@@ -2,6 +2,7 @@
 //!
 //! As plain as can be, since it shares the processors with what it visits.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -12,50 +13,19 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-/// One visit as its client saw it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Visit {
-    /// When it began.
-    pub sent: Instant,
-    /// The same by the clock on the wall, in microseconds since 1970.
-    pub sent_at: i64,
-    /// Until its answer was read, or until there was none.
-    pub took: Duration,
-    /// What came of it.
-    pub outcome: Outcome,
-}
-
-/// What a client knows of its visit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// It is recorded.
-    Acknowledged {
-        /// The number of rows with it.
-        total: i64,
-        /// The counter in Redis, where it was counted there.
-        redis: Option<i64>,
-    },
-    /// A `503`, which claims nothing.
-    Refused,
-    /// It was sent, and no answer came.
-    Unanswered,
-    /// There was no connection to send it over.
-    NotSent,
-    /// It was sent, and its client left before any answer.
-    Left,
-    /// An answer that no visit may have, by its status.
-    Wrong(u16),
-}
+use crate::history::{Outcome, Visit};
 
 /// A client with one connection.
 pub struct Visitor {
+    client: usize,
+    replica: usize,
     address: SocketAddr,
     stream: Option<TcpStream>,
     buffer: Vec<u8>,
 }
 
 /// The fields of an answer.
-#[derive(Deserialize)]
+#[derive(Clone, Copy, Deserialize)]
 struct Answer {
     total_registros_db: Option<i64>,
     visitas_redis: Option<i64>,
@@ -69,70 +39,59 @@ const TAKEN_AFTER: Duration = Duration::from_millis(250);
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: chaos\r\n\r\n";
 
-impl Visit {
-    /// When its answer was read.
-    #[must_use]
-    pub fn answered(&self) -> Instant {
-        self.sent + self.took
-    }
-
-    /// Whether it is recorded and counted.
-    #[must_use]
-    pub fn is_good(&self) -> bool {
-        matches!(self.outcome, Outcome::Acknowledged { redis: Some(_), .. })
-    }
-
-    /// The number of rows with it, where it is recorded.
-    #[must_use]
-    pub fn total(&self) -> Option<i64> {
-        match self.outcome {
-            Outcome::Acknowledged { total, .. } => Some(total),
-            _ => None,
-        }
-    }
-
-    /// The counter with it, where it is counted.
-    #[must_use]
-    pub fn redis(&self) -> Option<i64> {
-        match self.outcome {
-            Outcome::Acknowledged { redis, .. } => redis,
-            _ => None,
-        }
-    }
+/// Whether the service has closed a connection over which nothing is under way, as it may: a client
+/// then opens another one, like every pool of connections.
+fn is_closed(idle: &TcpStream) -> bool {
+    let read = idle.try_read(&mut [0]);
+    !read.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
 }
 
-/// When a visit began.
-struct Begun {
+/// The beginning of a visit.
+struct Start {
+    client: usize,
+    replica: usize,
     sent: Instant,
     sent_at: i64,
 }
 
-impl Begun {
-    fn now() -> Self {
+impl Start {
+    fn now(client: usize, replica: usize) -> Self {
         let sent = Instant::now();
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let microseconds = since.unwrap_or_default().as_micros();
         Self {
+            client,
+            replica,
             sent,
             sent_at: i64::try_from(microseconds).unwrap_or(i64::MAX),
         }
     }
 
-    fn ended(self, outcome: Outcome) -> Visit {
+    fn end(self, outcome: Outcome, total: Option<i64>, redis: Option<i64>) -> Visit {
         Visit {
+            client: self.client,
+            replica: self.replica,
             sent: self.sent,
             sent_at: self.sent_at,
-            took: self.sent.elapsed(),
+            ended: Instant::now(),
             outcome,
+            total,
+            redis,
         }
+    }
+
+    fn end_without_numbers(self, outcome: Outcome) -> Visit {
+        self.end(outcome, None, None)
     }
 }
 
 impl Visitor {
-    /// A client that has not connected yet.
+    /// A client, by its number, of a replica, by its number and address. It has not connected yet.
     #[must_use]
-    pub fn of(address: SocketAddr) -> Self {
+    pub fn new(client: usize, replica: usize, address: SocketAddr) -> Self {
         Self {
+            client,
+            replica,
             address,
             stream: None,
             buffer: Vec::new(),
@@ -141,20 +100,20 @@ impl Visitor {
 
     /// Makes a visit.
     pub async fn visit(&mut self) -> Visit {
-        let begun = Begun::now();
-        let outcome = self.outcome().await;
+        let start = Start::now(self.client, self.replica);
+        let (outcome, total, redis) = self.ask().await;
         if matches!(outcome, Outcome::Unanswered | Outcome::Wrong(_)) {
             self.stream = None;
         }
-        begun.ended(outcome)
+        start.end(outcome, total, redis)
     }
 
     /// Asks for a visit over a connection of its own and leaves after `stay`: by a reset or with a
     /// goodbye.
-    pub async fn pass_by(address: SocketAddr, stay: Duration, reset: bool) -> Visit {
-        let begun = Begun::now();
-        let Ok(mut stream) = TcpStream::connect(address).await else {
-            return begun.ended(Outcome::NotSent);
+    pub async fn pass_by(&self, stay: Duration, reset: bool) -> Visit {
+        let start = Start::now(self.client, self.replica);
+        let Ok(mut stream) = TcpStream::connect(self.address).await else {
+            return start.end_without_numbers(Outcome::NotSent);
         };
         stream.write_all(REQUEST).await.ok();
         sleep(stay).await;
@@ -162,40 +121,34 @@ impl Visitor {
             stream.set_zero_linger().ok();
         }
         drop(stream);
-        let mut visit = begun.ended(Outcome::Left);
-        visit.took += TAKEN_AFTER;
+        let mut visit = start.end_without_numbers(Outcome::Left);
+        visit.ended += TAKEN_AFTER;
         visit
     }
 
-    async fn outcome(&mut self) -> Outcome {
+    async fn ask(&mut self) -> (Outcome, Option<i64>, Option<i64>) {
         let stream = match self.stream.take() {
-            Some(stream) => stream,
-            None => match timeout(PATIENCE, TcpStream::connect(self.address)).await {
+            Some(stream) if !is_closed(&stream) => stream,
+            _ => match timeout(PATIENCE, TcpStream::connect(self.address)).await {
                 Ok(Ok(stream)) => stream,
-                _ => return Outcome::NotSent,
+                _ => return (Outcome::NotSent, None, None),
             },
         };
         let exchange = timeout(PATIENCE, self.exchange(stream)).await;
         let Ok(Ok(head)) = exchange else {
-            return Outcome::Unanswered;
+            return (Outcome::Unanswered, None, None);
         };
-        match (head.status, self.answer(head)) {
-            (
-                200,
-                Some(Answer {
-                    total_registros_db: Some(total),
-                    visitas_redis: redis,
-                }),
-            ) => Outcome::Acknowledged { total, redis },
-            (
-                503,
-                Some(Answer {
-                    total_registros_db: None,
-                    ..
-                }),
-            ) => Outcome::Refused,
+        let answer = self.answer(head);
+        let (total, redis) = answer.map_or((None, None), |answer| {
+            (answer.total_registros_db, answer.visitas_redis)
+        });
+        let outcome = match (head.status, total) {
+            (200, Some(_)) => Outcome::Recorded,
+            (503, None) if answer.is_some() && head.retry_after => Outcome::Refused,
+            (503, None) if answer.is_some() => Outcome::InDoubt,
             (status, _) => Outcome::Wrong(status),
-        }
+        };
+        (outcome, total, redis)
     }
 
     /// Leaves the answer in the buffer, and keeps the connection if it may be used again.

@@ -63,6 +63,33 @@ async fn visit_whose_client_leaves_after_the_flush_is_recorded() {
     assert_eq!(service.counted("abandoned").await, 0);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn request_whose_client_resets_the_connection_has_a_duration_without_a_status() {
+    let world = World::new();
+    let service = world.serve_with(&PATIENT).await;
+    let mut count = HeldCount::of(&world).await;
+    let mut leaving = Wire::open(&service).await;
+    leaving.send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    count.until_waited_for().await;
+    assert_eq!(durations_without_status(&service).await, 0);
+    let waited = Instant::now();
+    leaving.reset();
+    eventually("its end is counted", SOON, async || {
+        durations_without_status(&service).await == 1
+    })
+    .await;
+    assert!(
+        waited.elapsed() < Duration::from_secs(2),
+        "while the visit is under way"
+    );
+    until_requests(&service, 1.0).await;
+
+    // The visit was sent: it is recorded, and has no second duration.
+    count.release().await;
+    assert_eq!(service.visit().await, (2, 2));
+    assert_eq!(durations_without_status(&service).await, 1);
+}
+
 /// The first visit takes 2.4 s in Postgres twice, since a row written by hand has the id that it takes
 /// first; the one behind it waits for 4 s.
 #[tokio::test(flavor = "multi_thread")]
@@ -110,6 +137,17 @@ async fn until_requests(service: &Service, requests: f64) {
         service.metric(series).await == Some(requests)
     })
     .await;
+}
+
+/// How many requests for a visit ended without a response.
+async fn durations_without_status(service: &Service) -> u64 {
+    let text = service.get("/metrics").await.body;
+    text.lines()
+        .filter(|line| line.starts_with("http_server_request_duration_seconds_count{"))
+        .filter(|line| line.contains("http_route=\"/\""))
+        .filter(|line| !line.contains("http_response_status_code"))
+        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
+        .sum()
 }
 
 /// Makes each insertion take a while.

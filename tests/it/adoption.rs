@@ -94,6 +94,173 @@ async fn timestamps_without_zone_are_read_in_the_servers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn unlogged_table_is_logged_so_that_a_crash_loses_no_visit() {
+    let world = World::of_its_own();
+    world
+        .sql("create unlogged table visitas (id serial primary key, data timestamptz)")
+        .await;
+    world.sql("insert into visitas default values").await;
+    let service = world.serve().await;
+    assert_eq!(service.visit().await.0, 2);
+    world.postgres.kill().unwrap();
+    world.postgres.start_again().unwrap();
+    service.until_ready().await;
+    assert_eq!(service.visit().await.0, 3);
+    assert_eq!(world.rows().await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_primary_key_gives_way_to_id() {
+    for (table, row) in [
+        (
+            "create table visitas (id serial, ip text primary key)",
+            "insert into visitas (ip) values ('192.0.2.1')",
+        ),
+        (
+            "create table visitas (id serial, data date, primary key (data, id))",
+            "insert into visitas (data) values ('2024-05-06')",
+        ),
+        (
+            "create table visitas (ip text primary key)",
+            "insert into visitas (ip) values ('192.0.2.1')",
+        ),
+    ] {
+        let (world, service) = adopt(&[table, row]).await;
+        // Two visits have nothing in the column that was the key.
+        assert_eq!(service.visit().await.0, 2, "{table}");
+        assert_eq!(service.visit().await.0, 3, "{table}");
+        assert_eq!(ids(&world).await[0], 1, "{table}");
+        let keys: Vec<_> = columns(&world).await;
+        let keys: Vec<_> = keys.iter().map(|row| row.0.as_str()).collect();
+        assert_eq!(keys, ["PRIMARY KEY (id)", "data", "id"], "{table}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn text_that_is_a_moment_in_every_row_becomes_one() {
+    for kind in ["text", "varchar(40)", "char(40)"] {
+        let table = format!("create table visitas (id serial primary key, data {kind})");
+        let rows = "insert into visitas (data) \
+                    values ('2024-05-06 07:08:09+03'), (null), (' 2024-5-6T04:08:09Z')";
+        let (world, service) = adopt(&[&table, rows]).await;
+        assert_eq!(service.visit().await.0, 4, "{kind}");
+        let moved = "select count(*) from visitas where data = '2024-05-06 04:08:09+00'";
+        assert_eq!(world.number(moved).await, 2, "{kind}");
+        assert_eq!(columns_named(&world, "data_anterior").await, 0, "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn data_that_is_no_moment_is_kept_next_to_the_new_column() {
+    for (kind, value) in [
+        ("text", "'06/05/2024'"),
+        ("text", "'ontem'"),
+        ("text", "'2024-13-45'"),
+        ("bigint", "1714979289"),
+        ("jsonb", "'{}'"),
+    ] {
+        let table = format!(
+            "create table visitas (id serial primary key, data {kind} not null, quando timestamptz)"
+        );
+        let row = format!(
+            "insert into visitas (data, quando) values ({value}, '2024-05-06 04:08:09+00')"
+        );
+        let (world, service) = adopt(&[&table, &row]).await;
+        assert_eq!(service.visit().await.0, 2, "{kind} {value}");
+        let kept = format!(
+            "select count(*) from visitas where data_anterior::text = {value}::{kind}::text \
+             and data = '2024-05-06 04:08:09+00'"
+        );
+        let kept: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(kept))
+            .fetch_one(&mut world.session().await)
+            .await
+            .unwrap();
+        assert_eq!(kept, 1, "{kind} {value}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_timestamps_neither_is_taken_for_the_moment_of_the_visit() {
+    let table = "create table visitas \
+                 (id serial primary key, criada timestamp, alterada timestamptz not null)";
+    let row = "insert into visitas (criada, alterada) values ('2024-05-06', '2025-05-06')";
+    let before = OffsetDateTime::now_utc();
+    let (world, service) = adopt(&[table, row]).await;
+    let (moment,): (OffsetDateTime,) = world.row("select data from visitas").await;
+    assert!(
+        before <= moment && moment <= OffsetDateTime::now_utc(),
+        "{moment}"
+    );
+    assert_eq!(service.visit().await.0, 2);
+    let kept =
+        "select count(*) from visitas where criada = '2024-05-06' and alterada = '2025-05-06'";
+    assert_eq!(world.number(kept).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_without_an_id_are_numbered_after_the_others() {
+    for kind in ["smallint", "int", "bigint"] {
+        let table = format!("create table visitas (id {kind}, data timestamptz)");
+        let rows = "insert into visitas (id) values (7), (null), (3), (null)";
+        let (world, service) = adopt(&[&table, rows]).await;
+        assert_eq!(ids(&world).await, [3, 7, 8, 9], "{kind}");
+        assert_eq!(service.visit().await.0, 5, "{kind}");
+        assert!(ids(&world).await[4] > 9, "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sequence_goes_on_where_the_old_one_was() {
+    let rows = "insert into visitas select from generate_series(1, 9)";
+    let (world, service) = adopt(&[FLASK, rows, "delete from visitas where id > 2"]).await;
+    assert_eq!(service.visit().await.0, 3);
+    let ids = ids(&world).await;
+    assert_eq!(ids[..2], [1, 2]);
+    // The probe has taken one.
+    assert!((10..20).contains(&ids[2]), "{ids:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn table_that_cannot_be_adopted_is_named_and_left_as_it_is() {
+    for (table, why) in [
+        (
+            "create table visitas (id text primary key)",
+            "public.visitas.id is of type text, not an integer",
+        ),
+        (
+            "create table visitas (id int, data timestamptz) partition by range (id)",
+            "public.visitas exists and is not an ordinary table",
+        ),
+        (
+            "create table mae (id int); create table visitas () inherits (mae)",
+            "public.visitas exists and is not an ordinary table",
+        ),
+        (
+            "create table visitas (id serial primary key, ip text, check (ip is not null))",
+            "violates check constraint",
+        ),
+    ] {
+        let world = World::new();
+        world.sql(table).await;
+        let described = "select string_agg(attname || ' ' || atttypid::regtype, ', ' order by attnum) \
+                         from pg_attribute where attrelid = 'visitas'::regclass and attnum > 0";
+        let (before,): (String,) = world.row(described).await;
+        let service = world.start(&[]).await;
+        eventually("it says why it does not migrate", SOON, async || {
+            why_down(&service).contains(why)
+        })
+        .await;
+        assert_eq!(service.get("/").await.status, 503, "{table}");
+        assert_eq!(
+            service.get("/health").await.json()["checks"]["migrations"]["status"],
+            "pending"
+        );
+        let (after,): (String,) = world.row(described).await;
+        assert_eq!(after, before, "{table}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn program_that_inserts_meanwhile_goes_on_and_is_counted() {
     let world = World::new();
     world.sql(FLASK).await;
@@ -225,6 +392,18 @@ async fn ids(world: &World) -> Vec<i64> {
         .fetch_all(&mut world.session().await)
         .await
         .unwrap()
+}
+
+/// How many columns of the table have this name.
+async fn columns_named(world: &World, name: &str) -> i64 {
+    sqlx::query_scalar(
+        "select count(*) from information_schema.columns \
+         where table_name = 'visitas' and column_name = $1",
+    )
+    .bind(name)
+    .fetch_one(&mut world.session().await)
+    .await
+    .unwrap()
 }
 
 /// The two columns that visits fill, and the key, in SQL's words.

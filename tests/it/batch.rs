@@ -6,9 +6,9 @@ use std::collections::HashMap;
 
 use crate::support::{HeldCount, Service, Way, World};
 
-const RECORD: &str = "select public.registrar_visitas($1)";
+pub(crate) const RECORD: &str = "select public.registrar_visitas($1)";
 /// What the monitor says while a store is up, once a second.
-const READ: &str = "select public.total_visitas()";
+pub(crate) const READ: &str = "select public.total_visitas()";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batch_is_one_statement_and_one_command_however_many_visits_it_has() {
@@ -67,7 +67,7 @@ async fn record_one_and_then(visits: u32, world: &World, service: &Service) {
 
 /// Messages to Postgres, by what they ask for.
 #[derive(Debug, Default)]
-struct Messages {
+pub(crate) struct Messages {
     /// Statements as text, as migrations are.
     simple: usize,
     prepared: usize,
@@ -80,7 +80,7 @@ struct Messages {
 }
 
 impl Messages {
-    fn of(way: &Way) -> Self {
+    pub(crate) fn of(way: &Way) -> Self {
         let mut all = Self::default();
         for said in way.said() {
             all.read(&said);
@@ -115,7 +115,7 @@ impl Messages {
         }
     }
 
-    fn since(mut self, before: &Self) -> Self {
+    pub(crate) fn since(mut self, before: &Self) -> Self {
         self.simple -= before.simple;
         self.prepared -= before.prepared;
         self.record_prepared -= before.record_prepared;
@@ -127,11 +127,11 @@ impl Messages {
         self
     }
 
-    fn bound(&self, text: &str) -> usize {
+    pub(crate) fn bound(&self, text: &str) -> usize {
         self.bound.get(text).copied().unwrap_or(0)
     }
 
-    fn all(&self) -> usize {
+    pub(crate) fn all(&self) -> usize {
         self.bound.values().sum()
     }
 }
@@ -155,16 +155,16 @@ fn word(bytes: &[u8]) -> (&str, &[u8]) {
 
 /// Commands to Redis.
 #[derive(Debug, Default)]
-struct Commands {
-    all: usize,
+pub(crate) struct Commands {
+    pub(crate) all: usize,
     /// Increments by nothing.
-    readings: usize,
+    pub(crate) readings: usize,
     /// The others, from small to large.
-    increments: Vec<u32>,
+    pub(crate) increments: Vec<u32>,
 }
 
 impl Commands {
-    fn of(way: &Way) -> Self {
+    pub(crate) fn of(way: &Way) -> Self {
         let mut commands = Self::default();
         for said in way.said() {
             let said = String::from_utf8(said).expect("no other bytes are sent here");
@@ -184,7 +184,7 @@ impl Commands {
         commands
     }
 
-    fn since(mut self, before: &Self) -> Self {
+    pub(crate) fn since(mut self, before: &Self) -> Self {
         self.all -= before.all;
         self.readings -= before.readings;
         for by in &before.increments {

@@ -1,11 +1,12 @@
 //! What is not the service itself: each command, its exit status and what it prints.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use devstack::RedisOptions;
 
 use crate::settings::variables;
-use crate::support::{Ended, Service, World, settings};
+use crate::support::{Ended, HeldCount, Service, World, execute, settings};
 
 #[tokio::test]
 async fn healthcheck_succeeds_where_visits_are_recorded() {
@@ -118,6 +119,45 @@ async fn reconcile_gives_redis_what_it_lacks_or_has_too_much() {
         assert_eq!(world.redis_visits().await, 1);
     }
     assert_eq!(service.visit().await, (2, 2));
+}
+
+#[tokio::test]
+async fn recount_and_reconcile_give_up_while_another_session_holds_the_count() {
+    let world = World::new();
+    drop(world.serve().await);
+    let count = HeldCount::of(&world).await;
+    // Five seconds for a recount, 70 % of DB_TIMEOUT otherwise.
+    for (command, most) in [("recount", 7), ("reconcile", 2)] {
+        let asked = Instant::now();
+        let ended = Ended::of(&[command], &world.settings()).await;
+        let took = asked.elapsed();
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        assert!(ended.error().contains("lock timeout"), "{ended:?}");
+        assert!(took < Duration::from_secs(most), "{command}: {took:?}");
+    }
+    count.release().await;
+    for command in ["recount", "reconcile"] {
+        let ended = Ended::of(&[command], &world.settings()).await;
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+    }
+}
+
+#[tokio::test]
+async fn recount_gives_up_while_another_session_changes_the_table() {
+    let world = World::new();
+    let service = world.serve().await;
+    let mut hand = world
+        .transaction("insert into visitas default values")
+        .await;
+    let asked = Instant::now();
+    let ended = Ended::of(&["recount"], &world.settings()).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.error().contains("lock timeout"), "{ended:?}");
+    assert!(asked.elapsed() < Duration::from_secs(7));
+    execute(&mut hand, "commit").await.expect("the commit");
+    // The recount held the count's lock meanwhile, and has given it back.
+    service.until_ready().await;
+    assert_eq!(service.visit().await.0, 2);
 }
 
 #[tokio::test]

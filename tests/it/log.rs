@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use reqwest::StatusCode;
 use serde_json::Value;
+use time::{Date, Month};
 
 use crate::support::collector::Collector;
 use crate::support::traces::{PARENT, UNSAMPLED, ask, traced_with};
@@ -91,19 +92,49 @@ async fn failing_requests_have_at_most_ten_lines_a_second_and_the_rest_is_counte
     eventually("all failures are told of", SOON, async || {
         service.get("/").await;
         failed = failures(&service).await;
-        failed > 100 && told_of(&service) == failed
+        failed > 100 && service.logged("request").len() > 60 && told_of(&service) == failed
     })
     .await;
-    assert_eq!(service.logged("store is down").len(), 1, "never left out");
+    let down = service.logged("store is down");
+    let of_postgres = down.iter().filter(|line| line["store"] == "postgresql");
+    assert_eq!(of_postgres.count(), 1, "never left out");
     let lines = service.logged("request");
-    let second = |line: &Value| line["timestamp"].as_str().unwrap()[..19].to_owned();
-    for line in &lines {
-        let same = lines.iter().filter(|other| second(other) == second(line));
-        assert!(
-            same.count() <= 2 * 10,
-            "a second of ours begins at any moment"
-        );
-    }
+    let mut moments: Vec<_> = lines.iter().map(moment).collect();
+    moments.sort_unstable();
+    let lasted = moments[moments.len() - 1] - moments[0];
+    assert!(
+        lasted > 4000,
+        "the limit was reached in each of many seconds"
+    );
+    assert!(
+        (0..1000).any(|phase| most_in_a_second(&moments, phase) <= 10),
+        "no beginning of the service's seconds leaves ten lines in each: {moments:?}"
+    );
+}
+
+/// When a line was written, in milliseconds.
+fn moment(line: &Value) -> i64 {
+    let text = line["timestamp"].as_str().expect("a moment");
+    let number = |range: std::ops::Range<usize>| text[range].parse::<i64>().expect("digits");
+    let month = u8::try_from(number(5..7))
+        .ok()
+        .and_then(|month| Month::try_from(month).ok());
+    let (year, day) = (
+        text[..4].parse().expect("a year"),
+        text[8..10].parse().expect("a day"),
+    );
+    let date = Date::from_calendar_date(year, month.expect("a month"), day).expect("a date");
+    let hours = i64::from(date.to_julian_day()) * 24 + number(11..13);
+    let minutes = hours * 60 + number(14..16);
+    (minutes * 60 + number(17..19)) * 1000 + number(20..23)
+}
+
+/// The most moments in one second, where seconds begin `phase` milliseconds after those of the
+/// clock.
+fn most_in_a_second(moments: &[i64], phase: i64) -> usize {
+    let second = |moment: &i64| (moment - phase) / 1000;
+    let seconds = moments.chunk_by(|one, other| second(one) == second(other));
+    seconds.map(<[_]>::len).max().unwrap_or_default()
 }
 
 #[tokio::test(flavor = "multi_thread")]

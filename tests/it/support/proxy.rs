@@ -60,6 +60,11 @@ impl Way {
             .store(locked(&self.said).len(), Ordering::Release);
     }
 
+    /// From now on whatever is said is lost, over new connections too, and nobody is told.
+    pub(crate) fn fall_silent_for_good(&self) {
+        self.silent.store(usize::MAX, Ordering::Release);
+    }
+
     /// What each client has said so far.
     pub(crate) fn said(&self) -> Vec<Vec<u8>> {
         locked(&self.said).clone()

@@ -30,7 +30,7 @@ impl Wire {
         self.stream.write_all(bytes.as_ref()).await.ok();
     }
 
-    /// Leaves without a word: the service sees a reset.
+    /// Ends the connection by a reset, as a client does that has crashed.
     pub(crate) fn reset(self) {
         self.stream.set_zero_linger().expect("a socket's option");
     }

@@ -1,0 +1,179 @@
+//! What the promise of a visit stands on: settings of the session that no default of the database or
+//! of the role can weaken, and doubt where a flush stalls.
+
+use std::time::{Duration, Instant};
+
+use reqwest::StatusCode;
+
+use crate::support::{Ended, SOON, World, eventually, execute};
+
+/// Each setting that the session of a visit pins, the opposite of its value, and its value.
+const PINNED: [(&str, &str, &str); 9] = [
+    ("synchronous_commit", "off", "on"),
+    (
+        "default_transaction_isolation",
+        "serializable",
+        "read committed",
+    ),
+    ("search_path", "outro", "public"),
+    ("TimeZone", "America/Sao_Paulo", "UTC"),
+    ("jit", "on", "off"),
+    ("plan_cache_mode", "force_custom_plan", "force_generic_plan"),
+    ("lock_timeout", "1ms", "700"),
+    ("statement_timeout", "1ms", "850"),
+    ("application_name", "outro", "visitas"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_default_of_the_database_or_the_role_weakens_the_session_of_a_visit() {
+    for owner in ["database", "role"] {
+        let world = World::new();
+        drop(world.serve().await);
+        observe_sessions(&world).await;
+        for (name, opposite, _) in PINNED {
+            set_default(&world, owner, name, opposite);
+        }
+        let service = world.serve().await;
+        assert_eq!(service.visit().await, (1, 1));
+        let mut session = world.session().await;
+        execute(&mut session, "set statement_timeout = 0")
+            .await
+            .unwrap();
+        let seen: Vec<(String, String)> =
+            sqlx::query_as("select distinct nome, valor from public.observado")
+                .fetch_all(&mut session)
+                .await
+                .unwrap();
+        assert_eq!(seen.len(), PINNED.len(), "{seen:?}");
+        for (name, opposite, pinned) in PINNED {
+            let pinned = (name.to_owned(), pinned.to_owned());
+            assert!(
+                seen.contains(&pinned),
+                "{owner}: {name} = {opposite}: {seen:?}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_default_of_the_database_shortens_a_migration_or_a_recount() {
+    let world = World::new();
+    for (name, opposite, _) in PINNED {
+        set_default(&world, "database", name, opposite);
+    }
+    let service = world.serve().await;
+    assert_eq!(service.visit().await, (1, 1));
+    let ended = Ended::of(&["recount"], &world.settings()).await;
+    assert_eq!(
+        ended.output, "counted 1 rows; the total was 1\n",
+        "{ended:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commit_whose_flush_stalls_is_in_doubt_and_the_visits_behind_it_fail_for_certain() {
+    let world = World::of_its_own();
+    let (one, other) = (world.serve().await, world.serve().await);
+    assert_eq!(one.visit().await, (1, 1));
+    stall_flushes(&world).await;
+
+    let asked = Instant::now();
+    let stalled = one.begin_visit();
+    let stalls = "select count(*) from pg_stat_activity \
+                  where application_name = 'visitas' and wait_event = 'SyncRep'";
+    eventually("its commit stalls", SOON, async || {
+        world.number(stalls).await == 1
+    })
+    .await;
+    let behind = other.get("/").await;
+    assert_eq!(behind.status, StatusCode::SERVICE_UNAVAILABLE);
+    let stalled = stalled.await.unwrap();
+    assert_eq!(stalled.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(asked.elapsed() < Duration::from_millis(2200), "{stalled:?}");
+    assert_eq!(one.counted("in_doubt").await, 1);
+    assert_eq!(one.counted("failed").await, 0);
+    assert_eq!(other.counted("in_doubt").await, 0);
+    assert_eq!(other.counted("failed").await, 1);
+    // Once the database is known to fail, no visit is in doubt.
+    assert_eq!(one.get("/").await.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(one.counted("in_doubt").await, 1);
+
+    let_flushes_go_on(&world);
+    for service in [&one, &other] {
+        service.until_ready().await;
+    }
+    // What was in doubt is recorded, once, and was not counted in Redis.
+    assert_eq!(world.rows().await, 2);
+    assert_eq!(other.visit().await, (3, 2));
+    assert_eq!(one.visit().await, (4, 3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_refusal_that_is_certain_asks_the_client_to_try_again() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    stall_flushes(&world).await;
+    let in_doubt = service.get("/").await;
+    assert_eq!(in_doubt.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(service.counted("in_doubt").await, 1);
+    assert_eq!(in_doubt.header("retry-after"), "", "{in_doubt:?}");
+    let certain = service.get("/").await;
+    assert_eq!(certain.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(service.counted("failed").await, 1);
+    assert_eq!(certain.header("retry-after"), "1", "{certain:?}");
+    let_flushes_go_on(&world);
+}
+
+/// Makes each session that records visits write down its settings: what it began with, since a
+/// function can have others.
+async fn observe_sessions(world: &World) {
+    let names: Vec<_> = PINNED.iter().map(|(name, ..)| *name).collect();
+    let names = names.join(",");
+    world
+        .sql(&format!(
+            "create table public.observado (nome text, valor text); \
+             create function public.observar() returns trigger language plpgsql as $$ begin \
+                 insert into public.observado \
+                 select s.name, s.reset_val from pg_catalog.pg_settings as s \
+                  where s.name = any ('{{{names}}}'); \
+                 return null; \
+             end $$; \
+             create trigger observa after insert on public.visitas \
+                 for each statement execute function public.observar()"
+        ))
+        .await;
+}
+
+/// Sets what sessions begin with that pin nothing.
+fn set_default(world: &World, owner: &str, name: &str, value: &str) {
+    let database = &world.database;
+    let owner = match owner {
+        "database" => format!("database {database}"),
+        _ => format!("role {} in database {database}", devstack::USER),
+    };
+    let statement = format!("alter {owner} set {name} = '{value}'");
+    world.postgres.sql("postgres", &statement).unwrap();
+}
+
+/// Makes every commit wait for a standby that does not exist, and returns once commits do.
+async fn stall_flushes(world: &World) {
+    world.sql("create table public.espera (nada int)").await;
+    let set = "alter system set synchronous_standby_names = 'ausente'";
+    world.postgres.sql("postgres", set).unwrap();
+    let reload = "select pg_reload_conf()";
+    world.postgres.sql("postgres", reload).unwrap();
+    eventually("a commit stalls", SOON, async || {
+        let commit = world.sql("insert into public.espera values (1)");
+        tokio::time::timeout(Duration::from_millis(200), commit)
+            .await
+            .is_err()
+    })
+    .await;
+}
+
+fn let_flushes_go_on(world: &World) {
+    let reset = "alter system reset synchronous_standby_names";
+    world.postgres.sql("postgres", reset).unwrap();
+    let reload = "select pg_reload_conf()";
+    world.postgres.sql("postgres", reload).unwrap();
+}
