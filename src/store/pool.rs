@@ -74,7 +74,8 @@ const PING_TIMEOUT: Duration = Duration::from_millis(250);
 
 impl<C: Connect> Pool<C> {
     /// A pool that opens connections when they are asked for. A call, its checkout included, takes
-    /// no longer than `timeout`. The series of `operations` exist from here on.
+    /// no longer than `timeout`. The series of `operations` exist from here on; those with the same
+    /// name share theirs.
     pub(super) fn new(
         connect: C,
         size: u32,

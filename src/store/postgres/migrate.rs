@@ -34,8 +34,8 @@ static ATTEND: Operation = Operation::query(
     "select exists (select from pg_stat_activity where pid = $1 and state = 'active')",
 );
 static BACKEND: Operation = Operation::query("SELECT pg_backend_pid", "select pg_backend_pid()");
-static UNINSTALL_OBJECTS: Operation = Operation::command("DROP");
-static APPLY: Operation = Operation::command("MIGRATE");
+pub(super) static UNINSTALL_OBJECTS: Operation = Operation::command("DROP");
+pub(super) static APPLY: Operation = Operation::command("MIGRATE");
 
 const UNDEFINED_TABLE: &str = "42P01";
 

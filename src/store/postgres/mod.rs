@@ -105,7 +105,7 @@ impl Postgres {
             address: config.host.clone(),
             port: config.port,
         };
-        let operations = [&RECORD, &REHEARSE, &MOVE_SEQUENCE, &READ];
+        let operations = [&RECORD, &migrate::APPLY, &migrate::UNINSTALL_OBJECTS];
         Self {
             pool: Pool::new(
                 session.clone(),
