@@ -11,6 +11,7 @@ use http::StatusCode;
 use http::header::{CACHE_CONTROL, HeaderValue};
 use serde::Serialize;
 
+use crate::lifecycle::Phase;
 use crate::service::Service;
 use crate::store::{Postgres, Redis, State as StoreState, Store};
 use crate::telemetry::metric;
@@ -83,7 +84,8 @@ pub async fn ready(State(service): State<Service>) -> Response {
     let migrated = service.postgres.is_migrated();
     let postgres = check(service.postgres.state());
     let redis = check(service.redis.state());
-    let status = if !service.postgres.state().is_up() || !migrated || service.is_leaving() {
+    let leaving = service.lifecycle.has_reached(Phase::Leaving);
+    let status = if !service.postgres.state().is_up() || !migrated || leaving {
         Overall::Unavailable
     } else if !service.redis.state().is_up() {
         Overall::Degraded

@@ -31,7 +31,7 @@ pub enum Refusal {
     /// As many visits as may wait are waiting.
     #[error("the queue is full")]
     QueueFull,
-    /// The service stops.
+    /// The writer has ended: by a bug, or because the time to drain is over.
     #[error("the service is stopping")]
     Stopping,
     /// Postgres did not take it, or not within its deadline.
@@ -110,10 +110,6 @@ impl Recorder {
     /// Why the visit is not known to be recorded. After a full queue, a stop or a refusal by
     /// Postgres it certainly is not.
     pub async fn record(&self) -> Result<Recorded, Refusal> {
-        // The writer closes the queue, but only once it has done with the batch in its hands.
-        if *self.stop.borrow() {
-            return Err(shed(Refusal::Stopping));
-        }
         let (answer, answered) = oneshot::channel();
         let queued = Instant::now();
         let deadline = queued + self.deadline;
@@ -130,13 +126,17 @@ impl Recorder {
         })?;
         match tokio::time::timeout_at(deadline, answered).await {
             Ok(Ok(answer)) => answer,
-            // The writer never drops a visit unanswered; if it did, nothing is known.
-            Ok(Err(_)) => Err(Refusal::Failed),
+            // The writer has ended with the visit in its hands, so nothing is known of it.
+            Ok(Err(_)) => {
+                metric::visits(Outcome::InDoubt, 1);
+                Err(Refusal::Late)
+            }
             Err(_) => Err(Refusal::Late),
         }
     }
 
-    /// Takes no more visits. Those that wait are still recorded; then the writer ends.
+    /// Closes the queue, once no request can bring another visit. Those that wait are still
+    /// recorded; then the writer ends.
     pub fn stop(&self) {
         self.stop.send_replace(true);
     }

@@ -3,7 +3,7 @@
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
 
@@ -65,9 +65,6 @@ fn unavailable(service: &Service, refusal: Refusal) -> Response {
     let mut response = respond(StatusCode::SERVICE_UNAVAILABLE, &answer);
     let headers = response.headers_mut();
     headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
-    if refusal == Refusal::Stopping {
-        headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    }
     response
 }
 

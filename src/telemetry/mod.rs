@@ -9,6 +9,7 @@ pub mod http;
 mod log;
 pub mod metric;
 mod otlp;
+pub mod rejections;
 pub mod sampling;
 mod trace;
 
