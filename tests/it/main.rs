@@ -22,6 +22,7 @@ mod observability;
 mod otlp;
 mod outage;
 mod repair;
+mod rolling;
 mod sampled;
 mod server;
 mod settings;
