@@ -44,7 +44,7 @@ bench-ready:
 chaos: chaos-ready ## Break everything, eleven minutes, and write docs/faults.md
 	@target/release/chaos all
 
-chaos-long: chaos-ready ## Kill each part at a hundred random moments, four minutes, and write docs/kills.md
+chaos-long: chaos-ready ## Kill each part at a hundred random moments, restart replicas as often, six minutes, and write docs/kills.md
 	@target/release/chaos long
 
 chaos-ready: setup

@@ -7,7 +7,7 @@ use axum::BoxError;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::response::Response;
 use http::StatusCode;
-use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -18,7 +18,7 @@ struct Problem<'a> {
 }
 
 /// Gives every error that has no JSON body of its own a problem document: those of the router
-/// (404, 405), of the body limit (413) and of a handler that panicked (500).
+/// (404, 405) and of a handler that panicked (500).
 pub fn problem_document<B>(response: http::Response<B>) -> Response
 where
     B: HttpBody<Data = Bytes> + Send + 'static,
@@ -45,12 +45,6 @@ where
         CONTENT_TYPE,
         HeaderValue::from_static("application/problem+json"),
     );
-    if status == StatusCode::PAYLOAD_TOO_LARGE {
-        // The body stays unread, so the connection ends here. A client that is not told sends its
-        // next request into it, and has no answer.
-        let close = HeaderValue::from_static("close");
-        parts.headers.insert(CONNECTION, close);
-    }
     Response::from_parts(parts, Body::from(body))
 }
 

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use serde::Serialize;
 
+use crate::lifecycle::Phase;
 use crate::service::Service;
 use crate::store::{Availability, Store as _};
 
@@ -47,7 +48,8 @@ pub async fn ready(State(service): State<Service>) -> Response {
     let recount_due = service.postgres.is_recount_due();
     let postgres = check(service.postgres.availability());
     let redis = check(service.redis.availability());
-    let status = if !service.postgres.availability().is_up() || !migrated || service.is_leaving() {
+    let leaving = service.lifecycle.has_reached(Phase::Leaving);
+    let status = if !service.postgres.availability().is_up() || !migrated || leaving {
         Overall::Unavailable
     } else if !service.redis.availability().is_up() || recount_due {
         Overall::Degraded

@@ -3,7 +3,8 @@
 //! A map of the code, in the order in which a visit meets it:
 //!
 //! - [`server`] accepts connections and bounds how long each may take;
-//! - [`app`] holds the routes and the life of the service from start to stop;
+//! - [`app`] holds the routes and runs the parts until the service is stopped, whose phases are in
+//!   [`lifecycle`];
 //! - [`telemetry`] sees each request and changes none;
 //! - [`visit`] is `GET /`, [`service`] what the handlers share;
 //! - [`recorder`] is the queue and the one writer that records waiting visits together;
@@ -17,6 +18,7 @@ pub mod command;
 pub mod config;
 pub mod error;
 pub mod health;
+pub mod lifecycle;
 pub mod metrics;
 #[cfg(test)]
 mod property;

@@ -111,16 +111,18 @@ fn serve(config: Config) -> anyhow::Result<()> {
     result
 }
 
-/// Resolves at the first SIGTERM or SIGINT; the second ends the process at once.
+/// Resolves at the first SIGTERM, SIGINT or SIGHUP; the second ends the process at once.
 fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate()).context("watching for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watching for SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("watching for SIGHUP")?;
     let (sender, first) = tokio::sync::oneshot::channel();
     tokio::spawn(async move {
         let mut next = async || {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
+                _ = hangup.recv() => {}
             }
         };
         next().await;

@@ -31,7 +31,7 @@ pub enum Refusal {
     /// As many visits as may wait are waiting.
     #[error("the queue is full")]
     QueueFull,
-    /// The service stops.
+    /// The writer has ended: by a bug, or because the time to drain is over.
     #[error("the service is stopping")]
     Stopping,
     /// Postgres certainly did not record it.
@@ -152,10 +152,6 @@ impl Recorder {
     /// Why the visit is not known to be recorded. Except for [`Refusal::InDoubt`] it certainly is
     /// not.
     pub async fn record(&self) -> Result<Recorded, Refusal> {
-        // The writer closes the queue, but only once it has done with the batch in its hands.
-        if *self.stop.borrow() {
-            return Err(shed(Refusal::Stopping));
-        }
         let (answer, answered) = oneshot::channel();
         let queued = Instant::now();
         let deadline = queued + self.deadline;
@@ -172,14 +168,21 @@ impl Recorder {
         })?;
         match tokio::time::timeout_at(deadline, answered).await {
             Ok(Ok(answer)) => answer,
+            // The writer has ended, and what it had in its hands is in doubt.
+            Ok(Err(_)) if self.taken.still_waits(queued) => Err(shed(Refusal::Stopping)),
+            Ok(Err(_)) => {
+                metric::visits(Outcome::InDoubt, 1);
+                Err(Refusal::InDoubt)
+            }
+            // The writer leaves it out when its turn comes, and counts it.
             Err(_) if self.taken.still_waits(queued) => Err(Refusal::Failed),
-            // Its batch is in flight. (The writer never drops a visit unanswered; if it did, nothing
-            // would be known.)
-            Ok(Err(_)) | Err(_) => Err(Refusal::InDoubt),
+            // Its batch is in flight.
+            Err(_) => Err(Refusal::InDoubt),
         }
     }
 
-    /// Takes no more visits. Those that wait are still recorded; then the writer ends.
+    /// Closes the queue, once no request can bring another visit. Those that wait are still
+    /// recorded; then the writer ends.
     pub fn stop(&self) {
         self.stop.send_replace(true);
     }

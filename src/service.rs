@@ -1,9 +1,9 @@
-//! What the handlers share: the recorder, the stores and whether the service is about to stop.
+//! What the handlers share: the recorder, the stores and the phase of a stop.
 
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::lifecycle::Lifecycle;
 use crate::metrics::Scrapes;
 use crate::recorder::Recorder;
 use crate::store::{Postgres, Redis};
@@ -25,17 +25,19 @@ pub struct Parts {
     pub telemetry: Arc<Telemetry>,
     /// Lets one scrape render at a time.
     pub scrapes: Scrapes,
-    leaving: AtomicBool,
+    /// Whether a stop was requested.
+    pub lifecycle: Lifecycle,
 }
 
 impl Service {
-    /// A service that is not about to stop.
+    /// A service in a phase of its life.
     #[must_use]
     pub fn new(
         recorder: Recorder,
         postgres: Arc<Postgres>,
         redis: Arc<Redis>,
         telemetry: Arc<Telemetry>,
+        lifecycle: Lifecycle,
     ) -> Self {
         Self(Arc::new(Parts {
             recorder,
@@ -43,7 +45,7 @@ impl Service {
             redis,
             telemetry,
             scrapes: Scrapes::default(),
-            leaving: AtomicBool::new(false),
+            lifecycle,
         }))
     }
 }
@@ -53,18 +55,5 @@ impl Deref for Service {
 
     fn deref(&self) -> &Parts {
         &self.0
-    }
-}
-
-impl Parts {
-    /// From here on the service says that it is not ready.
-    pub fn leave(&self) {
-        self.leaving.store(true, Ordering::Release);
-    }
-
-    /// Whether the service has been told to stop.
-    #[must_use]
-    pub fn is_leaving(&self) -> bool {
-        self.leaving.load(Ordering::Acquire)
     }
 }

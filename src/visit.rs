@@ -7,7 +7,7 @@ use std::task::{self, Poll};
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER};
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, StatusCode};
 use hyper::body::Frame;
 use serde::Serialize;
@@ -87,9 +87,6 @@ fn unavailable(service: &Service, refusal: Refusal) -> Response {
     // A visit that can be recorded all the same must not be invited to come again.
     if refusal != Refusal::InDoubt {
         headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
-    }
-    if refusal == Refusal::Stopping {
-        headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     response
 }

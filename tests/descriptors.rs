@@ -13,7 +13,8 @@ use tokio::{
     net::TcpSocket,
     time::{sleep, timeout},
 };
-use visitas::server::{self, Limits};
+use visitas::lifecycle::{Lifecycle, Phase};
+use visitas::server::{self, Events, Limits, Stop};
 
 /// CPU time of this process so far, in hundredths of a second.
 fn ticks(stat: &mut File) -> u64 {
@@ -38,10 +39,17 @@ async fn out_of_descriptors_accepting_neither_spins_nor_ends() {
     let listener = server::bind(([127, 0, 0, 1], 0).into(), 1024).expect("bind");
     let addr = listener.local_addr().expect("address");
     let router = Router::new().route("/", get(|| async { "ok" }));
-    tokio::spawn(async move {
-        let never = std::future::pending();
-        server::serve(listener, router, limits, |_| {}, never, Duration::ZERO).await
-    });
+    let events = Events {
+        connections: Box::new(|_| {}),
+        rejected: Box::new(|_| {}),
+    };
+    let never = Stop {
+        lifecycle: Lifecycle::default(),
+        leave_at: Phase::Leaving,
+        drain_at: Phase::Draining,
+        drain: Duration::ZERO,
+    };
+    tokio::spawn(server::serve(listener, router, limits, events, never));
 
     // Everything this side needs is open before the limit falls.
     let mut stat = File::open("/proc/self/stat").expect("stat");

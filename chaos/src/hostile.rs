@@ -336,10 +336,10 @@ impl Attack {
     fn allowed(self) -> &'static [u16] {
         match self {
             Self::SlowHead | Self::HalfHead | Self::UnreadVisits | Self::UnreadScrapes => &[],
-            Self::SlowBody | Self::EndlessBody => &[405],
+            Self::SlowBody | Self::EndlessBody | Self::LongBody => &[405],
             Self::Idle | Self::AbsurdHeaders => &[200],
             Self::LongHead | Self::ManyFields => &[431],
-            Self::LongBody => &[413],
+
             Self::InvalidBytes => &[200, 400],
         }
     }

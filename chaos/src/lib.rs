@@ -2,8 +2,9 @@
 //!
 //! In reading order: a `fault` is tried on its `ground` by a `trial`, while the clients of the
 //! `ledger` write down what they are told (`visitor`) and a `proxy` breaks the network; the judge of
-//! the `history` compares. `overload` and `hostile` are about visitors instead of stores, `bounds` about what the
-//! service takes; `report` writes it all down. Everything here is loopback, ends with this program,
+//! the `history` compares. `overload` and `hostile` are about visitors instead of stores, `bounds`
+//! about what the service takes, `rolling` about replicas that restart; `report` writes it all down.
+//! Everything here is loopback, ends with this program,
 //! and is bounded in time.
 
 pub mod bounds;
@@ -16,6 +17,7 @@ pub mod ledger;
 pub mod overload;
 pub mod proxy;
 pub mod report;
+pub mod rolling;
 pub mod service;
 pub mod trial;
 pub mod visitor;

@@ -104,9 +104,16 @@ fn command() -> Command {
         .subcommand(Command::new("hostile").about("Attacks it and prints what came of it"))
         .subcommand(Command::new("bounds").about("Prints what it takes"))
         .subcommand(
+            Command::new("rolling")
+                .about("Restarts replicas in turn and prints what came of it")
+                .arg(number("restarts", "100", "How often")),
+        )
+        .subcommand(
             Command::new("long")
-                .about("Kills each part at random moments and writes docs/kills.md")
-                .arg(number("kills", "100", "How often")),
+                .about(
+                    "Kills each part at random moments, restarts replicas and writes docs/kills.md",
+                )
+                .arg(number("kills", "100", "How often, and how many restarts")),
         )
         .subcommand(Command::new("list").about("Names the faults"))
 }
@@ -143,15 +150,14 @@ fn run(matches: &ArgMatches) -> Result<bool> {
         "overload" => publish(&[overload()?], None),
         "hostile" => publish(&[hostile()?], None),
         "bounds" => publish(&[bounds()?], None),
+        "rolling" => publish(&[rolling(number("restarts")?)?], None),
         "long" => {
             let effort = Effort {
                 kills: number("kills")?,
                 ..chaos::SHORT
             };
-            publish(
-                &[report::faults(&faults(Some("killed"), effort)?)],
-                Some(&KILLS),
-            )
+            let killed = report::faults(&faults(Some("killed"), effort)?);
+            publish(&[killed, rolling(number("kills")?)?], Some(&KILLS))
         }
         _ => {
             for fault in fault::ALL {
@@ -202,6 +208,12 @@ fn hostile() -> Result<Section> {
 fn bounds() -> Result<Section> {
     eprintln!("chaos: bounds");
     Ok(report::bounds(&chaos::bounds::run()?))
+}
+
+fn rolling(restarts: usize) -> Result<Section> {
+    eprintln!("chaos: rolling restarts");
+    let rolled = chaos::rolling::run(restarts)?;
+    Ok(chaos::rolling::section(restarts, &rolled))
 }
 
 /// Prints and writes, and says whether all goals are met.

@@ -20,12 +20,13 @@
 //!
 //! In reading order: `find` (which programs), `place` (where, and as whom), `supervise` (nothing is
 //! left behind), `server` (what both have in common), `postgres`, `redis`, `tls`, and `run` for the
-//! command `devstack run`.
+//! command `devstack run`. `rolling` has the clients of a service whose replicas restart.
 
 mod find;
 mod place;
 mod postgres;
 mod redis;
+pub mod rolling;
 mod run;
 mod server;
 mod supervise;

@@ -117,6 +117,11 @@ impl<C: Connect> Pool<C> {
         }
     }
 
+    /// The longest that a call takes.
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
     /// Whether the store is up, as every call here tells it.
     pub(super) fn availability(&self) -> &Availability {
         &self.availability

@@ -3,7 +3,7 @@
 //! An increment is sent at most once: repeating one whose answer was lost could count it twice.
 //! It knows nothing of HTTP or of Postgres.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
@@ -72,6 +72,11 @@ impl Redis {
                 increment_by(connection, by).await
             })
             .await
+    }
+
+    /// How long an increment can be in flight.
+    pub(super) fn timeout(&self) -> Duration {
+        self.pool.timeout()
     }
 
     /// Moves the counter by a correction, which can be negative, and returns its value.

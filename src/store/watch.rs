@@ -4,6 +4,8 @@
 use std::cmp::Ordering;
 use std::time::Duration;
 
+use tokio::time::MissedTickBehavior;
+
 use super::availability::PROBE_PAUSE;
 use super::{Postgres, Redis, Store};
 use crate::telemetry::metric;
@@ -40,19 +42,23 @@ async fn recover(store: &impl Store, publish: impl Fn(Option<i64>)) {
     }
 }
 
-/// Reads what both stores have counted. Redis is read before and after Postgres, so that visits
-/// that come meanwhile are not taken for a difference between the two.
+/// Reads what both stores have counted. Redis is read before Postgres and again after it, when no
+/// increment of a batch that Postgres had recorded by then can still be in flight. So visits that
+/// come meanwhile are not taken for a difference between the two.
 async fn read(postgres: &Postgres, redis: &Redis, publish: impl Fn(Option<i64>)) {
+    let mut ticks = tokio::time::interval(READ_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        ticks.tick().await;
         let before = read_if_up(redis).await;
         let rows = read_if_up(postgres).await;
+        tokio::time::sleep(redis.timeout()).await;
         let after = read_if_up(redis).await;
         let drift = match (rows, before, after) {
             (Some(rows), Some(before), Some(after)) => Some(nearest_drift(rows, before, after)),
             _ => None,
         };
         publish(drift);
-        tokio::time::sleep(READ_INTERVAL).await;
     }
 }
 

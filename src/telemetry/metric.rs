@@ -21,6 +21,7 @@ mod name {
     pub(super) const HTTP_ACTIVE: &str = "http_server_active_requests";
     pub(super) const CONNECTIONS: &str = "visitas_http_connections";
     pub(super) const CONNECTIONS_MAX: &str = "visitas_http_connections_max";
+    pub(super) const REJECTED: &str = "visitas_http_requests_rejected_total";
     pub(super) const CALL_DURATION: &str = "db_client_operation_duration_seconds";
     pub(super) const CALLS: &str = "visitas_store_calls_total";
     pub(super) const VISITS: &str = "visitas_visits_total";
@@ -74,6 +75,10 @@ const COUNTERS: &[(&str, &str)] = &[
     ),
     (name::VISITS, "Visits, by what became of them."),
     (
+        name::REJECTED,
+        "Requests rejected before they reached a route, by reason.",
+    ),
+    (
         name::POOL_TIMEOUTS,
         "Calls that waited for a connection in vain.",
     ),
@@ -101,7 +106,7 @@ const GAUGES: &[(&str, Unit, &str)] = &[
     (
         name::CONNECTIONS_MAX,
         Unit::Count,
-        "Client connections that may be open at once.",
+        "Client connections that can be open at once, as far as the file limit allows.",
     ),
     (
         name::QUEUE_DEPTH,
@@ -313,6 +318,46 @@ impl Outcome {
     }
 }
 
+/// Why a request was refused before it reached a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rejection {
+    /// It is no HTTP/1.
+    Malformed,
+    /// Its headers are longer, or more, than the service reads.
+    HeadersTooLarge,
+    /// Its headers did not arrive in time.
+    HeaderTimeout,
+    /// A TLS handshake, where none is spoken.
+    Tls,
+    /// A preface of the PROXY protocol, which is not spoken.
+    ProxyProtocol,
+    /// It does not name its host as HTTP demands.
+    Host,
+}
+
+impl Rejection {
+    /// Every reason.
+    pub const ALL: [Self; 6] = [
+        Self::Malformed,
+        Self::HeadersTooLarge,
+        Self::HeaderTimeout,
+        Self::Tls,
+        Self::ProxyProtocol,
+        Self::Host,
+    ];
+
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::HeadersTooLarge => "headers_too_large",
+            Self::HeaderTimeout => "header_timeout",
+            Self::Tls => "tls",
+            Self::ProxyProtocol => "proxy_protocol",
+            Self::Host => "host",
+        }
+    }
+}
+
 /// How a call to a store ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CallOutcome {
@@ -366,6 +411,7 @@ pub fn install() -> anyhow::Result<PrometheusHandle> {
     LazyLock::force(&HTTP_ACTIVE);
     LazyLock::force(&ROOT_OK);
     LazyLock::force(&ROOT_UNAVAILABLE);
+    LazyLock::force(&REJECTED);
     LazyLock::force(&QUEUE_WAIT);
     LazyLock::force(&BATCH_SIZE);
     LazyLock::force(&QUEUE_DEPTH);
@@ -573,7 +619,16 @@ pub fn connections(open: usize) {
     CONNECTIONS.set(open as f64);
 }
 
-/// Says how many client connections may be open at once.
+static REJECTED: LazyLock<[Counter; 6]> = LazyLock::new(|| {
+    Rejection::ALL.map(|reason| metrics::counter!(name::REJECTED, "reason" => reason.label()))
+});
+
+/// Counts a request that was refused before it reached a route.
+pub fn rejected(reason: Rejection) {
+    REJECTED[reason as usize].increment(1);
+}
+
+/// Says how many client connections can be open at once.
 pub fn connections_max(limit: usize) {
     metrics::gauge!(name::CONNECTIONS_MAX).set(limit as f64);
 }

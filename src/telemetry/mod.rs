@@ -9,6 +9,7 @@ mod log;
 pub mod metric;
 mod otlp;
 mod panic;
+pub mod rejections;
 pub mod sampling;
 mod trace;
 

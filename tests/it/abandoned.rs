@@ -35,7 +35,7 @@ async fn visit_whose_client_leaves_the_queue_is_not_recorded() {
     let mut leaving = Wire::open(&service).await;
     leaving.send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").await;
     service.until_queued(1).await;
-    drop(leaving);
+    leaving.reset();
     until_requests(&service, 2.0).await;
 
     count.release().await;
@@ -48,6 +48,26 @@ async fn visit_whose_client_leaves_the_queue_is_not_recorded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn visit_whose_client_only_stops_sending_is_recorded_and_answered() {
+    let world = World::new();
+    let service = world.serve_with(&PATIENT).await;
+    let mut count = HeldCount::of(&world).await;
+    let first = service.begin_visit();
+    count.until_waited_for().await;
+    let mut waiting = Wire::open(&service).await;
+    waiting.send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    waiting.end_sending().await;
+    service.until_queued(1).await;
+
+    count.release().await;
+    assert_eq!(first.await.unwrap().status, StatusCode::OK);
+    let answer = waiting.rest().await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert!(answer.contains(r#""total_registros_db":2,"#), "{answer}");
+    assert_eq!(service.counted("abandoned").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn visit_whose_client_leaves_after_the_flush_is_recorded() {
     let world = World::new();
     let service = world.serve_with(&PATIENT).await;
@@ -55,7 +75,7 @@ async fn visit_whose_client_leaves_after_the_flush_is_recorded() {
     let mut leaving = Wire::open(&service).await;
     leaving.send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").await;
     count.until_waited_for().await;
-    drop(leaving);
+    leaving.reset();
     until_requests(&service, 1.0).await;
 
     count.release().await;

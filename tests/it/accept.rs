@@ -1,33 +1,32 @@
 //! The accept loop as clients see it: what it bounds, what it serves, and how it stops.
 
 use std::{
+    io::{Read as _, Write as _},
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     time::{Duration, Instant},
 };
 
-use axum::{
-    Router,
-    body::{Body, Bytes, to_bytes},
-    routing::{get, post},
-};
+use axum::{Router, routing::get};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
-    sync::oneshot,
     task::{JoinHandle, JoinSet},
     time::{sleep, timeout},
 };
-use visitas::server::{self, Drained, Limits};
+use visitas::lifecycle::{Lifecycle, Phase};
+use visitas::server::{self, Drained, Events, Limits, Stop};
+use visitas::telemetry::metric::Rejection;
 
 use crate::support::until_refused;
 
 const GET: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
 const GET_SLOW: &[u8] = b"GET /slow HTTP/1.1\r\nhost: a\r\n\r\n";
 const GET_SLOWER: &[u8] = b"GET /slower HTTP/1.1\r\nhost: a\r\n\r\n";
+const GET_BIG: &[u8] = b"GET /big HTTP/1.1\r\nhost: a\r\n\r\n";
 const HALF: &[u8] = b"GET / HTTP/1.1\r\nho";
 
 /// Distances between limits are what makes a test able to tell one from another; `SLACK` is how
@@ -45,16 +44,32 @@ struct Server {
     addr: SocketAddr,
     open: Arc<AtomicUsize>,
     heads: Arc<AtomicUsize>,
-    stop: oneshot::Sender<()>,
+    /// Handlers that have begun and not ended.
+    working: Arc<AtomicUsize>,
+    rejected: Arc<Mutex<Vec<Rejection>>>,
+    lifecycle: Lifecycle,
     done: JoinHandle<Drained>,
+}
+
+/// A handler that works, until it is dropped.
+struct Working(Arc<AtomicUsize>);
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
 }
 
 fn start(limits: Limits, drain: Duration) -> Server {
     let heads = Arc::new(AtomicUsize::new(0));
+    let working = Arc::new(AtomicUsize::new(0));
     let after = |pause| {
         let counted = Arc::clone(&heads);
+        let working = Arc::clone(&working);
         get(move || async move {
             counted.fetch_add(1, SeqCst);
+            working.fetch_add(1, SeqCst);
+            let _working = Working(working);
             sleep(pause).await;
             "ok"
         })
@@ -63,36 +78,37 @@ fn start(limits: Limits, drain: Duration) -> Server {
         .route("/", get(|| async { "ok" }).post(|| async { "unread" }))
         .route("/slow", after(Duration::from_millis(50)))
         .route("/slower", after(Duration::from_secs(3)))
-        .route("/big", get(big).post(big_while_reading))
-        .route("/upload", post(|body: Bytes| async move { body }));
+        .route("/big", get(big).post(big));
     let listener = server::bind(([127, 0, 0, 1], 0).into(), 1024).expect("bind");
     let addr = listener.local_addr().expect("address");
     let open = Arc::new(AtomicUsize::new(0));
-    let (stop, stopped) = oneshot::channel();
-    let shown = Arc::clone(&open);
-    let done = tokio::spawn(async move {
-        let stopped = async {
-            let _ = stopped.await;
-        };
-        let show = move |now| shown.store(now, SeqCst);
-        server::serve(listener, router, limits, show, stopped, drain).await
-    });
+    let rejected = Arc::<Mutex<Vec<Rejection>>>::default();
+    let lifecycle = Lifecycle::default();
+    let (shown, noted) = (Arc::clone(&open), Arc::clone(&rejected));
+    let events = Events {
+        connections: Box::new(move |now| shown.store(now, SeqCst)),
+        rejected: Box::new(move |reason| noted.lock().expect("whole").push(reason)),
+    };
+    let stop = Stop {
+        lifecycle: lifecycle.clone(),
+        leave_at: Phase::Leaving,
+        drain_at: Phase::Draining,
+        drain,
+    };
+    let done = tokio::spawn(server::serve(listener, router, limits, events, stop));
     Server {
         addr,
         open,
         heads,
-        stop,
+        working,
+        rejected,
+        lifecycle,
         done,
     }
 }
 
 async fn big() -> Vec<u8> {
     vec![b'x'; 32 << 20]
-}
-
-async fn big_while_reading(body: Body) -> Vec<u8> {
-    tokio::spawn(to_bytes(body, usize::MAX));
-    big().await
 }
 
 impl Server {
@@ -108,10 +124,14 @@ impl Server {
         becomes(&self.heads, wanted).await;
     }
 
+    fn rejected(&self) -> Vec<Rejection> {
+        self.rejected.lock().expect("whole").clone()
+    }
+
     /// How the stop went and how long it took.
     async fn stop(self) -> (Drained, Duration) {
         let begun = Instant::now();
-        let _ = self.stop.send(());
+        self.lifecycle.enter(Phase::Draining);
         let drained = timeout(LONG, self.done)
             .await
             .expect("ends")
@@ -200,23 +220,24 @@ fn near(took: Duration, limit: Duration) {
 }
 
 #[tokio::test]
-async fn silent_connection_is_closed_at_the_header_timeout() {
+async fn silent_connection_is_closed_at_the_idle_timeout() {
     let server = start(LIMITS, LONG);
     let (said, took) = rest(&mut server.connect().await).await;
     assert_eq!(said, "");
-    near(took, LIMITS.header_timeout);
+    near(took, LIMITS.idle_timeout);
     server.open_becomes(0).await;
+    assert_eq!(server.rejected(), []);
 }
 
 #[tokio::test]
-async fn first_head_is_due_from_accept_however_its_bytes_trickle() {
+async fn first_headers_are_due_from_their_first_byte_however_their_bytes_trickle() {
     let server = start(LIMITS, LONG);
     let mut stream = server.connect().await;
-    let begun = Instant::now();
-    sleep(LIMITS.header_timeout * 3 / 4).await;
+    sleep(LIMITS.header_timeout * 2).await;
     stream.write_all(HALF).await.expect("send");
-    trickle(&mut stream, b'x').await;
-    near(begun.elapsed(), LIMITS.header_timeout);
+    near(trickle(&mut stream, b'x').await, LIMITS.header_timeout);
+    server.open_becomes(0).await;
+    assert_eq!(server.rejected(), [Rejection::HeaderTimeout]);
 }
 
 #[tokio::test]
@@ -241,13 +262,32 @@ async fn head_begun_behind_a_request_in_flight_is_due_from_that_answer() {
 }
 
 #[tokio::test]
-async fn head_begun_in_the_same_packet_as_a_request_is_due_at_the_idle_timeout() {
+async fn headers_begun_in_the_same_packet_as_a_request_are_due_from_its_response() {
     let server = start(LIMITS, LONG);
     let mut stream = server.connect().await;
     ask(&mut stream, &[GET, HALF].concat())
         .await
         .expect("answer");
-    near(rest(&mut stream).await.1, LIMITS.idle_timeout);
+    near(rest(&mut stream).await.1, LIMITS.header_timeout);
+}
+
+/// A packet can end anywhere in the empty line that ends headers.
+#[tokio::test]
+async fn connection_is_idle_behind_headers_that_came_in_pieces() {
+    let server = start(LIMITS, LONG);
+    for pieces in [2, 3, 4, 20] {
+        let mut stream = server.connect().await;
+        let (first, last) = GET.split_at(GET.len() - pieces);
+        stream.write_all(first).await.expect("send");
+        for &byte in last {
+            sleep(Duration::from_millis(5)).await;
+            stream.write_all(&[byte]).await.expect("send");
+        }
+        answer(&mut stream).await.expect("answer");
+        sleep(LIMITS.header_timeout + SLACK).await;
+        ask(&mut stream, GET).await.expect("answer");
+    }
+    assert_eq!(server.rejected(), []);
 }
 
 #[tokio::test]
@@ -271,34 +311,6 @@ async fn handler_may_take_longer_than_every_limit() {
 }
 
 #[tokio::test]
-async fn slow_body_is_not_judged_by_the_header_timeout() {
-    let server = start(LIMITS, LONG);
-    let mut stream = server.connect().await;
-    let head = b"POST /upload HTTP/1.1\r\nhost: a\r\ncontent-length: 8\r\n\r\n";
-    stream.write_all(head).await.expect("send");
-    for byte in b"a slow b" {
-        sleep(LIMITS.header_timeout * 3 / 4).await;
-        stream.write_all(&[*byte]).await.expect("send");
-    }
-    assert!(
-        answer(&mut stream)
-            .await
-            .expect("answer")
-            .ends_with("a slow b")
-    );
-    near(rest(&mut stream).await.1, LIMITS.idle_timeout);
-}
-
-#[tokio::test]
-async fn body_that_stops_coming_ends_at_the_stall_timeout() {
-    let server = start(LIMITS, LONG);
-    let mut stream = server.connect().await;
-    let half = b"POST /upload HTTP/1.1\r\nhost: a\r\ncontent-length: 8\r\n\r\nhalf";
-    stream.write_all(half).await.expect("send");
-    near(rest(&mut stream).await.1, LIMITS.stall_timeout);
-}
-
-#[tokio::test]
 async fn body_that_nobody_wants_holds_nothing() {
     let server = start(LIMITS, LONG);
     let mut stream = server.connect().await;
@@ -306,6 +318,7 @@ async fn body_that_nobody_wants_holds_nothing() {
     stream.write_all(head).await.expect("send");
     let (said, took) = rest(&mut stream).await;
     assert!(said.ends_with("unread"), "{said}");
+    assert!(said.contains("\r\nconnection: close\r\n"), "{said}");
     near(took, Duration::ZERO);
 }
 
@@ -341,13 +354,66 @@ async fn body_that_nobody_wants_and_never_ends_is_cut_within_a_second() {
 }
 
 #[tokio::test]
-async fn small_body_that_nobody_wants_leaves_the_connection_open() {
+async fn request_with_a_body_is_the_last_of_its_connection_and_says_so() {
+    let server = start(LIMITS, LONG);
+    for body in [
+        "content-length: 4\r\n\r\nbody",
+        "content-length: 4\r\n\r\n",
+        "transfer-encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n",
+        "transfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        "expect: 100-continue\r\ncontent-length: 4\r\n\r\n",
+    ] {
+        let mut stream = server.connect().await;
+        let request = format!("POST / HTTP/1.1\r\nhost: a\r\n{body}");
+        stream.write_all(request.as_bytes()).await.expect("send");
+        let (said, took) = rest(&mut stream).await;
+        assert!(said.starts_with("HTTP/1.1 200 "), "{said}");
+        assert!(said.contains("\r\nconnection: close\r\n"), "{said}");
+        near(took, Duration::ZERO);
+    }
+    let mut stream = server.connect().await;
+    let empty = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n";
+    let said = ask(&mut stream, empty).await.expect("answer");
+    assert!(!said.contains("connection: close"), "{said}");
+    ask(&mut stream, GET).await.expect("answer");
+    assert_eq!(server.rejected(), []);
+}
+
+#[tokio::test]
+async fn client_that_shuts_down_its_sending_side_gets_its_response() {
+    let server = start(LIMITS, LONG);
+    let with_body = b"POST /big HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\nbody";
+    for (request, least, times) in [
+        (GET, 2, 50),
+        (GET_SLOW, 2, 10),
+        (GET_BIG, 32 << 20, 2),
+        (with_body, 32 << 20, 2),
+    ] {
+        for _ in 0..times {
+            let mut stream = server.connect().await;
+            stream.write_all(request).await.expect("send");
+            stream.shutdown().await.expect("shutdown");
+            let (said, _) = rest(&mut stream).await;
+            assert!(said.starts_with("HTTP/1.1 200 "), "{said:.100}");
+            assert!(said.len() > least, "{}", said.len());
+        }
+    }
+    server.open_becomes(0).await;
+    assert_eq!(server.rejected(), []);
+}
+
+#[tokio::test]
+async fn reset_ends_a_handler_that_works() {
     let server = start(LIMITS, LONG);
     let mut stream = server.connect().await;
-    let whole = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\nbody";
-    ask(&mut stream, whole).await.expect("answer");
-    ask(&mut stream, GET).await.expect("answer");
-    near(rest(&mut stream).await.1, LIMITS.idle_timeout);
+    stream.write_all(GET_SLOWER).await.expect("send");
+    becomes(&server.working, 1).await;
+    stream.set_zero_linger().expect("option");
+    let begun = Instant::now();
+    drop(stream);
+    becomes(&server.working, 0).await;
+    near(begun.elapsed(), Duration::ZERO);
+    server.open_becomes(0).await;
 }
 
 async fn connect_with_small_window(server: &Server) -> TcpStream {
@@ -355,8 +421,6 @@ async fn connect_with_small_window(server: &Server) -> TcpStream {
     socket.set_recv_buffer_size(4096).expect("option");
     socket.connect(server.addr).await.expect("connect")
 }
-
-const GET_BIG: &[u8] = b"GET /big HTTP/1.1\r\nhost: a\r\n\r\n";
 
 #[tokio::test]
 async fn client_that_does_not_read_is_closed_at_the_stall_timeout() {
@@ -400,23 +464,72 @@ async fn client_that_reads_slowly_gets_everything() {
 }
 
 #[tokio::test]
-async fn connection_beyond_the_limit_waits_until_one_closes() {
+async fn connection_beyond_the_limit_takes_the_place_of_the_one_idle_longest() {
+    let limits = Limits {
+        max_connections: 3,
+        ..LIMITS
+    };
+    let server = start(limits, LONG);
+    let mut used_again = server.connect().await;
+    ask(&mut used_again, GET).await.expect("answer");
+    let mut idle_longest = server.connect().await;
+    ask(&mut idle_longest, GET).await.expect("answer");
+    let mut silent = server.connect().await;
+    server.open_becomes(3).await;
+    ask(&mut used_again, GET).await.expect("answer");
+    let mut kept = Vec::new();
+    for evicted in [&mut idle_longest, &mut silent] {
+        let begun = Instant::now();
+        let mut new = server.connect().await;
+        ask(&mut new, GET).await.expect("answer");
+        assert_eq!(rest(evicted).await.0, "");
+        near(begun.elapsed(), Duration::ZERO);
+        assert_eq!(server.open.load(SeqCst), 3);
+        kept.push(new);
+    }
+    ask(&mut used_again, GET).await.expect("answer");
+}
+
+#[tokio::test]
+async fn connection_beyond_the_limit_waits_while_none_is_idle() {
     let limits = Limits {
         max_connections: 2,
         ..LIMITS
     };
     let server = start(limits, LONG);
-    let mut first = server.connect().await;
-    let mut second = server.connect().await;
-    ask(&mut first, GET).await.expect("answer");
-    ask(&mut second, GET).await.expect("answer");
+    let mut busy = [server.connect().await, server.connect().await];
+    for stream in &mut busy {
+        stream.write_all(GET_SLOWER).await.expect("send");
+    }
+    server.heads_become(2).await;
     let mut third = server.connect().await;
     third.write_all(GET).await.expect("send");
     let early = timeout(Duration::from_millis(200), answer(&mut third)).await;
     assert!(early.is_err());
     assert_eq!(server.open.load(SeqCst), 2);
-    drop(first);
     answer(&mut third).await.expect("answer");
+    // Both of the others were answered, and one was idle then.
+    for stream in &mut busy {
+        answer(stream).await.expect("answer");
+    }
+}
+
+/// Requests that the server's poller has not seen when their connection is chosen.
+#[tokio::test]
+async fn connection_is_not_closed_for_another_while_a_request_on_it_is_unread() {
+    let limits = Limits {
+        max_connections: 1,
+        ..LIMITS
+    };
+    let server = start(limits, LONG);
+    for _ in 0..50 {
+        let mut idle = server.connect().await;
+        ask(&mut idle, GET).await.expect("answer");
+        let other = std::net::TcpStream::connect(server.addr).expect("connect");
+        assert_eq!(idle.try_write(GET).expect("send"), GET.len());
+        answer(&mut idle).await.expect("answer");
+        drop((idle, other));
+    }
 }
 
 #[tokio::test]
@@ -490,7 +603,7 @@ async fn http_1_0_is_answered_and_closed() {
 }
 
 #[tokio::test]
-async fn stop_closes_idle_and_silent_connections_and_refuses_new_ones() {
+async fn stop_closes_idle_and_silent_connections_after_a_second_and_refuses_new_ones() {
     let server = start(LIMITS, LONG);
     let addr = server.addr;
     let mut idle = server.connect().await;
@@ -499,7 +612,7 @@ async fn stop_closes_idle_and_silent_connections_and_refuses_new_ones() {
     server.open_becomes(2).await;
     let (drained, took) = server.stop().await;
     assert_eq!(drained, Drained { aborted: 0 });
-    near(took, Duration::from_millis(100));
+    near(took, Duration::from_secs(1));
     assert_eq!(rest(&mut idle).await.0, "");
     assert_eq!(rest(&mut silent).await.0, "");
     until_refused(addr).await;
@@ -537,6 +650,65 @@ async fn answers_before_the_stop_keep_the_connection() {
     let server = start(LIMITS, LONG);
     let said = ask(&mut server.connect().await, GET).await.expect("answer");
     assert!(!said.contains("connection: close"), "{said}");
+}
+
+#[tokio::test]
+async fn responses_of_a_server_that_leaves_say_close_and_new_connections_are_accepted() {
+    let server = start(LIMITS, LONG);
+    let mut idle = server.connect().await;
+    ask(&mut idle, GET).await.expect("answer");
+    let mut busy = server.connect().await;
+    busy.write_all(GET_SLOW).await.expect("send");
+    server.heads_become(1).await;
+    server.lifecycle.enter(Phase::Leaving);
+    let said = answer(&mut busy).await.expect("answer");
+    assert!(said.contains("\r\nconnection: close\r\n"), "{said}");
+    assert_eq!(rest(&mut busy).await.0, "");
+    for stream in [&mut idle, &mut server.connect().await] {
+        let said = ask(stream, GET).await.expect("answer");
+        assert!(said.contains("\r\nconnection: close\r\n"), "{said}");
+        assert_eq!(rest(stream).await.0, "");
+    }
+    let mut kept = server.connect().await;
+    sleep(Duration::from_millis(1500)).await;
+    ask(&mut kept, GET).await.expect("answer");
+}
+
+#[tokio::test]
+async fn idle_connection_of_a_draining_server_is_served_for_a_second() {
+    let server = start(LIMITS, LONG);
+    let mut early = server.connect().await;
+    let mut late = server.connect().await;
+    for stream in [&mut early, &mut late] {
+        ask(stream, GET).await.expect("answer");
+    }
+    let stopping = tokio::spawn(server.stop());
+    sleep(Duration::from_millis(100)).await;
+    let said = ask(&mut early, GET).await.expect("answer");
+    assert!(said.contains("\r\nconnection: close\r\n"), "{said}");
+    drop(early);
+    sleep(Duration::from_millis(600)).await;
+    ask(&mut late, GET_SLOW).await.expect("answer");
+    drop(late);
+    let (drained, took) = stopping.await.expect("stop");
+    assert_eq!(drained, Drained { aborted: 0 });
+    assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
+/// The client has sent more by the time it is told that no more is served. Its response must not
+/// be lost to a reset.
+#[tokio::test]
+async fn last_response_of_a_server_that_leaves_arrives_although_more_is_on_its_way() {
+    let server = start(LIMITS, LONG);
+    server.lifecycle.enter(Phase::Leaving);
+    for _ in 0..50 {
+        let mut stream = server.connect().await;
+        stream.write_all(GET_SLOW).await.expect("send");
+        sleep(Duration::from_millis(20)).await;
+        stream.write_all(&GET.repeat(3000)).await.expect("send");
+        let said = answer(&mut stream).await.expect("answer");
+        assert!(said.contains("\r\nconnection: close\r\n"), "{said}");
+    }
 }
 
 /// On one thread, nothing runs between the client's writes and the stop: the requests are in the
@@ -593,6 +765,46 @@ async fn connection_unseen_at_the_stop_is_served() {
     let mut unseen = TcpStream::from_std(unseen).expect("stream");
     ask(&mut unseen, GET).await.expect("answer");
     let _ = stopping.await.expect("stop");
+}
+
+/// One visit over a connection of its own: whether it was answered, or `None` if nobody takes
+/// connections any more.
+fn visit_anew(addr: SocketAddr) -> Option<bool> {
+    let mut stream =
+        std::net::TcpStream::connect_timeout(&addr, Duration::from_millis(100)).ok()?;
+    let mut said = String::new();
+    let sent = stream.write_all(GET);
+    Some(sent.is_ok() && stream.read_to_string(&mut said).is_ok() && said.ends_with("ok"))
+}
+
+/// Between the last accept and the close of the listener the kernel must take no connection, which
+/// it would reset.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connection_that_the_kernel_takes_is_served_however_close_to_the_end() {
+    let mut visits = 0;
+    for _ in 0..40 {
+        let server = start(LIMITS, LONG);
+        // So that clients close, too.
+        server.lifecycle.enter(Phase::Leaving);
+        let addr = server.addr;
+        let clients: Vec<_> = (0..8)
+            .map(|_| {
+                std::thread::spawn(move || {
+                    let visits = std::iter::from_fn(|| visit_anew(addr));
+                    visits.take(100_000).collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        sleep(Duration::from_millis(20)).await;
+        let (drained, _) = server.stop().await;
+        assert_eq!(drained, Drained { aborted: 0 });
+        for client in clients {
+            let answered = client.join().expect("no panic");
+            assert!(answered.iter().all(|&answered| answered));
+            visits += answered.len();
+        }
+    }
+    assert!(visits > 1000, "{visits}");
 }
 
 #[tokio::test]

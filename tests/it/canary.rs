@@ -210,7 +210,7 @@ async fn answers_tell_nothing_of_what_is_inside() {
         .iter()
         .map(|answer| answer.status.as_u16())
         .collect();
-    assert_eq!(statuses, BTreeSet::from([200, 400, 404, 405, 413, 431]));
+    assert_eq!(statuses, BTreeSet::from([200, 400, 404, 405, 431]));
     assert_nothing_inside(&world, &answers).await;
     let nowhere = [("DB_HOST", "db.invalid"), ("REDIS_HOST", "cache.invalid")];
     let service = world.start(&nowhere).await;
@@ -252,6 +252,7 @@ async fn every_answer(service: &Service) -> Vec<Answer> {
     let long = "x".repeat(256 * 1024);
     for head in [
         format!("{CANARY}\r\n"),
+        format!("GET /{CANARY} HTTP/1.1\r\nhost: a/{CANARY}\r\n"),
         format!("GET / HTTP/1.1\r\n{CANARY}: {long}\r\n"),
     ] {
         answers.push(of_hyper(service, &format!("{head}\r\n")).await);

@@ -28,6 +28,7 @@ mod repair;
 mod replaced;
 mod resources;
 mod restored;
+mod rolling;
 mod roots;
 mod sampled;
 mod server;

@@ -170,9 +170,8 @@ async fn processor_time_has_fractions_and_is_that_of_the_system() {
         let fields = stat.rsplit_once(") ").unwrap().1.split(' ');
         let ticks = fields.skip(11).take(2);
         // The system counts in hundredths of a second.
-        ticks
-            .map(|ticks| ticks.parse::<f64>().unwrap() / 100.0)
-            .sum::<f64>()
+        let ticks = ticks.map(|ticks| ticks.parse::<u32>().unwrap());
+        f64::from(ticks.sum::<u32>()) / 100.0
     };
     let metric = async || service.metric("process_cpu_seconds_total").await.unwrap();
     visits(&[&service], 16, 2_000).await;

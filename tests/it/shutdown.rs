@@ -4,7 +4,8 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use devstack::Server;
-use reqwest::StatusCode;
+use reqwest::header::HeaderMap;
+use reqwest::{Method, StatusCode};
 use tokio::task::JoinSet;
 
 use crate::support::{HeldCount, SOON, Service, Wire, World, eventually, until_refused};
@@ -35,7 +36,7 @@ async fn stop_under_load_answers_every_request_and_keeps_every_visit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn queued_visits_are_recorded_after_the_stop_and_later_ones_refused() {
+async fn visits_that_are_queued_or_arrive_while_the_service_drains_are_recorded() {
     let world = World::new();
     let patient = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
     let service = world.serve_with(&patient).await;
@@ -46,23 +47,73 @@ async fn queued_visits_are_recorded_after_the_stop_and_later_ones_refused() {
     let (begun, rest) = VISIT.split_at(20);
     let mut late = Wire::open(&service).await;
     late.send(begun).await;
+    let mut idle = Wire::open(&service).await;
     service.until_queued(10).await;
 
     service.signal("TERM");
+    until_logged(&service, "stopping").await;
+    idle.send(VISIT).await;
     until_refused(service.address).await;
     late.send(rest).await;
-    let refused = late.rest().await;
-    assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
-    assert!(refused.to_lowercase().contains("\r\nconnection: close\r\n"));
-    assert!(refused.contains(r#""db_status":"ok""#), "{refused}");
-
     count.release().await;
+    for mut wire in [late, idle] {
+        let answer = wire.rest().await;
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+    }
     assert_eq!(first.await.unwrap().status, StatusCode::OK);
     for answer in queued.join_all().await {
         assert_eq!(answer.unwrap().status, StatusCode::OK);
     }
     assert!(service.ended(SOON).await.success());
-    assert_eq!(world.rows().await, 11);
+    assert_eq!(world.rows().await, 13);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_response_after_the_signal_says_close_and_those_of_a_scrape_do_not() {
+    let world = World::new();
+    let settings = [("SHUTDOWN_DELAY", "5m"), ("METRICS_ADDR", "127.0.0.1:0")];
+    let service = world.serve_with(&settings).await;
+    let mut kept = Wire::open(&service).await;
+    kept.get("/").await;
+    service.signal("TERM");
+    service.until_health("unavailable").await;
+    let answer = kept.get("/").await;
+    assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+    assert_eq!(kept.rest().await, "");
+    for path in ["/", "/health", "/health/ready", "/health/live", "/nope"] {
+        for method in [Method::GET, Method::HEAD, Method::POST] {
+            let answer = service.ask(method.clone(), path, HeaderMap::new()).await;
+            assert_eq!(answer.header("connection"), "close", "{method} {path}");
+        }
+    }
+    let address = service.logged("listening")[0]["metrics.address"].clone();
+    let mut scraper = Wire::open_at(serde_json::from_value(address).unwrap()).await;
+    for _ in 0..2 {
+        let answer = scraper.get("/metrics").await;
+        assert!(!answer.contains("connection: close"), "{answer:.500}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn visit_in_flight_is_answered_before_the_time_to_drain_is_over() {
+    let world = World::alone();
+    let patient = [
+        ("DB_TIMEOUT", "30s"),
+        ("VISIT_TIMEOUT", "60s"),
+        ("SHUTDOWN_TIMEOUT", "2s"),
+    ];
+    let service = world.serve_with(&patient).await;
+    world.postgres.pause().unwrap();
+    let waiting: JoinSet<_> = (0..5).map(|_| service.begin_visit()).collect();
+    until_in_flight(&service, 5.0).await;
+    ends_within(&service, Duration::from_secs(2)).await;
+    for answer in waiting.join_all().await {
+        let answer = answer.unwrap();
+        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(answer.header("connection"), "close");
+        assert_eq!(answer.json()["total_registros_db"], serde_json::Value::Null);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -109,7 +160,7 @@ async fn half_sent_request_holds_no_stop_beyond_its_time() {
 #[tokio::test(flavor = "multi_thread")]
 async fn second_signal_ends_the_program_at_once() {
     let world = World::new();
-    for second in ["TERM", "INT"] {
+    for second in ["TERM", "INT", "HUP"] {
         let service = world.serve_with(&[("SHUTDOWN_DELAY", "1m")]).await;
         stop(&service).await;
         service.signal(second);
@@ -119,16 +170,18 @@ async fn second_signal_ends_the_program_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn interrupt_stops_like_a_termination() {
+async fn interrupt_and_hangup_stop_like_a_termination() {
     let world = World::new();
-    let service = world.serve_with(&[("SHUTDOWN_DELAY", "300ms")]).await;
-    let stopped = Instant::now();
-    service.signal("INT");
-    service.until_health("unavailable").await;
-    assert_eq!(service.visit().await, (1, 1));
-    assert!(service.ended(SOON).await.success());
-    assert!(stopped.elapsed() >= Duration::from_millis(300));
-    until_logged(&service, "stopped").await;
+    for (visits, signal) in [(1, "INT"), (2, "HUP")] {
+        let service = world.serve_with(&[("SHUTDOWN_DELAY", "300ms")]).await;
+        let stopped = Instant::now();
+        service.signal(signal);
+        service.until_health("unavailable").await;
+        assert_eq!(service.visit().await, (visits, visits));
+        assert!(service.ended(SOON).await.success());
+        assert!(stopped.elapsed() >= Duration::from_millis(300));
+        until_logged(&service, "stopped").await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -137,7 +190,7 @@ async fn stop_is_in_time_while_postgres_stands_still() {
     let service = world.serve().await;
     world.postgres.pause().unwrap();
     let visit = service.begin_visit();
-    until_in_flight(&service).await;
+    until_in_flight(&service, 1.0).await;
     ends_within(&service, Duration::from_secs(3)).await;
     assert_eq!(visit.await.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
 }
@@ -148,7 +201,7 @@ async fn stop_is_in_time_while_redis_stands_still() {
     let service = world.serve_with(&[("REDIS_TIMEOUT", "600ms")]).await;
     world.redis.pause().unwrap();
     let visit = service.begin_visit();
-    until_in_flight(&service).await;
+    until_in_flight(&service, 1.0).await;
     ends_within(&service, Duration::from_secs(4)).await;
     assert_eq!(visit.await.unwrap().status, StatusCode::OK);
 }
@@ -225,11 +278,11 @@ async fn ends_within(service: &Service, limit: Duration) {
     assert!(took < limit, "{took:?}");
 }
 
-/// Waits until a visit is being answered beside the request that asks.
-async fn until_in_flight(service: &Service) {
+/// Waits until so many visits are being answered beside the request that asks.
+async fn until_in_flight(service: &Service, visits: f64) {
     let series = r#"http_server_active_requests{http_request_method="GET",url_scheme="http"}"#;
-    eventually("a visit is in flight", SOON, async || {
-        service.metric(series).await == Some(2.0)
+    eventually("visits are in flight", SOON, async || {
+        service.metric(series).await == Some(visits + 1.0)
     })
     .await;
 }

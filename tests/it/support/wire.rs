@@ -1,5 +1,6 @@
 //! A connection to the service, byte by byte.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -17,8 +18,13 @@ pub(crate) struct Wire {
 impl Wire {
     /// Connects and sends nothing.
     pub(crate) async fn open(service: &Service) -> Self {
+        Self::open_at(service.address).await
+    }
+
+    /// Connects to another of its addresses.
+    pub(crate) async fn open_at(address: SocketAddr) -> Self {
         let opened = Instant::now();
-        let stream = TcpStream::connect(service.address).await;
+        let stream = TcpStream::connect(address).await;
         Self {
             stream: stream.expect("a connection"),
             opened,
@@ -91,6 +97,11 @@ impl Wire {
     pub(crate) async fn is_open_after(&mut self, pause: Duration) -> bool {
         let mut byte = [0];
         timeout(pause, self.stream.read(&mut byte)).await.is_err()
+    }
+
+    /// Says that it sends no more, as `nc -N` does.
+    pub(crate) async fn end_sending(&mut self) {
+        self.stream.shutdown().await.ok();
     }
 
     /// For how long it has been open.
