@@ -18,7 +18,6 @@ pub async fn watch(postgres: &Postgres, redis: &Redis) {
     let publish = |drift| {
         let rows = postgres.availability().count();
         metric::rows(rows, redis.availability().count(), drift);
-        metric::recount_due(postgres.is_recount_due());
     };
     tokio::join!(
         recover(postgres, publish),

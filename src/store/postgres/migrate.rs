@@ -103,8 +103,7 @@ impl Postgres {
         self.pool.call_on(link, &REHEARSE, rehearse).await?;
         match self.pool.call_on(link, &READ, read_count).await {
             Ok(reading) => {
-                self.recount_due
-                    .store(reading.recount_due, Ordering::Relaxed);
+                self.note_recount_due(reading.recount_due);
                 Ok(())
             }
             Err(error) if is_missing(&error) => Err(error),

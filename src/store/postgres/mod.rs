@@ -19,7 +19,7 @@ use super::error::Cause;
 use super::pool::{Link, Pool};
 use super::{Availability, Batch, CallError, Error, Store};
 use crate::config::PostgresConfig;
-use crate::telemetry::metric::System;
+use crate::telemetry::metric::{self, System};
 
 /// The database of visits.
 #[derive(Debug)]
@@ -254,6 +254,11 @@ impl Postgres {
         Ok(link)
     }
 
+    fn note_recount_due(&self, due: bool) {
+        metric::recount_due(due);
+        self.recount_due.store(due, Ordering::Relaxed);
+    }
+
     /// An error that says that something is missing shows that the database has been emptied or
     /// replaced.
     fn note_missing(&self, error: &Error) {
@@ -297,8 +302,7 @@ impl Store for Postgres {
             .read(&READ, read_count, |reading| reading.total)
             .await
             .and_then(|reading| {
-                self.recount_due
-                    .store(reading.recount_due, Ordering::Relaxed);
+                self.note_recount_due(reading.recount_due);
                 reading.check_version()?;
                 Ok(reading.total)
             });
