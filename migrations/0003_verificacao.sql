@@ -8,19 +8,19 @@
 --   3. estado_da_contagem reads the total and says whether the count can be trusted.
 --
 -- Each database counts with what it wrote itself since the server was started. Three cases:
---   - no entry is from here: the server was restarted, or this is a copy of another database.
---     The first batch adopts the last entry and folds what was not folded yet.
---   - no entry at all: the rows are counted.
+--   - the server was restarted: the last entry is adopted, and what was not folded is folded.
+--   - no entry is of this database, as in a copy of another one: the rows are counted.
 --   - entries from here next to entries or rows from elsewhere: somebody loaded data into a
 --     database that already counted. A recount is due; until then the total is that of this
 --     database's own entries.
 
 set transaction isolation level read committed;
 
--- The locks in the order that the recorder takes them. From here on no one can change visitas,
--- so no one can write an adjustment either.
+-- The locks in the order that the recorder takes them. Visits wait for the first one, so none is
+-- waited for here: whoever holds another makes this migration fail and be tried again.
 select public.travar_contagem();
-lock table public.visitas in share row exclusive mode;
+lock table public.visitas in share row exclusive mode nowait;
+lock table public.visitas_contagem, public.visitas_ajustes in access exclusive mode nowait;
 
 -- Where and since when this is: cluster and database before the @, start of the server behind
 -- it. The cluster's identifier changes with initdb and survives restarts, standbys and backups,
@@ -100,6 +100,7 @@ declare
     aqui text collate "C" := nullif(current_setting('visitas.origem', true), '');
     marca text;
     novas bigint;
+    removidas boolean;
     ultima record;
     entrada bigint;
     contagem bigint;
@@ -156,7 +157,9 @@ begin
      limit 1;
 
     if not found then
-        return public.assumir_contagem(novas);
+        contagem := public.assumir_contagem(novas);
+        perform public.conferir_perda(novas);
+        return contagem;
     end if;
 
     -- Usually nothing was changed by hand, and two looks at the index show it.
@@ -183,26 +186,13 @@ begin
     if not found then
         -- A trigger that removes rows as they come. It may remove others (a table that keeps the
         -- newest thousand), but not these.
-        if exists (
-               select
-                 from public.visitas_ajustes as a
-                where a.origem = aqui
-                  and a.transacao = ultima.propria
-                  and (a.diferenca < 0 or a.diferenca is null)
-           )
-           and novas > (
-               select count(*)
-                 from (
-                     select v.xmin as criadora
-                       from public.visitas as v
-                      order by v.id desc
-                      limit novas + 1000
-                 ) as v
-                where v.criadora = ultima.propria::xid
-           )
-        then
-            perform public.recusar_perda(novas);
-        end if;
+        removidas := exists (
+            select
+              from public.visitas_ajustes as a
+             where a.origem = aqui
+               and a.transacao = ultima.propria
+               and (a.diferenca < 0 or a.diferenca is null)
+        );
 
         -- What committed after the snapshot stays for the next fold: a reset must never be folded
         -- without the adjustments it drops.
@@ -232,6 +222,10 @@ begin
                array(select pg_snapshot_xip(ultima.vista)) || ultima.propria
           from zerada as z
         returning c.id, c.total into entrada, contagem;
+
+        if removidas then
+            perform public.conferir_perda(novas);
+        end if;
     end if;
 
     -- Bounded work, seldom: exactly the entries since the last time.
@@ -278,8 +272,52 @@ begin
 end
 $$;
 
--- The entry to go on from where none is from here: the last one of this cluster and database,
--- else the last one of another.
+-- Fails the batch unless the table has as many rows of it as there are visits, where triggers
+-- may have removed some after they were inserted. The rows are among the ids that the sequence
+-- gave last, or among the highest, and have the batch's xmin, as its ledger entry has.
+create function public.conferir_perda(esperadas bigint)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+declare
+    lote xid;
+    ultimo_id bigint := pg_sequence_last_value(pg_get_serial_sequence('public.visitas', 'id')::regclass);
+begin
+    select c.xmin
+      into lote
+      from public.visitas_contagem as c
+     where c.origem = public.esta_origem()
+     order by c.id desc
+     limit 1;
+
+    if esperadas > (
+           select count(*)
+             from public.visitas as v
+            where v.id > ultimo_id - esperadas - 10000
+              and v.id <= ultimo_id
+              and v.xmin = lote
+       )
+       and esperadas > (
+           select count(*)
+             from (
+                 select v.xmin as criadora
+                   from public.visitas as v
+                  order by v.id desc
+                  limit esperadas + 1000
+             ) as v
+            where v.criadora = lote
+       )
+    then
+        perform public.recusar_perda(esperadas);
+    end if;
+end
+$$;
+
+-- The entry to go on from where none was written since the server was started: the last one of
+-- this cluster and database. Null in a copy of another database.
 create function public.base_da_contagem(aqui text)
 returns public.visitas_contagem
 language sql
@@ -288,33 +326,31 @@ set search_path = pg_catalog, pg_temp
 as $$
     select c
       from public.visitas_contagem as c
-     order by split_part(c.origem, '@', 1) = split_part(aqui, '@', 1) desc, c.origem desc, c.id desc
+     where split_part(c.origem, '@', 1) = split_part(aqui, '@', 1)
+     order by c.origem desc, c.id desc
      limit 1
 $$;
 
--- Whether an adjustment is one that this entry lacks: of the same cluster and database, and not
--- folded by then, or made here since. Anything else was loaded on top.
-create function public.falta_a_base(
-    ajuste public.visitas_ajustes,
-    base public.visitas_contagem,
-    aqui text
-)
-returns boolean
+-- What the base lacks: adjustments of this cluster and database that were not folded by then. One
+-- that was, and is there all the same, was loaded on top. To be inlined, so without a path of its
+-- own.
+create function public.faltas_da_base(base public.visitas_contagem, aqui text)
+returns setof public.visitas_ajustes
 language sql
-immutable
-set search_path = pg_catalog, pg_temp
+stable
 as $$
-    select case split_part(ajuste.origem, '@', 1)
-               when split_part(base.origem, '@', 1)
-                   then ajuste.transacao >= base.limite or ajuste.transacao = any (base.abertas)
-               else split_part(ajuste.origem, '@', 1) = split_part(aqui, '@', 1)
-           end
+    select a.*
+      from public.visitas_ajustes as a
+     where pg_catalog.split_part(a.origem, '@', 1) operator(pg_catalog.=) pg_catalog.split_part(aqui, '@', 1)
+       and (
+               a.transacao operator(pg_catalog.>=) (base).limite
+            or a.transacao operator(pg_catalog.=) any ((base).abertas)
+           )
 $$;
 
--- The first batch since the server was started, or since this database was copied: adopts the
--- last entry and what it lacks, in one statement, so one snapshot. The other database's changes
--- came before this one's own, whatever their ids: a replication does not bring the sequence.
--- Without any entry the rows are counted. Needs the count's lock.
+-- The first entry since the server was started, or since this database was copied: adopts the
+-- last entry and what it lacks, in one statement, so one snapshot. In a copy of another database
+-- the rows are counted: nobody knows how much of it arrived. Needs the count's lock.
 create function public.assumir_contagem(novas bigint)
 returns bigint
 language plpgsql
@@ -332,20 +368,15 @@ begin
 
     with dobrados as (
         delete from public.visitas_ajustes as a
-         where public.falta_a_base(a, base, aqui)
-        returning a.origem, a.id, a.diferenca
-    ), em_ordem as (
-        select d.diferenca,
-               row_number() over (
-                   order by split_part(d.origem, '@', 1) <> split_part(base.origem, '@', 1),
-                            d.origem,
-                            d.id
-               ) as vez
-          from dobrados as d
+         using public.faltas_da_base(base, aqui) as f
+         where a.origem = f.origem
+           and a.transacao = f.transacao
+           and a.id = f.id
+        returning a.id, a.diferenca
     ), zerada as (
-        select max(o.vez) as vez
-          from em_ordem as o
-         where o.diferenca is null
+        select max(d.id) as id
+          from dobrados as d
+         where d.diferenca is null
     ), antigas as (
         delete from public.visitas_contagem as c
          where c.origem = base.origem
@@ -353,16 +384,38 @@ begin
     insert into public.visitas_contagem as c (origem, id, total, limite, abertas)
     select aqui,
            1,
-           case when z.vez is null then base.total else 0 end
+           case when z.id is null then base.total else 0 end
                + novas
-               + (select coalesce(sum(o.diferenca), 0)
-                    from em_ordem as o
-                   where o.vez > coalesce(z.vez, 0)),
+               + (select coalesce(sum(d.diferenca), 0)
+                    from dobrados as d
+                   where d.id > coalesce(z.id, 0)),
            pg_snapshot_xmax(pg_current_snapshot()),
            array(select pg_snapshot_xip(pg_current_snapshot())) || pg_current_xact_id()
       from zerada as z
     returning c.total into contagem;
     return contagem;
+end
+$$;
+
+-- Makes the first entry where there is none, and takes as long as that takes: a visit would have
+-- to within its own time. Returns whether there was one.
+create function public.adotar_contagem()
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform public.travar_contagem();
+    if exists (
+        select
+          from public.visitas_contagem as c
+         where c.origem = public.esta_origem()
+    ) then
+        return true;
+    end if;
+    perform public.assumir_contagem(0);
+    return false;
 end
 $$;
 
@@ -436,24 +489,18 @@ begin
         return (select count(*) from public.visitas);
     end if;
     return (
-        with em_ordem as materialized (
-            select a.diferenca,
-                   row_number() over (
-                       order by split_part(a.origem, '@', 1) <> split_part(base.origem, '@', 1),
-                                a.origem,
-                                a.id
-                   ) as vez
-              from public.visitas_ajustes as a
-             where public.falta_a_base(a, base, aqui)
+        with pendentes as materialized (
+            select f.id, f.diferenca
+              from public.faltas_da_base(base, aqui) as f
         ), zerada as (
-            select max(o.vez) as vez
-              from em_ordem as o
-             where o.diferenca is null
+            select max(p.id) as id
+              from pendentes as p
+             where p.diferenca is null
         )
-        select case when z.vez is null then base.total else 0 end
-                   + (select coalesce(sum(o.diferenca), 0)
-                        from em_ordem as o
-                       where o.vez > coalesce(z.vez, 0))
+        select case when z.id is null then base.total else 0 end
+                   + (select coalesce(sum(p.diferenca), 0)
+                        from pendentes as p
+                       where p.id > coalesce(z.id, 0))
           from zerada as z
     );
 end
@@ -461,8 +508,13 @@ $$;
 
 -- The total, and whether a recount is due: something is in the ledger or among the adjustments
 -- that this database did not write, so rows of visitas may have come without being counted, or
--- may have been counted twice. One statement, so one snapshot.
-create function public.estado_da_contagem(out total bigint, out recontagem boolean)
+-- may have been counted twice. One statement, so one snapshot. To look for adjustments that were
+-- folded long ago takes a look at each that is open or dead, so that is for seldom.
+create function public.estado_da_contagem(
+    completo boolean,
+    out total bigint,
+    out recontagem boolean
+)
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -471,7 +523,6 @@ as $$
 declare
     aqui constant text collate "C" := public.esta_origem();
     ultima record;
-    base public.visitas_contagem;
 begin
     if 3 > (
         select count(*)
@@ -491,29 +542,20 @@ begin
      where c.origem = aqui
      order by c.id desc
      limit 1;
-    if found then
-        recontagem :=
-            exists (select from public.visitas_contagem as c where c.origem < aqui)
-            or exists (select from public.visitas_contagem as c where c.origem > aqui)
-            or exists (select from public.visitas_ajustes as a where a.origem < aqui)
-            or exists (select from public.visitas_ajustes as a where a.origem > aqui)
-            -- Folded long ago, and back: this database's own data was loaded into it again.
-            or exists (
-                select
-                  from public.visitas_ajustes as a
-                 where a.origem = aqui
-                   and a.transacao < ultima.limite
-                   and a.transacao <> all (ultima.abertas)
-            );
-    else
-        base := public.base_da_contagem(aqui);
-        recontagem := base is not null and (
-            exists (select from public.visitas_contagem as c where c.origem <> base.origem)
-            or exists (
-                select
-                  from public.visitas_ajustes as a
-                 where not public.falta_a_base(a, base, aqui)
-            )
+    recontagem := found and (
+        exists (select from public.visitas_contagem as c where c.origem < aqui)
+        or exists (select from public.visitas_contagem as c where c.origem > aqui)
+        or exists (select from public.visitas_ajustes as a where a.origem < aqui)
+        or exists (select from public.visitas_ajustes as a where a.origem > aqui)
+    );
+    -- Folded, and back: this database's own data was loaded into it again.
+    if found and completo and not recontagem then
+        recontagem := exists (
+            select
+              from public.visitas_ajustes as a
+             where a.origem = aqui
+               and a.transacao < ultima.limite
+               and a.transacao <> all (ultima.abertas)
         );
     end if;
 end
@@ -565,9 +607,11 @@ revoke all
         public.esta_origem(),
         public.recusar_perda(bigint),
         public.base_da_contagem(text),
-        public.falta_a_base(public.visitas_ajustes, public.visitas_contagem, text),
+        public.faltas_da_base(public.visitas_contagem, text),
         public.assumir_contagem(bigint),
-        public.estado_da_contagem()
+        public.adotar_contagem(),
+        public.conferir_perda(bigint),
+        public.estado_da_contagem(boolean)
   from public;
 
 select public.refazer_contagem();

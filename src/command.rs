@@ -9,7 +9,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
 use crate::config::{PostgresConfig, RedisConfig};
-use crate::store::{Postgres, Redis, Store as _};
+use crate::store::{Postgres, Redis};
 
 /// How long a service may take to say how it is; it promises a tenth of a second.
 const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -98,7 +98,7 @@ pub async fn reconcile(postgres: &PostgresConfig, redis: &RedisConfig) -> anyhow
     let redis = Redis::new(redis)?;
     let (total, difference) = postgres
         .with_count_locked(settle, async |total| {
-            let difference = total - redis.total().await?;
+            let difference = total - redis.counter().await?;
             if difference != 0 {
                 redis.correct(difference).await?;
             }

@@ -39,8 +39,8 @@ const UNKNOWN: i64 = i64::MIN;
 pub(super) const PROBE_PAUSE: Duration = Duration::from_millis(100);
 /// The longest pause before the probe of a store that fails again whenever it is up.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// A store that fails within this after a successful probe has relapsed: the probe could not see
-/// what is wrong.
+/// A store that refuses a visit within this after a successful probe has relapsed: the probe could
+/// not see what is wrong.
 const RELAPSE: Duration = Duration::from_secs(1);
 /// How often an outage can say that its reason has changed.
 const REASON_INTERVAL: Duration = Duration::from_secs(1);
@@ -126,8 +126,10 @@ impl Availability {
         let now = Instant::now();
         if self.up.swap(false, Ordering::AcqRel) {
             let was_up = now - details.since;
-            // What has been up for longer than it was made to wait is not the same fault.
-            details.relapses = if was_up < RELAPSE + pause_after(details.relapses) {
+            // A connection that breaks is no fault that a probe could not see. And what has been up
+            // for longer than it was made to wait is not the same fault.
+            let relapsed = error.is_definite() && was_up < RELAPSE + pause_after(details.relapses);
+            details.relapses = if relapsed {
                 details.relapses.saturating_add(1)
             } else {
                 0
@@ -185,7 +187,10 @@ mod tests {
     #[test]
     fn pause_grows_while_a_store_fails_right_after_each_probe() {
         let availability = Availability::new(System::Redis);
-        let error = Error::Connection(Cause::from("gone"));
+        let error = Error::Refused {
+            code: "P0001".to_owned(),
+            source: Cause::from("not today"),
+        };
         let mut pauses = Vec::new();
         for _ in 0..8 {
             availability.succeeded(Duration::ZERO);
@@ -203,6 +208,10 @@ mod tests {
         availability.succeeded(Duration::ZERO);
         availability.details().since -= Duration::from_mins(1);
         availability.failed(&Error::Timeout(Duration::ZERO));
+        assert_eq!(availability.relapse_pause(), Duration::ZERO);
+        // A network that is cut again and again is probed at once each time.
+        availability.succeeded(Duration::ZERO);
+        availability.failed(&Error::Connection(Cause::from("reset")));
         assert_eq!(availability.relapse_pause(), Duration::ZERO);
     }
 }

@@ -79,6 +79,15 @@ impl Redis {
         self.pool.timeout()
     }
 
+    /// The counter's value, also where it has no room for a batch.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not be read.
+    pub async fn counter(&self) -> Result<i64, Error> {
+        self.correct(0).await
+    }
+
     /// Moves the counter by a correction, which can be negative, and returns its value.
     ///
     /// # Errors

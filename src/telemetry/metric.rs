@@ -131,7 +131,7 @@ const GAUGES: &[(&str, Unit, &str)] = &[
     (
         name::DRIFT,
         Unit::Count,
-        "Rows minus the value in Redis, both at the same moment; NaN while either is unknown.",
+        "Rows minus the value in Redis, as far as visits in flight cannot explain it; NaN while either is unknown.",
     ),
     (
         name::RECOUNT_DUE,

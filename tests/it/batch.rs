@@ -10,7 +10,7 @@ pub(crate) const RECORD: &str = "select public.registrar_visitas($1)";
 /// What the monitor says while a store is up, once a second.
 pub(crate) const READ: &str = "select e.total, e.recontagem, \
     (select max(m.version) from public._sqlx_migrations as m where m.success) \
-    from public.estado_da_contagem() as e";
+    from public.estado_da_contagem($1) as e";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batch_is_one_statement_and_one_command_however_many_visits_it_has() {

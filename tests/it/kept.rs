@@ -1,6 +1,8 @@
 //! Triggers and rules of other people on the table: no visit is acknowledged whose row it lacks,
 //! and the count is of what it has.
 
+use std::time::{Duration, Instant};
+
 use reqwest::StatusCode;
 
 use crate::support::load::visits;
@@ -38,6 +40,13 @@ const LOSSES: [(&str, &str); 6] = [
         "drop trigger drops on visitas",
     ),
 ];
+
+/// Keeps the table at three rows.
+const KEEP_THREE: &str = "create function public.keep_three() returns trigger language plpgsql as $$ begin \
+       delete from visitas where id not in (select id from visitas order by id desc limit 3); \
+       return null; end $$; \
+     create trigger keep_three after insert on visitas for each statement \
+       execute function public.keep_three()";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn visit_whose_row_the_database_drops_is_not_acknowledged() {
@@ -80,6 +89,86 @@ async fn batch_of_which_the_database_drops_a_row_fails_as_a_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn first_visit_after_a_restart_of_the_server_is_not_acknowledged_without_its_row() {
+    for (loss, mend) in [LOSSES[4], LOSSES[5]] {
+        let world = World::of_its_own();
+        let service = world.serve().await;
+        service.visit().await;
+        world.sql(loss).await;
+        world.postgres.kill().unwrap();
+        world.postgres.start_again().unwrap();
+        let until = Instant::now() + Duration::from_secs(1);
+        while Instant::now() < until {
+            let visit = service.get("/").await;
+            assert_eq!(visit.status, StatusCode::SERVICE_UNAVAILABLE, "{loss}");
+        }
+        assert_eq!(world.rows().await, 1, "{loss}");
+        world.sql(mend).await;
+        service.until_ready().await;
+        assert_eq!(service.visit().await.0, 2, "after {mend}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn table_that_keeps_the_newest_rows_is_adopted() {
+    let world = World::new();
+    world
+        .sql(
+            "create table visitas (id serial primary key, data timestamptz default now()); \
+             insert into visitas select from generate_series(1, 3)",
+        )
+        .await;
+    world.sql(KEEP_THREE).await;
+    let service = world.serve().await;
+    for _ in 0..3 {
+        assert_eq!(service.visit().await.0, 3);
+    }
+    // Ids written by hand far above the sequence's are the newest ones.
+    world
+        .sql("insert into visitas (id) select generate_series(1000001, 1002000)")
+        .await;
+    assert_eq!(
+        service.get("/").await.status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+    world.sql("truncate visitas").await;
+    service.until_ready().await;
+    assert_eq!(service.visit().await.0, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trigger_that_fails_for_what_is_missing_is_not_taken_for_an_emptied_database() {
+    let world = World::new();
+    let service = world.serve().await;
+    service.visit().await;
+    world
+        .sql(
+            "create function public.audits() returns trigger language plpgsql as $$ begin \
+               insert into absent values (now()); return null; end $$; \
+             create trigger audits after insert on visitas for each row execute function public.audits()",
+        )
+        .await;
+    assert_eq!(
+        service.get("/").await.status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+    let attempts = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="SELECT",outcome="error"}"#;
+    let before = service.metric(attempts).await.unwrap();
+    eventually("it has been probed", SOON, async || {
+        service.metric(attempts).await > Some(before + 4.0)
+    })
+    .await;
+    let health = service.get("/health").await.json();
+    assert_eq!(health["checks"]["migrations"]["status"], "ok");
+    assert_eq!(service.logged("the database is migrated").len(), 1);
+    world
+        .sql("create table public.absent (at timestamptz)")
+        .await;
+    service.until_ready().await;
+    assert_eq!(service.visit().await.0, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn table_that_drops_visits_is_not_adopted() {
     for (loss, mend) in [LOSSES[0], LOSSES[2], LOSSES[4]] {
         let world = World::new();
@@ -104,15 +193,7 @@ async fn table_that_drops_visits_is_not_adopted() {
 async fn table_that_keeps_the_newest_rows_takes_visits_and_is_counted() {
     let world = World::new();
     let service = world.serve().await;
-    world
-        .sql(
-            "create function public.keep_three() returns trigger language plpgsql as $$ begin \
-               delete from visitas where id not in (select id from visitas order by id desc limit 3); \
-               return null; end $$; \
-             create trigger keep_three after insert on visitas for each statement \
-               execute function public.keep_three()",
-        )
-        .await;
+    world.sql(KEEP_THREE).await;
     for total in [1, 2, 3, 3, 3, 3] {
         assert_eq!(service.visit().await.0, total);
         assert_eq!(world.rows().await, total);

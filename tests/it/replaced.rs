@@ -98,6 +98,22 @@ async fn database_of_an_older_version_is_migrated_without_a_visit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn older_ledger_beside_newer_objects_is_migrated() {
+    for loss in [
+        "delete from _sqlx_migrations where version = 3",
+        "delete from _sqlx_migrations where version = 1",
+        "truncate _sqlx_migrations",
+    ] {
+        let world = World::new();
+        let service = world.serve().await;
+        service.visit().await;
+        world.sql(loss).await;
+        let service = world.serve().await;
+        assert_eq!(service.visit().await.0, 2, "after {loss}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn database_that_another_takes_the_place_of_is_used_within_a_second() {
     let world = World::alone();
     let service = world.serve().await;

@@ -8,8 +8,8 @@ use std::borrow::Cow;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use sqlx::PgConnection;
 use sqlx::migrate::{MigrateError, Migration, Migrator};
-use sqlx::{Connection as _, PgConnection};
 
 use super::session::failure;
 use super::{Postgres, READ, REHEARSE, Rehearsal, execute, is_missing, read_count, rehearse};
@@ -29,28 +29,65 @@ static TAKE_LOCK: Operation = Operation::query(
     "SELECT pg_try_advisory_lock",
     "select pg_try_advisory_lock($1)",
 );
+/// Whether everything is there that the migrations made.
+static INSTALLED: Operation = Operation::query(
+    "SELECT pg_proc",
+    "select to_regclass('public.visitas_contagem') is not null \
+        and to_regclass('public.visitas_ajustes') is not null \
+        and 2 = (select count(*) from pg_attribute \
+                  where attrelid = to_regclass('public.visitas') \
+                    and attname in ('id', 'data') and not attisdropped) \
+        and 3 = (select count(*) from pg_trigger \
+                  where tgrelid = to_regclass('public.visitas') \
+                    and tgfoid = to_regprocedure('public.anotar_ajuste()')) \
+        and 15 = (select count(distinct proname) from pg_proc \
+                   where pronamespace = to_regnamespace('public') \
+                     and proname in ('travar_contagem', 'registrar_visitas', 'recusar_perda', \
+                         'conferir_perda', 'base_da_contagem', 'faltas_da_base', \
+                         'assumir_contagem', 'adotar_contagem', 'ensaiar_registro', \
+                         'total_visitas', 'estado_da_contagem', 'refazer_contagem', \
+                         'recontar_visitas', 'avancar_sequencia', 'esta_origem'))",
+);
+static IS_ADOPTED: Operation = Operation::query(
+    "SELECT visitas_contagem",
+    "select exists (select from public.visitas_contagem where origem = public.esta_origem())",
+);
+static ADOPT: Operation = Operation::procedure(
+    "SELECT adotar_contagem",
+    "adotar_contagem",
+    "select public.adotar_contagem()",
+);
 static ATTEND: Operation = Operation::query(
     "SELECT pg_stat_activity",
-    "select exists (select from pg_stat_activity where pid = $1 and state = 'active')",
+    "select exists (select from pg_stat_activity \
+                     where pid = $1 and state in ('active', 'disabled'))",
 );
-static BACKEND: Operation = Operation::query("SELECT pg_backend_pid", "select pg_backend_pid()");
+static OPEN: Operation = Operation::query("SELECT pg_backend_pid", "select pg_backend_pid()");
 pub(super) static UNINSTALL_OBJECTS: Operation = Operation::command("DROP");
 pub(super) static APPLY: Operation = Operation::command("MIGRATE");
 
 const UNDEFINED_TABLE: &str = "42P01";
+/// A table, function, column or other object is there already.
+const DUPLICATES: [&str; 4] = ["42P07", "42723", "42701", "42710"];
 
 /// Serialises migrations between instances; any constant that nothing else uses.
 const MIGRATION_LOCK: i64 = 0x7669_7369_7461_7300;
 /// How long to wait for another instance's migration before saying so and trying again.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 const LOCK_RETRY: Duration = Duration::from_millis(50);
-/// Adopting a table with many rows rewrites it, which takes as long as it takes, while the server
+/// Adopting a table with many rows, and counting them, takes as long as it takes, while the server
 /// is seen to work.
-const MIGRATION_TIMEOUT: Duration = Duration::from_mins(30);
+const UNHURRIED_TIMEOUT: Duration = Duration::from_mins(30);
 /// How often to look whether the server still works on a long statement, and how many looks in a
 /// row that fail are its end.
 const ATTEND_INTERVAL: Duration = Duration::from_secs(1);
 const ATTEND_FAILURES: u32 = 10;
+
+/// A session without a limit on how long a statement may run, and the server's process of it.
+pub(super) struct Unhurried {
+    connection: PgConnection,
+    backend: i32,
+}
 
 /// A migration that has been applied: its version and its checksum.
 type Applied = (i64, Vec<u8>);
@@ -85,7 +122,12 @@ impl Postgres {
             applied = Box::pin(self.apply(pending(&ledger))).await?;
         }
         let mut rehearsal = self.rehearse_on(&mut link).await;
-        if rehearsal.as_ref().is_err_and(is_missing) {
+        if rehearsal.as_ref().is_err_and(is_missing)
+            && !self
+                .pool
+                .call_on(&mut link, &INSTALLED, is_installed)
+                .await?
+        {
             applied = Box::pin(self.apply(MIGRATIONS.iter().count())).await?;
             rehearsal = self.rehearse_on(&mut link).await;
         }
@@ -93,15 +135,24 @@ impl Postgres {
         self.migration_announced.store(false, Ordering::Relaxed);
         Ok(match rehearsal {
             Ok(()) => (Rehearsal::Passed(link), applied),
-            Err(error) if is_missing(&error) => return Err(error),
             Err(error) => (Rehearsal::Failed(link, error), applied),
         })
     }
 
     /// Does what a visit needs, and what the readings need, which is not all the same.
     async fn rehearse_on(&self, link: &mut Link<PgConnection>) -> Result<(), Error> {
+        if !self
+            .pool
+            .call_on(link, &IS_ADOPTED, async |connection| {
+                answer(connection, IS_ADOPTED.text()).await
+            })
+            .await?
+        {
+            self.adopt_count().await?;
+        }
         self.pool.call_on(link, &REHEARSE, rehearse).await?;
-        match self.pool.call_on(link, &READ, read_count).await {
+        let read = async |connection: &mut PgConnection| read_count(connection, true).await;
+        match self.pool.call_on(link, &READ, read).await {
             Ok(reading) => {
                 self.note_recount_due(reading.recount_due);
                 Ok(())
@@ -112,6 +163,19 @@ impl Postgres {
         }
     }
 
+    /// Makes this server's first entry of the count: what another one wrote is adopted, or the rows
+    /// of a copy are counted, which can take longer than a visit may.
+    async fn adopt_count(&self) -> Result<(), Error> {
+        let mut session = self.open_unhurried().await?;
+        Box::pin(
+            self.call_attended(&mut session, &ADOPT, async |connection| {
+                answer(connection, ADOPT.text()).await
+            }),
+        )
+        .await
+        .map(drop)
+    }
+
     async fn apply(&self, pending: usize) -> Result<usize, Error> {
         self.migrated.store(false, Ordering::Release);
         // Said once: what keeps it from succeeding is said by the store's availability.
@@ -119,11 +183,10 @@ impl Postgres {
             tracing::info!(migrations.pending = pending, "migrating the database");
         }
         let started = Instant::now();
-        let mut connection = self.session.open_unhurried().await?;
-        self.take_lock(&mut connection).await?;
-        let applied = self.apply_locked(&mut connection).await?;
-        // The session's end gives the lock back; nothing is left to say if it ends badly.
-        connection.close().await.ok();
+        // The session's end, whatever ends it, gives the lock back.
+        let mut session = self.open_unhurried().await?;
+        self.take_lock(&mut session.connection).await?;
+        let applied = self.apply_locked(&mut session).await?;
         tracing::info!(
             migrations.applied = applied,
             duration.seconds = started.elapsed().as_secs_f64(),
@@ -154,35 +217,34 @@ impl Postgres {
         }
     }
 
-    /// Applies what another instance has not applied meanwhile.
-    async fn apply_locked(&self, connection: &mut PgConnection) -> Result<usize, Error> {
-        let reading = read_ledger(connection);
+    /// Applies what another instance has not applied meanwhile. Where the ledger and what is there
+    /// do not agree, everything but the visits is made again.
+    async fn apply_locked(&self, session: &mut Unhurried) -> Result<usize, Error> {
+        let reading = read_ledger(&mut session.connection);
         let ledger = self.pool.observe(&LEDGER, self.timeout, reading).await?;
-        let mut due = pending(&ledger);
-        // The first migration makes everything, so it can neither be missing from the ledger of
-        // a database that has those things, nor be there without them.
-        let is_first_due = MIGRATIONS
-            .iter()
-            .next()
-            .is_some_and(|first| !ledger.iter().any(|(version, _)| *version == first.version));
-        let is_something_missing = due == 0 && {
-            let rehearsal = async {
-                rehearse(connection).await?;
-                read_count(connection).await
-            };
-            let rehearsal = self.pool.observe(&REHEARSE, self.timeout, rehearsal).await;
-            rehearsal.is_err_and(|error| is_missing(&error))
-        };
-        if is_first_due || is_something_missing {
-            self.pool
-                .observe(
-                    &UNINSTALL_OBJECTS,
-                    self.timeout,
-                    uninstall(connection, &ledger),
-                )
-                .await?;
-            due = MIGRATIONS.iter().count();
+        let due = pending(&ledger);
+        if due > 0 {
+            match self.run_migrations(session).await {
+                Err(error) if is_duplicate(&error) => {}
+                result => return result.map(|()| due),
+            }
+        } else {
+            let looking = is_installed(&mut session.connection);
+            if self.pool.observe(&INSTALLED, self.timeout, looking).await? {
+                return Ok(0);
+            }
         }
+        let reading = read_ledger(&mut session.connection);
+        let ledger = self.pool.observe(&LEDGER, self.timeout, reading).await?;
+        self.call_attended(session, &UNINSTALL_OBJECTS, async |connection| {
+            uninstall(connection, &ledger).await
+        })
+        .await?;
+        self.run_migrations(session).await?;
+        Ok(MIGRATIONS.iter().count())
+    }
+
+    async fn run_migrations(&self, session: &mut Unhurried) -> Result<(), Error> {
         let migrator = Migrator {
             migrations: Cow::Borrowed(&MIGRATIONS.migrations),
             // A newer version may have migrated further; what it added is its own business.
@@ -191,39 +253,50 @@ impl Postgres {
             locking: false,
             ..Migrator::DEFAULT
         };
-        self.call_attended(connection, &APPLY, MIGRATION_TIMEOUT, async |connection| {
+        self.call_attended(session, &APPLY, async |connection| {
             migrator
                 .run_direct(None, connection, false)
                 .await
                 .map_err(migration_failure)
         })
-        .await?;
-        Ok(due)
+        .await
+    }
+
+    /// Opens a session for what can take longer than a visit may.
+    pub(super) async fn open_unhurried(&self) -> Result<Unhurried, Error> {
+        let opening = async {
+            let mut connection = self.session.open_unhurried().await?;
+            let backend = sqlx::query_scalar(OPEN.text())
+                .fetch_one(&mut connection)
+                .await
+                .map_err(failure)?;
+            Ok(Unhurried {
+                connection,
+                backend,
+            })
+        };
+        self.pool.observe(&OPEN, self.timeout, opening).await
     }
 
     /// A call that takes as long as it takes, while the server is seen to work on it. A host that
     /// vanishes says nothing, so another session looks.
     pub(super) async fn call_attended<R>(
         &self,
-        connection: &mut PgConnection,
+        session: &mut Unhurried,
         operation: &Operation,
-        timeout: Duration,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<R, Error>,
     ) -> Result<R, Error> {
-        let backend = async {
-            sqlx::query_scalar::<_, i32>(BACKEND.text())
-                .fetch_one(&mut *connection)
-                .await
-                .map_err(failure)
-        };
-        let backend = self.pool.observe(&BACKEND, self.timeout, backend).await?;
+        let Unhurried {
+            connection,
+            backend,
+        } = session;
         let work = async {
             tokio::select! {
                 result = work(connection) => result,
-                error = Box::pin(self.until_unattended(backend)) => Err(error),
+                error = Box::pin(self.until_unattended(*backend)) => Err(error),
             }
         };
-        self.pool.observe(operation, timeout, work).await
+        self.pool.observe(operation, UNHURRIED_TIMEOUT, work).await
     }
 
     /// Returns once the server has not answered several times, or does nothing for that session.
@@ -297,6 +370,21 @@ async fn read_ledger(connection: &mut PgConnection) -> Result<Vec<Applied>, Erro
         Err(error) if error.code() == Some(UNDEFINED_TABLE) => Ok(Vec::new()),
         ledger => ledger,
     }
+}
+
+async fn is_installed(connection: &mut PgConnection) -> Result<bool, Error> {
+    answer(connection, INSTALLED.text()).await
+}
+
+fn is_duplicate(error: &Error) -> bool {
+    error.code().is_some_and(|code| DUPLICATES.contains(&code))
+}
+
+async fn answer(connection: &mut PgConnection, question: &'static str) -> Result<bool, Error> {
+    sqlx::query_scalar(question)
+        .fetch_one(connection)
+        .await
+        .map_err(failure)
 }
 
 /// Takes everything away that the migrations made, but not the visits.

@@ -7,10 +7,10 @@ mod migrate;
 mod session;
 mod trust;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use sqlx::{Connection as _, PgConnection};
+use sqlx::PgConnection;
 use time::OffsetDateTime;
 
 use self::session::{Session, failure};
@@ -30,6 +30,7 @@ pub struct Postgres {
     migrated: AtomicBool,
     migration_announced: AtomicBool,
     recount_due: AtomicBool,
+    readings: AtomicU64,
 }
 
 /// What [`Postgres::recount`] found.
@@ -64,7 +65,7 @@ static READ: Operation = Operation::procedure(
     "estado_da_contagem",
     "select e.total, e.recontagem, \
             (select max(m.version) from public._sqlx_migrations as m where m.success) \
-       from public.estado_da_contagem() as e",
+       from public.estado_da_contagem($1) as e",
 );
 static LOCK_COUNT: Operation = Operation::procedure(
     "SELECT travar_contagem",
@@ -83,16 +84,16 @@ static PING: Operation = Operation::command("PING");
 /// What [`REHEARSE`] raises once everything that a visit needs has worked.
 const REHEARSED: &str = "VS001";
 const UNIQUE_VIOLATION: &str = "23505";
-/// A table, column, function, type or schema is not there: the database is not the one that was
-/// migrated.
+/// A table, column, function, type or schema is not there. It can be one of ours, in a database
+/// that was emptied or replaced, or one that somebody else's trigger needs.
 const MISSING: [&str; 5] = ["42P01", "42703", "42883", "42704", "3F000"];
+
+/// Every so many readings look for all that can make a recount due.
+const THOROUGH_READING: u64 = 5;
 
 /// The writer takes one connection and the monitor one; the others leave room for what an outage
 /// left behind.
 const POOL_SIZE: u32 = 4;
-
-/// Counting takes as long as it takes, while the server is seen to work.
-const RECOUNT_TIMEOUT: Duration = Duration::from_mins(30);
 
 impl Postgres {
     /// Prepares the connections; none is opened yet.
@@ -119,6 +120,7 @@ impl Postgres {
             migrated: AtomicBool::new(false),
             migration_announced: AtomicBool::new(false),
             recount_due: AtomicBool::new(false),
+            readings: AtomicU64::new(0),
         }
     }
 
@@ -166,7 +168,6 @@ impl Postgres {
             }
             result => result,
         }
-        .inspect_err(|failure| self.note_missing(&failure.error))
     }
 
     async fn try_record(
@@ -192,20 +193,15 @@ impl Postgres {
     ///
     /// Why it was not done; nothing has changed then.
     pub async fn recount(&self) -> Result<Recount, Error> {
-        // Counting can take longer than a visit may, so this is not a session for visits.
-        let mut connection = self.session.open_unhurried().await?;
-        let work = async |connection: &mut PgConnection| {
+        let mut session = self.open_unhurried().await?;
+        self.call_attended(&mut session, &RECOUNT, async |connection| {
             let (before, after) = sqlx::query_as::<_, (i64, i64)>(RECOUNT.text())
                 .fetch_one(connection)
                 .await
                 .map_err(failure)?;
             Ok(Recount { before, after })
-        };
-        let recount = self
-            .call_attended(&mut connection, &RECOUNT, RECOUNT_TIMEOUT, work)
-            .await?;
-        connection.close().await.ok();
-        Ok(recount)
+        })
+        .await
     }
 
     /// Runs `work` while no visit can be counted, handing it the total. The lock is given back
@@ -227,7 +223,12 @@ impl Postgres {
             })
             .await?;
         tokio::time::sleep(settle).await;
-        let reading = self.pool.call_on(&mut link, &READ, read_count).await?;
+        let reading = self
+            .pool
+            .call_on(&mut link, &READ, async |connection| {
+                read_count(connection, true).await
+            })
+            .await?;
         if reading.recount_due {
             return Err(Error::Unexpected(Cause::from(
                 "a recount is due, so the total is not certain: run `visitas recount` first",
@@ -258,14 +259,6 @@ impl Postgres {
         metric::recount_due(due);
         self.recount_due.store(due, Ordering::Relaxed);
     }
-
-    /// An error that says that something is missing shows that the database has been emptied or
-    /// replaced.
-    fn note_missing(&self, error: &Error) {
-        if is_missing(error) {
-            self.migrated.store(false, Ordering::Release);
-        }
-    }
 }
 
 /// How a rehearsal ended. The connection is usable after a refusal.
@@ -288,7 +281,6 @@ impl Store for Postgres {
                 Ok(())
             }
             Err(error) => {
-                self.note_missing(&error);
                 self.pool.fail(&error);
                 Err(error)
             }
@@ -297,21 +289,26 @@ impl Store for Postgres {
 
     /// The number of rows, as the ledger and the adjustments that are not folded yet say.
     async fn total(&self) -> Result<i64, Error> {
+        let turn = self.readings.fetch_add(1, Ordering::Relaxed);
+        let is_thorough = self.is_recount_due() || turn.is_multiple_of(THOROUGH_READING);
+        let read = async |connection: &mut PgConnection| read_count(connection, is_thorough).await;
         let result = self
             .pool
-            .read(&READ, read_count, |reading| reading.total)
+            .read(&READ, read, |reading| reading.total)
             .await
             .and_then(|reading| {
-                self.note_recount_due(reading.recount_due);
+                if is_thorough || reading.recount_due {
+                    self.note_recount_due(reading.recount_due);
+                }
                 reading.check_version()?;
                 Ok(reading.total)
             });
         if let Err(error) = &result
             && is_missing(error)
         {
-            // A visit can still succeed, as one whose session has planned its statements, but
-            // this is not the database that was migrated.
-            self.note_missing(error);
+            // A visit can still succeed, since it does not need what is missing. The probe makes it
+            // again.
+            self.migrated.store(false, Ordering::Release);
             self.pool.fail(error);
         }
         result
@@ -348,8 +345,9 @@ fn is_missing(error: &Error) -> bool {
     error.code().is_some_and(|code| MISSING.contains(&code))
 }
 
-async fn read_count(connection: &mut PgConnection) -> Result<Reading, Error> {
+async fn read_count(connection: &mut PgConnection, is_thorough: bool) -> Result<Reading, Error> {
     let (total, recount_due, version) = sqlx::query_as::<_, (i64, bool, Option<i64>)>(READ.text())
+        .bind(is_thorough)
         .fetch_one(connection)
         .await
         .map_err(failure)?;

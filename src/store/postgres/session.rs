@@ -71,7 +71,7 @@ impl Session {
             ("synchronous_commit", "on"),
             ("search_path", "public"),
             ("TimeZone", "UTC"),
-            // Nobody reads notices.
+            // Notices are for a person at a terminal.
             ("client_min_messages", "warning"),
             // An idle session is waiting for the next visit.
             ("idle_session_timeout", "0"),
@@ -96,10 +96,7 @@ impl Session {
 
     /// A session without a limit on how long a statement may run, for migrations and counting.
     pub(super) async fn open_unhurried(&self) -> Result<PgConnection, Error> {
-        let opening = self.open_with(UNHURRIED_LOCK_TIMEOUT, Duration::ZERO);
-        tokio::time::timeout(self.timeout, opening)
-            .await
-            .unwrap_or(Err(Error::Timeout(self.timeout)))
+        self.open_with(UNHURRIED_LOCK_TIMEOUT, Duration::ZERO).await
     }
 
     async fn open_with(&self, lock: Duration, statement: Duration) -> Result<PgConnection, Error> {
