@@ -10,7 +10,7 @@ use axum::Router;
 use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio::task::{AbortHandle, JoinHandle};
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::info;
@@ -50,8 +50,6 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 const OTHER_FILES: usize = 64;
 /// Connections that scrapers can have open, where `METRICS_ADDR` gives them a listener of their own.
 const SCRAPERS_MAX: usize = 64;
-/// How long the listener for scrapers, which ends last, takes to drain.
-const SCRAPERS_DRAIN: Duration = Duration::from_millis(100);
 /// What is left of the time to drain when visits whose store does not answer are given up, so that
 /// their clients get a response; a fifth of that time where this is less.
 const LAST_RESPONSES: Duration = Duration::from_millis(250);
@@ -141,9 +139,9 @@ impl App {
                     events(&rejections, |_open| {}),
                     Stop {
                         lifecycle: lifecycle.clone(),
-                        leave_at: Phase::Ended,
+                        leave_at: Phase::Leaving,
                         drain_at: Phase::Ended,
-                        drain: SCRAPERS_DRAIN,
+                        drain: shutdown.for_scrapes(),
                     },
                 ))
             }),
@@ -171,6 +169,7 @@ impl App {
         // No request is left that could bring a visit.
         service.recorder.stop();
         let deadline = Instant::now() + shutdown.for_spans();
+        let unexpected = unexpected.or_else(|| parts.ended_while_draining());
         parts.monitor.abort();
         parts.upkeep.abort();
         finish_writing(parts.writer, deadline).await;
@@ -219,6 +218,20 @@ struct Parts {
 }
 
 impl Parts {
+    /// Names a part that has ended although the service still needed it. The writer does not count:
+    /// it is ended where visits wait for a store that does not answer.
+    fn ended_while_draining(&self) -> Option<&'static str> {
+        let part = if self.monitor.is_finished() {
+            "monitor"
+        } else if self.upkeep.is_finished() {
+            "upkeep"
+        } else {
+            return None;
+        };
+        tracing::error!(part, "a part of the service ended unexpectedly");
+        Some(part)
+    }
+
     /// Waits until one ends, and names it.
     async fn one_ended(&mut self) -> &'static str {
         tokio::select! {
@@ -327,6 +340,8 @@ fn events(
 
 async fn upkeep(service: Service, observer: Arc<Observer>, rejections: Arc<Rejections>) {
     let mut upkeep = tokio::time::interval(UPKEEP_EVERY);
+    // After a pause of this task it goes on at this pace, so that reports stay a second apart.
+    upkeep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut left_out = tokio::time::interval(LEFT_OUT_EVERY);
     loop {
         tokio::select! {

@@ -168,11 +168,11 @@ pub struct HttpConfig {
     pub bind_addr: SocketAddr,
     /// `METRICS_ADDR`: if set, `/metrics` is served there and only there.
     pub metrics_addr: Option<SocketAddr>,
-    /// `HTTP_MAX_CONNECTIONS`: connections open at a time.
+    /// `HTTP_MAX_CONNECTIONS`: connections open at a time; beyond it the one idle longest is closed.
     pub max_connections: usize,
-    /// `HEADER_TIMEOUT`: for a request's head to arrive in.
+    /// `HEADER_TIMEOUT`: to receive a request's headers, from their first byte.
     pub header_timeout: Duration,
-    /// `IDLE_TIMEOUT`: how long a connection may stay open without a request.
+    /// `IDLE_TIMEOUT`: how long a connection, a new one included, stays open without a request.
     pub idle_timeout: Duration,
 }
 
@@ -202,7 +202,7 @@ impl ShutdownConfig {
         self.timeout.saturating_sub(self.rest())
     }
 
-    /// The part for the last spans, which a collector may not take.
+    /// The part for the last spans, whose collector can stall.
     #[must_use]
     pub fn for_spans(&self) -> Duration {
         self.rest() * 6 / 10
@@ -214,7 +214,13 @@ impl ShutdownConfig {
         self.rest() / 20
     }
 
-    /// The part for the last lines of the log, which nobody may read.
+    /// The part for scrapers of `METRICS_ADDR`, whose listener ends last.
+    #[must_use]
+    pub fn for_scrapes(&self) -> Duration {
+        self.rest() / 20
+    }
+
+    /// The part for the last lines of the log, whose reader can stall.
     #[must_use]
     pub fn for_log(&self) -> Duration {
         self.rest() * 2 / 10

@@ -19,7 +19,7 @@ pub enum Phase {
     Leaving,
     /// No new connection is accepted; requests on open connections are still served.
     Draining,
-    /// Every request was answered and every visit that waited was recorded.
+    /// Every request was answered, or the time to drain is over, and telemetry is flushed.
     Ended,
 }
 

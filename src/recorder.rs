@@ -47,7 +47,7 @@ pub enum Refusal {
 pub struct Recorder {
     queue: mpsc::Sender<Waiting>,
     deadline: Duration,
-    taken: Arc<Taken>,
+    progress: Arc<Progress>,
     stop: watch::Sender<bool>,
 }
 
@@ -55,7 +55,7 @@ pub struct Recorder {
 #[derive(Debug)]
 pub struct Writer {
     queue: mpsc::Receiver<Waiting>,
-    taken: Arc<Taken>,
+    progress: Arc<Progress>,
     stop: watch::Receiver<bool>,
     postgres: Arc<Postgres>,
     redis: Arc<Redis>,
@@ -79,12 +79,12 @@ struct Waiting {
 /// whether it certainly still waits: the queue is in order, and the writer says what it takes
 /// before it looks at the clock to leave out what is late.
 #[derive(Debug)]
-struct Taken {
+struct Progress {
     began: Instant,
     until: AtomicU64,
 }
 
-impl Taken {
+impl Progress {
     fn new() -> Self {
         Self {
             began: Instant::now(),
@@ -124,16 +124,16 @@ pub fn recorder(
     metric::queue_capacity(capacity);
     let (sender, receiver) = mpsc::channel(capacity);
     let (stop, stopped) = watch::channel(false);
-    let taken = Arc::new(Taken::new());
+    let progress = Arc::new(Progress::new());
     let recorder = Recorder {
         queue: sender,
         deadline,
-        taken: Arc::clone(&taken),
+        progress: Arc::clone(&progress),
         stop,
     };
     let writer = Writer {
         queue: receiver,
-        taken,
+        progress,
         stop: stopped,
         postgres,
         redis,
@@ -169,13 +169,13 @@ impl Recorder {
         match tokio::time::timeout_at(deadline, answered).await {
             Ok(Ok(answer)) => answer,
             // The writer has ended, and what it had in its hands is in doubt.
-            Ok(Err(_)) if self.taken.still_waits(queued) => Err(shed(Refusal::Stopping)),
+            Ok(Err(_)) if self.progress.still_waits(queued) => Err(shed(Refusal::Stopping)),
             Ok(Err(_)) => {
                 metric::visits(Outcome::InDoubt, 1);
                 Err(Refusal::InDoubt)
             }
             // The writer leaves it out when its turn comes, and counts it.
-            Err(_) if self.taken.still_waits(queued) => Err(Refusal::Failed),
+            Err(_) if self.progress.still_waits(queued) => Err(Refusal::Failed),
             // Its batch is in flight.
             Err(_) => Err(Refusal::InDoubt),
         }
@@ -286,7 +286,7 @@ impl Writer {
     /// told that it has none.
     fn drop_abandoned_and_late(&mut self) {
         if let Some(last) = self.batch.iter().map(|visit| visit.queued).max() {
-            self.taken.take(last);
+            self.progress.take(last);
         }
         let now = Instant::now();
         self.batch.retain(|visit| {

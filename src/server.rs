@@ -331,11 +331,13 @@ impl Connections {
         if let Some(stream) = waiting {
             self.open_when_there_is_room(stream).await;
         }
-        let filtered = begin_no_handshake(&listener);
         // Not through tokio, which says "nothing ready" until its poller has seen the connection.
         let Ok(listener) = listener.into_std() else {
             return;
         };
+        // Before the filter: while this waits for room, clients that connect are not left waiting.
+        self.accept_ready(&listener).await;
+        let filtered = begin_no_handshake(&listener);
         self.accept_ready(&listener).await;
         if filtered {
             sleep(HANDSHAKE).await;
@@ -390,7 +392,7 @@ impl Connections {
 /// has sent. A client whose segment is dropped repeats it after a second, and is then refused. Says
 /// whether the kernel does so.
 #[cfg(target_os = "linux")]
-fn begin_no_handshake(listener: &TcpListener) -> bool {
+fn begin_no_handshake(listener: &std::net::TcpListener) -> bool {
     use socket2::SockFilter;
     // Classic BPF (linux/filter.h) over the TCP header, whose byte 13 has the flags: is SYN set?
     let program = [
@@ -403,7 +405,7 @@ fn begin_no_handshake(listener: &TcpListener) -> bool {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn begin_no_handshake(_listener: &TcpListener) -> bool {
+fn begin_no_handshake(_listener: &std::net::TcpListener) -> bool {
     false
 }
 

@@ -25,7 +25,7 @@ pub struct Parts {
     pub telemetry: Arc<Telemetry>,
     /// Lets one scrape render at a time.
     pub scrapes: Scrapes,
-    /// Whether a stop was requested.
+    /// How far a stop has come.
     pub lifecycle: Lifecycle,
 }
 

@@ -44,7 +44,7 @@ pub async fn record(State(service): State<Service>) -> Response {
     }
 }
 
-/// `HEAD /` is no visit, so nobody knows how long the body of a `GET` would be.
+/// `HEAD /` is no visit, so it is not known how long the body of a `GET` would be.
 pub async fn head() -> Response {
     let mut response = Response::new(Body::new(UnknownLength));
     let json = HeaderValue::from_static("application/json");

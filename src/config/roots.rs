@@ -7,7 +7,7 @@
 //! executes itself again, as the same process, with `SSL_CERT_FILE=/dev/null`: from there on no
 //! library finds a root certificate by itself, and each client is given those that it may trust.
 //! Where the system's are is handed on in two further variables. A client that is given none
-//! trusts nobody.
+//! trusts no authority.
 //!
 //! This file knows no setting.
 

@@ -118,14 +118,14 @@ settings! {
         BIND_ADDR: Address = Address, Value "0.0.0.0:5000";
         /// Address to serve /metrics on, and there only.
         METRICS_ADDR: Address = Address, Absent "unset, /metrics is on BIND_ADDR";
-        /// Connections open at a time; the file limit is raised to fit.
+        /// Maximum number of open client connections; beyond it the one idle longest is closed. Raises the open-file limit to match.
         HTTP_MAX_CONNECTIONS: Count = Count { min: 1, max: 1_000_000 }, Value "16384";
-        /// Time for a request's head to arrive in.
+        /// Maximum time to receive a request's headers, from their first byte.
         HEADER_TIMEOUT: Durations = Durations {
             min: Duration::from_millis(100),
             max: Duration::from_mins(5),
         }, Value "5s";
-        /// Time that a connection may stay open without a request.
+        /// Maximum time that a connection, a new one included, stays open without a request.
         IDLE_TIMEOUT: Durations = Durations {
             min: Duration::from_millis(100),
             max: Duration::from_hours(1),
@@ -141,7 +141,7 @@ settings! {
         QUEUE_CAPACITY: Count = Count { min: 1, max: 1_000_000 }, Value "8192";
     }
     "Shutdown" {
-        /// Time after SIGTERM during which everything is still served, for balancers to notice.
+        /// Time after SIGTERM, SIGINT or SIGHUP during which everything is still served, for load balancers to notice.
         SHUTDOWN_DELAY: Durations = Durations {
             min: Duration::ZERO,
             max: Duration::from_mins(10),

@@ -18,7 +18,11 @@ use std::{
     pin::{Pin, pin},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicU8, AtomicU32, AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+            fence,
+        },
     },
     task::{Context, Poll, Waker, ready},
     time::Duration,
@@ -30,7 +34,7 @@ use axum::{
 };
 use http::{
     HeaderValue, Request, StatusCode,
-    header::{CONNECTION, CONTENT_TYPE},
+    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE},
 };
 use hyper::{
     body::{Body as HttpBody, Frame, Incoming, SizeHint},
@@ -118,7 +122,11 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
         since: alarm.deadline() - shared.limits.idle_timeout,
     };
     let end = poll_fn(|cx| {
-        activity.waker.get_or_init(|| cx.waker().clone());
+        if activity.waker.get().is_none() {
+            activity.waker.get_or_init(|| cx.waker().clone());
+            // Either what the server has asked for is seen below, or the server sees the waker.
+            fence(SeqCst);
+        }
         loop {
             if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
                 return Poll::Ready(End::Closed(ended.err()));
@@ -175,8 +183,10 @@ enum End {
 fn bad_host() -> Response {
     let mut response = Response::new(Body::from(BAD_HOST));
     *response.status_mut() = StatusCode::BAD_REQUEST;
+    let headers = response.headers_mut();
     let problem = HeaderValue::from_static("application/problem+json");
-    response.headers_mut().insert(CONTENT_TYPE, problem);
+    headers.insert(CONTENT_TYPE, problem);
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }
 
@@ -270,7 +280,7 @@ pub(super) enum State {
     Headers,
     /// The handler. Entered when hyper calls the service.
     Handling,
-    /// The client, to take a response. Entered when a write would block, and anew with each byte.
+    /// The client, to take a response. Entered when a write would block, and again with each byte.
     Writing,
     /// The client, to close: the server has.
     Lingering,
@@ -281,7 +291,7 @@ const BUSY: u64 = 0;
 const ENDING: u64 = u64::MAX;
 
 /// What is seen of a connection. What writes here runs in the connection's task, except the server
-/// that evicts or wakes it, so nothing needs more than relaxed order.
+/// that evicts or wakes it and has a fence for that, so nothing needs more than relaxed order.
 pub(super) struct Activity {
     /// A [`State`].
     state: AtomicU8,
@@ -343,6 +353,7 @@ impl Activity {
 
     /// Makes it look at what has changed around it.
     pub(super) fn wake(&self) {
+        fence(SeqCst);
         // One that has not run yet looks anyway.
         if let Some(waker) = self.waker.get() {
             waker.wake_by_ref();

@@ -137,6 +137,8 @@ pub(super) struct Breaker {
 struct Outage {
     since: Instant,
     lost: usize,
+    /// The reason that the log has, and since when.
+    reason: (String, Instant),
 }
 
 /// Spans that the collector took and threw away.
@@ -148,6 +150,7 @@ struct Rejections {
 
 impl Breaker {
     const FAILURES: usize = 3;
+    const REASON_INTERVAL: Duration = Duration::from_secs(1);
     const REJECTIONS_TOLD_EVERY: Duration = Duration::from_mins(1);
 
     /// Whether a request that is to be sampled may be.
@@ -193,15 +196,23 @@ impl Breaker {
         metric::spans(Spans::NotExported, spans);
         let mut outage = self.outage();
         self.unexported.fetch_sub(spans, Ordering::AcqRel);
-        if outage.is_none() {
+        let now = Instant::now();
+        let reason = || (error.to_owned(), now);
+        let Some(outage) = outage.as_mut() else {
             warn!(error, "the collector does not take spans");
+            *outage = Some(Outage {
+                since: now,
+                lost: spans,
+                reason: reason(),
+            });
+            return;
+        };
+        outage.lost += spans;
+        let (logged, since) = &outage.reason;
+        if logged != error && now - *since >= Self::REASON_INTERVAL {
+            warn!(error, "the collector still does not take spans");
+            outage.reason = reason();
         }
-        outage
-            .get_or_insert(Outage {
-                since: Instant::now(),
-                lost: 0,
-            })
-            .lost += spans;
     }
 
     /// Rejections have a line at most once a minute, with all since the last one.

@@ -85,7 +85,7 @@ static PING: Operation = Operation::command("PING");
 const REHEARSED: &str = "VS001";
 const UNIQUE_VIOLATION: &str = "23505";
 /// A table, column, function, type or schema is not there. It can be one of ours, in a database
-/// that was emptied or replaced, or one that somebody else's trigger needs.
+/// that was emptied or replaced, or one that a trigger of another program needs.
 const MISSING: [&str; 5] = ["42P01", "42703", "42883", "42704", "3F000"];
 
 /// Every so many readings look for all that can make a recount due.

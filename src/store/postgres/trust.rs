@@ -1,6 +1,6 @@
 //! Which certificates of `DB_SSLROOTCERT` a server's certificate may rest on.
 //!
-//! rustls trusts whatever it is given as a root. OpenSSL, and so psql, asks more of one, and what
+//! rustls trusts every certificate that it is given as a root. OpenSSL, and so psql, asks more of one, and what
 //! psql refuses is not to be accepted here. This file opens no connection.
 
 use rustls::pki_types::pem::PemObject as _;
