@@ -1,6 +1,6 @@
 //! The two stores, each behind one type that keeps its connections to itself.
 //!
-//! A connection is reached through a [`pool`] alone, and a pool observes every call: that each
+//! A connection is reached through a `pool` alone, and a pool observes every call: that each
 //! has a deadline, metrics and, in a sampled batch, a span is a fact of types. It knows nothing
 //! of HTTP.
 

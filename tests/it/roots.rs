@@ -8,7 +8,11 @@ use std::process::Command;
 use std::sync::Arc;
 
 use devstack::{PostgresOptions, RedisOptions};
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
+use rcgen::{
+    BasicConstraints, CertificateParams, CidrSubnet, CustomExtension, DnType,
+    ExtendedKeyUsagePurpose, GeneralSubtree, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    NameConstraints, date_time_ymd,
+};
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -184,25 +188,9 @@ async fn what_psql_refuses_of_an_authority_or_a_chain_is_not_accepted() {
     let old_middle = root.signs("old middle", expired);
     let broken = "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n";
     let accepts = async |trusted: &[&str], signer: &Authority, above: &[&str]| {
-        files.install(&world, signer, above).await;
-        let trusted = file(&trusted.concat());
-        let trusted = path(Some(trusted.path()));
-        let psql = psql(&world, "127.0.0.1", "verify-full", trusted);
-        let given = [("DB_SSLMODE", "verify-full"), ("DB_SSLROOTCERT", trusted)];
-        let ended = Ended::of(
-            &["migrate"],
-            &[world.settings(), settings(&given), settings(&PATIENT)].concat(),
-        )
-        .await;
-        assert!(
-            psql.is_ok() || ended.code != Some(0),
-            "psql refuses: {psql:?}"
-        );
-        assert!(
-            [Some(0), Some(1), Some(2)].contains(&ended.code),
-            "{ended:?}"
-        );
-        (psql.is_ok(), ended.code == Some(0))
+        let (psql, ours) = accepts(&world, &files, trusted, signer, above).await;
+        assert!(psql || !ours, "psql refuses what is accepted here");
+        (psql, ours)
     };
     let both = (true, true);
     let neither = (false, false);
@@ -226,6 +214,140 @@ async fn what_psql_refuses_of_an_authority_or_a_chain_is_not_accepted() {
         neither
     );
     assert_eq!(accepts(&[&root.pem, broken], &root, &[]).await, neither);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn authority_that_psql_refuses_for_its_purpose_or_issuer_is_not_accepted() {
+    let world = encrypting();
+    let files = Chain::new(world.postgres.folder());
+    let root = Authority::root("root", |_| {});
+    let middle = root.signs("middle", |_| {});
+    // Each may stand alone, or between the server's certificate and the root.
+    let kinds: [(&str, Change); 10] = [
+        ("plain", |_| {}),
+        ("names its issuer's key", |params| {
+            params.use_authority_key_identifier_extension = true;
+        }),
+        ("signs certificates", |params| {
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        }),
+        ("signs no certificates", for_lists_only),
+        ("names another's key", by_another_key),
+        ("for servers", |params| {
+            params.extended_key_usages = vec![
+                ExtendedKeyUsagePurpose::ClientAuth,
+                ExtendedKeyUsagePurpose::ServerAuth,
+            ];
+        }),
+        ("for clients", |params| {
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        }),
+        ("for anything", |params| {
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::Any];
+        }),
+        ("unknown", |params| {
+            let mut unknown = CustomExtension::from_oid_content(&[1, 2, 3, 4], vec![5, 0]);
+            unknown.set_criticality(true);
+            params.custom_extensions = vec![unknown];
+        }),
+        ("no room", |params| {
+            params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        }),
+    ];
+    let fit = [
+        "plain",
+        "names its issuer's key",
+        "signs certificates",
+        "for servers",
+        "no room",
+    ];
+    let mut wrong = Vec::new();
+    let mut check = async |what: String, expected, trusted: &[&str], signer: &Authority| {
+        let found = accepts(&world, &files, trusted, signer, &[]).await;
+        if found != (expected, expected) {
+            wrong.push((what, found));
+        }
+    };
+    for (kind, change) in kinds {
+        let fits = fit.contains(&kind);
+        let alone = Authority::root(kind, change);
+        check(format!("{kind}: alone"), fits, &[&alone.pem], &alone).await;
+        let between = root.signs(kind, change);
+        let given = [&*root.pem, &between.pem];
+        check(format!("{kind}: between"), fits, &given, &between).await;
+        let below = alone.signs("below", |_| {});
+        let given = [&*below.pem, &alone.pem];
+        let fits = fits && kind != "no room";
+        check(format!("{kind}: above"), fits, &given, &below).await;
+        let below = between.signs("below", |_| {});
+        let given = [&*below.pem, &root.pem, &between.pem];
+        check(format!("{kind}: amid"), fits, &given, &below).await;
+    }
+    for (room, fits) in [(0, false), (1, false), (2, true)] {
+        let root = Authority::root("root", |params| {
+            params.is_ca = IsCa::Ca(BasicConstraints::Constrained(room));
+        });
+        let first = root.signs("first", |_| {});
+        let second = first.signs("second", |_| {});
+        let given = [&*second.pem, &first.pem, &root.pem];
+        check(format!("room for {room}"), fits, &given, &second).await;
+    }
+    // The names lead to a root, and the signatures do not.
+    let stranger = Authority::root("root", |_| {});
+    let false_middle = stranger.signs("middle", |_| {});
+    let given = [&*root.pem, &false_middle.pem];
+    check("forged".to_owned(), false, &given, &false_middle).await;
+    let false_below = false_middle.signs("below", |_| {});
+    let given = [&*root.pem, &middle.pem, &false_below.pem];
+    check("forged below".to_owned(), false, &given, &false_below).await;
+    // It has its issuer's name and another's signature, and says so.
+    let renewed = root.signs("root", |params| {
+        params.use_authority_key_identifier_extension = true;
+    });
+    check("renewed".to_owned(), false, &[&renewed.pem], &renewed).await;
+    // The root's names exclude the server's.
+    let elsewhere = Authority::root("elsewhere", |params| {
+        let network = CidrSubnet::V4([10, 0, 0, 0], [255, 0, 0, 0]);
+        params.name_constraints = Some(NameConstraints {
+            permitted_subtrees: vec![GeneralSubtree::IpAddress(network)],
+            excluded_subtrees: Vec::new(),
+        });
+    });
+    let below = elsewhere.signs("below", |_| {});
+    let given = [&*elsewhere.pem, &below.pem];
+    check("elsewhere".to_owned(), false, &given[..1], &elsewhere).await;
+    check("below elsewhere".to_owned(), false, &given, &below).await;
+    assert!(wrong.is_empty(), "(psql, here): {wrong:#?}");
+}
+
+/// `SECURITY.md` lists these: rustls alone judges the certificates that the server sends.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_psql_refuses_what_security_names_in_a_servers_chain() {
+    let world = encrypting();
+    let mut files = Chain::new(world.postgres.folder());
+    let root = Authority::root("root", |_| {});
+    let short = Authority::root("short", |params| {
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    });
+    let only_ours = (false, true);
+    for (root, middle) in [
+        (&short, short.signs("too long", |_| {})),
+        (&root, root.signs("signs no certificates", for_lists_only)),
+        (&root, root.signs("another's", by_another_key)),
+    ] {
+        let found = accepts(&world, &files, &[&root.pem], &middle, &[&middle.pem]).await;
+        assert_eq!(found, only_ours);
+    }
+    for change in [for_lists_only, by_another_key] {
+        files.change = change;
+        let found = accepts(&world, &files, &[&root.pem], &root, &[]).await;
+        assert_eq!(found, only_ours);
+    }
+    files.change = |_| {};
+    // psql takes the first of a name.
+    let namesake = Authority::root("root", |_| {});
+    let found = accepts(&world, &files, &[&namesake.pem, &root.pem], &root, &[]).await;
+    assert_eq!(found, only_ours);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -491,6 +613,32 @@ async fn encrypted(collector: &Collector, server: &Path) -> String {
     format!("https://{address}")
 }
 
+/// Whether psql opens a session, and whether the program does, trusting these certificates while
+/// the server shows one by the signer, and those above it.
+async fn accepts(
+    world: &World,
+    files: &Chain,
+    trusted: &[&str],
+    signer: &Authority,
+    above: &[&str],
+) -> (bool, bool) {
+    files.install(world, signer, above).await;
+    let trusted = file(&trusted.concat());
+    let trusted = path(Some(trusted.path()));
+    let psql = psql(world, "127.0.0.1", "verify-full", trusted);
+    let given = [("DB_SSLMODE", "verify-full"), ("DB_SSLROOTCERT", trusted)];
+    let ended = Ended::of(
+        &["migrate"],
+        &[world.settings(), settings(&given), settings(&PATIENT)].concat(),
+    )
+    .await;
+    assert!(
+        [Some(0), Some(1), Some(2)].contains(&ended.code),
+        "{ended:?}"
+    );
+    (psql.is_ok(), ended.code == Some(0))
+}
+
 /// A file that holds certificates.
 fn file(pem: &str) -> NamedTempFile {
     let file = NamedTempFile::new().expect("a temporary file");
@@ -501,6 +649,9 @@ fn file(pem: &str) -> NamedTempFile {
 fn path(path: Option<&Path>) -> &str {
     path.and_then(Path::to_str).expect("a path of ASCII")
 }
+
+/// What sets a certificate apart.
+type Change = fn(&mut CertificateParams);
 
 /// An authority, or what calls itself one.
 struct Authority {
@@ -541,10 +692,24 @@ impl Authority {
     }
 }
 
+/// Makes it a certificate that may sign nothing but lists of revoked ones.
+fn for_lists_only(params: &mut CertificateParams) {
+    params.key_usages = vec![KeyUsagePurpose::CrlSign];
+}
+
+/// Makes it a certificate that says that another key than its issuer's has signed it.
+fn by_another_key(params: &mut CertificateParams) {
+    let authority_key_identifier = [2, 5, 29, 35];
+    let key = vec![0x30, 0x06, 0x80, 0x04, 1, 2, 3, 4];
+    let other = CustomExtension::from_oid_content(&authority_key_identifier, key);
+    params.custom_extensions = vec![other];
+}
+
 /// The certificates that a Postgres shows, for the key that it has.
 struct Chain {
     file: std::path::PathBuf,
     key: KeyPair,
+    change: Change,
 }
 
 impl Chain {
@@ -553,12 +718,14 @@ impl Chain {
         Self {
             file: server.join("server.pem"),
             key: KeyPair::from_pem(&key).expect("a key"),
+            change: |_| {},
         }
     }
 
     /// Has Postgres show a certificate by this authority, and those above it.
     async fn install(&self, world: &World, signer: &Authority, above: &[&str]) {
-        let params = CertificateParams::new(["127.0.0.1".to_owned()]).expect("a name");
+        let mut params = CertificateParams::new(["127.0.0.1".to_owned()]).expect("a name");
+        (self.change)(&mut params);
         let own = params
             .signed_by(&self.key, &signer.issuer)
             .expect("a certificate");

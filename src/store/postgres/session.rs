@@ -167,7 +167,7 @@ fn trusted(file: &Path) -> Result<Vec<u8>, String> {
     let certificates = Certificates::read(file)?;
     let roots = trust::roots(&certificates.pem, UnixTime::now());
     if roots.is_empty() {
-        return Err("holds no certificate of an authority that is valid now".to_owned());
+        return Err("holds no complete authority for servers that is valid now".to_owned());
     }
     Ok(Certificates::in_pem(&roots))
 }
