@@ -204,11 +204,14 @@ impl<C: Connect> Pool<C> {
         observe(&self.target, operation, None, self.timeout, link.call(work)).await
     }
 
-    /// Ends a probe that has succeeded within `took`: the store is up, and the connection goes
-    /// into the pool, or is closed if there is no room.
-    pub(super) fn keep(&self, link: Link<C::Connection>, took: Duration) {
+    /// Ends a probe that has succeeded within `took`: the store is up and has counted so many
+    /// visits, and the connection goes into the pool, or is closed if there is no room.
+    pub(super) fn keep(&self, link: Link<C::Connection>, took: Duration, count: Option<i64>) {
         // The error hands back the connection, which is closed by being dropped.
         drop(self.connections.add(link));
+        if let Some(count) = count {
+            self.availability.read(count, took);
+        }
         self.availability.succeeded(took);
     }
 

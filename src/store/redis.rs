@@ -109,8 +109,8 @@ impl Store for Redis {
     async fn probe(&self) -> Result<(), Error> {
         let started = Instant::now();
         match self.pool.call_on_new(&ADJUST, read_counter).await {
-            Ok((link, _)) => {
-                self.pool.keep(link, started.elapsed());
+            Ok((link, count)) => {
+                self.pool.keep(link, started.elapsed(), Some(count));
                 Ok(())
             }
             Err(error) => {

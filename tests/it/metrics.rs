@@ -121,3 +121,21 @@ async fn visits_in_flight_are_no_drift() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn counts_are_known_as_soon_as_the_stores_are_up() {
+    let world = World::of_its_own();
+    drop(world.serve().await);
+    world
+        .redis_says::<i64>(&["INCRBY", "visitas_home", "7"])
+        .await;
+    world.postgres.kill().unwrap();
+    let service = world.start(&[]).await;
+    // Only the probe has read it yet: readings are a second apart.
+    eventually(
+        "a refusal has the value of Redis",
+        Duration::from_millis(900),
+        async || service.get("/").await.json()["visitas_redis"] == 7,
+    )
+    .await;
+}

@@ -134,13 +134,14 @@ impl Postgres {
         self.migrated.store(true, Ordering::Release);
         self.migration_announced.store(false, Ordering::Relaxed);
         Ok(match rehearsal {
-            Ok(()) => (Rehearsal::Passed(link), applied),
+            Ok(total) => (Rehearsal::Passed(link, total), applied),
             Err(error) => (Rehearsal::Failed(link, error), applied),
         })
     }
 
-    /// Does what a visit needs, and what the readings need, which is not all the same.
-    async fn rehearse_on(&self, link: &mut Link<PgConnection>) -> Result<(), Error> {
+    /// Does what a visit needs, and what the readings need, which is not all the same. Returns the
+    /// total, where it could be read.
+    async fn rehearse_on(&self, link: &mut Link<PgConnection>) -> Result<Option<i64>, Error> {
         if !self
             .pool
             .call_on(link, &IS_ADOPTED, async |connection| {
@@ -155,11 +156,11 @@ impl Postgres {
         match self.pool.call_on(link, &READ, read).await {
             Ok(reading) => {
                 self.note_recount_due(reading.recount_due);
-                Ok(())
+                Ok(Some(reading.total))
             }
             Err(error) if is_missing(&error) => Err(error),
             // Visits can be recorded, which is what counts.
-            Err(_) => Ok(()),
+            Err(_) => Ok(None),
         }
     }
 

@@ -239,11 +239,12 @@ impl Postgres {
         result
     }
 
-    /// Migrates where that is due, then does what a visit needs. Returns the connection.
-    async fn rehearse(&self) -> Result<Link<PgConnection>, Error> {
+    /// Migrates where that is due, then does what a visit needs. Returns the connection, and the
+    /// total where it could be read.
+    async fn rehearse(&self) -> Result<(Link<PgConnection>, Option<i64>), Error> {
         let (link, _) = self.migrate_and_rehearse().await?;
         let mut link = match link {
-            Rehearsal::Passed(link) => return Ok(link),
+            Rehearsal::Passed(link, total) => return Ok((link, total)),
             Rehearsal::Failed(link, error) if error.code() == Some(UNIQUE_VIOLATION) => link,
             Rehearsal::Failed(_, error) => return Err(error),
         };
@@ -252,7 +253,7 @@ impl Postgres {
             .call_on(&mut link, &MOVE_SEQUENCE, move_sequence)
             .await?;
         self.pool.call_on(&mut link, &REHEARSE, rehearse).await?;
-        Ok(link)
+        Ok((link, None))
     }
 
     fn note_recount_due(&self, due: bool) {
@@ -263,7 +264,7 @@ impl Postgres {
 
 /// How a rehearsal ended. The connection is usable after a refusal.
 enum Rehearsal {
-    Passed(Link<PgConnection>),
+    Passed(Link<PgConnection>, Option<i64>),
     Failed(Link<PgConnection>, Error),
 }
 
@@ -276,8 +277,8 @@ impl Store for Postgres {
     async fn probe(&self) -> Result<(), Error> {
         let started = Instant::now();
         match self.rehearse().await {
-            Ok(link) => {
-                self.pool.keep(link, started.elapsed());
+            Ok((link, total)) => {
+                self.pool.keep(link, started.elapsed(), total);
                 Ok(())
             }
             Err(error) => {
