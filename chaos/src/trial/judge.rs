@@ -33,17 +33,33 @@ impl Attempt<'_> {
         });
 
         self.look_for_needless_harm(&visits);
-        let answers = visits
-            .iter()
-            .filter(|visit| visit.outcome != Outcome::NotSent);
-        let longest = answers.map(Visit::took).max().unwrap_or_default();
+        let sent = || {
+            visits
+                .iter()
+                .filter(|visit| visit.outcome != Outcome::NotSent)
+        };
+        let longest = sent().map(Visit::took).max().unwrap_or_default();
         if longest > LONGEST_ANSWER {
             self.complain(format!("an answer took {longest:?}"));
         }
+        // A client that connects just as a listener closes repeats its SYN after a second: that is
+        // no wait of the fault's.
+        let stop = self.stop;
+        let meets_a_closing_listener = |visit: &&Visit| {
+            visit.replica == 0
+                && stop.is_some_and(|stop| (stop.asked..=stop.ended).contains(&visit.sent))
+        };
+        let longest = sent()
+            .filter(|visit| !meets_a_closing_listener(visit))
+            .map(Visit::took)
+            .max()
+            .unwrap_or_default();
         let refused = |visit: &&Visit| matches!(visit.outcome, Outcome::Refused | Outcome::InDoubt);
         let panics: Vec<_> = self.services.iter().flat_map(Service::panics).collect();
         self.complaints.extend(panics);
-        let good = visits.iter().filter(|visit| visit.is_recorded());
+        let good = visits
+            .iter()
+            .filter(|visit| visit.is_recorded() && !meets_a_closing_listener(visit));
         Ok(Trial {
             fault: *self.fault,
             repetitions: self.strikes,
