@@ -17,7 +17,7 @@
 set transaction isolation level read committed;
 
 -- The locks in the order that the recorder takes them. Visits wait for the first one, so none is
--- waited for here: whoever holds another makes this migration fail and be tried again.
+-- waited for here: a session that holds another makes this migration fail and be tried again.
 select public.travar_contagem();
 lock table public.visitas in share row exclusive mode nowait;
 lock table public.visitas_contagem, public.visitas_ajustes in access exclusive mode nowait;
@@ -350,7 +350,7 @@ $$;
 
 -- The first entry since the server was started, or since this database was copied: adopts the
 -- last entry and what it lacks, in one statement, so one snapshot. In a copy of another database
--- the rows are counted: nobody knows how much of it arrived. Needs the count's lock.
+-- the rows are counted: how much of it arrived is not known. Needs the count's lock.
 create function public.assumir_contagem(novas bigint)
 returns bigint
 language plpgsql

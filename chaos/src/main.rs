@@ -46,7 +46,8 @@ const METHOD: &str = "\nSixteen clients visit all the time, each of them a rando
      highest). A fault of which there is no evidence that it took effect is itself a violation. Then one replica is \
      asked to stop in the midst of the same fault, or while it starts where that is what the fault is about: *stop* \
      is how long that took, and *start* from when it was started again, with all of it working, to the first good \
-     visit.\n";
+     visit. A client that connects just as a listener closes waits a second, until TCP repeats its SYN: that is left \
+     out of the longest waits.\n";
 
 /// Long enough for every deadline to have passed several times.
 const HOLD: Duration = Duration::from_secs(5);

@@ -64,7 +64,7 @@ impl Redis {
     ///
     /// # Errors
     ///
-    /// Whatever kept the value from being known; the visits can be counted even so.
+    /// Why the value is not known; the visits can be counted all the same.
     pub async fn increment(&self, visits: usize, batch: &mut Batch) -> Result<i64, CallError> {
         let by = i64::try_from(visits).unwrap_or(i64::MAX);
         self.pool

@@ -13,7 +13,7 @@ use opentelemetry::{SpanId, TraceId};
 
 use super::metric;
 
-/// The target of the line. The log writes it whatever `RUST_LOG` says.
+/// The target of the line. The log writes it at any `RUST_LOG`.
 pub(super) const TARGET: &str = "visitas::panic";
 
 /// What names a request in the log.

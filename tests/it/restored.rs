@@ -379,7 +379,7 @@ impl Other {
         assert_eq!(service.metric("visitas_recount_due").await, Some(0.0));
     }
 
-    /// Whatever the total says, it is the number of rows, or a recount is due.
+    /// The total is the number of rows, or a recount is due.
     async fn expect_exact_or_due(&self, service: &Service) {
         for _ in 0..3 {
             let total = service.visit().await.0;

@@ -184,7 +184,7 @@ impl Postgres {
             tracing::info!(migrations.pending = pending, "migrating the database");
         }
         let started = Instant::now();
-        // The session's end, whatever ends it, gives the lock back.
+        // The end of the session gives the lock back.
         let mut session = self.open_unhurried().await?;
         self.take_lock(&mut session.connection).await?;
         let applied = self.apply_locked(&mut session).await?;

@@ -141,7 +141,7 @@ impl Postgres {
     ///
     /// # Errors
     ///
-    /// Whatever kept them from being acknowledged; it says whether they can be recorded even so.
+    /// Why they were not acknowledged, and whether they can be recorded all the same.
     pub async fn record(
         &self,
         arrivals: &[OffsetDateTime],
@@ -209,7 +209,7 @@ impl Postgres {
     ///
     /// # Errors
     ///
-    /// Why the lock or the total could not be had, or whatever `work` failed with.
+    /// Why the lock or the total could not be had, or the error of `work`.
     pub async fn with_count_locked<R>(
         &self,
         settle: Duration,
