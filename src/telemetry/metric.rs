@@ -489,7 +489,27 @@ static REQUEST_EXEMPLARS: LazyLock<Exemplars> = LazyLock::new(|| Exemplars::new(
 /// of a route that succeeds or is unavailable. A stranger chooses the method and the version, so
 /// their product with all routes and statuses has to end somewhere.
 const REQUEST_SERIES: usize = 14;
-static KNOWN_REQUESTS: LazyLock<Limit> = LazyLock::new(|| Limit::new(REQUEST_SERIES));
+static KNOWN_REQUESTS: LazyLock<RequestLimits> =
+    LazyLock::new(|| RequestLimits::new(REQUEST_SERIES));
+
+/// Series of a `GET` of a route that succeeds or is unavailable: two for each of eleven routes.
+const EXPECTED_SERIES: usize = 22;
+
+/// What bounds the series of requests. The expected ones have a limit of their own, so that a
+/// stranger cannot crowd them out.
+struct RequestLimits {
+    expected: Limit,
+    others: Limit,
+}
+
+impl RequestLimits {
+    fn new(others: usize) -> Self {
+        Self {
+            expected: Limit::new(EXPECTED_SERIES),
+            others: Limit::new(others),
+        }
+    }
+}
 
 /// Records a request's duration. The method and the protocol version are names from fixed sets;
 /// the status is absent when the client left before there was one, the span when the request was
@@ -539,15 +559,19 @@ impl Kind<'_> {
 
     /// The kind that a request is counted as. What the service refuses has one kind for each
     /// status, and so has what would be one kind too many.
-    fn bounded(self, limit: &Limit) -> Self {
+    fn bounded(self, limits: &RequestLimits) -> Self {
         let is_refused = matches!(self.status, Some(400..=499));
         let is_visit = self.method == "GET" && self.route == Some("/");
-        // There are as many of these as there are routes, twice.
         let is_expected = self.method == "GET"
             && self.route.is_some()
             && self.version == "1.1"
             && matches!(self.status, Some(200 | 503));
-        if !is_refused && (is_visit || is_expected || limit.admits(&self.series())) {
+        let limit = if is_expected {
+            &limits.expected
+        } else {
+            &limits.others
+        };
+        if !is_refused && (is_visit || limit.admits(&self.series())) {
             return self;
         }
         Self {
@@ -904,7 +928,7 @@ mod tests {
     fn requests_of_all_kinds_have_at_most_1160_samples() {
         let mut routes: Vec<_> = (0..40).map(|number| format!("/{number}")).collect();
         routes.push("/".to_owned());
-        let limit = Limit::new(REQUEST_SERIES);
+        let limit = RequestLimits::new(REQUEST_SERIES);
         let series = |kinds: &[Kind<'_>]| {
             let counted = kinds.iter().map(|kind| kind.bounded(&limit).series());
             counted.collect::<HashSet<_>>()
@@ -918,7 +942,7 @@ mod tests {
 
     #[test]
     fn refused_request_has_neither_method_nor_route() {
-        let limit = Limit::new(REQUEST_SERIES);
+        let limit = RequestLimits::new(REQUEST_SERIES);
         for status in [404, 405, 431] {
             let refused = Kind {
                 method: "HEAD",
@@ -941,7 +965,7 @@ mod tests {
 
     #[test]
     fn visit_has_a_series_of_its_own_when_all_others_are_taken() {
-        let limit = Limit::new(0);
+        let limit = RequestLimits::new(0);
         for (method, own) in [("GET", true), ("HEAD", false)] {
             let kind = Kind {
                 method,
