@@ -1,4 +1,4 @@
-//! The service as a whole: its routes, and its life from start to stop.
+//! The service as a whole: builds its parts and runs them until it is stopped.
 
 use std::convert::Infallible;
 use std::io;
@@ -6,32 +6,26 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use axum::Router;
-use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, MissedTickBehavior};
-use tower::ServiceBuilder;
-use tower_http::catch_panic::CatchPanicLayer;
 use tracing::info;
 
 use crate::config::Config;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::recorder::{Writer, recorder};
-use crate::server::{self, Drained, Events, Limits, Stop};
-use crate::service::Service;
+use crate::routes::AppState;
+use crate::server::{self, Capacity, Drained, Events, Limits, Rejections, Stop};
 use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
-use crate::telemetry::http::Observer;
-use crate::telemetry::metric;
-use crate::telemetry::rejections::Rejections;
-use crate::{error, health, metrics, store, visit};
+use crate::telemetry::request::Observer;
+use crate::{metrics, routes, store};
 
 /// A service that has its addresses and has not begun to serve.
 pub struct App {
     config: Config,
     capacity: Capacity,
-    service: Service,
+    state: AppState,
     writer: Writer,
     listener: TcpListener,
     metrics_listener: Option<TcpListener>,
@@ -46,10 +40,6 @@ const LEFT_OUT_EVERY: Duration = Duration::from_secs(5);
 const BACKLOG: u32 = 4096;
 /// A client that takes nothing of its answer for this long is cut off.
 const STALL_TIMEOUT: Duration = Duration::from_secs(10);
-/// Descriptors for everything that is not a client connection.
-const OTHER_FILES: usize = 64;
-/// Connections that scrapers can have open, where `METRICS_ADDR` gives them a listener of their own.
-const SCRAPERS_MAX: usize = 64;
 /// What is left of the time to drain when visits whose store does not answer are given up, so that
 /// their clients get a response; a fifth of that time where this is less.
 const LAST_RESPONSES: Duration = Duration::from_millis(250);
@@ -73,8 +63,8 @@ impl App {
             config.visit.queue_capacity,
             config.visit.timeout,
         );
-        metric::connections_max(capacity.visitors);
-        metric::connections(0);
+        metrics::connections_max(capacity.visitors);
+        metrics::connections(0);
         let listener = server::bind(config.http.bind_addr, BACKLOG)?;
         let metrics_listener = config
             .http
@@ -82,11 +72,11 @@ impl App {
             .map(|address| server::bind(address, BACKLOG))
             .transpose()?;
         let lifecycle = Lifecycle::default();
-        let service = Service::new(recorder, postgres, redis, telemetry, lifecycle);
+        let state = AppState::new(recorder, postgres, redis, telemetry, lifecycle);
         Ok(Self {
             config,
             capacity,
-            service,
+            state,
             writer,
             listener,
             metrics_listener,
@@ -102,7 +92,7 @@ impl App {
         let Self {
             config,
             capacity,
-            service,
+            state,
             writer,
             listener,
             metrics_listener,
@@ -116,22 +106,22 @@ impl App {
         };
         log_addresses(&listener, metrics_listener.as_ref())?;
         let slow = config.telemetry.log.access_slow;
-        let observer = Observer::new(service.telemetry.sampler(), slow);
+        let observer = Observer::new(state.telemetry.sampler(), slow);
         let rejections = Arc::new(Rejections::default());
-        let lifecycle = &service.lifecycle;
+        let lifecycle = &state.lifecycle;
         let scrapers = metrics_listener.is_some();
         let mut parts = Parts {
             writer: tokio::spawn(writer.run()),
-            monitor: tokio::spawn(monitor(service.clone())),
+            monitor: tokio::spawn(monitor(state.clone())),
             upkeep: tokio::spawn(upkeep(
-                service.clone(),
+                state.clone(),
                 Arc::clone(&observer),
                 Arc::clone(&rejections),
             )),
             scrapes: metrics_listener.map(|listener| {
                 tokio::spawn(server::serve(
                     listener,
-                    metrics_routes(&service, Arc::clone(&observer)),
+                    routes::of_metrics(&state, Arc::clone(&observer)),
                     Limits {
                         max_connections: capacity.scrapers,
                         ..limits
@@ -149,9 +139,9 @@ impl App {
         let drain = shutdown.for_requests();
         let serving = server::serve(
             listener,
-            routes(&service, Arc::clone(&observer), !scrapers),
+            routes::of_visitors(&state, Arc::clone(&observer), !scrapers),
             limits,
-            events(&rejections, metric::connections),
+            events(&rejections, metrics::connections),
             Stop {
                 leave_at: Phase::Leaving,
                 drain_at: Phase::Draining,
@@ -167,13 +157,13 @@ impl App {
             never = abandon_visits(writer, lifecycle, drain) => match never {},
         };
         // No request is left that could bring a visit.
-        service.recorder.stop();
+        state.recorder.stop();
         let deadline = Instant::now() + shutdown.for_spans();
         let unexpected = unexpected.or_else(|| parts.ended_while_draining());
         parts.monitor.abort();
         parts.upkeep.abort();
         finish_writing(parts.writer, deadline).await;
-        let telemetry = Arc::clone(&service.telemetry);
+        let telemetry = Arc::clone(&state.telemetry);
         tokio::task::spawn_blocking(move || {
             telemetry.flush(deadline.saturating_duration_since(Instant::now()));
         })
@@ -292,38 +282,8 @@ async fn finish_writing(mut writing: JoinHandle<()>, deadline: Instant) {
     }
 }
 
-fn routes(service: &Service, observer: Arc<Observer>, with_metrics: bool) -> Router {
-    let mut router = Router::new()
-        .route("/", get(visit::record).head(visit::head))
-        .route("/health", get(health::ready))
-        .route("/health/ready", get(health::ready))
-        .route("/health/live", get(health::live));
-    if with_metrics {
-        router = router.route("/metrics", get(metrics::render));
-    }
-    layered(router.with_state(service.clone()), observer)
-}
-
-fn metrics_routes(service: &Service, observer: Arc<Observer>) -> Router {
-    let router = Router::new().route("/metrics", get(metrics::render));
-    layered(router.with_state(service.clone()), observer)
-}
-
-/// The first layer sees a request first: what is observed includes what the others refuse, and a
-/// panic is caught before it can pass anything unobserved. They are one stack, since axum allocates
-/// again for each layer that is added by itself.
-pub fn layered(router: Router, observer: Arc<Observer>) -> Router {
-    router.layer(
-        ServiceBuilder::new()
-            .layer(observer.layer())
-            .map_response(error::not_stored)
-            .map_response(error::problem_document)
-            .layer(CatchPanicLayer::custom(error::panicked)),
-    )
-}
-
-async fn monitor(service: Service) {
-    store::watch(&service.postgres, &service.redis).await;
+async fn monitor(state: AppState) {
+    store::watch(&state.postgres, &state.redis).await;
 }
 
 /// What a server reports goes to the metrics and, refused requests, to the log.
@@ -338,7 +298,7 @@ fn events(
     }
 }
 
-async fn upkeep(service: Service, observer: Arc<Observer>, rejections: Arc<Rejections>) {
+async fn upkeep(state: AppState, observer: Arc<Observer>, rejections: Arc<Rejections>) {
     let mut upkeep = tokio::time::interval(UPKEEP_EVERY);
     // After a pause of this task it goes on at this pace, so that reports stay a second apart.
     upkeep.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -346,56 +306,10 @@ async fn upkeep(service: Service, observer: Arc<Observer>, rejections: Arc<Rejec
     loop {
         tokio::select! {
             _ = upkeep.tick() => {
-                service.telemetry.upkeep();
+                state.telemetry.upkeep();
                 rejections.report();
             }
             _ = left_out.tick() => observer.tell_left_out(),
-        }
-    }
-}
-
-/// How many connections each listener can have open: together no more than the limit on open files
-/// allows, since each is a file.
-#[derive(Debug, Clone, Copy)]
-struct Capacity {
-    visitors: usize,
-    scrapers: usize,
-}
-
-impl Capacity {
-    /// Raises the limit on open files as far as it is needed and allowed.
-    fn new(max_connections: usize, with_scrapers: bool) -> Self {
-        let scrapers = if with_scrapers { SCRAPERS_MAX } else { 0 };
-        let wanted = max_connections + scrapers + OTHER_FILES;
-        let limit = match rlimit::increase_nofile_limit(wanted as u64) {
-            Ok(limit) => usize::try_from(limit).unwrap_or(usize::MAX),
-            Err(error) => {
-                tracing::warn!(
-                    error = error.to_string(),
-                    "cannot raise the limit on open files"
-                );
-                wanted
-            }
-        };
-        let capacity = Self::within(limit, max_connections, scrapers);
-        if capacity.visitors < max_connections {
-            tracing::warn!(
-                limit,
-                wanted,
-                connections = capacity.visitors,
-                "the limit on open files is below HTTP_MAX_CONNECTIONS"
-            );
-        }
-        capacity
-    }
-
-    /// Scrapers have a quarter at most, and each listener has one in any case.
-    fn within(limit: usize, max_connections: usize, scrapers: usize) -> Self {
-        let files = limit.saturating_sub(OTHER_FILES);
-        let scrapers = scrapers.min((files / 4).max(1));
-        Self {
-            visitors: max_connections.min(files.saturating_sub(scrapers).max(1)),
-            scrapers,
         }
     }
 }
@@ -416,23 +330,5 @@ mod tests {
             };
             assert_eq!(parts.one_ended().await, "upkeep");
         }
-    }
-
-    #[test]
-    fn listeners_together_fit_the_file_limit() {
-        for limit in [66, 70, 100, 128, 1024, 16_511, 16_512, 1 << 20] {
-            for (max_connections, scrapers) in
-                [(1, 0), (300, 0), (16_384, 0), (16_384, 64), (3, 64)]
-            {
-                let capacity = Capacity::within(limit, max_connections, scrapers);
-                assert!(
-                    capacity.visitors + capacity.scrapers + OTHER_FILES <= limit,
-                    "{capacity:?}"
-                );
-                assert!(capacity.visitors >= 1 && capacity.scrapers >= scrapers.min(1));
-            }
-        }
-        let roomy = Capacity::within(1 << 20, 16_384, 64);
-        assert_eq!((roomy.visitors, roomy.scrapers), (16_384, 64));
     }
 }

@@ -3,31 +3,27 @@
 //! A map of the code, in the order in which a visit meets it:
 //!
 //! - [`server`] accepts connections and bounds how long each may take;
-//! - [`app`] holds the routes and runs the parts until the service is stopped, whose phases are in
-//!   [`lifecycle`];
 //! - [`telemetry`] sees each request and changes none;
-//! - [`visit`] is `GET /`, [`service`] what the handlers share;
+//! - [`routes`] answers it: `GET /`, probes and scrapes;
 //! - [`recorder`] is the queue and the one writer that records waiting visits together;
 //! - [`store`] is Postgres and Redis, and watches both;
-//! - [`health`] answers probes, [`metrics`] answers scrapes;
-//! - [`error`] is what a client sees of a mistake of its own;
-//! - [`config`] reads the settings, [`command`] runs what is not the service itself.
+//! - [`metrics`] has every metric.
+//!
+//! [`app`] builds these parts and runs them until the service is stopped, whose phases are in
+//! [`lifecycle`]; [`config`] reads the settings, [`command`] runs what is not the service itself.
 
 pub mod app;
 pub mod command;
 pub mod config;
-pub mod error;
-pub mod health;
 pub mod lifecycle;
 pub mod metrics;
 #[cfg(test)]
 mod property;
 pub mod recorder;
+pub mod routes;
 pub mod server;
-pub mod service;
 pub mod store;
 pub mod telemetry;
-pub mod visit;
 
 pub use self::config::{REVISION, VERSION};
 

@@ -13,8 +13,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tracing::warn;
 
+use crate::metrics::{self, Outcome};
 use crate::store::{Batch, Error, Parent, Postgres, Redis, Store as _};
-use crate::telemetry::metric::{self, Outcome};
 
 /// What a visit is told once it is recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,7 +121,7 @@ pub fn recorder(
     capacity: usize,
     deadline: Duration,
 ) -> (Recorder, Writer) {
-    metric::queue_capacity(capacity);
+    metrics::queue_capacity(capacity);
     let (sender, receiver) = mpsc::channel(capacity);
     let (stop, stopped) = watch::channel(false);
     let progress = Arc::new(Progress::new());
@@ -171,7 +171,7 @@ impl Recorder {
             // The writer has ended, and what it had in its hands is in doubt.
             Ok(Err(_)) if self.progress.still_waits(queued) => Err(shed(Refusal::Stopping)),
             Ok(Err(_)) => {
-                metric::visits(Outcome::InDoubt, 1);
+                metrics::visits(Outcome::InDoubt, 1);
                 Err(Refusal::InDoubt)
             }
             // The writer leaves it out when its turn comes, and counts it.
@@ -196,7 +196,7 @@ impl Recorder {
 
 /// Counts a visit that was not taken.
 fn shed(refusal: Refusal) -> Refusal {
-    metric::visits(Outcome::Shed, 1);
+    metrics::visits(Outcome::Shed, 1);
     refusal
 }
 
@@ -247,7 +247,7 @@ impl Writer {
             .map_or_else(|failure| failure.sent, |_| true)
         {
             for visit in &self.batch {
-                metric::queue_wait(began - visit.queued);
+                metrics::queue_wait(began - visit.queued);
             }
         }
         let total = match recorded {
@@ -269,7 +269,7 @@ impl Writer {
                 };
             }
         };
-        metric::batch_size(visits);
+        metrics::batch_size(visits);
         if visits == self.batch_limit {
             self.batch_limit = (2 * self.batch_limit).min(BATCH_LIMIT);
         }
@@ -297,7 +297,7 @@ impl Writer {
             } else {
                 return true;
             };
-            metric::visits(outcome, 1);
+            metrics::visits(outcome, 1);
             false
         });
     }
@@ -319,8 +319,8 @@ impl Writer {
             let told = visit.answer.send(Ok(recorded)).is_ok();
             late += usize::from(!told && visit.deadline <= Instant::now());
         }
-        metric::visits(outcome, visits - late);
-        metric::visits(Outcome::InDoubt, late);
+        metrics::visits(outcome, visits - late);
+        metrics::visits(Outcome::InDoubt, late);
     }
 
     fn refuse(&mut self, outcome: Outcome, refusal: Refusal) {
@@ -330,9 +330,9 @@ impl Writer {
             let told = visit.answer.send(Err(refusal)).is_ok();
             late += usize::from(!told && visit.deadline <= Instant::now());
         }
-        metric::visits(outcome, visits - late);
+        metrics::visits(outcome, visits - late);
         // Their clients were told that nothing is known.
-        metric::visits(Outcome::InDoubt, late);
+        metrics::visits(Outcome::InDoubt, late);
     }
 
     /// The calls are children of the first sampled visit; the others point to them.

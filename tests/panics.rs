@@ -11,11 +11,11 @@ use axum::routing::get;
 use http::{Request, StatusCode};
 use serde_json::Value;
 use tower::ServiceExt as _;
-use visitas::app;
 use visitas::config::{LogConfig, LogFormat};
+use visitas::metrics::openmetrics::Format;
+use visitas::routes;
 use visitas::telemetry::Telemetry;
-use visitas::telemetry::exposition::Format;
-use visitas::telemetry::http::Observer;
+use visitas::telemetry::request::Observer;
 
 /// Set in the process that panics, to its `RUST_LOG`.
 const PANICS: &str = "TEST_PANICS";
@@ -105,7 +105,7 @@ fn process_that_panics() {
             )
             .body(Body::empty())
             .expect("a request");
-        let response = app::layered(router, Arc::clone(&observer))
+        let response = routes::layered(router, Arc::clone(&observer))
             .oneshot(request)
             .await
             .expect("a response");

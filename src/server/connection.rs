@@ -50,7 +50,7 @@ use tokio::{
 use tower::Service;
 
 use super::{Shared, host};
-use crate::telemetry::metric::Rejection;
+use crate::metrics::Rejection;
 
 /// hyper's cap on what it has read of headers before it reads on, and on what it buffers of
 /// responses before it makes the next. Half a request of this is answered 431, headers of more than

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use super::Error;
-use crate::telemetry::metric::{self, System};
+use crate::metrics::{self, System};
 
 /// Whether one store is up. It starts as down: nothing is known to work before it has worked.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ const REASON_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Availability {
     pub(super) fn new(system: System) -> Self {
-        metric::dependency_up(system, false);
+        metrics::dependency_up(system, false);
         Self {
             system,
             up: AtomicBool::new(false),
@@ -108,7 +108,7 @@ impl Availability {
         if self.up.swap(true, Ordering::AcqRel) {
             return;
         }
-        metric::dependency_up(self.system, true);
+        metrics::dependency_up(self.system, true);
         if details.reason.take().is_some() {
             info!(
                 store = self.system.name(),
@@ -135,7 +135,7 @@ impl Availability {
                 0
             };
             details.since = now;
-            metric::dependency_up(self.system, false);
+            metrics::dependency_up(self.system, false);
         }
         self.went_down.notify_waiters();
         let error = error.chain();

@@ -15,8 +15,8 @@ use tracing::{Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use super::Error;
+use crate::metrics::{CallMetrics, CallOutcome, System};
 use crate::telemetry;
-use crate::telemetry::metric::{CallMetrics, CallOutcome, System};
 
 /// What a store is asked to do, named as the database conventions name it.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ use bb8_redis::bb8::{self, ManageConnection, PooledConnection, QueueStrategy, Ru
 use super::call::{Operation, Target, observe};
 use super::error::Cause;
 use super::{Availability, Batch, CallError, Error};
-use crate::telemetry::metric::{self, PoolMetrics};
+use crate::metrics::{self, PoolMetrics};
 
 /// How to open a connection to a store and how to ask whether an old one still answers.
 pub(super) trait Connect: Send + Sync + 'static {
@@ -109,7 +109,7 @@ impl<C: Connect> Pool<C> {
         Self {
             connections,
             availability: Availability::new(target.system),
-            metrics: metric::pool(target.system, size),
+            metrics: metrics::pool(target.system, size),
             target,
             outages,
             last_failure,

@@ -16,7 +16,7 @@ use super::call::{Operation, Target};
 use super::pool::{Connect, Pool};
 use super::{Availability, Batch, CallError, Error, Store};
 use crate::config::RedisConfig;
-use crate::telemetry::metric::System;
+use crate::metrics::System;
 
 /// The counter that starts over with the cache.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use tokio::time::MissedTickBehavior;
 
 use super::availability::PROBE_PAUSE;
 use super::{Postgres, Redis, Store};
-use crate::telemetry::metric;
+use crate::metrics;
 
 /// How often the stores are read: what they have counted, and whether they still answer.
 const READ_INTERVAL: Duration = Duration::from_secs(1);
@@ -17,7 +17,7 @@ const READ_INTERVAL: Duration = Duration::from_secs(1);
 pub async fn watch(postgres: &Postgres, redis: &Redis) {
     let publish = |drift| {
         let rows = postgres.availability().count();
-        metric::rows(rows, redis.availability().count(), drift);
+        metrics::rows(rows, redis.availability().count(), drift);
     };
     tokio::join!(
         recover(postgres, publish),

@@ -1,16 +1,13 @@
 //! What the service tells about itself: logs, traces and metrics, started once and flushed last.
 //!
 //! Telemetry never changes an answer: whoever logs, counts or traces does not wait for whoever
-//! reads. [`http`] wraps every request, [`metric`] spells every name.
+//! reads. [`request`] wraps every request, [`metric`] spells every name.
 
-pub mod exposition;
-pub mod http;
+mod exporter;
 mod log;
-pub mod metric;
-mod otlp;
 mod panic;
-pub mod rejections;
-pub mod sampling;
+pub mod request;
+pub mod sampler;
 mod trace;
 
 use std::sync::OnceLock;
@@ -24,11 +21,11 @@ use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use self::exposition::Format;
 use self::log::Writing;
-use self::sampling::Sampler;
+use self::sampler::Sampler;
 use self::trace::Pipeline;
 use crate::config::{LogConfig, TracesConfig};
+use crate::metrics::openmetrics::Format;
 
 /// The target of the spans that are exported. No library's span has it, so none is exported; the
 /// exporter's own requests are not traced.
@@ -87,7 +84,7 @@ impl Telemetry {
             .with(log::layer(log, writing.buffer())?)
             .with(spans)
             .try_init()?;
-        let prometheus = metric::install()?;
+        let prometheus = metrics::install()?;
         panic::install_hook();
         Ok(Self {
             writing,
@@ -114,7 +111,7 @@ impl Telemetry {
     /// Every metric, in a format that a scraper reads.
     #[must_use]
     pub fn render_metrics(&self, format: Format) -> String {
-        metric::render(&self.prometheus, self.writing.lines_dropped(), format)
+        metrics::render(&self.prometheus, self.writing.lines_dropped(), format)
     }
 
     /// Moves samples from where they are recorded to where they are kept. Between two calls, or

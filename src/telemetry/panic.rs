@@ -11,7 +11,7 @@ use std::thread;
 use http::HeaderValue;
 use opentelemetry::{SpanId, TraceId};
 
-use super::metric;
+use crate::metrics;
 
 /// The target of the line. The log writes it at any `RUST_LOG`.
 pub(super) const TARGET: &str = "visitas::panic";
@@ -50,7 +50,7 @@ pub(super) fn install_hook() {
 }
 
 fn report(panic: &PanicHookInfo<'_>) {
-    metric::panicked();
+    metrics::panicked();
     // A panic is reported however the thread got into it: by `try_borrow`, since another panic
     // would abort the process, and by `try_with`, since the thread may be ending.
     let ids = CURRENT

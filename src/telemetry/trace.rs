@@ -19,10 +19,10 @@ use opentelemetry_sdk::trace::{
 };
 use tracing::{info, warn};
 
-use super::metric::{self, Spans};
-use super::otlp::{self, Meetings};
-use super::sampling::DrawnIds;
+use super::exporter::{self, Meetings};
+use super::sampler::DrawnIds;
 use crate::config::{ExporterConfig, TracesConfig};
+use crate::metrics::{self, Spans};
 
 /// The version of the semantic conventions that names and attributes follow.
 const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
@@ -43,7 +43,7 @@ impl Pipeline {
         let queued = Arc::new(AtomicUsize::new(0));
         let meetings = Meetings::default();
         let exporter = Counted {
-            exporter: otlp::exporter(exporter, meetings.clone(), Arc::clone(&breaker))?,
+            exporter: exporter::exporter(exporter, meetings.clone(), Arc::clone(&breaker))?,
             meetings,
             queued: Arc::clone(&queued),
             breaker: Arc::clone(&breaker),
@@ -177,8 +177,8 @@ impl Breaker {
     /// The collector has taken so many spans, some of them only to throw them away: that is its
     /// will, so it counts as being there.
     fn exported(&self, spans: usize, rejected: usize) {
-        metric::spans(Spans::Exported, spans - rejected);
-        metric::spans(Spans::NotExported, rejected);
+        metrics::spans(Spans::Exported, spans - rejected);
+        metrics::spans(Spans::NotExported, rejected);
         self.failures.store(0, Ordering::Relaxed);
         self.rejected(rejected);
         let mut outage = self.outage();
@@ -193,7 +193,7 @@ impl Breaker {
     }
 
     fn failed(&self, spans: usize, error: &str) {
-        metric::spans(Spans::NotExported, spans);
+        metrics::spans(Spans::NotExported, spans);
         let mut outage = self.outage();
         self.unexported.fetch_sub(spans, Ordering::AcqRel);
         let now = Instant::now();
@@ -282,14 +282,14 @@ impl SpanProcessor for Bounded {
     fn on_end(&self, mut span: SpanData) {
         if self.queued.fetch_add(1, Ordering::Relaxed) >= self.capacity {
             self.queued.fetch_sub(1, Ordering::Relaxed);
-            metric::spans(Spans::QueueFull, 1);
+            metrics::spans(Spans::QueueFull, 1);
             return;
         }
         for attribute in &mut span.attributes {
             cut_value(&mut attribute.value, self.value_length_limit);
         }
         self.breaker.unexported.fetch_add(1, Ordering::AcqRel);
-        metric::spans(Spans::Queued, 1);
+        metrics::spans(Spans::Queued, 1);
         self.processor.on_end(span);
     }
 

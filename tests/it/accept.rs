@@ -18,8 +18,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 use visitas::lifecycle::{Lifecycle, Phase};
+use visitas::metrics::Rejection;
 use visitas::server::{self, Drained, Events, Limits, Stop};
-use visitas::telemetry::metric::Rejection;
 
 use crate::support::until_refused;
 

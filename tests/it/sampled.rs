@@ -14,8 +14,8 @@ use tracing::Span;
 use tracing::span::{Attributes, Id};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt as _};
-use visitas::telemetry::http::Observer;
-use visitas::telemetry::sampling::Sampler;
+use visitas::telemetry::request::Observer;
+use visitas::telemetry::sampler::Sampler;
 
 use crate::support::collector::{Collector, hex, named};
 use crate::support::load::visits;

@@ -19,7 +19,7 @@ use super::error::Cause;
 use super::pool::{Link, Pool};
 use super::{Availability, Batch, CallError, Error, Store};
 use crate::config::PostgresConfig;
-use crate::telemetry::metric::{self, System};
+use crate::metrics::{self, System};
 
 /// The database of visits.
 #[derive(Debug)]
@@ -257,7 +257,7 @@ impl Postgres {
     }
 
     fn note_recount_due(&self, due: bool) {
-        metric::recount_due(due);
+        metrics::recount_due(due);
         self.recount_due.store(due, Ordering::Relaxed);
     }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::metric::{self, Rejection};
+use crate::metrics::{self, Rejection};
 
 /// Counts rejected requests since the last line about them.
 #[derive(Debug, Default)]
@@ -14,7 +14,7 @@ pub struct Rejections([AtomicU64; Rejection::ALL.len()]);
 impl Rejections {
     /// Counts one.
     pub fn count(&self, reason: Rejection) {
-        metric::rejected(reason);
+        metrics::rejected(reason);
         self.0[reason as usize].fetch_add(1, Ordering::Relaxed);
     }
 

@@ -3,17 +3,17 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
+use super::scrape::Scrapes;
 use crate::lifecycle::Lifecycle;
-use crate::metrics::Scrapes;
 use crate::recorder::Recorder;
 use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
 
-/// The parts of the service. Cheap to clone.
+/// State shared by the handlers. Cheap to clone.
 #[derive(Clone)]
-pub struct Service(Arc<Parts>);
+pub struct AppState(Arc<Parts>);
 
-/// What [`Service`] leads to.
+/// What [`AppState`] refers to.
 pub struct Parts {
     /// Takes visits.
     pub recorder: Recorder,
@@ -29,8 +29,8 @@ pub struct Parts {
     pub lifecycle: Lifecycle,
 }
 
-impl Service {
-    /// A service in a phase of its life.
+impl AppState {
+    /// What the handlers of a service share, in a phase of its life.
     #[must_use]
     pub fn new(
         recorder: Recorder,
@@ -50,7 +50,7 @@ impl Service {
     }
 }
 
-impl Deref for Service {
+impl Deref for AppState {
     type Target = Parts;
 
     fn deref(&self) -> &Parts {

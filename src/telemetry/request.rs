@@ -23,8 +23,9 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
 use super::panic::{InRequest, RequestIds};
-use super::sampling::Sampler;
-use super::{metric, trace};
+use super::sampler::Sampler;
+use super::trace;
+use crate::metrics;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACE_RESPONSE: HeaderName = HeaderName::from_static("traceresponse");
@@ -164,7 +165,7 @@ impl Seen {
         } else {
             Some(decision.start(&span))
         };
-        metric::request_active(method, 1.0);
+        metrics::request_active(method, 1.0);
         Self {
             observer: Arc::clone(observer),
             method,
@@ -211,8 +212,8 @@ impl Seen {
         let route = self.route.as_ref().map(MatchedPath::as_str);
         let code = status.map(|status| status.as_u16());
         let span = self.context.as_ref();
-        metric::request(self.method, route, code, self.version, took, span);
-        metric::request_active(self.method, -1.0);
+        metrics::request(self.method, route, code, self.version, took, span);
+        metrics::request_active(self.method, -1.0);
         let failed = status.is_some_and(|status| status.is_server_error());
         if failed || took >= self.observer.slow {
             if let Some(left_out) = self.observer.access.admit() {

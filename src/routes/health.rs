@@ -8,8 +8,8 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use serde::Serialize;
 
+use super::AppState;
 use crate::lifecycle::Phase;
-use crate::service::Service;
 use crate::store::{Availability, Store as _};
 
 #[derive(Debug, Serialize)]
@@ -43,15 +43,15 @@ enum Overall {
 }
 
 /// `GET /health` and `/health/ready`: whether visits are recorded.
-pub async fn ready(State(service): State<Service>) -> Response {
-    let migrated = service.postgres.is_migrated();
-    let recount_due = service.postgres.is_recount_due();
-    let postgres = check(service.postgres.availability());
-    let redis = check(service.redis.availability());
-    let leaving = service.lifecycle.has_reached(Phase::Leaving);
-    let status = if !service.postgres.availability().is_up() || !migrated || leaving {
+pub async fn ready(State(state): State<AppState>) -> Response {
+    let migrated = state.postgres.is_migrated();
+    let recount_due = state.postgres.is_recount_due();
+    let postgres = check(state.postgres.availability());
+    let redis = check(state.redis.availability());
+    let leaving = state.lifecycle.has_reached(Phase::Leaving);
+    let status = if !state.postgres.availability().is_up() || !migrated || leaving {
         Overall::Unavailable
-    } else if !service.redis.availability().is_up() || recount_due {
+    } else if !state.redis.availability().is_up() || recount_due {
         Overall::Degraded
     } else {
         Overall::Ok

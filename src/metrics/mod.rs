@@ -4,6 +4,8 @@
 //! Handles are looked up once and kept, since looking one up costs more than using it. Nothing
 //! here knows why a metric changes.
 
+pub mod openmetrics;
+
 use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::sync::{LazyLock, PoisonError, RwLock};
@@ -13,7 +15,7 @@ use metrics::{Counter, Gauge, Histogram, Key, Label, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use opentelemetry::trace::SpanContext;
 
-use super::exposition::{self, Exemplars, Format};
+use self::openmetrics::{Exemplars, Format};
 
 /// Names, units, help texts and buckets.
 mod name {
@@ -888,7 +890,7 @@ pub fn render(handle: &PrometheusHandle, log_lines_dropped: u64, format: Format)
             cpu,
         );
     }
-    exposition::write(&text, format, &exemplars)
+    openmetrics::write(&text, format, &exemplars)
 }
 
 #[cfg(test)]

@@ -12,10 +12,10 @@ use mediatype::{MediaType, MediaTypeList, Name, ReadParams as _};
 use tokio::sync::Mutex;
 use tokio::task::JoinError;
 
-use crate::service::Service;
+use super::AppState;
+use crate::metrics;
+use crate::metrics::openmetrics::Format;
 use crate::store::Store as _;
-use crate::telemetry::exposition::Format;
-use crate::telemetry::metric;
 
 /// What scrapers share: one rendering at a time, for all who asked for its format before it began.
 /// However many ask, they take no more than one thread from the visits, and nobody waits for more
@@ -79,18 +79,18 @@ impl Scrapes {
 }
 
 /// Renders every metric, in the format that the scraper likes best.
-pub async fn render(State(service): State<Service>, headers: HeaderMap) -> Response {
+pub async fn render(State(state): State<AppState>, headers: HeaderMap) -> Response {
     let format = format(&headers);
     let about = [
         (CONTENT_TYPE, format.content_type()),
         (VARY, ACCEPT.as_str()),
     ];
-    let scrapes = service.scrapes.clone();
+    let scrapes = state.scrapes.clone();
     let text = scrapes.text(format, move || {
-        service.postgres.report();
-        service.redis.report();
-        metric::queue_depth(service.recorder.depth());
-        service.telemetry.render_metrics(format)
+        state.postgres.report();
+        state.redis.report();
+        metrics::queue_depth(state.recorder.depth());
+        state.telemetry.render_metrics(format)
     });
     (about, text.await).into_response()
 }

@@ -12,8 +12,8 @@ use http::{HeaderValue, StatusCode};
 use hyper::body::Frame;
 use serde::Serialize;
 
+use super::AppState;
 use crate::recorder::Refusal;
-use crate::service::Service;
 use crate::store::Store as _;
 
 /// The answer, its fields in the order the challenge has them.
@@ -29,8 +29,8 @@ struct Answer {
 const HEADERS: usize = 8;
 
 /// Records the visit that this request is.
-pub async fn record(State(service): State<Service>) -> Response {
-    match service.recorder.record().await {
+pub async fn record(State(state): State<AppState>) -> Response {
+    match state.recorder.record().await {
         Ok(recorded) => respond(
             StatusCode::OK,
             &Answer {
@@ -40,7 +40,7 @@ pub async fn record(State(service): State<Service>) -> Response {
                 visitas_redis: recorded.redis,
             },
         ),
-        Err(refusal) => unavailable(&service, refusal),
+        Err(refusal) => unavailable(&state, refusal),
     }
 }
 
@@ -70,12 +70,12 @@ impl HttpBody for UnknownLength {
 
 /// A visit that is not known to be recorded. What it says of Redis is what was last read there,
 /// so that a database that fails costs Redis nothing.
-fn unavailable(service: &Service, refusal: Refusal) -> Response {
+fn unavailable(state: &AppState, refusal: Refusal) -> Response {
     let postgres_works = match refusal {
-        Refusal::QueueFull | Refusal::Stopping => service.postgres.availability().is_up(),
+        Refusal::QueueFull | Refusal::Stopping => state.postgres.availability().is_up(),
         Refusal::Failed | Refusal::InDoubt => false,
     };
-    let redis = service.redis.availability().count();
+    let redis = state.redis.availability().count();
     let answer = Answer {
         db_status: status(postgres_works),
         redis_status: status(redis.is_some()),

@@ -4,8 +4,10 @@
 //! Must not know: routes, stores or settings. It is given a router, limits and the phases of a stop;
 //! it reports how many connections are open and which requests never reached the router.
 
+mod capacity;
 mod connection;
 mod host;
+mod rejections;
 
 use std::{
     collections::HashMap,
@@ -24,9 +26,11 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
+pub use self::capacity::Capacity;
 use self::connection::{Activity, State};
+pub use self::rejections::Rejections;
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::telemetry::metric::Rejection;
+use crate::metrics::Rejection;
 
 /// What a client can cost. Every duration is the longest wait of its kind; after it the connection
 /// is closed without a response, as hyper and nginx do.

@@ -1,0 +1,78 @@
+//! How many connections a process can have open, with the limit on open files that it has.
+
+/// Descriptors for everything that is not a client connection.
+const OTHER_FILES: usize = 64;
+/// Connections that scrapers can have open, where `METRICS_ADDR` gives them a listener of their own.
+const SCRAPERS_MAX: usize = 64;
+
+/// How many connections each listener can have open: together no more than the limit on open files
+/// allows, since each is a file.
+#[derive(Debug, Clone, Copy)]
+pub struct Capacity {
+    /// Those of the listener for visitors.
+    pub visitors: usize,
+    /// Those of the listener for scrapers; 0 where there is none.
+    pub scrapers: usize,
+}
+
+impl Capacity {
+    /// Raises the limit on open files as far as it is needed and allowed.
+    #[must_use]
+    pub fn new(max_connections: usize, with_scrapers: bool) -> Self {
+        let scrapers = if with_scrapers { SCRAPERS_MAX } else { 0 };
+        let wanted = max_connections + scrapers + OTHER_FILES;
+        let limit = match rlimit::increase_nofile_limit(wanted as u64) {
+            Ok(limit) => usize::try_from(limit).unwrap_or(usize::MAX),
+            Err(error) => {
+                tracing::warn!(
+                    error = error.to_string(),
+                    "cannot raise the limit on open files"
+                );
+                wanted
+            }
+        };
+        let capacity = Self::within(limit, max_connections, scrapers);
+        if capacity.visitors < max_connections {
+            tracing::warn!(
+                limit,
+                wanted,
+                connections = capacity.visitors,
+                "the limit on open files is below HTTP_MAX_CONNECTIONS"
+            );
+        }
+        capacity
+    }
+
+    /// Scrapers have a quarter at most, and each listener has one in any case.
+    fn within(limit: usize, max_connections: usize, scrapers: usize) -> Self {
+        let files = limit.saturating_sub(OTHER_FILES);
+        let scrapers = scrapers.min((files / 4).max(1));
+        Self {
+            visitors: max_connections.min(files.saturating_sub(scrapers).max(1)),
+            scrapers,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listeners_together_fit_the_file_limit() {
+        for limit in [66, 70, 100, 128, 1024, 16_511, 16_512, 1 << 20] {
+            for (max_connections, scrapers) in
+                [(1, 0), (300, 0), (16_384, 0), (16_384, 64), (3, 64)]
+            {
+                let capacity = Capacity::within(limit, max_connections, scrapers);
+                assert!(
+                    capacity.visitors + capacity.scrapers + OTHER_FILES <= limit,
+                    "{capacity:?}"
+                );
+                assert!(capacity.visitors >= 1 && capacity.scrapers >= scrapers.min(1));
+            }
+        }
+        let roomy = Capacity::within(1 << 20, 16_384, 64);
+        assert_eq!((roomy.visitors, roomy.scrapers), (16_384, 64));
+    }
+}
