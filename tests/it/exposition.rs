@@ -1,8 +1,8 @@
 //! What a scraper reads: every name, type, unit, help text, label and bucket, in both formats,
 //! and the exemplars that lead to traces.
 //!
-//! The two expositions beside this file are what dashboards and rules are written against.
-//! `UPDATE_EXPECT=1 cargo test --test it exposition` writes them anew.
+//! The two expositions in the folder next to this file are what dashboards and rules rely on.
+//! `UPDATE_EXPECT=1 cargo test --test it exposition` rewrites them.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -64,7 +64,7 @@ async fn both_formats_have_the_same_samples() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn units_are_those_of_the_names() {
+async fn units_match_the_names() {
     let (_world, service) = without_stores().await;
     for family in Exposition::openmetrics(&service).await.families() {
         let unit = ["seconds", "bytes"]
@@ -75,7 +75,7 @@ async fn units_are_those_of_the_names() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn promtool_has_its_one_known_complaint() {
+async fn promtool_reports_one_known_complaint() {
     let (_world, _collector, service) = after_requests_of_all_kinds().await;
     let known = "db_client_connection_count non-histogram and non-summary metrics should not \
                  have \"_count\" suffix";
@@ -98,7 +98,7 @@ async fn ten_thousand_paths_and_methods_add_no_series() {
     }
     let after = Exposition::text(&service).await.families();
     let series = |families: &[Family]| samples(families).into_keys().collect::<Vec<_>>();
-    // The scrape itself has been counted meanwhile.
+    // The first scrape has been counted since.
     let mut known = series(&before);
     known.extend(series(&after).into_iter().filter(|series| {
         series
@@ -211,7 +211,7 @@ async fn prometheus_keeps_exemplars_that_lead_to_traces() {
 type Series = (String, BTreeMap<String, String>);
 type Samples = BTreeMap<Series, String>;
 
-/// A service that has only just begun, beside stores that are down.
+/// A service that has just started, while both stores are down.
 async fn without_stores() -> (World, Service) {
     let world = World::of_its_own();
     world.postgres.kill().unwrap();
@@ -220,7 +220,7 @@ async fn without_stores() -> (World, Service) {
     (world, service)
 }
 
-/// A service that has answered, refused and failed, sampled.
+/// A service that has answered, refused and failed requests, all of them sampled.
 async fn after_requests_of_all_kinds() -> (World, Collector, Service) {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced_with(&world, &collector, &[]).await;
@@ -233,7 +233,7 @@ async fn after_requests_of_all_kinds() -> (World, Collector, Service) {
     ] {
         service.ask(method, path, HeaderMap::new()).await;
     }
-    // One scrape of each format has been counted.
+    // So that a scrape has been counted before the first that is compared.
     Exposition::text(&service).await;
     let held = HeldCount::of(&world).await;
     service.get("/").await;
@@ -242,7 +242,7 @@ async fn after_requests_of_all_kinds() -> (World, Collector, Service) {
     (world, collector, service)
 }
 
-/// A visit that waits for the count's lock so long that it falls into the bucket up to 0.5 s.
+/// A visit that waits for the count's lock long enough to fall into the bucket up to 0.5 s.
 async fn slow_visit(world: &World, service: &Service) -> crate::support::Answer {
     let mut held = HeldCount::of(world).await;
     let visit = service.begin_visit();
@@ -253,7 +253,7 @@ async fn slow_visit(world: &World, service: &Service) -> crate::support::Answer 
     visit.await.unwrap()
 }
 
-/// An exposition without what differs from run to run: values, names of the test's own, and the
+/// An exposition without what differs from run to run: values, the name of the database, and the
 /// calls that have failed.
 fn skeleton(exposition: &Exposition, world: &World) -> String {
     let mut lines = Vec::new();
@@ -271,7 +271,7 @@ fn skeleton(exposition: &Exposition, world: &World) -> String {
     lines.join("\n") + "\n"
 }
 
-/// The words of a cell that are code.
+/// The code spans of a table cell.
 fn words(row: &'static str, cell: usize) -> Vec<&'static str> {
     let cell = row.split('|').nth(cell).unwrap_or("");
     cell.split('`').skip(1).step_by(2).collect()
@@ -286,7 +286,7 @@ fn samples(families: &[Family]) -> Samples {
     samples.map(of).collect()
 }
 
-/// The exemplars of visits that succeeded, each with what its bucket may hold, in the order of
+/// The exemplars of visits that succeeded, each with the range of its bucket, in the order of the
 /// buckets.
 async fn exemplars(service: &Service) -> Vec<(std::ops::RangeInclusive<f64>, Exemplar)> {
     let mut below = 0.0;
