@@ -16,36 +16,43 @@ const UP: &str = "the collector takes spans again";
 const CLIENTS: usize = 64;
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn absent_collector_harms_nothing() {
     harms_nothing(Manner::Absent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn refusing_collector_harms_nothing() {
     harms_nothing(Manner::Refuses(StatusCode::SERVICE_UNAVAILABLE)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn collector_that_answers_bad_request_harms_nothing() {
     harms_nothing(Manner::Refuses(StatusCode::BAD_REQUEST)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn silent_collector_harms_nothing() {
     harms_nothing(Manner::Silent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn swallowed_packets_harm_nothing() {
     harms_nothing(Manner::Swallows).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn resetting_collector_harms_nothing() {
     harms_nothing(Manner::Resets).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn slow_collector_harms_nothing_and_dropped_spans_are_counted() {
     let (world, collector) = (World::new(), Collector::start().await);
     let slow = Manner::Slow(Duration::from_secs(1));
@@ -129,8 +136,9 @@ async fn spans_lost_by_a_stop_are_logged() {
 
 /// A service that samples every visit takes 1.8 times as long as one that samples none.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn absent_collector_costs_no_throughput() {
-    let (world, collector) = (World::alone(), Collector::start().await);
+    let (world, collector) = (World::of_its_own(), Collector::start().await);
     collector.becomes(Manner::Absent).await;
     let without = world.serve().await;
     let with = exporting(&world, &collector, "1000").await;

@@ -140,6 +140,7 @@ async fn ids_inserted_by_hand_stop_no_visit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn held_count_lock_costs_bounded_refusals() {
     let world = World::new();
     let lock = "select pg_advisory_xact_lock(33329991663247731)";
@@ -149,6 +150,7 @@ async fn held_count_lock_costs_bounded_refusals() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn uncommitted_id_that_is_next_costs_bounded_refusals() {
     let world = World::new();
     let insert = "insert into visitas (id) select last_value + 1 from visitas_id_seq";
@@ -159,6 +161,7 @@ async fn uncommitted_id_that_is_next_costs_bounded_refusals() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn locked_table_costs_bounded_refusals() {
     let world = World::new();
     let (service, recorded) = refused_meanwhile(&world, "truncate visitas", "commit").await;
@@ -168,6 +171,7 @@ async fn locked_table_costs_bounded_refusals() {
 
 /// Counts pages: a clock would be less exact.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes long: make faults"]
 async fn recording_call_reads_no_more_pages_after_load_with_an_old_snapshot() {
     let world = World::new();
     drop(world.serve().await);

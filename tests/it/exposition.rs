@@ -83,6 +83,7 @@ async fn promtool_reports_one_known_complaint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn ten_thousand_paths_and_methods_add_no_series() {
     let world = World::new();
     let service = world.serve().await;

@@ -9,6 +9,7 @@ use crate::support::load::{Visit, are_one_to_n, verdict, visits};
 use crate::support::{SOON, Service, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn twenty_thousand_visits_are_numbered_without_gap_or_repeat() {
     let world = World::new();
     let service = patient(&world).await;

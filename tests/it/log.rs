@@ -85,6 +85,7 @@ async fn slow_request_has_a_line_at_info() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn failing_requests_have_at_most_ten_lines_a_second_and_suppressed_lines_are_counted() {
     let (_world, service) = without_postgres().await;
     let mut failed = 0;

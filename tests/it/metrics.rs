@@ -123,6 +123,7 @@ async fn visits_in_flight_are_not_drift() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn counts_are_known_as_soon_as_the_stores_are_up() {
     let world = World::of_its_own();
     drop(world.serve().await);

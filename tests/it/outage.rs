@@ -14,8 +14,9 @@ const RECOVERY: Duration = Duration::from_secs(1);
 const LONGEST_ANSWER: Duration = Duration::from_millis(2200);
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn service_starts_without_stores_and_serves_when_they_come() {
-    let world = World::alone();
+    let world = World::of_its_own();
     world.postgres.kill().unwrap();
     world.redis.kill().unwrap();
     let service = world.start(&[]).await;
@@ -33,8 +34,9 @@ async fn service_starts_without_stores_and_serves_when_they_come() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn postgres_killed_under_load_loses_and_repeats_no_visit() {
-    let world = World::alone();
+    let world = World::of_its_own();
     let service = world.serve().await;
     let load = Load::start(&[&service], 64);
     eventually("visits are made", SOON, async || world.rows().await > 500).await;
@@ -79,8 +81,9 @@ async fn postgres_killed_under_load_loses_and_repeats_no_visit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn redis_killed_under_load_fails_no_visit() {
-    let world = World::alone();
+    let world = World::of_its_own();
     let service = world.serve().await;
     let load = Load::start(&[&service], 64);
     eventually("visits are made", SOON, async || world.rows().await > 500).await;
@@ -121,8 +124,9 @@ async fn redis_killed_under_load_fails_no_visit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn paused_postgres_costs_one_timeout_and_then_nothing() {
-    let world = World::alone();
+    let world = World::of_its_own();
     let service = world.serve().await;
     world.postgres.pause().unwrap();
     let first = timed_visit(&service).await;
@@ -140,6 +144,7 @@ async fn paused_postgres_costs_one_timeout_and_then_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn connections_that_fall_silent_cost_one_timeout() {
     let world = World::new();
     let way = Way::to(world.postgres.port()).await;
@@ -172,8 +177,9 @@ async fn connections_that_fall_silent_cost_one_timeout() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn paused_redis_costs_one_timeout_and_then_nothing() {
-    let world = World::alone();
+    let world = World::of_its_own();
     let service = world.serve().await;
     world.redis.pause().unwrap();
     let first = timed_visit(&service).await;
@@ -323,6 +329,7 @@ async fn connections_taken_by_others_do_not_stop_visits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn wait_for_the_counts_lock_ends_in_a_definite_failure() {
     let world = World::new();
     let service = world.serve().await;
@@ -343,8 +350,9 @@ async fn wait_for_the_counts_lock_ends_in_a_definite_failure() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn both_stores_killed_are_used_again_within_a_second_of_their_return() {
-    let world = World::alone();
+    let world = World::of_its_own();
     let service = world.serve().await;
     assert_eq!(service.visit().await, (1, 1));
     world.redis.kill().unwrap();

@@ -12,8 +12,9 @@ use crate::support::{Ended, SOON, Service, World, eventually};
 const RECOVERY: Duration = Duration::from_secs(1);
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn emptied_database_is_migrated_again_within_a_second() {
-    let world = World::alone();
+    let world = World::of_its_own();
     let service = world.serve().await;
     service.visit().await;
     world.sql("drop schema public cascade").await;
@@ -114,8 +115,9 @@ async fn older_ledger_with_newer_objects_is_migrated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn database_that_replaces_another_is_used_within_a_second() {
-    let world = World::alone();
+    let world = World::of_its_own();
     let service = world.serve().await;
     service.visit().await;
     let other = format!("{}_other", world.database);

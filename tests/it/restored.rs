@@ -191,6 +191,7 @@ async fn dump_of_which_only_the_ledger_was_loaded_is_counted_by_its_rows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes long: make faults"]
 async fn many_changes_by_hand_before_a_restart_stop_no_visit() {
     let world = World::of_its_own();
     let service = world.serve().await;

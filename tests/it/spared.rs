@@ -35,6 +35,7 @@ async fn liveness_probe_costs_no_store_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn liveness_probe_succeeds_while_stores_are_paused_or_down() {
     for stop in ["pause", "kill"] {
         let world = World::of_its_own();
@@ -125,8 +126,9 @@ async fn visit_that_discovers_a_failure_of_postgres_costs_no_redis_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn visit_beyond_the_queue_is_refused_within_5_ms() {
-    let world = World::alone();
+    let world = World::of_its_own();
     let patient = [
         ("QUEUE_CAPACITY", "1"),
         ("DB_TIMEOUT", "20s"),

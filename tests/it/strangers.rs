@@ -48,6 +48,7 @@ const BODIES: [&str; 4] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn requests_of_every_kind_make_fewer_samples_than_the_sample_limit() {
     let world = World::of_its_own();
     let service = world.serve().await;
@@ -137,6 +138,7 @@ async fn samples_other_than_requests_and_store_calls_are_at_most_130() {
 
 /// Of 4000 requests of 30 KB, 2560 wait for the collector; without truncation they would take 80 MiB.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn spans_waiting_for_a_silent_collector_take_little_memory() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{LazyLock, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{LazyLock, Mutex, PoisonError, Weak};
 
 use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
 use sqlx::postgres::{PgConnectOptions, PgRow};
@@ -10,43 +10,22 @@ use sqlx::{ConnectOptions as _, PgConnection};
 
 use super::{SOON, Service, eventually};
 
-/// What a service needs around it. A test has one at a time: it may wait for its turn.
+/// The stores of one test.
 pub(crate) struct World {
     pub(crate) postgres: Arc<Postgres>,
     pub(crate) redis: Redis,
     pub(crate) database: String,
-    _turn: Turn,
-}
-
-/// Tests run beside each other, save those that look at a clock: these have the machine alone.
-#[expect(dead_code, reason = "held for its lock")]
-enum Turn {
-    Shared(RwLockReadGuard<'static, ()>),
-    Alone(RwLockWriteGuard<'static, ()>),
-}
-
-static TURNS: RwLock<()> = RwLock::new(());
-
-impl Turn {
-    fn shared() -> Self {
-        Self::Shared(TURNS.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn alone() -> Self {
-        Self::Alone(TURNS.write().unwrap_or_else(PoisonError::into_inner))
-    }
 }
 
 impl World {
     /// A fresh database on the Postgres that tests share, and a Redis.
     pub(crate) fn new() -> Self {
-        let turn = Turn::shared();
-        Self::beside(shared_postgres(), RedisOptions::default(), turn)
+        Self::beside(shared_postgres(), RedisOptions::default())
     }
 
     /// A fresh database on the Postgres that tests share, and a Redis with settings.
     pub(crate) fn with_redis(redis: RedisOptions) -> Self {
-        Self::beside(shared_postgres(), redis, Turn::shared())
+        Self::beside(shared_postgres(), redis)
     }
 
     /// A Postgres and a Redis of the test's own, to be stopped, paused or broken.
@@ -56,24 +35,11 @@ impl World {
 
     /// A Postgres and a Redis of the test's own, with settings.
     pub(crate) fn with(postgres: PostgresOptions, redis: RedisOptions) -> Self {
-        Self::own(postgres, redis, Turn::shared())
-    }
-
-    /// The same for a test that looks at a clock: no other test runs meanwhile.
-    pub(crate) fn alone() -> Self {
-        Self::own(
-            PostgresOptions::default(),
-            RedisOptions::default(),
-            Turn::alone(),
-        )
-    }
-
-    fn own(postgres: PostgresOptions, redis: RedisOptions, turn: Turn) -> Self {
         let postgres = Postgres::start(postgres).expect("Postgres starts");
-        Self::beside(Arc::new(postgres), redis, turn)
+        Self::beside(Arc::new(postgres), redis)
     }
 
-    fn beside(postgres: Arc<Postgres>, redis: RedisOptions, turn: Turn) -> Self {
+    fn beside(postgres: Arc<Postgres>, redis: RedisOptions) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let database = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
         postgres
@@ -83,7 +49,6 @@ impl World {
             postgres,
             redis: Redis::start(redis).expect("Redis starts"),
             database,
-            _turn: turn,
         }
     }
 
