@@ -12,7 +12,7 @@ use http::{HeaderValue, StatusCode};
 use hyper::body::Frame;
 use serde::Serialize;
 
-use super::AppState;
+use super::state::AppState;
 use crate::recorder::Refusal;
 use crate::store::Store as _;
 
