@@ -6,7 +6,9 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::support::{Answer, HeldCount, SOON, Service, Wire, World, eventually, until_refused};
+use crate::support::{
+    Answer, HeldCount, SOON, Service, Wire, World, eventually, until_refused, without_stores,
+};
 
 const PATHS: [&str; 5] = ["/", "/health", "/health/ready", "/health/live", "/metrics"];
 
@@ -410,10 +412,7 @@ async fn visit_with_a_paused_postgres_is_503_at_its_timeout() {
 
 #[tokio::test]
 async fn visit_without_either_store_is_503_with_both_in_error() {
-    let world = World::of_its_own();
-    world.postgres.kill().expect("Postgres ends");
-    world.redis.kill().expect("Redis ends");
-    let service = world.start(&[]).await;
+    let service = without_stores(&[]).await;
     let answer = service.get("/").await;
     assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(
@@ -498,8 +497,7 @@ async fn any_other_request_id_is_replaced() {
 
 #[tokio::test]
 async fn every_response_has_its_own_request_id() {
-    let world = World::new();
-    let service = world.start(&[("DB_PORT", "1"), ("REDIS_PORT", "1")]).await;
+    let service = without_stores(&[]).await;
     let mut ids = std::collections::HashSet::new();
     for method in [Method::GET, Method::HEAD, Method::POST] {
         for path in PATHS.into_iter().chain(["/nope"]) {

@@ -3,14 +3,11 @@
 use std::time::{Duration, Instant};
 
 use crate::support::load::Load;
-use crate::support::{HeldCount, SOON, Way, World, eventually};
+use crate::support::{HeldCount, SOON, Way, World, eventually, without_stores};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn series_with_known_labels_exist_at_zero() {
-    let world = World::of_its_own();
-    world.postgres.kill().unwrap();
-    world.redis.kill().unwrap();
-    let service = world.start(&[]).await;
+    let service = without_stores(&[]).await;
     let text = service.get("/metrics").await.body;
     for outcome in ["ok", "degraded", "failed", "shed", "in_doubt", "abandoned"] {
         let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}} 0\n");

@@ -42,16 +42,21 @@ async fn changes_after_a_restore_and_before_the_first_visit_are_counted() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn dump_loaded_into_a_migrated_database_leaves_an_exact_total_or_a_recount_due() {
-    for arguments in [
+    let (world, _) = dumped(&[]).await;
+    let first = Other::new("restored");
+    for (index, arguments) in [
         &[][..],
         &["--data-only"],
         &["--data-only", "--disable-triggers"],
         &["--data-only", "--inserts"],
         &["--clean", "--if-exists"],
         &["--data-only", "--table=visitas"],
-    ] {
-        let (world, dump) = dumped(arguments).await;
-        let other = Other::new("restored");
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let dump = dump_of(&world.postgres, &world.database, arguments);
+        let other = first.another(&format!("restored_{index}"));
         let service = other.serve(&world).await;
         other.load(&dump);
         other.pass_transactions_of(&world);
@@ -63,7 +68,7 @@ async fn dump_loaded_into_a_migrated_database_leaves_an_exact_total_or_a_recount
 #[tokio::test(flavor = "multi_thread")]
 async fn dump_loaded_into_another_database_of_the_cluster_is_not_counted_twice() {
     let (world, dump) = dumped(&["--data-only"]).await;
-    let other = Other::beside(&world);
+    let other = Other::named(&world, &world.database).another("neighbour");
     let service = other.serve(&world).await;
     // So that the second dump is younger than the other database's last entry.
     service.visit().await;
@@ -156,7 +161,7 @@ async fn ledger_with_foreign_entries_is_due_for_a_recount() {
         "insert into visitas_ajustes (transacao, diferenca) values ('1', 5)",
         "insert into visitas_contagem select 999, 5, limite, abertas, 'elsewhere/1' from visitas_contagem limit 1",
     ] {
-        let world = World::of_its_own();
+        let world = World::new();
         let service = world.serve().await;
         service.visit().await;
         world.sql(forgery).await;
@@ -208,7 +213,7 @@ async fn many_changes_by_hand_before_a_restart_stop_no_visit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn truncation_after_the_clock_went_back_drops_earlier_changes() {
-    let world = World::of_its_own();
+    let world = World::new();
     let service = world.serve().await;
     service.visit().await;
     service.stop().await;
@@ -290,14 +295,15 @@ impl Other {
         }
     }
 
-    /// A new database on the world's cluster.
-    fn beside(world: &World) -> Self {
-        let other = Self::named(world, "beside");
-        world
-            .postgres
-            .create_database("beside")
+    /// A new database on the same cluster.
+    fn another(&self, database: &str) -> Self {
+        self.postgres
+            .create_database(database)
             .expect("a database");
-        other
+        Self {
+            postgres: std::sync::Arc::clone(&self.postgres),
+            database: database.to_owned(),
+        }
     }
 
     /// A database of this name on the world's cluster.

@@ -1,5 +1,6 @@
 //! Which requests are traced, and what their parent is. The others leave no span.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -20,7 +21,7 @@ use visitas::telemetry::sampler::Sampler;
 use crate::support::collector::{Collector, hex, named};
 use crate::support::load::visits;
 use crate::support::traces::{PARENT, UNSAMPLED, ask, spans, traced, traced_with};
-use crate::support::{SOON, World};
+use crate::support::{SOON, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn inbound_traceparent_is_the_parent() {
@@ -141,13 +142,12 @@ async fn sampling_ratio_is_decided_by_the_trace_id() {
         let service = traced_with(&world, &collector, &settings).await;
         // The SDK's own sampler, as another service with the same ratio uses it.
         let reference = opentelemetry_sdk::trace::Sampler::TraceIdRatioBased(ratio);
-        let mut sampled = 0;
+        let mut sampled = BTreeSet::new();
         for _ in 0..200 {
             let answer = service.get("/").await;
             let Some(trace) = answer.header("traceresponse").get(3..35) else {
                 continue;
             };
-            sampled += 1;
             let trace_id = TraceId::from_hex(trace).unwrap();
             let decided = reference.should_sample(None, trace_id, "", &SpanKind::Server, &[], &[]);
             assert_eq!(
@@ -155,11 +155,18 @@ async fn sampling_ratio_is_decided_by_the_trace_id() {
                 SamplingDecision::RecordAndSample,
                 "{trace}"
             );
-            collector.trace(trace, 1).await;
+            sampled.insert(trace.to_owned());
         }
+        eventually("every sampled trace is exported", SOON, async || {
+            let exported = collector.spans();
+            let exported = exported.iter().map(|exported| hex(&exported.span.trace_id));
+            sampled.is_subset(&exported.collect())
+        })
+        .await;
         // Five standard deviations.
         let (expected, deviation) = (200.0 * ratio, (200.0 * ratio * (1.0 - ratio)).sqrt());
-        let distance = (f64::from(sampled) - expected).abs();
+        let sampled = sampled.len();
+        let distance = (sampled as f64 - expected).abs();
         assert!(distance < 5.0 * deviation, "{sampled} of 200 at {ratio}");
     }
 }

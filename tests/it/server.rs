@@ -5,12 +5,11 @@ use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::support::{SOON, Service, Wire, World, eventually};
+use crate::support::{SOON, Service, Wire, World, eventually, without_stores};
 
 #[tokio::test]
 async fn connection_with_half_sent_headers_is_closed_at_the_header_timeout() {
-    let world = World::new();
-    let service = world.start(&[("HEADER_TIMEOUT", "500ms")]).await;
+    let service = without_stores(&[("HEADER_TIMEOUT", "500ms")]).await;
     let mut wire = Wire::open(&service).await;
     wire.send("GET / HTTP/1.1\r\nhost: te").await;
     assert_eq!(wire.rest().await, "");
@@ -19,9 +18,8 @@ async fn connection_with_half_sent_headers_is_closed_at_the_header_timeout() {
 
 #[tokio::test]
 async fn connection_that_never_sends_is_closed_at_the_idle_timeout() {
-    let world = World::new();
     let timeouts = [("HEADER_TIMEOUT", "100ms"), ("IDLE_TIMEOUT", "1200ms")];
-    let service = world.start(&timeouts).await;
+    let service = without_stores(&timeouts).await;
     let mut wire = Wire::open(&service).await;
     assert_eq!(wire.rest().await, "");
     assert_about(wire.age(), Duration::from_millis(1200));
@@ -54,8 +52,7 @@ async fn idle_connections_keep_no_client_out() {
 
 #[tokio::test]
 async fn connections_are_counted_as_they_open_and_close() {
-    let world = World::new();
-    let service = world.start(&[]).await;
+    let service = without_stores(&[]).await;
     let mut wires = Vec::new();
     for open in 2..5 {
         let mut wire = Wire::open(&service).await;
@@ -70,8 +67,7 @@ async fn connections_are_counted_as_they_open_and_close() {
 
 #[tokio::test]
 async fn malformed_headers_are_400_and_the_connection_closes() {
-    let world = World::new();
-    let service = world.start(&[]).await;
+    let service = without_stores(&[]).await;
     for head in [
         "nonsense\r\n\r\n",
         "GET / HTTP/1.1\r\nno colon\r\n\r\n",
@@ -86,8 +82,7 @@ async fn malformed_headers_are_400_and_the_connection_closes() {
 
 #[tokio::test]
 async fn headers_that_are_too_large_are_431() {
-    let world = World::new();
-    let service = world.start(&[]).await;
+    let service = without_stores(&[]).await;
     let head = |fields: String| format!("GET /health/live HTTP/1.1\r\nhost: a\r\n{fields}\r\n");
     let long = |bytes| head(format!("x: {}\r\n", "x".repeat(bytes)));
     let many = |fields| head("x: y\r\n".repeat(fields));
@@ -106,8 +101,7 @@ async fn headers_that_are_too_large_are_431() {
 
 #[tokio::test]
 async fn http_2_is_disconnected_and_an_upgrade_request_is_served_in_http_1() {
-    let world = World::new();
-    let service = world.start(&[]).await;
+    let service = without_stores(&[]).await;
     assert_refused(&service, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "").await;
     let mut wire = Wire::open(&service).await;
     let upgrade = "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMA\r\n";
@@ -196,8 +190,7 @@ async fn both_listeners_together_stay_below_a_file_limit_that_cannot_be_raised()
 
 #[tokio::test]
 async fn requests_that_reach_no_route_are_counted_by_reason_and_logged_once_a_second() {
-    let world = World::new();
-    let service = world.start(&[("HEADER_TIMEOUT", "300ms")]).await;
+    let service = without_stores(&[("HEADER_TIMEOUT", "300ms")]).await;
     let rejected = async |reason: &str| {
         let series = format!("visitas_http_requests_rejected_total{{reason=\"{reason}\"}}");
         service.metric(&series).await
@@ -292,8 +285,7 @@ async fn requests_that_reach_no_route_are_counted_by_reason_and_logged_once_a_se
 /// Covers responses to requests that hyper does not read to the end, or not at all.
 #[tokio::test]
 async fn client_whose_request_is_refused_can_read_the_response() {
-    let world = World::new();
-    let service = world.start(&[]).await;
+    let service = without_stores(&[]).await;
     let filling = "x".repeat(1 << 20);
     for (request, status) in [
         (format!("nonsense\r\n\r\n{filling}"), 400),

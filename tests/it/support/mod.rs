@@ -21,24 +21,27 @@ pub(crate) use self::ended::{Ended, settings};
 pub(crate) use self::proxy::Way;
 pub(crate) use self::service::{Answer, Reader, Service, program};
 pub(crate) use self::wire::Wire;
-pub(crate) use self::world::{HeldCount, World, execute};
+pub(crate) use self::world::{HeldCount, World, execute, without_stores};
 
 /// How long a test waits for what should happen soon, on a machine that is busy with other tests.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
 
-/// Polls until `is_so` holds, for at most `patience`.
+/// Polls until `is_so` holds, for at most `patience`: often at first, since most facts are soon there,
+/// and then less often, since a poll costs time that other tests need.
 pub(crate) async fn eventually(
     what: &str,
     patience: Duration,
     mut is_so: impl AsyncFnMut() -> bool,
 ) {
     let deadline = tokio::time::Instant::now() + patience;
+    let mut pause = Duration::from_millis(2);
     while !is_so().await {
         assert!(
             tokio::time::Instant::now() < deadline,
             "after {patience:?} still not so: {what}"
         );
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(Duration::from_millis(50));
     }
 }
 

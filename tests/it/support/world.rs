@@ -35,8 +35,7 @@ impl World {
 
     /// A Postgres and a Redis of the test's own, with settings.
     pub(crate) fn with(postgres: PostgresOptions, redis: RedisOptions) -> Self {
-        let postgres = Postgres::start(postgres).expect("Postgres starts");
-        Self::beside(Arc::new(postgres), redis)
+        Self::beside(Arc::new(start(postgres)), redis)
     }
 
     fn beside(postgres: Arc<Postgres>, redis: RedisOptions) -> Self {
@@ -189,6 +188,13 @@ impl World {
     }
 }
 
+/// A service whose stores are both down, for tests that need no store.
+pub(crate) async fn without_stores(settings: &[(&str, &str)]) -> Service {
+    let down = [("DB_PORT", "1"), ("DB_PASSWORD", "none"), ("REDIS_PORT", "1")];
+    let down = [&down, &[("DB_HOST", "127.0.0.1"), ("REDIS_HOST", "127.0.0.1")][..]].concat();
+    Service::start(&super::settings(&[&down, settings].concat())).await
+}
+
 /// Runs statements in a session.
 pub(crate) async fn execute(session: &mut PgConnection, statements: &str) -> sqlx::Result<()> {
     sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned()))
@@ -243,6 +249,13 @@ impl Drop for World {
     }
 }
 
+/// Starts Postgres without flushes to the disk, which make creating and dropping a database take
+/// seconds. The system outlives every server that a test kills, so no data is lost.
+fn start(mut options: PostgresOptions) -> Postgres {
+    options.config.push(("fsync".to_owned(), "off".to_owned()));
+    Postgres::start(options).expect("Postgres starts")
+}
+
 /// The Postgres of all tests that leave it alone. It ends with the last of them that runs.
 fn shared_postgres() -> Arc<Postgres> {
     static SHARED: LazyLock<Mutex<Weak<Postgres>>> = LazyLock::new(Mutex::default);
@@ -252,7 +265,7 @@ fn shared_postgres() -> Arc<Postgres> {
             config: vec![("max_connections".to_owned(), "300".to_owned())],
             ..PostgresOptions::default()
         };
-        let postgres = Arc::new(Postgres::start(options).expect("Postgres starts"));
+        let postgres = Arc::new(start(options));
         *shared = Arc::downgrade(&postgres);
         postgres
     })
