@@ -249,7 +249,8 @@ async fn slow_visit(world: &World, service: &Service) -> crate::support::Answer 
 /// An exposition without what differs from run to run: values, and the calls that have failed.
 fn skeleton(exposition: &Exposition) -> String {
     let mut lines = Vec::new();
-    for line in exposition.body.lines() {
+    let body = exposition.sorted();
+    for line in body.lines() {
         let value = line.rfind(' ').filter(|_| !line.starts_with('#'));
         let line = value.map_or(line, |value| &line[..value]);
         if line.starts_with("visitas_build_info") {
