@@ -162,7 +162,10 @@ async fn answer(stream: &mut TcpStream) -> Option<String> {
     let mut text = Vec::new();
     loop {
         let mut byte = [0];
-        match timeout(LONG, stream.read(&mut byte)).await.expect("response") {
+        match timeout(LONG, stream.read(&mut byte))
+            .await
+            .expect("response")
+        {
             Ok(1) => text.push(byte[0]),
             _ => return None,
         }
@@ -668,7 +671,9 @@ async fn request_in_flight_at_the_stop_is_answered_with_close() {
 #[tokio::test]
 async fn responses_before_the_stop_keep_the_connection() {
     let server = start(LIMITS, LONG);
-    let said = ask(&mut server.connect().await, GET).await.expect("response");
+    let said = ask(&mut server.connect().await, GET)
+        .await
+        .expect("response");
     assert!(!said.contains("connection: close"), "{said}");
 }
 

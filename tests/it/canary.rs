@@ -372,7 +372,11 @@ async fn until_both_stores_are_down(service: &Service) {
 
 /// Searches all output of a service and of the commands for the canary. `code` is the expected exit
 /// status of the commands that use both stores.
-async fn assert_no_secret_in_output(service: &Service, given: &[(String, String)], code: Option<i32>) {
+async fn assert_no_secret_in_output(
+    service: &Service,
+    given: &[(String, String)],
+    code: Option<i32>,
+) {
     let mut output = String::new();
     for answer in every_visible(service).await {
         output += &answer.text();
@@ -473,7 +477,8 @@ fn shown(output: &str) -> Option<&str> {
         forms.push(STANDARD_NO_PAD.encode(&padded)[own.clone()].to_owned());
         forms.push(URL_SAFE_NO_PAD.encode(&padded)[own].to_owned());
     }
-    output.lines()
+    output
+        .lines()
         .find(|line| forms.iter().any(|form| line.contains(form)))
 }
 

@@ -175,10 +175,7 @@ async fn pretty_log_is_text_without_colours_in_a_pipe() {
     child.wait().unwrap();
     let line = line.expect("a line");
     assert!(line.contains("INFO listening address="), "{line}");
-    assert!(
-        !line.contains('\u{1b}'),
-        "colours in a pipe"
-    );
+    assert!(!line.contains('\u{1b}'), "colours in a pipe");
 }
 
 // --- wiring ---

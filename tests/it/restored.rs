@@ -302,9 +302,7 @@ impl Other {
 
     /// A new database on the same cluster.
     fn another(&self, database: &str) -> Self {
-        self.postgres
-            .create_database(database)
-            .expect("a database");
+        self.postgres.create_database(database).expect("a database");
         Self {
             postgres: std::sync::Arc::clone(&self.postgres),
             database: database.to_owned(),

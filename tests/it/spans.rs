@@ -285,7 +285,11 @@ async fn calls_are_children_of_the_first_sampled_visit_of_their_batch() {
         assert_eq!(call.integer("visitas.batch.size"), Some(2));
     }
     assert_eq!(unsampled.await.unwrap().unwrap().status(), StatusCode::OK);
-    assert_eq!(collector.spans().len(), 3 + 3, "none of the unsampled visit");
+    assert_eq!(
+        collector.spans().len(),
+        3 + 3,
+        "none of the unsampled visit"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

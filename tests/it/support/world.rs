@@ -190,8 +190,16 @@ impl World {
 
 /// A service whose stores are both down, for tests that need no store.
 pub(crate) async fn without_stores(settings: &[(&str, &str)]) -> Service {
-    let down = [("DB_PORT", "1"), ("DB_PASSWORD", "none"), ("REDIS_PORT", "1")];
-    let down = [&down, &[("DB_HOST", "127.0.0.1"), ("REDIS_HOST", "127.0.0.1")][..]].concat();
+    let down = [
+        ("DB_PORT", "1"),
+        ("DB_PASSWORD", "none"),
+        ("REDIS_PORT", "1"),
+    ];
+    let down = [
+        &down,
+        &[("DB_HOST", "127.0.0.1"), ("REDIS_HOST", "127.0.0.1")][..],
+    ]
+    .concat();
     Service::start(&super::settings(&[&down, settings].concat())).await
 }
 
