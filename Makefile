@@ -33,11 +33,11 @@ test: setup
 else
 test: setup check ## Test everything that guards a change, in minutes; T=name runs the tests with this name
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
-	cargo test --workspace --locked
+	cargo test --workspace --locked --no-fail-fast
 endif
 
 faults: setup ## Run the tests that read a clock, take long or flood, one at a time
-	cargo test --workspace --locked -- --ignored --test-threads=1
+	cargo test --workspace --locked --no-fail-fast -- --ignored --test-threads=1
 
 sweep: PACKAGES = promtool=prometheus
 sweep: setup ## Try 20 rates of failure against the alerts, a few minutes, and print when each fires
