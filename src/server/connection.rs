@@ -7,73 +7,48 @@
 //! move an [`Activity`] from state to state, and the connection's task derives a deadline from it
 //! after each turn of hyper. The clock is read only when the state has changed, and a timer is set
 //! only when a deadline is nearer than the one it is set to: a request that arrives whole and is
-//! answered at once costs one look at the clock and no timer.
+//! responded to at once costs one look at the clock and no timer.
 //!
-//! No route reads a body. A request that has one is answered, and the connection ends.
+//! No route reads a body. A request that has one gets a response, and the connection ends.
 
-use std::{
-    convert::Infallible,
-    future::poll_fn,
-    io,
-    pin::{Pin, pin},
-    sync::{
-        Arc, OnceLock,
-        atomic::{
-            AtomicBool, AtomicU8, AtomicU32, AtomicU64,
-            Ordering::{Relaxed, SeqCst},
-            fence,
-        },
-    },
-    task::{Context, Poll, Waker, ready},
-    time::Duration,
-};
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, fence};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
-use axum::{
-    body::{Body, Bytes},
-    response::Response,
-};
-use http::{
-    HeaderValue, Request, StatusCode,
-    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE},
-};
-use hyper::{
-    body::{Body as HttpBody, Frame, Incoming, SizeHint},
-    server::conn::http1,
-    service::service_fn,
-};
+use axum::body::{Body, Bytes};
+use http::header::CONNECTION;
+use http::{HeaderValue, Request};
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-    time::{Instant, Sleep, sleep, timeout},
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep, timeout};
 use tower::Service;
 
-use super::{Shared, host};
+use super::shared::Shared;
+use super::{host, rejections};
 use crate::metrics::Rejection;
 
-/// hyper's cap on what it has read of headers before it reads on, and on what it buffers of
-/// responses before it makes the next. Half a request of this is answered 431, headers of more than
-/// twice this and more than 100 of them, too. Buffers start at 8 KiB each way and grow as needed; a
-/// client that asks without reading has both full.
+/// The maximum size of hyper's buffer for headers, and of its buffer for responses. Incomplete
+/// headers of this size get a 431, and so do headers of more than twice this size and more than 100
+/// headers. Buffers start at 8 KiB each way and grow as needed; a client that sends requests and
+/// does not read fills both.
 const BUFFER_MAX: usize = 32 * 1024;
 
-/// How long a connection that the server has ended still takes what its client sends: a body, a
-/// request that was on its way, or the rest of what hyper refused.
+/// How long a connection that the server has ended still reads what its client sends: a body, a
+/// request that was on its way, or the rest of what hyper rejected.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// The response to a request that does not name its host. It is made here because nothing behind
-/// this point counts, traces or logs such a request.
-const BAD_HOST: &str = r#"{"type":"about:blank","title":"Bad Request","status":400}"#;
-
-/// What a PROXY preface begins with; hyper drops the line ends that version 2 begins with.
-const PROXY_V1: &[u8] = b"PROXY ";
-const PROXY_V2: &[u8] = b"\0\r\nQUIT\n";
-/// A record of TLS that begins a handshake, and its major version.
-const TLS_HELLO: &[u8] = &[0x16, 3];
-
-/// Serves one connection until it ends: by the client, by `Connection: close`, by a limit, because
-/// its place is needed, or because the server drains.
+/// Serves one connection until the client ends it, a response says `Connection: close`, a limit is
+/// reached, another connection needs its place, or the server drains.
 pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Activity>) {
     // A response is one write and must not wait for the client's ACK of the one before. A socket
     // that refuses the option is broken and says so at its first read.
@@ -100,15 +75,15 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
                 response.await?
             } else {
                 (shared.events.rejected)(Rejection::Host);
-                bad_host()
+                host::bad_request()
             };
-            // The one place that decides it.
-            if has_body || !named || shared.stop.is_leaving() {
+            // Only here is `Connection: close` decided.
+            if has_body || !named || shared.is_leaving() {
                 activity.closing.store(true, Relaxed);
                 let close = HeaderValue::from_static("close");
                 response.headers_mut().insert(CONNECTION, close);
             }
-            Ok::<_, Infallible>(response.map(|body| Answer { body, activity }))
+            Ok::<_, Infallible>(response.map(|body| ResponseBody { body, activity }))
         }
     });
     let mut connection = http1::Builder::new()
@@ -118,20 +93,18 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
         .serve_connection(TokioIo::new(socket), service);
 
     let mut alarm = pin!(sleep(shared.limits.idle_timeout));
-    let mut clock = Clock {
-        since: alarm.deadline() - shared.limits.idle_timeout,
-    };
+    let mut since = alarm.deadline() - shared.limits.idle_timeout;
     let end = poll_fn(|cx| {
         if activity.waker.get().is_none() {
             activity.waker.get_or_init(|| cx.waker().clone());
-            // Either what the server has asked for is seen below, or the server sees the waker.
+            // Either the server's request is seen below, or the server sees the waker.
             fence(SeqCst);
         }
         loop {
             if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
                 return Poll::Ready(End::Closed(ended.err()));
             }
-            let Some(deadline) = clock.deadline(&activity, &shared) else {
+            let Some(deadline) = activity.deadline(&mut since, &shared) else {
                 return Poll::Pending;
             };
             ready!(poll_alarm(alarm.as_mut(), deadline, cx));
@@ -139,7 +112,7 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
             if state != State::Idle || activity.is_ending() {
                 return Poll::Ready(End::Expired(state));
             }
-            // Left to hyper's next turn, in which the socket sees whether a request has arrived.
+            // In hyper's next turn the socket sees whether a request has arrived.
             activity.idle_since.store(ENDING, Relaxed);
         }
     })
@@ -151,7 +124,7 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
             let parts = connection.into_parts();
             let refused = error.filter(hyper::Error::is_parse);
             if let Some(error) = &refused {
-                (shared.events.rejected)(reason(error, &parts.read_buf));
+                (shared.events.rejected)(rejections::reason(error, &parts.read_buf));
             }
             if refused.is_some() || activity.closing.load(Relaxed) {
                 activity.enter(State::Lingering);
@@ -174,84 +147,24 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
 
 /// How a connection came to its end.
 enum End {
-    /// By hyper, which has sent what there was to send.
+    /// By hyper, which has sent all that there was to send.
     Closed(Option<hyper::Error>),
     /// By a limit.
     Expired(State),
 }
 
-fn bad_host() -> Response {
-    let mut response = Response::new(Body::from(BAD_HOST));
-    *response.status_mut() = StatusCode::BAD_REQUEST;
-    let headers = response.headers_mut();
-    let problem = HeaderValue::from_static("application/problem+json");
-    headers.insert(CONTENT_TYPE, problem);
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    response
-}
-
-/// Why hyper refused what it had read.
-fn reason(error: &hyper::Error, read: &[u8]) -> Rejection {
-    if error.is_parse_too_large() {
-        Rejection::HeadersTooLarge
-    } else if read.starts_with(TLS_HELLO) || read == &TLS_HELLO[..1] {
-        Rejection::Tls
-    } else if read.starts_with(PROXY_V1)
-        || (!read.is_empty() && (read.starts_with(PROXY_V2) || PROXY_V2.starts_with(read)))
-    {
-        Rejection::ProxyProtocol
-    } else {
-        Rejection::Malformed
-    }
-}
-
-/// Takes what still comes in after the last response, until the client has closed too. To close a
-/// socket that has unread bytes makes the kernel send a reset, which can destroy the response before
-/// the client reads it (RFC 9112, section 9.6).
+/// Reads what comes in after the last response, until the client has closed too. Closing a socket
+/// that has unread bytes makes the kernel send a reset, which can destroy the response before the
+/// client reads it (RFC 9112, section 9.6).
 async fn discard(mut stream: TcpStream) {
-    // hyper has done so after a response, and not where it had none, as for HTTP/2.
+    // hyper has done so only after a response; HTTP/2, for one, gets none.
     let _ = poll_fn(|cx| Pin::new(&mut stream).poll_shutdown(cx)).await;
-    let take = || stream.try_read(&mut [0; 4096]);
     while stream.readable().await.is_ok() {
-        match take() {
+        match stream.try_read(&mut [0; 4096]) {
             Ok(0) => return,
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(_) => return,
-        }
-    }
-}
-
-/// Since when a connection is in its state.
-struct Clock {
-    since: Instant,
-}
-
-impl Clock {
-    /// When the present state ends by itself; `None` while the handler works, whose time is its own
-    /// to bound.
-    fn deadline(&mut self, activity: &Activity, shared: &Shared) -> Option<Instant> {
-        let state = activity.state();
-        if activity.moved.swap(false, Relaxed) && state != State::Handling {
-            self.since = Instant::now();
-            if state == State::Idle {
-                activity.park(shared.moment(self.since));
-            }
-        }
-        let limits = &shared.limits;
-        let limit = match state {
-            State::Handling => return None,
-            State::Idle => limits.idle_timeout,
-            State::Headers => limits.header_timeout,
-            State::Writing => limits.stall_timeout,
-            State::Lingering => LINGER,
-        };
-        let deadline = self.since.checked_add(limit);
-        match shared.last_call.get() {
-            Some(&last_call) if state == State::Idle => {
-                Some(deadline.map_or(last_call, |deadline| deadline.min(last_call)))
-            }
-            _ => deadline,
         }
     }
 }
@@ -273,8 +186,7 @@ fn poll_alarm(mut alarm: Pin<&mut Sleep>, deadline: Instant, cx: &mut Context<'_
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum State {
-    /// The client, to begin a request. Entered by accept, and with a response that is in the
-    /// kernel's hands.
+    /// The client, to begin a request. Entered by accept, and when the kernel has a response.
     Idle,
     /// The client, to end the headers it has begun. Entered with a byte.
     Headers,
@@ -290,8 +202,8 @@ pub(super) enum State {
 const BUSY: u64 = 0;
 const ENDING: u64 = u64::MAX;
 
-/// What is seen of a connection. What writes here runs in the connection's task, except the server
-/// that evicts or wakes it and has a fence for that, so nothing needs more than relaxed order.
+/// What a connection is doing. The connection's task writes it, and so does the server that evicts
+/// or wakes the connection; the server has a fence for that, so relaxed order is enough.
 pub(super) struct Activity {
     /// A [`State`].
     state: AtomicU8,
@@ -299,7 +211,7 @@ pub(super) struct Activity {
     moved: AtomicBool,
     /// hyper holds the whole response, or none is due.
     responded: AtomicBool,
-    /// A response has told the client that it is the last, for a reason that the client did not know.
+    /// A response has said `Connection: close` for a reason that the client did not know.
     closing: AtomicBool,
     /// The last four bytes that were read.
     tail: AtomicU32,
@@ -310,7 +222,7 @@ pub(super) struct Activity {
 }
 
 impl Activity {
-    /// Of a connection that was accepted at this moment.
+    /// For a connection that was accepted at this moment.
     pub(super) fn new(accepted: u64) -> Self {
         Self {
             state: AtomicU8::new(State::Idle as u8),
@@ -351,10 +263,10 @@ impl Activity {
         evicted
     }
 
-    /// Makes it look at what has changed around it.
+    /// Wakes the connection's task, which then sees what the server has changed.
     pub(super) fn wake(&self) {
         fence(SeqCst);
-        // One that has not run yet looks anyway.
+        // A task that has not run yet will see it anyway.
         if let Some(waker) = self.waker.get() {
             waker.wake_by_ref();
         }
@@ -365,9 +277,27 @@ impl Activity {
         self.moved.store(true, Relaxed);
     }
 
-    /// From here on its place can be needed for another connection.
-    fn park(&self, now: u64) {
-        self.idle_since.store(now, Relaxed);
+    /// When the present state times out; `None` while the handler works, which bounds its own time.
+    /// `since` is when the state was entered, updated here when the state has changed.
+    fn deadline(&self, since: &mut Instant, shared: &Shared) -> Option<Instant> {
+        let state = self.state();
+        if self.moved.swap(false, Relaxed) && state != State::Handling {
+            *since = Instant::now();
+            if state == State::Idle {
+                // From now on its place can be needed for another connection.
+                self.idle_since.store(shared.moment(*since), Relaxed);
+            }
+        }
+        let limit = match state {
+            State::Handling => return None,
+            State::Idle => shared.limits.idle_timeout,
+            State::Headers => shared.limits.header_timeout,
+            State::Writing => shared.limits.stall_timeout,
+            State::Lingering => LINGER,
+        };
+        let deadline = since.checked_add(limit);
+        let last_call = shared.last_call.get().filter(|_| state == State::Idle);
+        deadline.into_iter().chain(last_call.copied()).min()
     }
 
     fn is_ending(&self) -> bool {
@@ -396,7 +326,7 @@ impl Activity {
         self.enter(State::Handling);
     }
 
-    /// hyper has all of the response, though the kernel need not.
+    /// hyper has all of the response; the kernel can have less.
     fn response_complete(&self) {
         self.responded.store(true, Relaxed);
         if self.state() != State::Writing {
@@ -421,8 +351,8 @@ impl Activity {
         }
     }
 
-    /// What was read behind the last request is the beginning of the next, unless it ends as headers
-    /// do: hyper then has all of it.
+    /// Bytes behind the last request begin the next one, unless they end as headers do: hyper then
+    /// has all of it.
     fn after_response(&self) -> State {
         let [_, bytes @ ..] = self.tail.load(Relaxed).to_be_bytes();
         if bytes == *b"\n\r\n" || bytes[1..] == *b"\n\n" {
@@ -433,7 +363,7 @@ impl Activity {
     }
 }
 
-/// The client's socket, noting what moves.
+/// The client's socket. Notes each byte that is read or written.
 struct Socket {
     stream: TcpStream,
     activity: Arc<Activity>,
@@ -451,8 +381,8 @@ impl AsyncRead for Socket {
         if !bytes.is_empty() {
             self.activity.bytes_read(bytes);
         } else if read.is_pending() && self.activity.is_ending() {
-            // The kernel can have bytes of which tokio's poller does not know yet. They are part of
-            // a request, which is served; without any, hyper is told that the client has ended, and
+            // The kernel can have bytes that tokio's poller has not seen yet. They are part of a
+            // request, which is served. Without any, hyper is told that the client has closed, and
             // closes.
             if rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0) {
                 self.activity.headers_begun();
@@ -482,8 +412,8 @@ impl AsyncWrite for Socket {
     }
 
     /// hyper calls this in each turn in which it has nothing to write. While a handler works it does
-    /// not read, since a client that has shut down its sending side still waits; so a reset is
-    /// looked for here, and ends the handler.
+    /// not read, since a client that has shut down its sending side still waits for a response. So a
+    /// reset is looked for here, and ends the handler.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.activity.state() == State::Handling
             && self.stream.poll_read_ready(cx).is_ready()
@@ -499,13 +429,13 @@ impl AsyncWrite for Socket {
     }
 }
 
-/// A response's body, noting when hyper has taken all of it.
-struct Answer {
+/// A response's body. Notes when hyper has taken all of it.
+struct ResponseBody {
     body: Body,
     activity: Arc<Activity>,
 }
 
-impl HttpBody for Answer {
+impl HttpBody for ResponseBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -525,7 +455,7 @@ impl HttpBody for Answer {
     }
 }
 
-impl Drop for Answer {
+impl Drop for ResponseBody {
     fn drop(&mut self) {
         self.activity.response_complete();
     }
@@ -539,7 +469,7 @@ mod tests {
     use crate::lifecycle::{Lifecycle, Phase};
     use crate::server::{Events, Limits, Stop};
 
-    /// What they took while a connection had nine flags and subscribed to the stop by itself.
+    /// The size when a connection had nine flags and subscribed to the stop by itself.
     const TASK_AND_ACTIVITY: usize = 1640;
 
     #[tokio::test]
@@ -547,32 +477,24 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).await;
         let second = Duration::from_secs(1);
-        let shared = Shared {
-            router: axum::Router::new(),
-            limits: Limits {
-                max_connections: 1,
-                header_timeout: second,
-                idle_timeout: second,
-                stall_timeout: second,
-            },
-            events: Events {
-                connections: Box::new(|_open| {}),
-                rejected: Box::new(|_reason| {}),
-            },
-            stop: Stop {
-                lifecycle: Lifecycle::default(),
-                leave_at: Phase::Leaving,
-                drain_at: Phase::Draining,
-                drain: second,
-            },
-            began: Instant::now(),
-            last_call: OnceLock::new(),
+        let limits = Limits {
+            max_connections: 1,
+            header_timeout: second,
+            idle_timeout: second,
+            stall_timeout: second,
         };
-        let task = run(
-            stream.unwrap(),
-            Arc::new(shared),
-            Arc::new(Activity::new(1)),
-        );
+        let events = Events {
+            connections: Box::new(|_open| {}),
+            rejected: Box::new(|_reason| {}),
+        };
+        let stop = Stop {
+            lifecycle: Lifecycle::default(),
+            leave_at: Phase::Leaving,
+            drain_at: Phase::Draining,
+            drain: second,
+        };
+        let shared = Arc::new(Shared::new(axum::Router::new(), limits, events, stop));
+        let task = run(stream.unwrap(), shared, Arc::new(Activity::new(1)));
         let size = size_of_val(&task) + size_of::<Activity>();
         assert!(size <= TASK_AND_ACTIVITY, "{size}");
     }
