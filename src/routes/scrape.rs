@@ -79,7 +79,7 @@ impl Scrapes {
 }
 
 /// Renders every metric, in the format that the scraper likes best.
-pub async fn render(State(state): State<AppState>, headers: HeaderMap) -> Response {
+pub(super) async fn render(State(state): State<AppState>, headers: HeaderMap) -> Response {
     let format = format(&headers);
     let about = [
         (CONTENT_TYPE, format.content_type()),
