@@ -1,8 +1,8 @@
-//! One connection: HTTP/1 over a socket, as a state machine whose every wait has a deadline.
+//! One connection: HTTP/1 over a socket, whose every wait has a deadline.
 //!
 //! Must not know: how connections are accepted or counted, and what the router does.
 //!
-//! hyper tells neither when headers begin nor when a response is complete, and its one timer for
+//! hyper does not tell when headers begin or when a response is complete, and its one timer for
 //! headers also runs while a connection is idle. So the socket, the service and the response's body
 //! move an [`Activity`] from state to state, and the connection's task derives a deadline from it
 //! after each turn of hyper. The clock is read only when the state has changed, and a timer is set
@@ -15,10 +15,8 @@ use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, fence};
-use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll, Waker, ready};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
@@ -33,6 +31,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tower::Service;
 
+use super::activity::{Activity, State};
 use super::shared::Shared;
 use super::{host, rejections};
 use crate::metrics::Rejection;
@@ -79,7 +78,7 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
             };
             // Only here is `Connection: close` decided.
             if has_body || !named || shared.is_leaving() {
-                activity.closing.store(true, Relaxed);
+                activity.announce_close();
                 let close = HeaderValue::from_static("close");
                 response.headers_mut().insert(CONNECTION, close);
             }
@@ -95,11 +94,7 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
     let mut alarm = pin!(sleep(shared.limits.idle_timeout));
     let mut since = alarm.deadline() - shared.limits.idle_timeout;
     let end = poll_fn(|cx| {
-        if activity.waker.get().is_none() {
-            activity.waker.get_or_init(|| cx.waker().clone());
-            // Either the server's request is seen below, or the server sees the waker.
-            fence(SeqCst);
-        }
+        activity.set_waker(cx.waker());
         loop {
             if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
                 return Poll::Ready(End::Closed(ended.err()));
@@ -113,12 +108,12 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
                 return Poll::Ready(End::Expired(state));
             }
             // In hyper's next turn the socket sees whether a request has arrived.
-            activity.idle_since.store(ENDING, Relaxed);
+            activity.expire();
         }
     })
     .await;
 
-    activity.idle_since.store(BUSY, Relaxed);
+    activity.mark_busy();
     match end {
         End::Closed(error) => {
             let parts = connection.into_parts();
@@ -126,7 +121,7 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
             if let Some(error) = &refused {
                 (shared.events.rejected)(rejections::reason(error, &parts.read_buf));
             }
-            if refused.is_some() || activity.closing.load(Relaxed) {
+            if refused.is_some() || activity.is_closing() {
                 activity.enter(State::Lingering);
                 let _ = timeout(LINGER, discard(parts.io.into_inner().stream)).await;
             }
@@ -178,187 +173,6 @@ fn poll_alarm(mut alarm: Pin<&mut Sleep>, deadline: Instant, cx: &mut Context<'_
         ready!(alarm.as_mut().poll(cx));
         if alarm.deadline() >= deadline {
             return Poll::Ready(());
-        }
-    }
-}
-
-/// What a connection waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub(super) enum State {
-    /// The client, to begin a request. Entered by accept, and when the kernel has a response.
-    Idle,
-    /// The client, to end the headers it has begun. Entered with a byte.
-    Headers,
-    /// The handler. Entered when hyper calls the service.
-    Handling,
-    /// The client, to take a response. Entered when a write would block, and again with each byte.
-    Writing,
-    /// The client, to close: the server has.
-    Lingering,
-}
-
-/// [`Activity::idle_since`] of a connection that is not idle, and of one that closes for that.
-const BUSY: u64 = 0;
-const ENDING: u64 = u64::MAX;
-
-/// What a connection is doing. The connection's task writes it, and so does the server that evicts
-/// or wakes the connection; the server has a fence for that, so relaxed order is enough.
-pub(super) struct Activity {
-    /// A [`State`].
-    state: AtomicU8,
-    /// The state was entered since the clock last looked.
-    moved: AtomicBool,
-    /// hyper holds the whole response, or none is due.
-    responded: AtomicBool,
-    /// A response has said `Connection: close` for a reason that the client did not know.
-    closing: AtomicBool,
-    /// The last four bytes that were read.
-    tail: AtomicU32,
-    /// Since when it is idle, by [`Shared::moment`]; or [`BUSY`], or [`ENDING`].
-    idle_since: AtomicU64,
-    /// Wakes the connection's task, whose waker is always the same.
-    waker: OnceLock<Waker>,
-}
-
-impl Activity {
-    /// For a connection that was accepted at this moment.
-    pub(super) fn new(accepted: u64) -> Self {
-        Self {
-            state: AtomicU8::new(State::Idle as u8),
-            moved: AtomicBool::new(false),
-            responded: AtomicBool::new(true),
-            closing: AtomicBool::new(false),
-            tail: AtomicU32::new(0),
-            idle_since: AtomicU64::new(accepted),
-            waker: OnceLock::new(),
-        }
-    }
-
-    pub(super) fn state(&self) -> State {
-        match self.state.load(Relaxed) {
-            0 => State::Idle,
-            1 => State::Headers,
-            2 => State::Handling,
-            3 => State::Writing,
-            _ => State::Lingering,
-        }
-    }
-
-    /// Since when it is idle, if it is and stays open.
-    pub(super) fn idle_since(&self) -> Option<u64> {
-        let since = self.idle_since.load(Relaxed);
-        (since != BUSY && since != ENDING).then_some(since)
-    }
-
-    /// Closes it if it has been idle since this moment. A request that arrives meanwhile is served.
-    pub(super) fn evict(&self, since: u64) -> bool {
-        let evicted = self
-            .idle_since
-            .compare_exchange(since, ENDING, Relaxed, Relaxed)
-            .is_ok();
-        if evicted {
-            self.wake();
-        }
-        evicted
-    }
-
-    /// Wakes the connection's task, which then sees what the server has changed.
-    pub(super) fn wake(&self) {
-        fence(SeqCst);
-        // A task that has not run yet will see it anyway.
-        if let Some(waker) = self.waker.get() {
-            waker.wake_by_ref();
-        }
-    }
-
-    fn enter(&self, state: State) {
-        self.state.store(state as u8, Relaxed);
-        self.moved.store(true, Relaxed);
-    }
-
-    /// When the present state times out; `None` while the handler works, which bounds its own time.
-    /// `since` is when the state was entered, updated here when the state has changed.
-    fn deadline(&self, since: &mut Instant, shared: &Shared) -> Option<Instant> {
-        let state = self.state();
-        if self.moved.swap(false, Relaxed) && state != State::Handling {
-            *since = Instant::now();
-            if state == State::Idle {
-                // From now on its place can be needed for another connection.
-                self.idle_since.store(shared.moment(*since), Relaxed);
-            }
-        }
-        let limit = match state {
-            State::Handling => return None,
-            State::Idle => shared.limits.idle_timeout,
-            State::Headers => shared.limits.header_timeout,
-            State::Writing => shared.limits.stall_timeout,
-            State::Lingering => LINGER,
-        };
-        let deadline = since.checked_add(limit);
-        let last_call = shared.last_call.get().filter(|_| state == State::Idle);
-        deadline.into_iter().chain(last_call.copied()).min()
-    }
-
-    fn is_ending(&self) -> bool {
-        self.state() == State::Idle && self.idle_since.load(Relaxed) == ENDING
-    }
-
-    fn bytes_read(&self, bytes: &[u8]) {
-        let last = &bytes[bytes.len().saturating_sub(4)..];
-        let tail = last.iter().fold(self.tail.load(Relaxed), |tail, &byte| {
-            tail << 8 | u32::from(byte)
-        });
-        self.tail.store(tail, Relaxed);
-        if self.state() == State::Idle {
-            self.headers_begun();
-        }
-    }
-
-    fn headers_begun(&self) {
-        self.idle_since.store(BUSY, Relaxed);
-        self.enter(State::Headers);
-    }
-
-    fn request_begun(&self) {
-        self.idle_since.store(BUSY, Relaxed);
-        self.responded.store(false, Relaxed);
-        self.enter(State::Handling);
-    }
-
-    /// hyper has all of the response; the kernel can have less.
-    fn response_complete(&self) {
-        self.responded.store(true, Relaxed);
-        if self.state() != State::Writing {
-            self.enter(self.after_response());
-        }
-    }
-
-    fn write_blocked(&self) {
-        // Only a byte that is written gives the client more time.
-        if self.state() != State::Writing {
-            self.enter(State::Writing);
-        }
-    }
-
-    fn bytes_written(&self) {
-        if self.state() == State::Writing {
-            self.enter(if self.responded.load(Relaxed) {
-                self.after_response()
-            } else {
-                State::Handling
-            });
-        }
-    }
-
-    /// Bytes behind the last request begin the next one, unless they end as headers do: hyper then
-    /// has all of it.
-    fn after_response(&self) -> State {
-        let [_, bytes @ ..] = self.tail.load(Relaxed).to_be_bytes();
-        if bytes == *b"\n\r\n" || bytes[1..] == *b"\n\n" {
-            State::Idle
-        } else {
-            State::Headers
         }
     }
 }

@@ -4,6 +4,7 @@
 //! Must not know: routes, stores or settings. It is given a router, limits and the phases of a stop;
 //! it reports how many connections are open and which requests never reached the router.
 
+mod activity;
 mod capacity;
 mod connection;
 mod host;
@@ -21,8 +22,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 
+use self::activity::{Activity, State};
 pub use self::capacity::Capacity;
-use self::connection::{Activity, State};
 pub use self::listener::bind;
 use self::listener::{Warnings, begin_no_handshake, concerns_one_client};
 pub use self::rejections::Rejections;

@@ -1,39 +1,30 @@
-//! The way of a span to the collector: queued, batched, sent over OTLP as protobuf, and counted.
+//! The way of a span to the collector: queued, batched, exported and counted.
 //!
-//! The SDK does not report how many spans its queue drops, each attempt to export (an export makes
-//! several, with a backoff), why there was no response, and how many spans the collector rejected.
-//! Wrappers around its processor, its exporter and its HTTP client see all four.
+//! The SDK does not report how many spans its queue drops, nor all that an export meets. Wrappers
+//! around its processor and its exporter count both.
 //!
 //! Must not know: what a span is about, and which requests are sampled.
 
-use std::error::Error;
-use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context as _;
-use http::{Request, Response};
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry::{Array, InstrumentationScope, KeyValue, StringValue, Value};
-use opentelemetry_http::{Bytes, HttpClient, HttpError};
-use opentelemetry_otlp::{Protocol, SpanExporter as OtlpExporter};
-use opentelemetry_otlp::{WithExportConfig as _, WithHttpConfig as _};
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
+use opentelemetry_otlp::SpanExporter as OtlpExporter;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
 use opentelemetry_sdk::trace::{
-    BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, Span, SpanData,
+    BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracerProvider, Span, SpanData,
     SpanExporter, SpanLimits, SpanProcessor,
 };
-use prost::Message as _;
-use reqwest::Certificate;
 use tracing::warn;
 
 use super::collector::Collector;
+use super::otlp::{self, Details};
 use super::sampler::DrawnIds;
-use super::span::{cut, value_length_limit};
-use crate::config::{Compression, ExporterConfig, TracesConfig};
+use super::span;
+use crate::config::{ExporterConfig, TracesConfig};
 use crate::metrics::{self, Spans};
 
 /// The version of the semantic conventions that names and attributes follow.
@@ -53,14 +44,7 @@ impl Pipeline {
         let queued = Arc::new(AtomicUsize::new(0));
         let details = Details::default();
         let exporter = CountingExporter {
-            exporter: otlp_exporter(
-                exporter,
-                InspectingClient {
-                    http: http_client(exporter)?,
-                    details: details.clone(),
-                    collector: Arc::clone(&collector),
-                },
-            )?,
+            exporter: otlp::exporter(exporter, details.clone(), Arc::clone(&collector))?,
             details,
             queued: Arc::clone(&queued),
             collector: Arc::clone(&collector),
@@ -87,18 +71,16 @@ impl Pipeline {
             .with_resource(resource(config))
             .with_span_processor(processor)
             .build();
-        Ok(Self {
-            provider,
-            collector,
-        })
-    }
-
-    pub(super) fn tracer(&self) -> SdkTracer {
         let scope = InstrumentationScope::builder(env!("CARGO_PKG_NAME"))
             .with_version(crate::VERSION)
             .with_schema_url(SCHEMA_URL)
             .build();
-        self.provider.tracer_with_scope(scope)
+        let tracer = provider.tracer_with_scope(scope);
+        span::set_tracer(tracer, config.value_length_limit);
+        Ok(Self {
+            provider,
+            collector,
+        })
     }
 
     /// Sends the remaining spans, for at most `timeout`, and logs how many were lost since the
@@ -130,38 +112,6 @@ fn resource(config: &TracesConfig) -> Resource {
         .build()
 }
 
-fn http_client(config: &ExporterConfig) -> anyhow::Result<reqwest::blocking::Client> {
-    let mut http = reqwest::blocking::Client::builder()
-        .timeout(config.timeout)
-        // The environment's proxies are not our settings.
-        .no_proxy();
-    if let Some(roots) = &config.roots {
-        let roots =
-            Certificate::from_pem_bundle(&roots.pem).context("reading root certificates")?;
-        http = http.tls_certs_only(roots);
-    }
-    http.build().context("building the exporter's HTTP client")
-}
-
-fn otlp_exporter(
-    config: &ExporterConfig,
-    client: InspectingClient,
-) -> anyhow::Result<OtlpExporter> {
-    let headers = config.headers.iter();
-    let headers = headers.map(|(name, value)| (name.clone(), value.expose().to_owned()));
-    let mut builder = OtlpExporter::builder()
-        .with_http()
-        .with_http_client(client)
-        .with_protocol(Protocol::HttpBinary)
-        .with_endpoint(&config.endpoint)
-        .with_timeout(config.timeout)
-        .with_headers(headers.collect());
-    if config.compression == Compression::Gzip {
-        builder = builder.with_compression(opentelemetry_otlp::Compression::Gzip);
-    }
-    builder.build().context("building the OTLP exporter")
-}
-
 /// Counts queued and dropped spans; the SDK exposes neither.
 #[derive(Debug)]
 struct CountingProcessor {
@@ -184,7 +134,7 @@ impl SpanProcessor for CountingProcessor {
             return;
         }
         for attribute in &mut span.attributes {
-            cut_value(&mut attribute.value, value_length_limit());
+            cut_value(&mut attribute.value, span::value_length_limit());
         }
         self.collector.queued();
         metrics::spans(Spans::Queued, 1);
@@ -208,7 +158,7 @@ impl SpanProcessor for CountingProcessor {
 /// as large as what a client or a store sends.
 fn cut_value(value: &mut Value, limit: usize) {
     let cut_text = |text: &mut StringValue| {
-        let short = cut(text.as_str(), limit);
+        let short = span::cut(text.as_str(), limit);
         if short.len() < text.as_str().len() {
             *text = StringValue::from(short.to_owned());
         }
@@ -234,7 +184,7 @@ impl SpanExporter for CountingExporter {
         let spans = batch.len();
         self.queued.fetch_sub(spans, Ordering::Relaxed);
         let result = self.exporter.export(batch).await;
-        let details = std::mem::take(&mut *self.details.lock());
+        let details = self.details.take();
         match &result {
             Ok(()) => self.collector.exported(spans, details.rejected.min(spans)),
             Err(error) => {
@@ -249,85 +199,9 @@ impl SpanExporter for CountingExporter {
         self.exporter.shutdown_with_timeout(timeout)
     }
 
-    fn force_flush(&self) -> OTelSdkResult {
-        self.exporter.force_flush()
-    }
-
     fn set_resource(&mut self, resource: &Resource) {
         self.exporter.set_resource(resource);
     }
-}
-
-/// What the SDK's result of an export omits.
-#[derive(Debug, Default)]
-struct ExportDetails {
-    /// Spans that the collector rejected.
-    rejected: usize,
-    /// Why there was no response.
-    error: Option<String>,
-}
-
-/// The details of the last attempt, shared by the client that sees them and the exporter.
-#[derive(Debug, Clone, Default)]
-struct Details(Arc<Mutex<ExportDetails>>);
-
-impl Details {
-    fn lock(&self) -> MutexGuard<'_, ExportDetails> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Sends a request and notes what the SDK's result omits.
-#[derive(Debug)]
-struct InspectingClient {
-    http: reqwest::blocking::Client,
-    details: Details,
-    collector: Arc<Collector>,
-}
-
-impl HttpClient for InspectingClient {
-    fn send_bytes<'client, 'sent>(
-        &'client self,
-        request: Request<Bytes>,
-    ) -> Pin<Box<dyn Future<Output = Result<Response<Bytes>, HttpError>> + Send + 'sent>>
-    where
-        'client: 'sent,
-        Self: 'sent,
-    {
-        Box::pin(async move {
-            let result = self.http.send_bytes(request).await;
-            let mut details = ExportDetails::default();
-            match &result {
-                Ok(response) if response.status().is_success() => {
-                    details.rejected = rejected(response.body());
-                }
-                Ok(_) => self.collector.attempt_failed(),
-                Err(error) => {
-                    self.collector.attempt_failed();
-                    details.error = Some(innermost_cause(&**error));
-                }
-            }
-            *self.details.lock() = details;
-            result
-        })
-    }
-}
-
-/// How many spans the collector rejected, by its response.
-fn rejected(response: &[u8]) -> usize {
-    ExportTraceServiceResponse::decode(response)
-        .ok()
-        .and_then(|response| usize::try_from(response.partial_success?.rejected_spans).ok())
-        .unwrap_or(0)
-}
-
-/// The outer causes add nothing: they only say that the export failed.
-fn innermost_cause(error: &(dyn Error + 'static)) -> String {
-    let mut innermost = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
-    }
-    innermost.to_string()
 }
 
 #[cfg(test)]

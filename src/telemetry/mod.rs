@@ -7,6 +7,7 @@
 mod collector;
 mod exporter;
 mod log;
+mod otlp;
 mod panic;
 mod propagation;
 pub mod request;
@@ -59,7 +60,6 @@ impl Telemetry {
             let started = Pipeline::new(traces, exporter)?;
             let collector = Arc::clone(&started.collector);
             sampler = Sampler::new(traces.sampler, collector, trace_context);
-            span::set_tracer(started.tracer(), traces.value_length_limit);
             pipeline = Some(started);
         }
         tracing_subscriber::registry()

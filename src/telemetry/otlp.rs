@@ -1,0 +1,138 @@
+//! Sends spans over OTLP: HTTP with protobuf.
+//!
+//! The SDK's exporter does not report each attempt (an export makes several, with a backoff), why
+//! there was no response, and how many spans the collector rejected. The HTTP client here sees all
+//! three.
+//!
+//! Must not know: what a span is about.
+
+use std::error::Error;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::Context as _;
+use http::{Request, Response};
+use opentelemetry_http::{Bytes, HttpClient, HttpError};
+use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig as _, WithHttpConfig as _};
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
+use prost::Message as _;
+use reqwest::Certificate;
+
+use super::collector::Collector;
+use crate::config::{Compression, ExporterConfig};
+
+/// The SDK's exporter with a client that looks at each attempt. Must be called outside the runtime,
+/// since the client is a blocking one.
+pub(super) fn exporter(
+    config: &ExporterConfig,
+    details: Details,
+    collector: Arc<Collector>,
+) -> anyhow::Result<SpanExporter> {
+    let client = InspectingClient {
+        http: http_client(config)?,
+        details,
+        collector,
+    };
+    let headers = config.headers.iter();
+    let headers = headers.map(|(name, value)| (name.clone(), value.expose().to_owned()));
+    let mut builder = SpanExporter::builder()
+        .with_http()
+        .with_http_client(client)
+        .with_protocol(Protocol::HttpBinary)
+        .with_endpoint(&config.endpoint)
+        .with_timeout(config.timeout)
+        .with_headers(headers.collect());
+    if config.compression == Compression::Gzip {
+        builder = builder.with_compression(opentelemetry_otlp::Compression::Gzip);
+    }
+    builder.build().context("building the OTLP exporter")
+}
+
+fn http_client(config: &ExporterConfig) -> anyhow::Result<reqwest::blocking::Client> {
+    let mut http = reqwest::blocking::Client::builder()
+        .timeout(config.timeout)
+        // The environment's proxies are not our settings.
+        .no_proxy();
+    if let Some(roots) = &config.roots {
+        let roots =
+            Certificate::from_pem_bundle(&roots.pem).context("reading root certificates")?;
+        http = http.tls_certs_only(roots);
+    }
+    http.build().context("building the exporter's HTTP client")
+}
+
+/// What the SDK's result of an export omits.
+#[derive(Debug, Default)]
+pub(super) struct ExportDetails {
+    /// Spans that the collector rejected.
+    pub(super) rejected: usize,
+    /// Why there was no response.
+    pub(super) error: Option<String>,
+}
+
+/// The details of the last attempt, shared by the client that sees them and the exporter.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Details(Arc<Mutex<ExportDetails>>);
+
+impl Details {
+    pub(super) fn take(&self) -> ExportDetails {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ExportDetails> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sends a request and notes what the SDK's result omits.
+#[derive(Debug)]
+struct InspectingClient {
+    http: reqwest::blocking::Client,
+    details: Details,
+    collector: Arc<Collector>,
+}
+
+impl HttpClient for InspectingClient {
+    fn send_bytes<'client, 'sent>(
+        &'client self,
+        request: Request<Bytes>,
+    ) -> Pin<Box<dyn Future<Output = Result<Response<Bytes>, HttpError>> + Send + 'sent>>
+    where
+        'client: 'sent,
+        Self: 'sent,
+    {
+        Box::pin(async move {
+            let result = self.http.send_bytes(request).await;
+            let mut details = ExportDetails::default();
+            match &result {
+                Ok(response) if response.status().is_success() => {
+                    details.rejected = rejected(response.body());
+                }
+                Ok(_) => self.collector.attempt_failed(),
+                Err(error) => {
+                    self.collector.attempt_failed();
+                    details.error = Some(innermost_cause(&**error));
+                }
+            }
+            *self.details.lock() = details;
+            result
+        })
+    }
+}
+
+/// How many spans the collector rejected, by its response.
+fn rejected(response: &[u8]) -> usize {
+    ExportTraceServiceResponse::decode(response)
+        .ok()
+        .and_then(|response| usize::try_from(response.partial_success?.rejected_spans).ok())
+        .unwrap_or(0)
+}
+
+/// The outer causes add nothing: they only say that the export failed.
+fn innermost_cause(error: &(dyn Error + 'static)) -> String {
+    let mut innermost = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    innermost.to_string()
+}
