@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use opentelemetry_sdk::error::OTelSdkError;
 use tracing::{info, warn};
 
 use crate::metrics::{self, Spans};
@@ -29,10 +30,19 @@ pub(super) struct Collector {
 
 #[derive(Debug, Default)]
 struct Status {
+    attempt: Attempt,
     outage: Option<Outage>,
     /// Rejected spans since the last log line about them.
     rejected: usize,
     rejection_logged: Option<Instant>,
+}
+
+/// What the last attempt of an export met, which the SDK's result omits.
+#[derive(Debug, Default)]
+struct Attempt {
+    rejected: usize,
+    /// Why there was no response.
+    error: Option<String>,
 }
 
 /// Exports that have failed in a row.
@@ -68,19 +78,28 @@ impl Collector {
         self.unexported.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// An attempt to export has failed. Each of an export's attempts counts, since all of them
-    /// together take almost a second.
-    pub(super) fn attempt_failed(&self) {
-        self.failures.fetch_add(1, Ordering::Relaxed);
+    /// An attempt to export has succeeded, except for the spans that the collector rejected.
+    pub(super) fn attempt_succeeded(&self, rejected: usize) {
+        self.status().attempt = Attempt {
+            rejected,
+            error: None,
+        };
     }
 
-    /// The collector has taken `spans` spans and rejected some of them. A collector that rejects
-    /// spans is up.
-    pub(super) fn exported(&self, spans: usize, rejected: usize) {
-        metrics::spans(Spans::Exported, spans - rejected);
-        metrics::spans(Spans::NotExported, rejected);
+    /// An attempt to export has failed, with an error if there was no response. Each of an export's
+    /// attempts counts, since all of them together take almost a second.
+    pub(super) fn attempt_failed(&self, error: Option<String>) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        self.status().attempt = Attempt { rejected: 0, error };
+    }
+
+    /// An export of `spans` spans has succeeded. A collector that rejects some of them is up.
+    pub(super) fn exported(&self, spans: usize) {
         self.failures.store(0, Ordering::Relaxed);
         let mut status = self.status();
+        let rejected = std::mem::take(&mut status.attempt).rejected.min(spans);
+        metrics::spans(Spans::Exported, spans - rejected);
+        metrics::spans(Spans::NotExported, rejected);
         self.unexported.fetch_sub(spans, Ordering::AcqRel);
         if rejected > 0 {
             status.rejected(rejected);
@@ -95,17 +114,19 @@ impl Collector {
     }
 
     /// An export of `spans` spans has failed.
-    pub(super) fn failed(&self, spans: usize, error: &str) {
+    pub(super) fn failed(&self, spans: usize, result: &OTelSdkError) {
         metrics::spans(Spans::NotExported, spans);
         let now = Instant::now();
         let mut status = self.status();
+        let error = std::mem::take(&mut status.attempt).error;
+        let error = error.unwrap_or_else(|| result.to_string());
         self.unexported.fetch_sub(spans, Ordering::AcqRel);
         let Some(outage) = &mut status.outage else {
             warn!(error, "the collector does not take spans");
             status.outage = Some(Outage {
                 since: now,
                 lost: spans,
-                reason: error.to_owned(),
+                reason: error,
                 logged: now,
             });
             return;
@@ -113,7 +134,7 @@ impl Collector {
         outage.lost += spans;
         if outage.reason != error && now - outage.logged >= REASON_INTERVAL {
             warn!(error, "the collector still does not take spans");
-            error.clone_into(&mut outage.reason);
+            outage.reason = error;
             outage.logged = now;
         }
     }

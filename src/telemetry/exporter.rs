@@ -21,9 +21,8 @@ use opentelemetry_sdk::trace::{
 use tracing::warn;
 
 use super::collector::Collector;
-use super::otlp::{self, Details};
 use super::sampler::DrawnIds;
-use super::span;
+use super::{otlp, span};
 use crate::config::{ExporterConfig, TracesConfig};
 use crate::metrics::{self, Spans};
 
@@ -42,10 +41,8 @@ impl Pipeline {
     pub(super) fn new(config: &TracesConfig, exporter: &ExporterConfig) -> anyhow::Result<Self> {
         let collector = Arc::new(Collector::default());
         let queued = Arc::new(AtomicUsize::new(0));
-        let details = Details::default();
         let exporter = CountingExporter {
-            exporter: otlp::exporter(exporter, details.clone(), Arc::clone(&collector))?,
-            details,
+            exporter: otlp::exporter(exporter, Arc::clone(&collector))?,
             queued: Arc::clone(&queued),
             collector: Arc::clone(&collector),
         };
@@ -174,7 +171,6 @@ fn cut_value(value: &mut Value, limit: usize) {
 #[derive(Debug)]
 struct CountingExporter {
     exporter: OtlpExporter,
-    details: Details,
     queued: Arc<AtomicUsize>,
     collector: Arc<Collector>,
 }
@@ -184,13 +180,9 @@ impl SpanExporter for CountingExporter {
         let spans = batch.len();
         self.queued.fetch_sub(spans, Ordering::Relaxed);
         let result = self.exporter.export(batch).await;
-        let details = self.details.take();
         match &result {
-            Ok(()) => self.collector.exported(spans, details.rejected.min(spans)),
-            Err(error) => {
-                let error = details.error.unwrap_or_else(|| error.to_string());
-                self.collector.failed(spans, &error);
-            }
+            Ok(()) => self.collector.exported(spans),
+            Err(error) => self.collector.failed(spans, error),
         }
         result
     }

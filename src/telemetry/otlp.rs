@@ -8,7 +8,7 @@
 
 use std::error::Error;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use http::{Request, Response};
@@ -25,12 +25,10 @@ use crate::config::{Compression, ExporterConfig};
 /// since the client is a blocking one.
 pub(super) fn exporter(
     config: &ExporterConfig,
-    details: Details,
     collector: Arc<Collector>,
 ) -> anyhow::Result<SpanExporter> {
     let client = InspectingClient {
         http: http_client(config)?,
-        details,
         collector,
     };
     let headers = config.headers.iter();
@@ -61,34 +59,10 @@ fn http_client(config: &ExporterConfig) -> anyhow::Result<reqwest::blocking::Cli
     http.build().context("building the exporter's HTTP client")
 }
 
-/// What the SDK's result of an export omits.
-#[derive(Debug, Default)]
-pub(super) struct ExportDetails {
-    /// Spans that the collector rejected.
-    pub(super) rejected: usize,
-    /// Why there was no response.
-    pub(super) error: Option<String>,
-}
-
-/// The details of the last attempt, shared by the client that sees them and the exporter.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Details(Arc<Mutex<ExportDetails>>);
-
-impl Details {
-    pub(super) fn take(&self) -> ExportDetails {
-        std::mem::take(&mut *self.lock())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, ExportDetails> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Sends a request and notes what the SDK's result omits.
+/// Sends a request, and tells the collector's status how the attempt ended.
 #[derive(Debug)]
 struct InspectingClient {
     http: reqwest::blocking::Client,
-    details: Details,
     collector: Arc<Collector>,
 }
 
@@ -103,18 +77,15 @@ impl HttpClient for InspectingClient {
     {
         Box::pin(async move {
             let result = self.http.send_bytes(request).await;
-            let mut details = ExportDetails::default();
             match &result {
                 Ok(response) if response.status().is_success() => {
-                    details.rejected = rejected(response.body());
+                    self.collector.attempt_succeeded(rejected(response.body()));
                 }
-                Ok(_) => self.collector.attempt_failed(),
-                Err(error) => {
-                    self.collector.attempt_failed();
-                    details.error = Some(innermost_cause(&**error));
-                }
+                Ok(_) => self.collector.attempt_failed(None),
+                Err(error) => self
+                    .collector
+                    .attempt_failed(Some(innermost_cause(&**error))),
             }
-            *self.details.lock() = details;
             result
         })
     }
