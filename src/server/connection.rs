@@ -32,9 +32,9 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 use tower::Service;
 
 use super::activity::{Activity, State};
+use super::host;
+use super::rejections::{self, Rejection};
 use super::shared::Shared;
-use super::{host, rejections};
-use crate::metrics::Rejection;
 
 /// The maximum size of hyper's buffer for headers, and of its buffer for responses. Incomplete
 /// headers of this size get a 431, and so do headers of more than twice this size and more than 100

@@ -26,7 +26,7 @@ use self::activity::{Activity, State};
 pub use self::capacity::Capacity;
 pub use self::listener::bind;
 use self::listener::{Warnings, begin_no_handshake, concerns_one_client};
-pub use self::rejections::Rejections;
+pub use self::rejections::{Rejection, Rejections};
 use self::shared::Shared;
 pub use self::shared::{Events, Limits, Stop};
 

@@ -8,8 +8,8 @@ use std::time::Duration;
 use axum::Router;
 use tokio::time::Instant;
 
+use super::rejections::Rejection;
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::metrics::Rejection;
 
 /// What a client can cost. Every duration is the longest wait of its kind; after it the connection
 /// is closed without a response, as hyper and nginx do.

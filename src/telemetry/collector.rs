@@ -4,13 +4,29 @@
 //! Must not know: how spans are sent, and what they are about.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use metrics::Counter;
 use opentelemetry_sdk::error::OTelSdkError;
 use tracing::{info, warn};
 
-use crate::metrics::{self, Spans};
+use crate::metrics::catalog::SPANS_EXPORTED;
+use crate::metrics::limit::OTHER;
+
+static EXPORTED: LazyLock<Counter> = LazyLock::new(|| spans_exported(""));
+static NOT_EXPORTED: LazyLock<Counter> = LazyLock::new(|| spans_exported(OTHER));
+
+fn spans_exported(error_type: &str) -> Counter {
+    let component = "otlp_http_span_exporter";
+    SPANS_EXPORTED.with([&format!("{component}/0"), component, error_type])
+}
+
+/// Makes the series exist before there is a collector.
+pub(super) fn declare_metrics() {
+    LazyLock::force(&EXPORTED);
+    LazyLock::force(&NOT_EXPORTED);
+}
 
 /// What is known of the collector. After three failed attempts in a row at most one request a second
 /// is sampled, enough to try again with, until an export succeeds. So an absent collector costs
@@ -98,8 +114,8 @@ impl Collector {
         self.failures.store(0, Ordering::Relaxed);
         let mut status = self.status();
         let rejected = std::mem::take(&mut status.attempt).rejected.min(spans);
-        metrics::spans(Spans::Exported, spans - rejected);
-        metrics::spans(Spans::NotExported, rejected);
+        EXPORTED.increment((spans - rejected) as u64);
+        NOT_EXPORTED.increment(rejected as u64);
         self.unexported.fetch_sub(spans, Ordering::AcqRel);
         if rejected > 0 {
             status.rejected(rejected);
@@ -115,7 +131,7 @@ impl Collector {
 
     /// An export of `spans` spans has failed.
     pub(super) fn failed(&self, spans: usize, result: &OTelSdkError) {
-        metrics::spans(Spans::NotExported, spans);
+        NOT_EXPORTED.increment(spans as u64);
         let now = Instant::now();
         let mut status = self.status();
         let error = std::mem::take(&mut status.attempt).error;

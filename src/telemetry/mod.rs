@@ -11,6 +11,7 @@ mod otlp;
 mod panic;
 mod propagation;
 pub mod request;
+mod request_metrics;
 pub mod sampler;
 pub(crate) mod span;
 
@@ -25,12 +26,13 @@ use self::exporter::Pipeline;
 use self::log::LogWriter;
 use self::sampler::Sampler;
 use crate::config::{LogConfig, TracesConfig};
-use crate::metrics;
-use crate::metrics::openmetrics::Format;
+use crate::metrics::catalog::BUILD_INFO;
+use crate::metrics::{self, Format};
 
 /// Running telemetry. Dropping it writes the rest of the log.
 pub struct Telemetry {
-    log: LogWriter,
+    /// Writes the rest of the log when it is dropped.
+    _log: LogWriter,
     pipeline: Option<Pipeline>,
     sampler: Sampler,
     prometheus: PrometheusHandle,
@@ -51,6 +53,11 @@ impl Telemetry {
         trace_context: bool,
         log_timeout: Duration,
     ) -> anyhow::Result<Self> {
+        // First, since a handle that is made without a recorder changes nothing.
+        let prometheus = metrics::install()?;
+        let build = [crate::VERSION, crate::REVISION, crate::RUSTC];
+        BUILD_INFO.with(build).set(1.0);
+        exporter::declare_metrics();
         let writer = LogWriter::start(log_timeout)?;
         let mut sampler = Sampler::off(trace_context);
         let mut pipeline = None;
@@ -66,10 +73,9 @@ impl Telemetry {
             .with(log::layer(log, writer.buffer())?)
             .with(span::layer())
             .try_init()?;
-        let prometheus = metrics::install()?;
         panic::install_hook();
         Ok(Self {
-            log: writer,
+            _log: writer,
             pipeline,
             sampler,
             prometheus,
@@ -85,7 +91,7 @@ impl Telemetry {
     /// Every metric, in a format that a scraper reads.
     #[must_use]
     pub fn render_metrics(&self, format: Format) -> String {
-        metrics::render(&self.prometheus, self.log.lines_dropped(), format)
+        metrics::render(&self.prometheus, format)
     }
 
     /// Moves samples from where they are recorded to where they are kept. Until the next call or

@@ -22,9 +22,10 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
 use super::panic::{InRequest, RequestIds};
+use super::request_metrics::{self, Kind};
 use super::sampler::Sampler;
 use super::span;
-use crate::metrics;
+use crate::metrics::limit::OTHER;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACE_RESPONSE: HeaderName = HeaderName::from_static("traceresponse");
@@ -41,6 +42,7 @@ impl Observer {
     /// Logs requests slower than `slow` at level info.
     #[must_use]
     pub fn new(sampler: Sampler, slow: Duration) -> Arc<Self> {
+        request_metrics::declare();
         Arc::new(Self {
             sampler,
             slow,
@@ -166,7 +168,7 @@ impl InFlight {
             Span::none()
         };
         let context = (!span.is_none()).then(|| decision.start(&span));
-        metrics::request_active(method, 1.0);
+        request_metrics::active(method, 1.0);
         Self {
             observer: Arc::clone(observer),
             method,
@@ -210,11 +212,17 @@ impl InFlight {
     fn end(&mut self, status: Option<StatusCode>) {
         self.ended = true;
         let took = self.started.elapsed();
-        let route = self.route.as_ref().map(MatchedPath::as_str);
         let code = status.map(|status| status.as_u16());
+        let route = self.route.as_ref().map(MatchedPath::as_str);
         let span = self.context.as_ref();
-        metrics::request(self.method, route, code, self.version, took, span);
-        metrics::request_active(self.method, -1.0);
+        let kind = Kind {
+            method: self.method,
+            route,
+            status,
+            version: self.version,
+        };
+        request_metrics::record(kind, took, span);
+        request_metrics::active(self.method, -1.0);
         macro_rules! line {
             ($level:expr, $suppressed:expr) => {
                 tracing::event!(
@@ -290,8 +298,6 @@ fn request_span(
     }
     span
 }
-
-const OTHER: &str = "_OTHER";
 
 /// The method's name if it is one of HTTP's own, so that a client cannot make series.
 fn known_method(method: &Method) -> &'static str {
