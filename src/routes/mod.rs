@@ -2,6 +2,7 @@
 
 mod health;
 pub mod problem;
+mod renderings;
 mod scrape;
 mod state;
 mod visit;
