@@ -47,10 +47,6 @@ const SETTLE: Duration = Duration::from_secs(5);
 const MOMENT: Duration = Duration::from_millis(300);
 
 /// Looks.
-///
-/// # Errors
-///
-/// If there is no ground, or the system says nothing of the process.
 pub fn run() -> Result<Bounds> {
     rlimit::increase_nofile_limit(CONNECTIONS as u64 + 2000).ok();
     let ground = Ground::start(Needs::default())?;

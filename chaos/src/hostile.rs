@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bench::client::{Connection, numbers};
-use bench::measure::Mebibytes;
-use bench::paced::{self, Latency, Pace};
+use lab::client;
+use lab::measure::Mebibytes;
+use lab::paced::{self, Latency, Pace};
+use lab::wait::{locked, within};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::watch;
@@ -144,10 +145,6 @@ const QUEUE_FULL: &str = "otel_sdk_processor_span_processed_total{\
 
 /// Makes one attack after the other, each so many times for `duration`, with so many idle
 /// connections. Others visit meanwhile, and for as long before each.
-///
-/// # Errors
-///
-/// If there is no ground, or good visits break off.
 pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     // Where that is not enough, attackers have to wait.
     rlimit::increase_nofile_limit(idle as u64 + 2000).ok();
@@ -172,7 +169,7 @@ pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     }
 
     complaints.extend(service.panics());
-    let (total, _) = numbers(service.address)?;
+    let (total, _) = client::visit(service.address)?;
     let rows = ground.moments()?.len();
     if usize::try_from(total).ok() != Some(rows) {
         complaints.push(format!("the service says {total} where {rows} rows are"));
@@ -216,16 +213,16 @@ fn memory_of_spans(ground: &Ground) -> Result<Mebibytes> {
 
 /// Waits until whoever attacked is gone and forgotten, and says whether that came to pass.
 fn calms_down(service: &Service) -> bool {
-    let deadline = Instant::now() + PATIENCE;
     // The one that asks is one.
-    while service.metric("visitas_http_connections") != Some(1.0) {
-        if Instant::now() > deadline {
-            return false;
+    let calm = within(PATIENCE, || {
+        let is_alone = service.metric("visitas_http_connections") == Some(1.0);
+        if !is_alone {
+            std::thread::sleep(MOMENT);
         }
-        std::thread::sleep(MOMENT);
-    }
+        is_alone
+    });
     std::thread::sleep(MOMENT);
-    true
+    calm
 }
 
 /// Visits of those who mean well.
@@ -471,7 +468,7 @@ impl Attack {
 
 impl Witness {
     fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.0)
     }
 }
 
@@ -525,7 +522,7 @@ impl Probes {
             while goes.load(Ordering::Relaxed) {
                 for path in ["/health/live", "/health/ready"] {
                     let asked = Instant::now();
-                    let answer = Connection::open(address).and_then(|mut open| open.get(path));
+                    let answer = client::get(address, path);
                     worst = worst.max(asked.elapsed());
                     failed += usize::from(!answer.is_ok_and(|answer| answer.status == 200));
                 }

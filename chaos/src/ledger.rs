@@ -2,15 +2,15 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use lab::chance;
+use lab::history::Visit;
+use lab::visitor::Visitor;
+use lab::wait::locked;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
-
-use crate::chance;
-use crate::history::Visit;
-use crate::visitor::Visitor;
 
 /// Clients under way. Each makes its next visit shortly after the one before.
 pub struct Ledger {
@@ -31,7 +31,6 @@ const PAUSE_AFTER_REFUSAL: Duration = Duration::from_millis(5);
 impl Ledger {
     /// Starts clients, each of which asks a random replica for each of its visits and keeps a
     /// connection to each.
-    #[must_use]
     pub fn start(runtime: &Handle, addresses: &[SocketAddr]) -> Self {
         let visits = Arc::new(Mutex::new(Vec::new()));
         let going = Arc::new(AtomicBool::new(true));
@@ -45,7 +44,7 @@ impl Ledger {
                 while going.load(Ordering::Relaxed) {
                     let replica = chance::below(visitors.len());
                     let visit = visitors[replica].visit().await;
-                    lock(&visits).push(visit);
+                    locked(&visits).push(visit);
                     let recorded = visit.is_recorded();
                     tokio::time::sleep(if recorded { PAUSE } else { PAUSE_AFTER_REFUSAL }).await;
                 }
@@ -60,31 +59,28 @@ impl Ledger {
     }
 
     /// How many visits have been made.
-    #[must_use]
     pub fn made(&self) -> usize {
-        lock(&self.visits).len()
+        locked(&self.visits).len()
     }
 
     /// The visits made after the first `from`.
-    #[must_use]
     pub fn since(&self, from: usize) -> Vec<Visit> {
-        lock(&self.visits)[from..].to_vec()
+        locked(&self.visits)[from..].to_vec()
     }
 
     /// Waits for a visit, of those made after the first `from`, that is as wanted; nothing if none
     /// is soon enough.
-    #[must_use]
     pub fn find(
         &self,
         from: usize,
-        patience: Duration,
+        timeout: Duration,
         wanted: impl Fn(&Visit) -> bool,
     ) -> Option<Visit> {
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         let mut seen = from;
         loop {
             {
-                let visits = lock(&self.visits);
+                let visits = locked(&self.visits);
                 if let Some(visit) = visits[seen..].iter().find(|visit| wanted(visit)) {
                     return Some(*visit);
                 }
@@ -98,14 +94,13 @@ impl Ledger {
     }
 
     /// Lets every client finish its last visit and returns all of them, in the order of their ends.
-    #[must_use]
     pub fn stop(&mut self) -> Vec<Visit> {
         self.going.store(false, Ordering::Relaxed);
         for client in std::mem::take(&mut self.clients) {
             // A client does not panic; what it had written down before is there in any case.
             self.runtime.block_on(client).ok();
         }
-        std::mem::take(&mut lock(&self.visits))
+        std::mem::take(&mut locked(&self.visits))
     }
 }
 
@@ -113,8 +108,4 @@ impl Drop for Ledger {
     fn drop(&mut self) {
         self.going.store(false, Ordering::Relaxed);
     }
-}
-
-fn lock(visits: &Mutex<Vec<Visit>>) -> MutexGuard<'_, Vec<Visit>> {
-    visits.lock().unwrap_or_else(PoisonError::into_inner)
 }

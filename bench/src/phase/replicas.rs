@@ -3,14 +3,14 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
+use lab::client::{Connection, numbers_in};
+use lab::measure::{Spread, grouped, ratio};
+use lab::report::{Goal, Section, table};
 
 use super::{CONNECTIONS, VISITAS};
-use crate::client::{Connection, numbers_in};
 use crate::ground::{Ground, Owner};
 use crate::load;
-use crate::measure::{Spread, grouped, ratio};
 use crate::progress;
-use crate::report::{Goal, Section, table};
 use crate::round::Effort;
 use crate::subject::Running;
 
@@ -39,12 +39,12 @@ pub(crate) fn replicas(ground: &mut Ground, effort: Effort) -> Result<Section> {
         [
             [
                 "one replica".to_owned(),
-                Spread::of(one).written(grouped),
+                Spread::new(one).written(grouped),
                 String::new(),
             ],
             [
                 "three replicas together".to_owned(),
-                Spread::of(three).written(grouped),
+                Spread::new(three).written(grouped),
                 ratios.written(ratio),
             ],
         ],
@@ -82,7 +82,7 @@ fn together(ground: &mut Ground, replicas: usize, effort: Effort) -> Result<f64>
         replica.process.stop()?;
     }
     ground.settle(&database)?;
-    ground.sink.take()?;
+    ground.collector.take_server_spans();
     Ok(throughput)
 }
 

@@ -6,11 +6,13 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use lab::metrics::Metrics;
+use lab::wait::locked;
 use reqwest::header::HeaderMap;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
 
-use super::{SOON, eventually, locked};
+use super::{SOON, eventually};
 
 /// A running service. Dropping it kills it.
 pub(crate) struct Service {
@@ -181,20 +183,13 @@ impl Service {
         let request = self.client.get(self.url("/"));
         tokio::spawn(async move {
             let response = request.send().await.expect("an answer");
-            Answer {
-                status: response.status(),
-                headers: response.headers().clone(),
-                body: response.text().await.expect("a body"),
-            }
+            Answer::of(response).await.expect("a body")
         })
     }
 
     /// How many visits had this outcome.
     pub(crate) async fn counted(&self, outcome: &str) -> u64 {
-        let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}} ");
-        let text = self.get("/metrics").await.body;
-        let count = text.lines().find_map(|line| line.strip_prefix(&series));
-        count.and_then(|count| count.parse().ok()).expect("a count")
+        self.metrics().await.visits(outcome).expect("a count")
     }
 
     /// Waits until so many visits wait for the writer.
@@ -216,10 +211,12 @@ impl Service {
 
     /// A series of `/metrics`, by its name and labels as they are written there.
     pub(crate) async fn metric(&self, series: &str) -> Option<f64> {
-        let text = self.get("/metrics").await.body;
-        text.lines()
-            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))
-            .map(|value| value.parse().expect("a number"))
+        self.metrics().await.value(series)
+    }
+
+    /// All of `/metrics`.
+    pub(crate) async fn metrics(&self) -> Metrics {
+        Metrics(self.get("/metrics").await.body)
     }
 
     /// The lines of the log so far.

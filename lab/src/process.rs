@@ -5,12 +5,13 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::LazyLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::measure::Mebibytes;
+use crate::wait;
 
 /// The service takes 10 s at most.
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
@@ -42,11 +43,7 @@ pub fn command(program: impl AsRef<OsStr>) -> Command {
 }
 
 impl Process {
-    /// Starts a command, with what it says in a file.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be run, or the file not be written.
+    /// Starts a command, with its output in a file.
     pub fn start(mut command: Command, log: &Path) -> Result<Self> {
         let file = File::create(log).with_context(|| log.display().to_string())?;
         let child = command
@@ -62,39 +59,37 @@ impl Process {
     }
 
     /// Whether it runs no more.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn has_ended(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_some())
     }
 
-    /// The end of what it said.
-    #[must_use]
-    pub fn last_words(&self) -> String {
+    /// The end of its log.
+    pub fn log_tail(&self) -> String {
         let log = std::fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(10)..].join("\n")
     }
 
-    /// Its number.
-    #[must_use]
+    /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
     /// The most memory that it has had resident; where the system says so.
-    #[must_use]
     pub fn peak_memory(&self) -> Option<Mebibytes> {
         self.memory("VmHWM:")
     }
 
     /// The memory that it has resident now.
-    #[must_use]
     pub fn resident_memory(&self) -> Option<Mebibytes> {
         self.memory("VmRSS:")
+    }
+
+    /// The file descriptors that it has open; where the system says so.
+    pub fn open_files(&self) -> Option<usize> {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        Some(files.ok()?.count())
     }
 
     fn memory(&self, field: &str) -> Option<Mebibytes> {
@@ -103,48 +98,32 @@ impl Process {
             .lines()
             .find_map(|line| line.strip_prefix(field))
             .and_then(|value| value.trim().strip_suffix(" kB")?.parse().ok())
-            .map(Mebibytes::of_kibibytes)
+            .map(Mebibytes::from_kibibytes)
     }
 
     /// Asks it to stop and waits until it has; kills it if that takes too long.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn stop(&mut self) -> Result<()> {
         if self.has_ended()? {
             return Ok(());
         }
         self.terminate()?;
-        if self.ended_within(STOP_DEADLINE)?.is_none() {
+        if self.wait(STOP_DEADLINE)?.is_none() {
             self.kill()?;
         }
         Ok(())
     }
 
     /// Asks it to stop.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn terminate(&self) -> Result<()> {
         self.signal(Signal::TERM)
     }
 
-    /// Lets it stand still, until [`Self::resume`].
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
+    /// Suspends it, until [`Self::resume`].
     pub fn pause(&self) -> Result<()> {
         self.signal(Signal::STOP)
     }
 
     /// Lets it go on.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn resume(&self) -> Result<()> {
         self.signal(Signal::CONT)
     }
@@ -156,30 +135,16 @@ impl Process {
     }
 
     /// Kills it and returns once it is gone.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// How it ended, where it does so soon enough.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
-    pub fn ended_within(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let status = self.child.try_wait()?;
-            if status.is_some() || Instant::now() > deadline {
-                return Ok(status);
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+    /// How it ended, or nothing if it has not after `timeout`.
+    pub fn wait(&mut self, timeout: Duration) -> Result<Option<ExitStatus>> {
+        wait::within(timeout, || !matches!(self.child.try_wait(), Ok(None)));
+        Ok(self.child.try_wait()?)
     }
 }
 

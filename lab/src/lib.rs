@@ -1,0 +1,35 @@
+//! What the tests, bench and chaos share: the service under test, what it runs on, and how it is
+//! visited, broken, watched and judged.
+//!
+//! In reading order: `program` (which program, and what leads it to its stores) runs as a `process`.
+//! `client` and `visitor` visit it, `rolling` and `paced` do so in their own ways; a `proxy` and a
+//! `collector` are what it reaches, and `metrics` reads what it exposes. The judge of the `history`
+//! compares what clients were told with what is stored. `measure`, `report` and `machine` make
+//! figures and tables; `ports`, `wait` and `chance` are small tools.
+//!
+//! Everything is on the loopback interface. It starts no store: `devstack` does.
+
+#![allow(
+    clippy::missing_errors_doc,
+    clippy::missing_panics_doc,
+    clippy::must_use_candidate,
+    reason = "tools of tests: an error or a panic ends the run and says why"
+)]
+
+pub mod chance;
+pub mod client;
+pub mod collector;
+pub mod history;
+pub mod machine;
+pub mod measure;
+pub mod metrics;
+pub mod paced;
+pub mod ports;
+pub mod process;
+pub mod processor;
+pub mod program;
+pub mod proxy;
+pub mod report;
+pub mod rolling;
+pub mod visitor;
+pub mod wait;
