@@ -1,4 +1,6 @@
-//! The service as a whole: builds its parts and runs them until it is stopped.
+//! Builds the parts of the service, runs them until it is stopped, and ends them in order.
+//!
+//! Must not know: SQL, Redis commands and what a handler answers.
 
 use std::convert::Infallible;
 use std::io;
@@ -32,24 +34,24 @@ pub struct App {
 }
 
 /// How often samples are moved to where they are kept (the sooner, the less memory they take), and
-/// how often refused requests are reported.
-const UPKEEP_EVERY: Duration = Duration::from_secs(1);
-/// How often access lines that were left out are told of when no line follows.
-const LEFT_OUT_EVERY: Duration = Duration::from_secs(5);
-/// Connections that may wait to be accepted.
+/// how often rejected requests are reported.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// How often to report suppressed access-log lines while no further line is written.
+const SUPPRESSED_INTERVAL: Duration = Duration::from_secs(5);
+/// Connections that can wait to be accepted.
 const BACKLOG: u32 = 4096;
-/// A client that takes nothing of its answer for this long is cut off.
+/// A client that takes nothing of its response for this long is disconnected.
 const STALL_TIMEOUT: Duration = Duration::from_secs(10);
-/// What is left of the time to drain when visits whose store does not answer are given up, so that
-/// their clients get a response; a fifth of that time where this is less.
+/// What is left of the time to drain when the writer is ended, so that visits whose store hangs
+/// still get a response; a fifth of that time where this is less.
 const LAST_RESPONSES: Duration = Duration::from_millis(250);
 
 impl App {
-    /// Prepares the stores and takes the addresses. No store needs to be there yet.
+    /// Prepares the stores and binds the addresses. No store needs to be up yet.
     ///
     /// # Errors
     ///
-    /// If an address is taken or a certificate cannot be used.
+    /// If an address is in use or a certificate cannot be used.
     pub fn build(config: Config, telemetry: Arc<Telemetry>) -> anyhow::Result<Self> {
         let capacity = Capacity::new(
             config.http.max_connections,
@@ -72,11 +74,10 @@ impl App {
             .map(|address| server::bind(address, BACKLOG))
             .transpose()?;
         let lifecycle = Lifecycle::default();
-        let state = AppState::new(recorder, postgres, redis, telemetry, lifecycle);
         Ok(Self {
             config,
             capacity,
-            state,
+            state: AppState::new(recorder, postgres, redis, telemetry, lifecycle),
             writer,
             listener,
             metrics_listener,
@@ -87,7 +88,7 @@ impl App {
     ///
     /// # Errors
     ///
-    /// If the service cannot say where it listens, or a part of it ended that never should.
+    /// If the service cannot say where it listens, or a task ended that never should.
     pub async fn run_until(self, signal: impl Future<Output = ()>) -> anyhow::Result<()> {
         let Self {
             config,
@@ -97,6 +98,7 @@ impl App {
             listener,
             metrics_listener,
         } = self;
+        log_addresses(&listener, metrics_listener.as_ref())?;
         let shutdown = &config.shutdown;
         let limits = Limits {
             max_connections: capacity.visitors,
@@ -104,13 +106,12 @@ impl App {
             idle_timeout: config.http.idle_timeout,
             stall_timeout: STALL_TIMEOUT,
         };
-        log_addresses(&listener, metrics_listener.as_ref())?;
         let slow = config.telemetry.log.access_slow;
         let observer = Observer::new(state.telemetry.sampler(), slow);
         let rejections = Arc::new(Rejections::default());
         let lifecycle = &state.lifecycle;
-        let scrapers = metrics_listener.is_some();
-        let mut parts = Parts {
+        let with_metrics = metrics_listener.is_none();
+        let mut tasks = Tasks {
             writer: tokio::spawn(writer.run()),
             monitor: tokio::spawn(monitor(state.clone())),
             upkeep: tokio::spawn(upkeep(
@@ -118,7 +119,7 @@ impl App {
                 Arc::clone(&observer),
                 Arc::clone(&rejections),
             )),
-            scrapes: metrics_listener.map(|listener| {
+            metrics_server: metrics_listener.map(|listener| {
                 tokio::spawn(server::serve(
                     listener,
                     routes::of_metrics(&state, Arc::clone(&observer)),
@@ -139,30 +140,30 @@ impl App {
         let drain = shutdown.for_requests();
         let serving = server::serve(
             listener,
-            routes::of_visitors(&state, Arc::clone(&observer), !scrapers),
+            routes::of_visitors(&state, Arc::clone(&observer), with_metrics),
             limits,
             events(&rejections, metrics::connections),
             Stop {
+                lifecycle: lifecycle.clone(),
                 leave_at: Phase::Leaving,
                 drain_at: Phase::Draining,
                 drain,
-                lifecycle: lifecycle.clone(),
             },
         );
-        let writer = parts.writer.abort_handle();
-        let (unexpected, drained) = tokio::select! {
+        let writer = tasks.writer.abort_handle();
+        let (exited, drained) = tokio::select! {
             stopped = async {
-                tokio::join!(stop(signal, &mut parts, lifecycle, shutdown.delay), serving)
+                tokio::join!(leave(signal, &mut tasks, lifecycle, shutdown.delay), serving)
             } => stopped,
-            never = abandon_visits(writer, lifecycle, drain) => match never {},
+            never = end_writer(writer, lifecycle, drain) => match never {},
         };
         // No request is left that could bring a visit.
         state.recorder.stop();
         let deadline = Instant::now() + shutdown.for_spans();
-        let unexpected = unexpected.or_else(|| parts.ended_while_draining());
-        parts.monitor.abort();
-        parts.upkeep.abort();
-        finish_writing(parts.writer, deadline).await;
+        let exited = exited.or_else(|| tasks.exited_while_draining());
+        tasks.monitor.abort();
+        tasks.upkeep.abort();
+        finish_writing(tasks.writer, deadline).await;
         let telemetry = Arc::clone(&state.telemetry);
         tokio::task::spawn_blocking(move || {
             telemetry.flush(deadline.saturating_duration_since(Instant::now()));
@@ -171,16 +172,13 @@ impl App {
         .context("flushing telemetry")?;
         lifecycle.enter(Phase::Ended);
         // A task that is polled again after its end panics.
-        if let Some(scrapes) = parts.scrapes.filter(|scrapes| !scrapes.is_finished()) {
-            let _drained = scrapes.await.context("serving metrics")?;
+        if let Some(server) = tasks.metrics_server.filter(|server| !server.is_finished()) {
+            let _drained = server.await.context("serving metrics")?;
         }
         observer.tell_left_out();
         rejections.report();
         info!(connections.aborted = drained.aborted, "stopped");
-        ensure!(
-            unexpected.is_none(),
-            "a part of the service ended unexpectedly"
-        );
+        ensure!(exited.is_none(), "a part of the service ended unexpectedly");
         Ok(())
     }
 }
@@ -198,71 +196,75 @@ fn log_addresses(listener: &TcpListener, metrics_listener: Option<&TcpListener>)
     Ok(())
 }
 
-/// The tasks without which the service does not work. None of them ends by itself.
-struct Parts {
+/// The tasks without which the service does not work. None exits by itself.
+struct Tasks {
     writer: JoinHandle<()>,
     monitor: JoinHandle<()>,
     upkeep: JoinHandle<()>,
-    /// The listener for scrapers, where they have one of their own.
-    scrapes: Option<JoinHandle<Drained>>,
+    /// Serves `METRICS_ADDR`, where that is set.
+    metrics_server: Option<JoinHandle<Drained>>,
 }
 
-impl Parts {
-    /// Names a part that has ended although the service still needed it. The writer does not count:
-    /// it is ended where visits wait for a store that does not answer.
-    fn ended_while_draining(&self) -> Option<&'static str> {
-        let part = if self.monitor.is_finished() {
+impl Tasks {
+    /// Waits until a task exits, and names it.
+    async fn exited(&mut self) -> &'static str {
+        tokio::select! {
+            _ = &mut self.writer => "writer",
+            _ = &mut self.monitor => "monitor",
+            _ = &mut self.upkeep => "upkeep",
+            Some(_) = async { Some(self.metrics_server.as_mut()?.await) } => "metrics listener",
+        }
+    }
+
+    /// Names a task that has exited while the service drained. The writer does not count: it is
+    /// ended where visits wait for a store that hangs.
+    fn exited_while_draining(&self) -> Option<&'static str> {
+        let exited = if self.monitor.is_finished() {
             "monitor"
         } else if self.upkeep.is_finished() {
             "upkeep"
         } else {
             return None;
         };
-        tracing::error!(part, "a part of the service ended unexpectedly");
-        Some(part)
-    }
-
-    /// Waits until one ends, and names it.
-    async fn one_ended(&mut self) -> &'static str {
-        tokio::select! {
-            _ = &mut self.writer => "writer",
-            _ = &mut self.monitor => "monitor",
-            _ = &mut self.upkeep => "upkeep",
-            Some(_) = async { Some(self.scrapes.as_mut()?.await) } => "metrics listener",
-        }
+        log_exit(exited);
+        Some(exited)
     }
 }
 
-/// Takes the service from serving to draining: when `signal` resolves, or without delay when a part
-/// ends, which it names. A service without that part is better started again.
-async fn stop(
+fn log_exit(part: &'static str) {
+    tracing::error!(part, "a part of the service ended unexpectedly");
+}
+
+/// Takes the service from serving to draining when `signal` resolves, or without delay when a task
+/// exits, which it names: a service without that task is better started again.
+async fn leave(
     signal: impl Future<Output = ()>,
-    parts: &mut Parts,
+    tasks: &mut Tasks,
     lifecycle: &Lifecycle,
     delay: Duration,
 ) -> Option<&'static str> {
-    let mut unexpected = tokio::select! {
+    let mut exited = tokio::select! {
         () = signal => None,
-        part = parts.one_ended() => Some(part),
+        task = tasks.exited() => Some(task),
     };
     lifecycle.enter(Phase::Leaving);
-    if unexpected.is_none() {
+    if exited.is_none() {
         info!(delay.seconds = delay.as_secs_f64(), "stopping");
-        unexpected = tokio::select! {
+        exited = tokio::select! {
             () = tokio::time::sleep(delay) => None,
-            part = parts.one_ended() => Some(part),
+            task = tasks.exited() => Some(task),
         };
     }
-    if let Some(part) = unexpected {
-        tracing::error!(part, "a part of the service ended unexpectedly");
+    if let Some(task) = exited {
+        log_exit(task);
     }
     lifecycle.enter(Phase::Draining);
-    unexpected
+    exited
 }
 
 /// Ends the writer shortly before the time to drain is over. Visits that still wait for a store then
 /// get a response while there is time to send one.
-async fn abandon_visits(writer: AbortHandle, lifecycle: &Lifecycle, drain: Duration) -> Infallible {
+async fn end_writer(writer: AbortHandle, lifecycle: &Lifecycle, drain: Duration) -> Infallible {
     lifecycle.reached(Phase::Draining).await;
     tokio::time::sleep(drain.saturating_sub(LAST_RESPONSES.min(drain / 5))).await;
     writer.abort();
@@ -270,23 +272,21 @@ async fn abandon_visits(writer: AbortHandle, lifecycle: &Lifecycle, drain: Durat
 }
 
 /// The queue is empty once every request is answered, so this waits only where some were not.
-async fn finish_writing(mut writing: JoinHandle<()>, deadline: Instant) {
-    if writing.is_finished() {
-        return;
-    }
-    if tokio::time::timeout_at(deadline, &mut writing)
-        .await
-        .is_err()
+async fn finish_writing(mut writer: JoinHandle<()>, deadline: Instant) {
+    if !writer.is_finished()
+        && tokio::time::timeout_at(deadline, &mut writer)
+            .await
+            .is_err()
     {
-        writing.abort();
+        writer.abort();
     }
 }
 
 async fn monitor(state: AppState) {
-    store::watch(&state.postgres, &state.redis).await;
+    store::watch(&*state.postgres, &*state.redis).await;
 }
 
-/// What a server reports goes to the metrics and, refused requests, to the log.
+/// What a server reports goes to the metrics and, for rejected requests, to the log.
 fn events(
     rejections: &Arc<Rejections>,
     connections: impl Fn(usize) + Send + Sync + 'static,
@@ -299,17 +299,17 @@ fn events(
 }
 
 async fn upkeep(state: AppState, observer: Arc<Observer>, rejections: Arc<Rejections>) {
-    let mut upkeep = tokio::time::interval(UPKEEP_EVERY);
+    let mut upkeep = tokio::time::interval(UPKEEP_INTERVAL);
     // After a pause of this task it goes on at this pace, so that reports stay a second apart.
     upkeep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut left_out = tokio::time::interval(LEFT_OUT_EVERY);
+    let mut suppressed = tokio::time::interval(SUPPRESSED_INTERVAL);
     loop {
         tokio::select! {
             _ = upkeep.tick() => {
                 state.telemetry.upkeep();
                 rejections.report();
             }
-            _ = left_out.tick() => observer.tell_left_out(),
+            _ = suppressed.tick() => observer.tell_left_out(),
         }
     }
 }
@@ -319,16 +319,16 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn part_that_panics_or_returns_is_named() {
+    async fn task_that_panics_or_returns_is_named() {
         for end in [|| panic!("on purpose"), || {}] {
             let stays = || tokio::spawn(std::future::pending());
-            let mut parts = Parts {
+            let mut tasks = Tasks {
                 writer: stays(),
                 monitor: stays(),
                 upkeep: tokio::spawn(async move { end() }),
-                scrapes: None,
+                metrics_server: None,
             };
-            assert_eq!(parts.one_ended().await, "upkeep");
+            assert_eq!(tasks.exited().await, "upkeep");
         }
     }
 }

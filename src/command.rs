@@ -68,7 +68,7 @@ pub async fn healthcheck(url: &Uri) -> anyhow::Result<String> {
     Ok(format!("{url} answers {status}"))
 }
 
-/// `visitas recount`: counts the rows anew, where triggers had been disabled.
+/// `visitas recount`: recounts the rows, where triggers had been disabled.
 ///
 /// # Errors
 ///

@@ -1,8 +1,8 @@
 //! One bounded queue and one writer: visits that wait together are recorded by one commit.
 //!
-//! The writer takes whatever waits, never waits for more, and answers a visit only after the
-//! commit that holds it. Batches therefore grow exactly as the disk needs them to. It knows the
-//! two stores and no HTTP.
+//! The writer takes all visits that wait, never waits for more, and replies to a visit only after
+//! the commit that records it. So a batch holds the visits that arrived during the commit before.
+//! Must not know: HTTP.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +16,7 @@ use tracing::warn;
 use crate::metrics::{self, Outcome};
 use crate::store::{Batch, Error, Parent, Postgres, Redis, Store as _};
 
-/// What a visit is told once it is recorded.
+/// The numbers of a recorded visit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Recorded {
     /// The number of rows, this visit's included, none that came after it.
@@ -28,7 +28,7 @@ pub struct Recorded {
 /// Why a visit is not known to be recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// As many visits as may wait are waiting.
+    /// The queue holds as many visits as it can.
     #[error("the queue is full")]
     QueueFull,
     /// The writer has ended: by a bug, or because the time to drain is over.
@@ -72,12 +72,12 @@ struct Waiting {
     deadline: Instant,
     /// Not the span itself: it ends with the response, whether or not the visit still waits here.
     parent: Option<Parent>,
-    answer: oneshot::Sender<Result<Recorded, Refusal>>,
+    reply: oneshot::Sender<Result<Recorded, Refusal>>,
 }
 
-/// Until when visits were queued that the writer has taken. It tells a visit whose deadline passes
-/// whether it certainly still waits: the queue is in order, and the writer says what it takes
-/// before it looks at the clock to leave out what is late.
+/// When the last visit that the writer has taken was queued. A visit whose deadline passes learns
+/// from it whether it certainly still waits: the queue is in order, and the writer publishes what
+/// it takes before it reads the clock to drop late visits.
 #[derive(Debug)]
 struct Progress {
     began: Instant,
@@ -107,8 +107,9 @@ impl Progress {
     }
 }
 
-/// The most visits that one commit takes: large enough that it never limits throughput. A batch
-/// that times out halves it for the next ones, and each full batch that is recorded doubles it.
+/// The most visits that one commit records: large enough that it never limits throughput. A batch
+/// that times out halves the limit for the next ones, and each full batch that is recorded doubles
+/// it.
 const BATCH_LIMIT: usize = 4096;
 /// The SQLSTATE of a statement that ran into `statement_timeout`.
 const QUERY_CANCELED: &str = "57014";
@@ -152,7 +153,7 @@ impl Recorder {
     /// Why the visit is not known to be recorded. Except for [`Refusal::InDoubt`] it certainly is
     /// not.
     pub async fn record(&self) -> Result<Recorded, Refusal> {
-        let (answer, answered) = oneshot::channel();
+        let (reply, replied) = oneshot::channel();
         let queued = Instant::now();
         let deadline = queued + self.deadline;
         let visit = Waiting {
@@ -160,21 +161,21 @@ impl Recorder {
             queued,
             deadline,
             parent: Parent::current(),
-            answer,
+            reply,
         };
         self.queue.try_send(visit).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => shed(Refusal::QueueFull),
             mpsc::error::TrySendError::Closed(_) => shed(Refusal::Stopping),
         })?;
-        match tokio::time::timeout_at(deadline, answered).await {
-            Ok(Ok(answer)) => answer,
-            // The writer has ended, and what it had in its hands is in doubt.
+        match tokio::time::timeout_at(deadline, replied).await {
+            Ok(Ok(reply)) => reply,
+            // The writer has ended, and the batch that it was recording is in doubt.
             Ok(Err(_)) if self.progress.still_waits(queued) => Err(shed(Refusal::Stopping)),
             Ok(Err(_)) => {
                 metrics::visits(Outcome::InDoubt, 1);
                 Err(Refusal::InDoubt)
             }
-            // The writer leaves it out when its turn comes, and counts it.
+            // The writer drops the visit when its turn comes, and counts it.
             Err(_) if self.progress.still_waits(queued) => Err(Refusal::Failed),
             // Its batch is in flight.
             Err(_) => Err(Refusal::InDoubt),
@@ -219,14 +220,14 @@ impl Writer {
         }
     }
 
-    /// Records the batch and answers each of its visits.
+    /// Records the batch and replies to each of its visits.
     async fn flush(&mut self) {
         self.drop_abandoned_and_late();
         if self.batch.is_empty() {
             return;
         }
         if !self.postgres.availability().is_up() {
-            // A visit that finds Postgres down does not wait for what the last one waited for.
+            // A visit that finds Postgres down must not wait for another timeout.
             return self.refuse(Outcome::Failed, Refusal::Failed);
         }
         let visits = self.batch.len();
@@ -282,8 +283,8 @@ impl Writer {
         self.acknowledge(total, redis);
     }
 
-    /// A client that has gone does not want its visit; one whose deadline has passed has been
-    /// told that it has none.
+    /// Drops the visits whose client has disconnected, and those whose deadline has passed: their
+    /// clients have got a response already.
     fn drop_abandoned_and_late(&mut self) {
         if let Some(last) = self.batch.iter().map(|visit| visit.queued).max() {
             self.progress.take(last);
@@ -292,7 +293,7 @@ impl Writer {
         self.batch.retain(|visit| {
             let outcome = if visit.deadline <= now {
                 Outcome::Failed
-            } else if visit.answer.is_closed() {
+            } else if visit.reply.is_closed() {
                 Outcome::Abandoned
             } else {
                 return true;
@@ -316,8 +317,8 @@ impl Writer {
                 total: total - before,
                 redis: redis.map(|redis| redis - before),
             };
-            let told = visit.answer.send(Ok(recorded)).is_ok();
-            late += usize::from(!told && visit.deadline <= Instant::now());
+            let delivered = visit.reply.send(Ok(recorded)).is_ok();
+            late += usize::from(!delivered && visit.deadline <= Instant::now());
         }
         metrics::visits(outcome, visits - late);
         metrics::visits(Outcome::InDoubt, late);
@@ -327,15 +328,15 @@ impl Writer {
         let visits = self.batch.len();
         let mut late = 0;
         for visit in self.batch.drain(..) {
-            let told = visit.answer.send(Err(refusal)).is_ok();
-            late += usize::from(!told && visit.deadline <= Instant::now());
+            let delivered = visit.reply.send(Err(refusal)).is_ok();
+            late += usize::from(!delivered && visit.deadline <= Instant::now());
         }
         metrics::visits(outcome, visits - late);
-        // Their clients were told that nothing is known.
+        // Their clients were answered as in doubt when the deadline passed.
         metrics::visits(Outcome::InDoubt, late);
     }
 
-    /// The calls are children of the first sampled visit; the others point to them.
+    /// The calls are children of the first sampled visit; the other sampled visits link to them.
     fn link_waits(&self, first: Option<usize>, calls: &Batch) {
         let Some(first) = first else { return };
         for visit in &self.batch[first + 1..] {

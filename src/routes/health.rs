@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use serde::Serialize;
 
-use super::AppState;
+use super::state::AppState;
 use crate::lifecycle::Phase;
 use crate::store::{Availability, Store as _};
 

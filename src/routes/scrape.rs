@@ -12,7 +12,7 @@ use mediatype::{MediaType, MediaTypeList, Name, ReadParams as _};
 use tokio::sync::Mutex;
 use tokio::task::JoinError;
 
-use super::AppState;
+use super::state::AppState;
 use crate::metrics;
 use crate::metrics::openmetrics::Format;
 use crate::store::Store as _;

@@ -1,4 +1,6 @@
-//! `GET /`: records one visit and says what both stores have counted.
+//! `GET /`: records one visit and responds with its number in both stores.
+//!
+//! Must not know: SQL, Redis commands, metrics and span fields.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -12,28 +14,28 @@ use http::{HeaderValue, StatusCode};
 use hyper::body::Frame;
 use serde::Serialize;
 
-use super::AppState;
+use super::state::AppState;
 use crate::recorder::Refusal;
 use crate::store::Store as _;
 
-/// The answer, its fields in the order the challenge has them.
+/// The response, its fields in the order of the challenge.
 #[derive(Debug, Serialize)]
-struct Answer {
+struct VisitBody {
     db_status: &'static str,
     redis_status: &'static str,
     total_registros_db: Option<i64>,
     visitas_redis: Option<i64>,
 }
 
-/// As many as an answer has, with those that others add.
+/// How many headers a response has, with those that the layers add.
 const HEADERS: usize = 8;
 
-/// Records the visit that this request is.
+/// Records this request as a visit.
 pub async fn record(State(state): State<AppState>) -> Response {
     match state.recorder.record().await {
         Ok(recorded) => respond(
             StatusCode::OK,
-            &Answer {
+            &VisitBody {
                 db_status: status(true),
                 redis_status: status(recorded.redis.is_some()),
                 total_registros_db: Some(recorded.total),
@@ -68,23 +70,23 @@ impl HttpBody for UnknownLength {
     }
 }
 
-/// A visit that is not known to be recorded. What it says of Redis is what was last read there,
-/// so that a database that fails costs Redis nothing.
+/// The response to a visit that is not known to be recorded. Its Redis fields are the last reading,
+/// so that a failing database costs no Redis call.
 fn unavailable(state: &AppState, refusal: Refusal) -> Response {
     let postgres_works = match refusal {
         Refusal::QueueFull | Refusal::Stopping => state.postgres.availability().is_up(),
         Refusal::Failed | Refusal::InDoubt => false,
     };
     let redis = state.redis.availability().count();
-    let answer = Answer {
+    let body = VisitBody {
         db_status: status(postgres_works),
         redis_status: status(redis.is_some()),
         total_registros_db: None,
         visitas_redis: redis,
     };
-    let mut response = respond(StatusCode::SERVICE_UNAVAILABLE, &answer);
+    let mut response = respond(StatusCode::SERVICE_UNAVAILABLE, &body);
     let headers = response.headers_mut();
-    // A visit that can be recorded all the same must not be invited to come again.
+    // A visit that can have been recorded must not be invited to come again.
     if refusal != Refusal::InDoubt {
         headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
     }
@@ -95,14 +97,14 @@ fn status(works: bool) -> &'static str {
     if works { "ok" } else { "erro" }
 }
 
-fn respond(status: StatusCode, answer: &Answer) -> Response {
-    let Ok(mut body) = serde_json::to_vec(answer) else {
+fn respond(status: StatusCode, body: &VisitBody) -> Response {
+    let Ok(mut json) = serde_json::to_vec(body) else {
         // Four plain fields always serialise.
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };
     // A terminal shows its prompt on a line of its own.
-    body.push(b'\n');
-    let mut response = Response::new(Body::from(body));
+    json.push(b'\n');
+    let mut response = Response::new(Body::from(json));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.reserve(HEADERS);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tracing::{info, warn};
 
-use super::Error;
+use super::error::Error;
 use crate::metrics::{self, System};
 
 /// Whether one store is up. It starts as down: nothing is known to work before it has worked.

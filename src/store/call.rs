@@ -14,7 +14,7 @@ use opentelemetry::trace::{
 use tracing::{Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-use super::Error;
+use super::error::Error;
 use crate::metrics::{CallMetrics, CallOutcome, System};
 use crate::telemetry;
 

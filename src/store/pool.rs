@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use bb8_redis::bb8::{self, ManageConnection, PooledConnection, QueueStrategy, RunError};
 
-use super::call::{Operation, Target, observe};
-use super::error::Cause;
-use super::{Availability, Batch, CallError, Error};
+use super::availability::Availability;
+use super::call::{Batch, Operation, Target, observe};
+use super::error::{CallError, Cause, Error};
 use crate::metrics::{self, PoolMetrics};
 
 /// How to open a connection to a store and how to ask whether an old one still answers.

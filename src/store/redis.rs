@@ -12,9 +12,11 @@ use redis::{
     RedisConnectionInfo, RedisError, TlsCertificates,
 };
 
-use super::call::{Operation, Target};
+use super::availability::Availability;
+use super::call::{Batch, Operation, Target};
+use super::error::{CallError, Error};
 use super::pool::{Connect, Pool};
-use super::{Availability, Batch, CallError, Error, Store};
+use super::watch::Store;
 use crate::config::RedisConfig;
 use crate::metrics::System;
 
@@ -74,11 +76,6 @@ impl Redis {
             .await
     }
 
-    /// How long an increment can be in flight.
-    pub(super) fn timeout(&self) -> Duration {
-        self.pool.timeout()
-    }
-
     /// The counter's value, also where it has no room for a batch.
     ///
     /// # Errors
@@ -104,6 +101,11 @@ impl Redis {
 impl Store for Redis {
     fn availability(&self) -> &Availability {
         self.pool.availability()
+    }
+
+    /// How long an increment can be in flight.
+    fn timeout(&self) -> Duration {
+        self.pool.timeout()
     }
 
     async fn probe(&self) -> Result<(), Error> {

@@ -6,15 +6,42 @@ use std::time::Duration;
 
 use tokio::time::MissedTickBehavior;
 
-use super::availability::PROBE_PAUSE;
-use super::{Postgres, Redis, Store};
+use super::availability::{Availability, PROBE_PAUSE};
+use super::error::Error;
 use crate::metrics;
+
+/// A store that is watched.
+pub trait Store {
+    /// Whether the store does what a visit needs, as far as is known.
+    fn availability(&self) -> &Availability;
+
+    /// The longest that a call takes.
+    fn timeout(&self) -> Duration;
+
+    /// Does on a new connection all that a visit needs, and keeps nothing of it. If it succeeds
+    /// the store is up, and the connection is there for the next visit.
+    ///
+    /// # Errors
+    ///
+    /// Why a visit would fail.
+    fn probe(&self) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// How many visits the store has counted.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not be read.
+    fn total(&self) -> impl Future<Output = Result<i64, Error>> + Send;
+
+    /// Publishes what the store's connections are doing.
+    fn report(&self);
+}
 
 /// How often the stores are read: what they have counted, and whether they still answer.
 const READ_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Watches both stores for as long as it is polled.
-pub async fn watch(postgres: &Postgres, redis: &Redis) {
+pub async fn watch(postgres: &impl Store, redis: &impl Store) {
     let publish = |drift| {
         let rows = postgres.availability().count();
         metrics::rows(rows, redis.availability().count(), drift);
@@ -44,7 +71,7 @@ async fn recover(store: &impl Store, publish: impl Fn(Option<i64>)) {
 /// Reads what both stores have counted. Redis is read before Postgres and again after it, when no
 /// increment of a batch that Postgres had recorded by then can still be in flight. So visits that
 /// come meanwhile are not taken for a difference between the two.
-async fn read(postgres: &Postgres, redis: &Redis, publish: impl Fn(Option<i64>)) {
+async fn read(postgres: &impl Store, redis: &impl Store, publish: impl Fn(Option<i64>)) {
     let mut ticks = tokio::time::interval(READ_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

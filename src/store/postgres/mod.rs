@@ -1,35 +1,44 @@
 //! Postgres: the visits and their exact count.
 //!
 //! Each statement is a single one, committed by itself; none is ever repeated after it can have
-//! taken effect. The counting itself is in `migrations/`. It knows nothing of HTTP or of Redis.
+//! taken effect. The counting itself is in `migrations/`. Must not know: HTTP and Redis.
 
+mod error;
 mod migrate;
 mod session;
+mod statements;
 mod trust;
+mod unhurried;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
-use self::session::{Session, failure};
-use super::call::{Operation, Target};
-use super::error::Cause;
+use self::migrate::{Rehearsal, Schema};
+use self::session::Session;
+use self::statements::{
+    BEGIN, LOCK_COUNT, MOVE_SEQUENCE, READ, RECORD, RECOUNT, REHEARSE, ROLLBACK, Reading,
+    UNIQUE_VIOLATION, execute, is_missing, lock_count, move_sequence, read_count, record, recount,
+    rehearse,
+};
+use self::unhurried::Unhurried;
+use super::availability::Availability;
+use super::call::{Batch, Target};
+use super::error::{CallError, Cause, Error};
 use super::pool::{Link, Pool};
-use super::{Availability, Batch, CallError, Error, Store};
+use super::watch::Store;
 use crate::config::PostgresConfig;
-use crate::metrics::{self, System};
+use crate::metrics::System;
 
 /// The database of visits.
 #[derive(Debug)]
 pub struct Postgres {
-    pool: Pool<Session>,
+    pool: Arc<Pool<Session>>,
     session: Session,
-    timeout: Duration,
-    migrated: AtomicBool,
-    migration_announced: AtomicBool,
-    recount_due: AtomicBool,
+    schema: Schema,
     readings: AtomicU64,
 }
 
@@ -41,52 +50,6 @@ pub struct Recount {
     /// The number of rows.
     pub after: i64,
 }
-
-static RECORD: Operation = Operation::procedure(
-    "SELECT registrar_visitas",
-    "registrar_visitas",
-    "select public.registrar_visitas($1)",
-)
-.that_records_visits()
-.that_repairs(UNIQUE_VIOLATION);
-static REHEARSE: Operation = Operation::procedure(
-    "SELECT ensaiar_registro",
-    "ensaiar_registro",
-    "select public.ensaiar_registro()",
-);
-static MOVE_SEQUENCE: Operation = Operation::procedure(
-    "SELECT avancar_sequencia",
-    "avancar_sequencia",
-    "select public.avancar_sequencia()",
-);
-/// The count, whether it can be trusted, and how far the database is migrated: one snapshot.
-static READ: Operation = Operation::procedure(
-    "SELECT estado_da_contagem",
-    "estado_da_contagem",
-    "select e.total, e.recontagem, \
-            (select max(m.version) from public._sqlx_migrations as m where m.success) \
-       from public.estado_da_contagem($1) as e",
-);
-static LOCK_COUNT: Operation = Operation::procedure(
-    "SELECT travar_contagem",
-    "travar_contagem",
-    "select public.travar_contagem()",
-);
-static RECOUNT: Operation = Operation::procedure(
-    "SELECT recontar_visitas",
-    "recontar_visitas",
-    "select antes, depois from public.recontar_visitas()",
-);
-static BEGIN: Operation = Operation::command("BEGIN");
-static ROLLBACK: Operation = Operation::command("ROLLBACK");
-static PING: Operation = Operation::command("PING");
-
-/// What [`REHEARSE`] raises once everything that a visit needs has worked.
-const REHEARSED: &str = "VS001";
-const UNIQUE_VIOLATION: &str = "23505";
-/// A table, column, function, type or schema is not there. It can be one of ours, in a database
-/// that was emptied or replaced, or one that a trigger of another program needs.
-const MISSING: [&str; 5] = ["42P01", "42703", "42883", "42704", "3F000"];
 
 /// Every so many readings look for all that can make a recount due.
 const THOROUGH_READING: u64 = 5;
@@ -106,20 +69,17 @@ impl Postgres {
             address: config.host.clone(),
             port: config.port,
         };
-        let operations = [&RECORD, &migrate::APPLY, &migrate::UNINSTALL_OBJECTS];
+        let pool = Arc::new(Pool::new(
+            session.clone(),
+            POOL_SIZE,
+            config.timeout,
+            target,
+            &[&RECORD, &migrate::APPLY, &migrate::UNINSTALL_OBJECTS],
+        ));
         Self {
-            pool: Pool::new(
-                session.clone(),
-                POOL_SIZE,
-                config.timeout,
-                target,
-                &operations,
-            ),
+            schema: Schema::new(Arc::clone(&pool), session.clone()),
+            pool,
             session,
-            timeout: config.timeout,
-            migrated: AtomicBool::new(false),
-            migration_announced: AtomicBool::new(false),
-            recount_due: AtomicBool::new(false),
             readings: AtomicU64::new(0),
         }
     }
@@ -127,13 +87,13 @@ impl Postgres {
     /// Whether the database had every migration of this version when it was last looked at.
     #[must_use]
     pub fn is_migrated(&self) -> bool {
-        self.migrated.load(Ordering::Acquire)
+        self.schema.is_migrated()
     }
 
     /// Whether data was loaded into the database in a way that can have led the count astray.
     #[must_use]
     pub fn is_recount_due(&self) -> bool {
-        self.recount_due.load(Ordering::Relaxed)
+        self.schema.is_recount_due()
     }
 
     /// Records visits that arrived at these moments, in this order, and returns the number of
@@ -177,13 +137,20 @@ impl Postgres {
     ) -> Result<i64, CallError> {
         self.pool
             .call(&RECORD, Some(batch), async |connection| {
-                sqlx::query_scalar::<_, i64>(RECORD.text())
-                    .bind(arrivals)
-                    .fetch_one(connection)
-                    .await
-                    .map_err(failure)
+                record(connection, arrivals).await
             })
             .await
+    }
+
+    /// Brings the database to this version, under a lock that only one instance holds. Returns
+    /// how many migrations were applied.
+    ///
+    /// # Errors
+    ///
+    /// Why it was not done. What had been applied stays; a migration is applied whole or not.
+    pub async fn migrate(&self) -> Result<usize, Error> {
+        let (_, applied) = self.schema.migrate_and_rehearse().await?;
+        Ok(applied)
     }
 
     /// Counts the rows, drops what was adjusted and starts the ledger again. Visits wait
@@ -193,15 +160,9 @@ impl Postgres {
     ///
     /// Why it was not done; nothing has changed then.
     pub async fn recount(&self) -> Result<Recount, Error> {
-        let mut session = self.open_unhurried().await?;
-        self.call_attended(&mut session, &RECOUNT, async |connection| {
-            let (before, after) = sqlx::query_as::<_, (i64, i64)>(RECOUNT.text())
-                .fetch_one(connection)
-                .await
-                .map_err(failure)?;
-            Ok(Recount { before, after })
-        })
-        .await
+        let mut session = Unhurried::open(&self.pool, &self.session).await?;
+        let (before, after) = session.call(&RECOUNT, recount).await?;
+        Ok(Recount { before, after })
     }
 
     /// Runs `work` while no visit can be counted, handing it the total. The lock is given back
@@ -216,25 +177,21 @@ impl Postgres {
         work: impl AsyncFnOnce(i64) -> Result<R, Error>,
     ) -> Result<R, Error> {
         // Dropped at any point, the link closes its session, which ends the transaction.
+        let begin = async |connection: &mut PgConnection| execute(connection, "begin").await;
         let (mut link, ()) = self.pool.call_on_new(&BEGIN, begin).await?;
         self.pool
-            .call_on(&mut link, &LOCK_COUNT, async |connection| {
-                execute(connection, LOCK_COUNT.text()).await
-            })
+            .call_on(&mut link, &LOCK_COUNT, lock_count)
             .await?;
         tokio::time::sleep(settle).await;
-        let reading = self
-            .pool
-            .call_on(&mut link, &READ, async |connection| {
-                read_count(connection, true).await
-            })
-            .await?;
+        let read = async |connection: &mut PgConnection| read_count(connection, true).await;
+        let reading = self.pool.call_on(&mut link, &READ, read).await?;
         if reading.recount_due {
             return Err(Error::Unexpected(Cause::from(
                 "a recount is due, so the total is not certain: run `visitas recount` first",
             )));
         }
         let result = work(reading.total).await;
+        let roll_back = async |connection: &mut PgConnection| execute(connection, "rollback").await;
         self.pool.call_on(&mut link, &ROLLBACK, roll_back).await?;
         result
     }
@@ -242,8 +199,8 @@ impl Postgres {
     /// Migrates where that is due, then does what a visit needs. Returns the connection, and the
     /// total where it could be read.
     async fn rehearse(&self) -> Result<(Link<PgConnection>, Option<i64>), Error> {
-        let (link, _) = self.migrate_and_rehearse().await?;
-        let mut link = match link {
+        let (rehearsal, _) = self.schema.migrate_and_rehearse().await?;
+        let mut link = match rehearsal {
             Rehearsal::Passed(link, total) => return Ok((link, total)),
             Rehearsal::Failed(link, error) if error.code() == Some(UNIQUE_VIOLATION) => link,
             Rehearsal::Failed(_, error) => return Err(error),
@@ -255,22 +212,15 @@ impl Postgres {
         self.pool.call_on(&mut link, &REHEARSE, rehearse).await?;
         Ok((link, None))
     }
-
-    fn note_recount_due(&self, due: bool) {
-        metrics::recount_due(due);
-        self.recount_due.store(due, Ordering::Relaxed);
-    }
-}
-
-/// How a rehearsal ended. The connection is usable after a refusal.
-enum Rehearsal {
-    Passed(Link<PgConnection>, Option<i64>),
-    Failed(Link<PgConnection>, Error),
 }
 
 impl Store for Postgres {
     fn availability(&self) -> &Availability {
         self.pool.availability()
+    }
+
+    fn timeout(&self) -> Duration {
+        self.pool.timeout()
     }
 
     /// Migrates first, where that is due.
@@ -299,9 +249,9 @@ impl Store for Postgres {
             .await
             .and_then(|reading| {
                 if is_thorough || reading.recount_due {
-                    self.note_recount_due(reading.recount_due);
+                    self.schema.note_recount_due(reading.recount_due);
                 }
-                reading.check_version()?;
+                check_version(&reading)?;
                 Ok(reading.total)
             });
         if let Err(error) = &result
@@ -309,7 +259,7 @@ impl Store for Postgres {
         {
             // A visit can still succeed, since it does not need what is missing. The probe makes it
             // again.
-            self.migrated.store(false, Ordering::Release);
+            self.schema.note_missing();
             self.pool.fail(error);
         }
         result
@@ -320,70 +270,16 @@ impl Store for Postgres {
     }
 }
 
-/// What [`READ`] returns.
-struct Reading {
-    total: i64,
-    recount_due: bool,
-    version: Option<i64>,
-}
-
-impl Reading {
-    fn check_version(&self) -> Result<(), Error> {
-        let wanted = migrate::latest_version();
-        if self.version >= Some(wanted) {
-            return Ok(());
-        }
-        let version = self.version.unwrap_or_default();
-        Err(Error::Refused {
-            code: "42704".to_owned(),
-            source: format!("the database is at migration {version}, this version needs {wanted}")
-                .into(),
-        })
+/// Fails where the database lacks a migration of this version, as if one of its objects did.
+fn check_version(reading: &Reading) -> Result<(), Error> {
+    let wanted = migrate::latest_version();
+    if reading.version >= Some(wanted) {
+        return Ok(());
     }
-}
-
-fn is_missing(error: &Error) -> bool {
-    error.code().is_some_and(|code| MISSING.contains(&code))
-}
-
-async fn read_count(connection: &mut PgConnection, is_thorough: bool) -> Result<Reading, Error> {
-    let (total, recount_due, version) = sqlx::query_as::<_, (i64, bool, Option<i64>)>(READ.text())
-        .bind(is_thorough)
-        .fetch_one(connection)
-        .await
-        .map_err(failure)?;
-    Ok(Reading {
-        total,
-        recount_due,
-        version,
+    let version = reading.version.unwrap_or_default();
+    Err(Error::Refused {
+        code: "42704".to_owned(),
+        source: format!("the database is at migration {version}, this version needs {wanted}")
+            .into(),
     })
-}
-
-/// Does what a visit needs and undoes it, which shows as an error of our own.
-async fn rehearse(connection: &mut PgConnection) -> Result<(), Error> {
-    match execute(connection, REHEARSE.text()).await {
-        Err(Error::Refused { code, .. }) if code == REHEARSED => Ok(()),
-        Err(error) => Err(error),
-        Ok(()) => Err(Error::Unexpected(Cause::from("the rehearsal was kept"))),
-    }
-}
-
-async fn move_sequence(connection: &mut PgConnection) -> Result<(), Error> {
-    execute(connection, MOVE_SEQUENCE.text()).await
-}
-
-async fn begin(connection: &mut PgConnection) -> Result<(), Error> {
-    execute(connection, "begin").await
-}
-
-async fn roll_back(connection: &mut PgConnection) -> Result<(), Error> {
-    execute(connection, "rollback").await
-}
-
-async fn execute(connection: &mut PgConnection, statement: &'static str) -> Result<(), Error> {
-    sqlx::query(statement)
-        .execute(connection)
-        .await
-        .map_err(failure)?;
-    Ok(())
 }

@@ -1,21 +1,21 @@
-//! How a session with Postgres is opened, and what its errors mean.
+//! How a session with Postgres is opened and asked whether it still answers.
 //!
-//! It knows no statement.
+//! Must not know: statements.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::UnixTime;
-use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity, PgSslMode};
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
 use tokio::sync::Mutex;
 
-use super::{PING, trust};
+use super::error::{connect_failure, failure};
+use super::trust;
 use crate::config::{Certificates, PostgresConfig, SslMode};
-use crate::store::Error;
 use crate::store::call::Operation;
-use crate::store::error::Cause;
+use crate::store::error::Error;
 use crate::store::pool::Connect;
 
 /// How long a migration or a recount waits for a lock. It is well above Postgres's
@@ -24,6 +24,8 @@ const UNHURRIED_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The first release that has `transaction_timeout`, as it numbers itself.
 const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
+
+static PING: Operation = Operation::command("PING");
 
 /// How to open a session. Everything that the promise of a visit stands on is pinned here, so
 /// that no default of the server, the database or the role can weaken it.
@@ -184,53 +186,5 @@ impl Connect for Session {
 
     async fn ping(&self, connection: &mut PgConnection) -> Result<(), Error> {
         connection.ping().await.map_err(failure)
-    }
-}
-
-/// What the server said: its message with detail and hint. The driver would add a line number,
-/// which is one of the server's own source.
-#[derive(Debug, thiserror::Error)]
-struct ServerError(Box<PgDatabaseError>);
-
-impl std::fmt::Display for ServerError {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(self.0.message())?;
-        if let Some(detail) = self.0.detail() {
-            write!(formatter, " (detail: {detail})")?;
-        }
-        if let Some(hint) = self.0.hint() {
-            write!(formatter, " (hint: {hint})")?;
-        }
-        Ok(())
-    }
-}
-
-/// What a failed statement says about itself.
-pub(super) fn failure(error: sqlx::Error) -> Error {
-    match error {
-        sqlx::Error::Database(answer) => {
-            let answer = answer.downcast::<PgDatabaseError>();
-            let code = answer.code().to_owned();
-            let ended = matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic);
-            let source = Cause::from(ServerError(answer));
-            if ended {
-                Error::Ended { code, source }
-            } else {
-                Error::Refused { code, source }
-            }
-        }
-        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => {
-            Error::Connection(error.into())
-        }
-        _ => Error::Unexpected(error.into()),
-    }
-}
-
-/// What a failed attempt to open a session says: nothing had been asked yet, so that whatever
-/// the server answered is a refusal.
-fn connect_failure(error: sqlx::Error) -> Error {
-    match failure(error) {
-        Error::Ended { code, source } => Error::Refused { code, source },
-        other => other,
     }
 }

@@ -1,0 +1,241 @@
+//! Every statement that the service sends to Postgres: how a call of it is named, and the function
+//! that sends it and reads its reply. Those of the migrations are in `migrations/`.
+//!
+//! Must not know: when a statement is sent, and what is done about a failure.
+
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+
+use super::error::failure;
+use crate::store::call::Operation;
+use crate::store::error::{Cause, Error};
+
+pub(super) static RECORD: Operation = Operation::procedure(
+    "SELECT registrar_visitas",
+    "registrar_visitas",
+    "select public.registrar_visitas($1)",
+)
+.that_records_visits()
+.that_repairs(UNIQUE_VIOLATION);
+pub(super) static REHEARSE: Operation = Operation::procedure(
+    "SELECT ensaiar_registro",
+    "ensaiar_registro",
+    "select public.ensaiar_registro()",
+);
+pub(super) static MOVE_SEQUENCE: Operation = Operation::procedure(
+    "SELECT avancar_sequencia",
+    "avancar_sequencia",
+    "select public.avancar_sequencia()",
+);
+/// The count, whether it can be trusted, and how far the database is migrated: one snapshot.
+pub(super) static READ: Operation = Operation::procedure(
+    "SELECT estado_da_contagem",
+    "estado_da_contagem",
+    "select e.total, e.recontagem, \
+            (select max(m.version) from public._sqlx_migrations as m where m.success) \
+       from public.estado_da_contagem($1) as e",
+);
+pub(super) static LOCK_COUNT: Operation = Operation::procedure(
+    "SELECT travar_contagem",
+    "travar_contagem",
+    "select public.travar_contagem()",
+);
+pub(super) static RECOUNT: Operation = Operation::procedure(
+    "SELECT recontar_visitas",
+    "recontar_visitas",
+    "select antes, depois from public.recontar_visitas()",
+);
+pub(super) static BEGIN: Operation = Operation::command("BEGIN");
+pub(super) static ROLLBACK: Operation = Operation::command("ROLLBACK");
+/// The migrations that the database has.
+pub(super) static LEDGER: Operation = Operation::query(
+    "SELECT _sqlx_migrations",
+    "select version, checksum from public._sqlx_migrations where success",
+);
+pub(super) static TAKE_LOCK: Operation = Operation::query(
+    "SELECT pg_try_advisory_lock",
+    "select pg_try_advisory_lock($1)",
+);
+/// Whether every object is there that the migrations made.
+pub(super) static INSTALLED: Operation = Operation::query(
+    "SELECT pg_proc",
+    "select to_regclass('public.visitas_contagem') is not null \
+        and to_regclass('public.visitas_ajustes') is not null \
+        and 2 = (select count(*) from pg_attribute \
+                  where attrelid = to_regclass('public.visitas') \
+                    and attname in ('id', 'data') and not attisdropped) \
+        and 3 = (select count(*) from pg_trigger \
+                  where tgrelid = to_regclass('public.visitas') \
+                    and tgfoid = to_regprocedure('public.anotar_ajuste()')) \
+        and 15 = (select count(distinct proname) from pg_proc \
+                   where pronamespace = to_regnamespace('public') \
+                     and proname in ('travar_contagem', 'registrar_visitas', 'recusar_perda', \
+                         'conferir_perda', 'base_da_contagem', 'faltas_da_base', \
+                         'assumir_contagem', 'adotar_contagem', 'ensaiar_registro', \
+                         'total_visitas', 'estado_da_contagem', 'refazer_contagem', \
+                         'recontar_visitas', 'avancar_sequencia', 'esta_origem'))",
+);
+/// Whether this server has an entry in the count's ledger.
+pub(super) static IS_ADOPTED: Operation = Operation::query(
+    "SELECT visitas_contagem",
+    "select exists (select from public.visitas_contagem where origem = public.esta_origem())",
+);
+pub(super) static ADOPT: Operation = Operation::procedure(
+    "SELECT adotar_contagem",
+    "adotar_contagem",
+    "select public.adotar_contagem()",
+);
+/// The server's process of a session.
+pub(super) static BACKEND: Operation =
+    Operation::query("SELECT pg_backend_pid", "select pg_backend_pid()");
+/// Whether the server works on a session's statement.
+pub(super) static IS_ACTIVE: Operation = Operation::query(
+    "SELECT pg_stat_activity",
+    "select exists (select from pg_stat_activity \
+                     where pid = $1 and state in ('active', 'disabled'))",
+);
+
+/// What [`REHEARSE`] raises once everything that a visit needs has worked.
+const REHEARSED: &str = "VS001";
+pub(super) const UNIQUE_VIOLATION: &str = "23505";
+const UNDEFINED_TABLE: &str = "42P01";
+/// A table, column, function, type or schema is not there. It can be one of ours, in a database
+/// that was emptied or replaced, or one that a trigger of another program needs.
+const MISSING: [&str; 5] = [UNDEFINED_TABLE, "42703", "42883", "42704", "3F000"];
+
+/// A migration that the database has: its version and its checksum.
+pub(super) type Applied = (i64, Vec<u8>);
+
+/// What [`READ`] returns.
+pub(super) struct Reading {
+    pub(super) total: i64,
+    pub(super) recount_due: bool,
+    /// The latest migration that the database has.
+    pub(super) version: Option<i64>,
+}
+
+pub(super) fn is_missing(error: &Error) -> bool {
+    error.code().is_some_and(|code| MISSING.contains(&code))
+}
+
+/// Records visits that arrived at these moments and returns the number of rows after them.
+pub(super) async fn record(
+    connection: &mut PgConnection,
+    arrivals: &[OffsetDateTime],
+) -> Result<i64, Error> {
+    sqlx::query_scalar(RECORD.text())
+        .bind(arrivals)
+        .fetch_one(connection)
+        .await
+        .map_err(failure)
+}
+
+/// Does what a visit needs and undoes it, which shows as an error of our own.
+pub(super) async fn rehearse(connection: &mut PgConnection) -> Result<(), Error> {
+    match execute(connection, REHEARSE.text()).await {
+        Err(Error::Refused { code, .. }) if code == REHEARSED => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => Err(Error::Unexpected(Cause::from("the rehearsal was kept"))),
+    }
+}
+
+pub(super) async fn move_sequence(connection: &mut PgConnection) -> Result<(), Error> {
+    execute(connection, MOVE_SEQUENCE.text()).await
+}
+
+/// Reads the count; a thorough reading looks for all that can make a recount due.
+pub(super) async fn read_count(
+    connection: &mut PgConnection,
+    is_thorough: bool,
+) -> Result<Reading, Error> {
+    let (total, recount_due, version) = sqlx::query_as(READ.text())
+        .bind(is_thorough)
+        .fetch_one(connection)
+        .await
+        .map_err(failure)?;
+    Ok(Reading {
+        total,
+        recount_due,
+        version,
+    })
+}
+
+pub(super) async fn lock_count(connection: &mut PgConnection) -> Result<(), Error> {
+    execute(connection, LOCK_COUNT.text()).await
+}
+
+/// Counts the rows and returns the total before and after.
+pub(super) async fn recount(connection: &mut PgConnection) -> Result<(i64, i64), Error> {
+    sqlx::query_as(RECOUNT.text())
+        .fetch_one(connection)
+        .await
+        .map_err(failure)
+}
+
+/// Reads the ledger without a lock, so that a database in order is ready at once, whichever
+/// session holds the migration lock.
+pub(super) async fn read_ledger(connection: &mut PgConnection) -> Result<Vec<Applied>, Error> {
+    let ledger = sqlx::query_as(LEDGER.text())
+        .fetch_all(connection)
+        .await
+        .map_err(failure);
+    match ledger {
+        Err(error) if error.code() == Some(UNDEFINED_TABLE) => Ok(Vec::new()),
+        ledger => ledger,
+    }
+}
+
+/// Tries to take a session's advisory lock.
+pub(super) async fn take_lock(connection: &mut PgConnection, lock: i64) -> Result<bool, Error> {
+    sqlx::query_scalar(TAKE_LOCK.text())
+        .bind(lock)
+        .fetch_one(connection)
+        .await
+        .map_err(failure)
+}
+
+pub(super) async fn is_installed(connection: &mut PgConnection) -> Result<bool, Error> {
+    answer(connection, INSTALLED.text()).await
+}
+
+pub(super) async fn is_adopted(connection: &mut PgConnection) -> Result<bool, Error> {
+    answer(connection, IS_ADOPTED.text()).await
+}
+
+/// Makes this server's first entry in the count's ledger.
+pub(super) async fn adopt(connection: &mut PgConnection) -> Result<(), Error> {
+    execute(connection, ADOPT.text()).await
+}
+
+pub(super) async fn backend(connection: &mut PgConnection) -> Result<i32, Error> {
+    sqlx::query_scalar(BACKEND.text())
+        .fetch_one(connection)
+        .await
+        .map_err(failure)
+}
+
+pub(super) async fn is_active(connection: &mut PgConnection, backend: i32) -> Result<bool, Error> {
+    sqlx::query_scalar(IS_ACTIVE.text())
+        .bind(backend)
+        .fetch_one(connection)
+        .await
+        .map_err(failure)
+}
+
+pub(super) async fn execute(
+    connection: &mut PgConnection,
+    statement: &'static str,
+) -> Result<(), Error> {
+    sqlx::query(statement)
+        .execute(connection)
+        .await
+        .map_err(failure)?;
+    Ok(())
+}
+
+async fn answer(connection: &mut PgConnection, question: &'static str) -> Result<bool, Error> {
+    sqlx::query_scalar(question)
+        .fetch_one(connection)
+        .await
+        .map_err(failure)
+}
