@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
 use lab::collector::Collector;
-use lab::program;
+use lab::{program, stack};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::flask::{self, Python};
@@ -18,8 +18,8 @@ pub(crate) struct Ground {
     pub(crate) postgres: Postgres,
     pub(crate) redis: Redis,
     pub(crate) collector: Collector,
-    /// Where the collector runs.
-    _runtime: Runtime,
+    /// Where the collector and clients run.
+    pub(crate) runtime: Runtime,
     /// The interpreter for the challenge's app, or why there is none.
     pub(crate) python: Result<Python, String>,
     databases: HashSet<String>,
@@ -63,7 +63,7 @@ impl Ground {
             postgres,
             redis: Redis::start(RedisOptions::default())?,
             collector: runtime.block_on(Collector::start()),
-            _runtime: runtime,
+            runtime,
             python,
             databases: HashSet::new(),
         })
@@ -166,7 +166,7 @@ impl Ground {
     /// The settings that lead to these stores, as the service and the challenge's app have them.
     pub(crate) fn settings(&self, database: &str) -> Vec<(&'static str, String)> {
         let (postgres, redis) = (&self.postgres, &self.redis);
-        program::settings(
+        stack::settings(
             (postgres.host(), postgres.port()),
             database,
             (redis.host(), redis.port()),

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use lab::client;
 use lab::ports::free_address;
 use lab::process::{self, Process};
-use lab::{program, wait};
+use lab::program;
 
 use crate::ground::{Ground, Owner};
 

@@ -90,23 +90,24 @@ pub enum Kind {
 }
 
 /// A fault in force, with what mends it.
-pub struct Injected {
+pub struct ActiveFault {
     kind: Kind,
-    held: Held,
+    cause: Cause,
     /// Effects of the proxy that carries the fault, before the fault.
     effects_before: u64,
 }
 
-enum Held {
+/// What keeps a fault in force.
+enum Cause {
     Nothing,
     Sessions(Vec<PgConnection>),
-    Restarting(Restarting),
+    RestartLoop(RestartLoop),
     Storm(Storm),
 }
 
 /// A mended fault.
 #[derive(Clone, Debug)]
-pub struct Healed {
+pub struct Repair {
     /// When what was broken worked again, as seen without the service.
     pub at: Instant,
     /// Visits that others than the ledger's clients have made meanwhile.
@@ -338,8 +339,8 @@ impl Fault {
     }
 
     /// Breaks it.
-    pub fn inject(&self, ground: &Ground, services: &mut [Service]) -> Result<Injected> {
-        let mut held = Held::Nothing;
+    pub fn inject(&self, ground: &Ground, services: &mut [Service]) -> Result<ActiveFault> {
+        let mut cause = Cause::Nothing;
         let effects_before = self.kind.proxy(ground).map_or(0, Proxy::effects);
         match self.kind {
             Kind::Kill(store) => ground.server(store).kill()?,
@@ -361,14 +362,14 @@ impl Fault {
                     taken = take_connections(ground)?;
                     Ok(())
                 })?;
-                held = Held::Sessions(taken);
+                cause = Cause::Sessions(taken);
             }
             Kind::ReadOnly => set_read_only(ground, true)?,
             Kind::DiskFull => ground.disk.as_ref().context("no disk")?.fill()?,
-            Kind::RestartLoop => held = Held::Restarting(Restarting::start(&ground.postgres)),
-            Kind::CountLocked => held = Held::Sessions(vec![ground.session(COUNT_LOCK)?]),
-            Kind::IdleTransaction => held = Held::Sessions(vec![ground.session(VISITS_BY_HAND)?]),
-            Kind::MigrationLocked => held = Held::Sessions(vec![ground.session(MIGRATION_LOCK)?]),
+            Kind::RestartLoop => cause = Cause::RestartLoop(RestartLoop::start(&ground.postgres)),
+            Kind::CountLocked => cause = Cause::Sessions(vec![ground.session(COUNT_LOCK)?]),
+            Kind::IdleTransaction => cause = Cause::Sessions(vec![ground.session(VISITS_BY_HAND)?]),
+            Kind::MigrationLocked => cause = Cause::Sessions(vec![ground.session(MIGRATION_LOCK)?]),
             Kind::OutOfMemory => redis(ground, &["CONFIG SET maxmemory 1"])?,
             Kind::Replica => redis(ground, &["REPLICAOF 127.0.0.1 1"])?,
             Kind::WrongPassword => redis(
@@ -393,11 +394,11 @@ impl Fault {
                 way.change(|rules| rules.silent_below = u64::MAX);
             }
             Kind::FiveInstances => {}
-            Kind::Disconnects => held = Held::Storm(Storm::start(ground, services)),
+            Kind::Disconnects => cause = Cause::Storm(Storm::start(ground, services)),
         }
-        Ok(Injected {
+        Ok(ActiveFault {
             kind: self.kind,
-            held,
+            cause,
             effects_before,
         })
     }
@@ -418,7 +419,7 @@ impl Kind {
     }
 }
 
-impl Injected {
+impl ActiveFault {
     /// Looks for evidence that it has taken effect, while it is in force, and returns what is
     /// missing. A fault that harms visits shows in the harm as well.
     pub fn missing_evidence(&self, ground: &Ground) -> Result<Option<&'static str>> {
@@ -438,11 +439,11 @@ impl Injected {
     }
 
     /// Mends it.
-    pub fn heal(self, ground: &Ground, services: &mut [Service]) -> Result<Healed> {
+    pub fn heal(self, ground: &Ground, services: &mut [Service]) -> Result<Repair> {
         let mut others = Vec::new();
         // As most are mended: before it works again, not after.
         let mut at = Instant::now();
-        match (self.kind, self.held) {
+        match (self.kind, self.cause) {
             (Kind::Kill(store), _) => at = ground.start_again(store)?,
             (Kind::KillService, _) => services[0].start()?,
             (Kind::Pause(store), _) => ground.server(store).resume()?,
@@ -462,11 +463,11 @@ impl Injected {
                 ground.disk.as_ref().context("no disk")?.empty()?;
                 at = ground.revive_postgres()?;
             }
-            (Kind::RestartLoop, Held::Restarting(restarting)) => {
+            (Kind::RestartLoop, Cause::RestartLoop(restarting)) => {
                 restarting.stop()?;
                 at = ground.start_again(Store::Postgres)?;
             }
-            (_, Held::Sessions(sessions)) => ground.end(sessions),
+            (_, Cause::Sessions(sessions)) => ground.end(sessions),
             (Kind::OutOfMemory, _) => redis(ground, &["CONFIG SET maxmemory 0"])?,
             (Kind::Replica, _) => redis(ground, &["REPLICAOF NO ONE"])?,
             (Kind::WrongPassword, _) => {
@@ -476,10 +477,10 @@ impl Injected {
             (Kind::WrongType, _) => redis(ground, &["RENAME guardada visitas_home"])?,
             (Kind::NamesGone, _) => ground.names.as_ref().context("no names")?.give()?,
             (Kind::CollectorSilent, _) => ground.clear(&ground.way_to_collector)?,
-            (Kind::Disconnects, Held::Storm(storm)) => others = storm.stop(ground),
+            (Kind::Disconnects, Cause::Storm(storm)) => others = storm.stop(ground),
             _ => {}
         }
-        Ok(Healed { at, others })
+        Ok(Repair { at, others })
     }
 }
 
@@ -539,7 +540,7 @@ fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
 }
 
 /// A thread that restarts Postgres until it is told to stop, and leaves it stopped.
-struct Restarting {
+struct RestartLoop {
     going: Arc<AtomicBool>,
     thread: JoinHandle<Result<()>>,
 }
@@ -547,7 +548,7 @@ struct Restarting {
 /// Long enough for some visits to be made.
 const BETWEEN_RESTARTS: Duration = Duration::from_millis(300);
 
-impl Restarting {
+impl RestartLoop {
     fn start(postgres: &Arc<Postgres>) -> Self {
         let going = Arc::new(AtomicBool::new(true));
         let (postgres, goes) = (Arc::clone(postgres), Arc::clone(&going));

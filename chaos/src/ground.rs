@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use devstack::{Data, Postgres, PostgresOptions, Redis, RedisOptions, Server};
 use lab::collector::Collector;
-use lab::program::{self, scratch};
+use lab::program::scratch;
 use lab::proxy::{Protocol, Proxy};
-use lab::wait;
+use lab::{stack, wait};
 use sqlx::{Connection as _, PgConnection};
 use tokio::runtime::{Builder, Runtime};
 
@@ -143,7 +143,7 @@ impl Ground {
             redis = self.way_to_redis.port();
         }
         let host = |name| if self.needs.names { name } else { "127.0.0.1" };
-        let mut settings = program::settings(
+        let mut settings = stack::settings(
             (host(POSTGRES_NAME), postgres),
             devstack::DATABASE,
             (host(REDIS_NAME), redis),
@@ -166,9 +166,7 @@ impl Ground {
 
     /// The `data` of all rows by id, in microseconds since 1970.
     pub fn moments(&self) -> Result<Vec<i64>> {
-        let said = self
-            .sql("select (extract(epoch from data) * 1000000)::bigint from visitas order by id")?;
-        said.lines().map(|line| Ok(line.parse()?)).collect()
+        stack::rows(&self.postgres, devstack::DATABASE)
     }
 
     /// A session that has run these statements and stays open.

@@ -67,12 +67,12 @@ pub struct Damage {
     /// Probes that were not answered 200.
     pub failed_probes: usize,
     /// What the attackers saw.
-    pub seen: Seen,
+    pub seen: Sightings,
 }
 
 /// What attackers saw.
 #[derive(Clone, Debug, Default)]
-pub struct Seen {
+pub struct Sightings {
     /// How often they were connected.
     pub connected: usize,
     /// How often the service closed before they had said all they would.
@@ -90,13 +90,13 @@ pub struct Hostile {
     pub memory: Option<Mebibytes>,
     /// Memory of spans that no collector takes, of requests that are as long as they may be.
     pub spans: Mebibytes,
-    /// What must not be.
+    /// Violations.
     pub complaints: Vec<String>,
 }
 
 /// Shared by the attackers.
 #[derive(Clone, Default)]
-struct Witness(Arc<Mutex<Seen>>);
+struct Witness(Arc<Mutex<Sightings>>);
 
 /// All attacks, in the report's order.
 pub const ALL: [Attack; 12] = [
@@ -158,7 +158,7 @@ pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     let mut damages = Vec::new();
     let mut complaints = Vec::new();
     for attack in ALL {
-        let mut damage = Damage::none_of(attack, attack.clients(idle));
+        let mut damage = Damage::new(attack, attack.clients(idle));
         for _ in 0..rounds {
             damage.suffer(&ground, service.address, duration)?;
             if !calms_down(&service) {
@@ -231,7 +231,7 @@ fn good(address: SocketAddr, duration: Duration) -> Result<Latency> {
 }
 
 impl Damage {
-    fn none_of(attack: Attack, clients: usize) -> Self {
+    fn new(attack: Attack, clients: usize) -> Self {
         Self {
             attack,
             clients,
@@ -240,11 +240,11 @@ impl Damage {
             answered: 1.0,
             probe: Duration::ZERO,
             failed_probes: 0,
-            seen: Seen::default(),
+            seen: Sightings::default(),
         }
     }
 
-    /// What must not be, be it of the service or of the attack.
+    /// Violations, of the service or of the attack.
     fn complaints(&self, rounds: usize) -> Vec<String> {
         let (attack, seen) = (self.attack, &self.seen);
         let mut complaints = Vec::new();
@@ -360,7 +360,7 @@ impl Attack {
         let mut stream = socket.connect(address).await?;
         witness.seen().connected += 1;
         // What is refused need not be read to its end.
-        timeout(LONGEST_SAYING, stream.write_all(&self.says(turn)))
+        timeout(LONGEST_SAYING, stream.write_all(&self.opening(turn)))
             .await
             .ok();
         match self {
@@ -399,8 +399,8 @@ impl Attack {
         matches!(self, Self::UnreadVisits | Self::UnreadScrapes)
     }
 
-    /// What it begins with, in its so manyeth turn.
-    fn says(self, turn: usize) -> Vec<u8> {
+    /// What it begins with, by the number of its turn.
+    fn opening(self, turn: usize) -> Vec<u8> {
         let request = |line: &str, fields: &[u8]| {
             let head = format!("{line} HTTP/1.1\r\nhost: chaos\r\n");
             [head.as_bytes(), fields].concat()
@@ -467,7 +467,7 @@ impl Attack {
 }
 
 impl Witness {
-    fn seen(&self) -> MutexGuard<'_, Seen> {
+    fn seen(&self) -> MutexGuard<'_, Sightings> {
         locked(&self.0)
     }
 }

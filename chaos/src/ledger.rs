@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use lab::chance;
 use lab::history::Visit;
 use lab::visitor::Visitor;
-use lab::wait::locked;
+use lab::wait::locked as lock;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
@@ -31,6 +31,7 @@ const PAUSE_AFTER_REFUSAL: Duration = Duration::from_millis(5);
 impl Ledger {
     /// Starts clients, each of which asks a random replica for each of its visits and keeps a
     /// connection to each.
+    #[must_use]
     pub fn start(runtime: &Handle, addresses: &[SocketAddr]) -> Self {
         let visits = Arc::new(Mutex::new(Vec::new()));
         let going = Arc::new(AtomicBool::new(true));
@@ -44,7 +45,7 @@ impl Ledger {
                 while going.load(Ordering::Relaxed) {
                     let replica = chance::below(visitors.len());
                     let visit = visitors[replica].visit().await;
-                    locked(&visits).push(visit);
+                    lock(&visits).push(visit);
                     let recorded = visit.is_recorded();
                     tokio::time::sleep(if recorded { PAUSE } else { PAUSE_AFTER_REFUSAL }).await;
                 }
@@ -60,12 +61,12 @@ impl Ledger {
 
     /// How many visits have been made.
     pub fn made(&self) -> usize {
-        locked(&self.visits).len()
+        lock(&self.visits).len()
     }
 
     /// The visits made after the first `from`.
     pub fn since(&self, from: usize) -> Vec<Visit> {
-        locked(&self.visits)[from..].to_vec()
+        lock(&self.visits)[from..].to_vec()
     }
 
     /// Waits for a visit, of those made after the first `from`, that is as wanted; nothing if none
@@ -80,7 +81,7 @@ impl Ledger {
         let mut seen = from;
         loop {
             {
-                let visits = locked(&self.visits);
+                let visits = lock(&self.visits);
                 if let Some(visit) = visits[seen..].iter().find(|visit| wanted(visit)) {
                     return Some(*visit);
                 }
@@ -100,7 +101,7 @@ impl Ledger {
             // A client does not panic; what it had written down before is there in any case.
             self.runtime.block_on(client).ok();
         }
-        std::mem::take(&mut locked(&self.visits))
+        std::mem::take(&mut lock(&self.visits))
     }
 }
 

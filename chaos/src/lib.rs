@@ -45,7 +45,7 @@ pub fn faults(only: Option<&str>, effort: Effort, tell: impl Fn(&Tried)) -> Vec<
     let wanted = |fault: &&Fault| only.is_none_or(|only| fault.name.contains(only));
     let mut all = Vec::new();
     for fault in fault::ALL.iter().filter(wanted) {
-        let tried = match trial::skip_reason(fault) {
+        let tried = match trial::hindrance(fault) {
             Some(why) => Tried::Skipped(fault.name, why),
             None => match trial::run(fault, effort) {
                 Ok(trial) => Tried::Ran(Box::new(trial)),

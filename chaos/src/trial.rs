@@ -10,7 +10,7 @@ use anyhow::Result;
 use lab::chance;
 use lab::history::{Outcome, Verdict, Visit};
 
-use crate::fault::{Fault, Harm, Healed, Kind};
+use crate::fault::{Fault, Harm, Kind, Repair};
 use crate::ground::{Ground, Store, obstacle};
 use crate::ledger::Ledger;
 use crate::service::Service;
@@ -107,7 +107,7 @@ struct Stop {
 }
 
 /// Why it cannot be tried here, if it cannot.
-pub fn skip_reason(fault: &Fault) -> Option<String> {
+pub fn hindrance(fault: &Fault) -> Option<String> {
     obstacle(fault.needs())
 }
 
@@ -147,7 +147,7 @@ impl<'a> Attempt<'a> {
             service.start()?;
             service.until_ready()?;
         }
-        let attempt = Self::new(fault, ground, services);
+        let attempt = Self::of(fault, ground, services);
         let deadline = Instant::now() + PATIENCE;
         while attempt.ledger.made() < WARM && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
@@ -167,7 +167,7 @@ impl<'a> Attempt<'a> {
         for service in &mut services {
             service.start()?;
         }
-        let mut attempt = Self::new(fault, ground, services);
+        let mut attempt = Self::of(fault, ground, services);
         attempt.strikes = 1;
         if fault.kind == Kind::MigrationLocked {
             std::thread::sleep(effort.hold);
@@ -203,7 +203,7 @@ impl<'a> Attempt<'a> {
         Ok(attempt)
     }
 
-    fn new(fault: &'a Fault, ground: &'a Ground, services: Vec<Service>) -> Self {
+    fn of(fault: &'a Fault, ground: &'a Ground, services: Vec<Service>) -> Self {
         let addresses: Vec<_> = services.iter().map(|service| service.address).collect();
         Self {
             fault,
@@ -245,7 +245,7 @@ impl<'a> Attempt<'a> {
             self.complain(format!("it took no effect: {missing}"));
         }
         let mended = Instant::now();
-        let Healed { at, others } = injected.heal(self.ground, &mut self.services)?;
+        let Repair { at, others } = injected.heal(self.ground, &mut self.services)?;
         self.note_redis_outage(whole..mended);
         self.look_for_effects(from, &(whole..mended), &others);
         self.others.extend(others);

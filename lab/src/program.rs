@@ -1,5 +1,5 @@
-//! The program that is measured and broken: where it is built, whether it is current, what starts it
-//! and what leads it to its stores. Where logs are left.
+//! The program that is measured and broken: where it is built, whether it is current, and what
+//! starts it. Where logs are left.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -85,23 +85,6 @@ pub fn command(settings: impl IntoIterator<Item = (&'static str, String)>) -> Re
     let mut command = process::command(visitas()?);
     command.env_clear().envs(settings);
     Ok(command)
-}
-
-/// The settings that lead the program to a database of Postgres and to Redis.
-pub fn settings(
-    (postgres_host, postgres_port): (&str, u16),
-    database: &str,
-    (redis_host, redis_port): (&str, u16),
-) -> Vec<(&'static str, String)> {
-    vec![
-        ("DB_HOST", postgres_host.to_owned()),
-        ("DB_PORT", postgres_port.to_string()),
-        ("DB_USER", devstack::USER.to_owned()),
-        ("DB_PASSWORD", devstack::PASSWORD.to_owned()),
-        ("DB_NAME", database.to_owned()),
-        ("REDIS_HOST", redis_host.to_owned()),
-        ("REDIS_PORT", redis_port.to_string()),
-    ]
 }
 
 /// Where logs and other files are left: next to what was built.

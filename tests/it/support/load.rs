@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use lab::history::{self, History, Outcome, Verdict, judge};
+use lab::stack;
 use lab::visitor::Visitor;
 use serde_json::Value;
-use time::OffsetDateTime;
 use tokio::task::JoinSet;
 
 use super::{SOON, Service, World};
@@ -65,19 +65,13 @@ impl Visit {
 
 /// What the judge of histories finds in all visits that were made in a world, in which Redis was
 /// down between two lives at these times.
+#[expect(clippy::unused_async, reason = "as other questions to a world")]
 pub(crate) async fn verdict(
     world: &World,
     visits: &[Visit],
     redis_outages: &[Range<Instant>],
 ) -> Verdict {
-    let moments = "select data from visitas order by id";
-    let moments: Vec<OffsetDateTime> = sqlx::query_scalar(moments)
-        .fetch_all(&mut world.session().await)
-        .await
-        .expect("the rows");
-    let microseconds = |moment: OffsetDateTime| moment.unix_timestamp_nanos() / 1000;
-    let rows = moments.into_iter().map(microseconds).map(i64::try_from);
-    let rows: Vec<_> = rows.collect::<Result<_, _>>().expect("moments of this age");
+    let rows = stack::rows(&world.postgres, &world.database).expect("the rows");
     let visits: Vec<_> = visits.iter().map(|visit| visit.judged).collect();
     let is_wrong = |visit: &history::Visit| matches!(visit.outcome, Outcome::Wrong(_));
     assert!(!visits.iter().any(is_wrong), "{visits:?}");
