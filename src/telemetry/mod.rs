@@ -25,6 +25,7 @@ use self::log::Writing;
 use self::sampler::Sampler;
 use self::trace::Pipeline;
 use crate::config::{LogConfig, TracesConfig};
+use crate::metrics;
 use crate::metrics::openmetrics::Format;
 
 /// The target of the spans that are exported. No library's span has it, so none is exported; the

@@ -334,5 +334,5 @@ fn file(name: &str, contents: impl AsRef<[u8]>) -> TemporaryFile {
 }
 
 fn certificate(name: &str) -> TemporaryFile {
-    file(name, include_str!("tests/ca.pem"))
+    file(name, include_str!("ca.pem"))
 }
