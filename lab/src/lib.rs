@@ -1,8 +1,8 @@
 //! What the tests, bench and chaos share: the service under test, what it runs on, and how it is
 //! visited, broken, watched and judged.
 //!
-//! In reading order: `program` (which one, and whether it is current) runs as a `process` on the
-//! stores of a `stack`. `client` and `visitor` visit it, `rolling` and `paced` do so in their own ways; a `proxy` and a
+//! In reading order: `program` (which one, and whether it is current) runs as a `process`, whose
+//! `output` is read, on the stores of a `stack`. `client` and `visitor` visit it, `rolling` and `paced` do so in their own ways; a `proxy` and a
 //! `collector` are what it reaches, and `metrics` reads what it exposes. The judge of the `history`
 //! compares what clients were told with what is stored. `measure`, `report` and `machine` make
 //! figures and tables; `ports`, `wait` and `chance` are small tools.
@@ -23,6 +23,7 @@ pub mod history;
 pub mod machine;
 pub mod measure;
 pub mod metrics;
+pub mod output;
 pub mod paced;
 pub mod ports;
 pub mod process;

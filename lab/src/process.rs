@@ -8,9 +8,11 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use rustix::process::{Pid, Signal, kill_process};
+pub use rustix::process::Signal;
+use rustix::process::{Pid, kill_process};
 
 use crate::measure::Mebibytes;
+use crate::output::{Output, Reader};
 use crate::wait;
 
 /// The service takes 10 s at most.
@@ -19,7 +21,14 @@ const STOP_DEADLINE: Duration = Duration::from_secs(15);
 /// A process that is stopped when this is dropped.
 pub struct Process {
     child: Child,
-    log: PathBuf,
+    log: Log,
+}
+
+/// Where what it prints goes.
+enum Log {
+    File(PathBuf),
+    /// Standard output and standard error.
+    Pipes(Output, Output),
 }
 
 /// A command whose process is killed when the thread that started it ends, however that happens,
@@ -46,28 +55,62 @@ impl Process {
     /// Starts a command, with its output in a file.
     pub fn start(mut command: Command, log: &Path) -> Result<Self> {
         let file = File::create(log).with_context(|| log.display().to_string())?;
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(file.try_clone()?)
-            .stderr(file)
-            .spawn()
-            .with_context(|| format!("cannot run {}", command.get_program().display()))?;
+        command.stdout(file.try_clone()?).stderr(file);
+        Ok(Self {
+            child: spawn(command)?,
+            log: Log::File(log.to_owned()),
+        })
+    }
+
+    /// Starts a command whose standard output is read like this.
+    pub fn start_read_by(reader: Reader, mut command: Command) -> Result<Self> {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = spawn(command)?;
+        let output = child.stdout.take().context("a pipe")?;
+        let errors = child.stderr.take().context("a pipe")?;
         Ok(Self {
             child,
-            log: log.to_owned(),
+            log: Log::Pipes(
+                Output::read(output, reader),
+                Output::read(errors, Reader::Stays),
+            ),
         })
     }
 
     /// Whether it runs no more.
     pub fn has_ended(&mut self) -> Result<bool> {
-        Ok(self.child.try_wait()?.is_some())
+        Ok(self.status()?.is_some())
+    }
+
+    /// How it ended, if it has.
+    pub fn status(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// The lines of its standard output so far, if it is read; otherwise of all that it printed.
+    pub fn output(&self) -> Vec<String> {
+        match &self.log {
+            Log::File(log) => {
+                let log = std::fs::read(log).unwrap_or_default();
+                let log = String::from_utf8_lossy(&log);
+                log.lines().map(str::to_owned).collect()
+            }
+            Log::Pipes(output, _) => output.lines(),
+        }
+    }
+
+    /// The lines of all that it printed so far.
+    pub fn printed(&self) -> Vec<String> {
+        let mut lines = self.output();
+        if let Log::Pipes(_, errors) = &self.log {
+            lines.extend(errors.lines());
+        }
+        lines
     }
 
     /// The end of its log.
     pub fn log_tail(&self) -> String {
-        let log = std::fs::read(&self.log).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log);
-        let lines: Vec<_> = log.lines().collect();
+        let lines = self.printed();
         lines[lines.len().saturating_sub(10)..].join("\n")
     }
 
@@ -128,7 +171,8 @@ impl Process {
         self.signal(Signal::CONT)
     }
 
-    fn signal(&self, signal: Signal) -> Result<()> {
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id())?;
         let pid = Pid::from_raw(pid).context("no process has the id 0")?;
         Ok(kill_process(pid, signal)?)
@@ -143,9 +187,16 @@ impl Process {
 
     /// How it ended, or nothing if it has not after `timeout`.
     pub fn wait(&mut self, timeout: Duration) -> Result<Option<ExitStatus>> {
-        wait::within(timeout, || !matches!(self.child.try_wait(), Ok(None)));
-        Ok(self.child.try_wait()?)
+        wait::within(timeout, || !matches!(self.status(), Ok(None)));
+        self.status()
     }
+}
+
+fn spawn(mut command: Command) -> Result<Child> {
+    command.stdin(Stdio::null()).spawn().with_context(|| {
+        let program = command.get_program().display();
+        format!("cannot run {program}")
+    })
 }
 
 impl Drop for Process {
