@@ -12,7 +12,7 @@ use crate::program::visitas;
 /// Load, subject and stores share so many processors, on every machine.
 const PROCESSORS: usize = 2;
 
-/// Confines this process, and with it whatever it starts, to the first two processors. Must be
+/// Confines this process, and with it every process that it starts, to the first two processors. Must be
 /// called before there are other threads. Returns whether that is how it is now; where it cannot be
 /// done, the report says so.
 pub fn confine() -> bool {

@@ -61,7 +61,7 @@ pub fn run(
                     .stack_size(128 * 1024)
                     .spawn_scoped(scope, move || {
                         let connection = Connection::open(address);
-                        // Whoever has none must not keep the others waiting.
+                        // One that has none must not keep the others waiting.
                         barrier.wait();
                         let schedule = Schedule::new(pace, connections, index, duration);
                         drive(connection?, &schedule)

@@ -27,7 +27,7 @@ impl ProcessorTime {
         let mut all = HashMap::new();
         for entry in std::fs::read_dir("/proc").context("no /proc: processor time is not known")? {
             let path = entry?.path();
-            // Whatever is no process, or ends just now, has none.
+            // An entry that is no process, or one that just ended, has none.
             if let Ok(stat) = std::fs::read_to_string(path.join("stat"))
                 && let Some(process) = Stat::parse(&stat)
             {

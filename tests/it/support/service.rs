@@ -218,11 +218,12 @@ impl Service {
         self.process().id()
     }
 
-    /// Sends a signal: `TERM` or `KILL`.
+    /// Sends a signal, such as `TERM` or `INT`.
     pub(crate) fn signal(&self, signal: &str) {
         let signal = match signal {
             "TERM" => Signal::TERM,
-            "KILL" => Signal::KILL,
+            "INT" => Signal::INT,
+            "HUP" => Signal::HUP,
             _ => panic!("SIG{signal} is not known here"),
         };
         self.process().signal(signal).expect("it runs");

@@ -96,10 +96,8 @@ impl World {
             &self.database,
             (redis.host(), redis.port()),
         );
-        let owned = settings.into_iter();
-        owned
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect()
+        let settings = settings.into_iter();
+        settings.map(|(name, value)| (name.into(), value)).collect()
     }
 
     /// The settings that lead to these stores, with others in place of those that begin with
