@@ -15,13 +15,14 @@ use tracing::info;
 
 use crate::config::Config;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::metrics::catalog::{CONNECTIONS, CONNECTIONS_MAX};
 use crate::recorder::{Writer, recorder};
 use crate::routes::AppState;
 use crate::server::{self, Capacity, Drained, Events, Limits, Rejections, Stop};
 use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
 use crate::telemetry::request::Observer;
-use crate::{metrics, routes, store};
+use crate::{routes, store};
 
 /// A service that has its addresses and has not begun to serve.
 pub struct App {
@@ -65,8 +66,6 @@ impl App {
             config.visit.queue_capacity,
             config.visit.timeout,
         );
-        metrics::connections_max(capacity.visitors);
-        metrics::connections(0);
         let listener = server::bind(config.http.bind_addr, BACKLOG)?;
         let metrics_listener = config
             .http
@@ -110,10 +109,15 @@ impl App {
         let observer = Observer::new(state.telemetry.sampler(), slow);
         let rejections = Arc::new(Rejections::default());
         let lifecycle = &state.lifecycle;
+        CONNECTIONS_MAX.with([]).set(capacity.visitors as f64);
+        let connections = CONNECTIONS.with([]);
         let with_metrics = metrics_listener.is_none();
         let mut tasks = Tasks {
             writer: tokio::spawn(writer.run()),
-            monitor: tokio::spawn(monitor(state.clone())),
+            monitor: tokio::spawn(store::watch(
+                Arc::clone(&state.postgres),
+                Arc::clone(&state.redis),
+            )),
             upkeep: tokio::spawn(upkeep(
                 state.clone(),
                 Arc::clone(&observer),
@@ -142,7 +146,7 @@ impl App {
             listener,
             routes::of_visitors(&state, Arc::clone(&observer), with_metrics),
             limits,
-            events(&rejections, metrics::connections),
+            events(&rejections, move |open| connections.set(open as f64)),
             Stop {
                 lifecycle: lifecycle.clone(),
                 leave_at: Phase::Leaving,
@@ -280,10 +284,6 @@ async fn finish_writing(mut writer: JoinHandle<()>, deadline: Instant) {
     {
         writer.abort();
     }
-}
-
-async fn monitor(state: AppState) {
-    store::watch(&*state.postgres, &*state.redis).await;
 }
 
 /// What a server reports goes to the metrics and, for rejected requests, to the log.

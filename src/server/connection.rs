@@ -49,8 +49,8 @@ use tokio::{
 };
 use tower::Service;
 
+use super::rejections::Rejection;
 use super::{Shared, host};
-use crate::metrics::Rejection;
 
 /// hyper's cap on what it has read of headers before it reads on, and on what it buffers of
 /// responses before it makes the next. Half a request of this is answered 431, headers of more than

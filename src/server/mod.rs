@@ -28,9 +28,8 @@ use tokio::{
 
 pub use self::capacity::Capacity;
 use self::connection::{Activity, State};
-pub use self::rejections::Rejections;
+pub use self::rejections::{Rejection, Rejections};
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::metrics::Rejection;
 
 /// What a client can cost. Every duration is the longest wait of its kind; after it the connection
 /// is closed without a response, as hyper and nginx do.

@@ -14,8 +14,8 @@ use opentelemetry::trace::{
 use tracing::{Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-use super::error::Error;
-use crate::metrics::{CallMetrics, CallOutcome, System};
+use super::call_metrics::{CallMetrics, CallOutcome};
+use super::error::{Error, System};
 use crate::telemetry;
 
 /// What a store is asked to do, named as the database conventions name it.
@@ -245,9 +245,7 @@ impl Running<'_> {
     fn end<T>(mut self, result: &Result<T, Error>) {
         self.ended = true;
         match result {
-            Ok(_) => self
-                .metrics
-                .record(CallOutcome::Ok, self.started.elapsed(), None, None),
+            Ok(_) => self.metrics.succeeded(self.started.elapsed()),
             Err(error @ Error::Timeout(_)) => {
                 self.fail(CallOutcome::Timeout, error.kind(), error.code());
             }
@@ -257,7 +255,7 @@ impl Running<'_> {
 
     fn fail(&self, outcome: CallOutcome, error_type: &str, code: Option<&str>) {
         let took = self.started.elapsed();
-        self.metrics.record(outcome, took, Some(error_type), code);
+        self.metrics.failed(outcome, took, error_type, code);
         self.span.record("otel.status_code", "ERROR");
         self.span.record("error.type", error_type);
         if let Some(code) = code {

@@ -1,12 +1,13 @@
 //! What the service tells about itself: logs, traces and metrics, started once and flushed last.
 //!
 //! Telemetry never changes an answer: whoever logs, counts or traces does not wait for whoever
-//! reads. [`request`] wraps every request, [`metric`] spells every name.
+//! reads. [`request`] wraps every request.
 
 mod exporter;
 mod log;
 mod panic;
 pub mod request;
+mod request_metrics;
 pub mod sampler;
 mod trace;
 
@@ -25,8 +26,8 @@ use self::log::Writing;
 use self::sampler::Sampler;
 use self::trace::Pipeline;
 use crate::config::{LogConfig, TracesConfig};
-use crate::metrics;
-use crate::metrics::openmetrics::Format;
+use crate::metrics::catalog::{BUILD_INFO, LOG_LINES_DROPPED};
+use crate::metrics::{self, Format};
 
 /// The target of the spans that are exported. No library's span has it, so none is exported; the
 /// exporter's own requests are not traced.
@@ -60,6 +61,11 @@ impl Telemetry {
         trace_context: bool,
         patience: Duration,
     ) -> anyhow::Result<Self> {
+        // First, since a handle that is made without a recorder changes nothing.
+        let prometheus = metrics::install()?;
+        let build = [crate::VERSION, crate::REVISION, crate::RUSTC];
+        BUILD_INFO.with(build).set(1.0);
+        trace::declare_metrics();
         let writing = Writing::start(patience)?;
         let pipeline = traces
             .and_then(|traces| Some((traces, traces.exporter.as_ref()?)))
@@ -85,7 +91,6 @@ impl Telemetry {
             .with(log::layer(log, writing.buffer())?)
             .with(spans)
             .try_init()?;
-        let prometheus = metrics::install()?;
         panic::install_hook();
         Ok(Self {
             writing,
@@ -112,7 +117,10 @@ impl Telemetry {
     /// Every metric, in a format that a scraper reads.
     #[must_use]
     pub fn render_metrics(&self, format: Format) -> String {
-        metrics::render(&self.prometheus, self.writing.lines_dropped(), format)
+        LOG_LINES_DROPPED
+            .with([])
+            .absolute(self.writing.lines_dropped());
+        metrics::render(&self.prometheus, format)
     }
 
     /// Moves samples from where they are recorded to where they are kept. Between two calls, or

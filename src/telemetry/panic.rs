@@ -6,15 +6,19 @@
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::cell::RefCell;
 use std::panic::PanicHookInfo;
+use std::sync::LazyLock;
 use std::thread;
 
 use http::HeaderValue;
+use metrics::Counter;
 use opentelemetry::{SpanId, TraceId};
 
-use crate::metrics;
+use crate::metrics::catalog;
 
 /// The target of the line. The log writes it at any `RUST_LOG`.
 pub(super) const TARGET: &str = "visitas::panic";
+
+static PANICS: LazyLock<Counter> = LazyLock::new(|| catalog::PANICS.with([]));
 
 /// What names a request in the log.
 #[derive(Debug, Clone)]
@@ -46,11 +50,12 @@ impl Drop for InRequest {
 
 /// From here on a panic is logged and counted instead of being printed on stderr.
 pub(super) fn install_hook() {
+    LazyLock::force(&PANICS);
     std::panic::set_hook(Box::new(report));
 }
 
 fn report(panic: &PanicHookInfo<'_>) {
-    metrics::panicked();
+    PANICS.increment(1);
     // A panic is reported however the thread got into it: by `try_borrow`, since another panic
     // would abort the process, and by `try_with`, since the thread may be ending.
     let ids = CURRENT

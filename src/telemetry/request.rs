@@ -23,9 +23,10 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
 use super::panic::{InRequest, RequestIds};
+use super::request_metrics::{self, Kind};
 use super::sampler::Sampler;
 use super::trace;
-use crate::metrics;
+use crate::metrics::limit::OTHER;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACE_RESPONSE: HeaderName = HeaderName::from_static("traceresponse");
@@ -42,6 +43,7 @@ impl Observer {
     /// Requests slower than `slow` are logged at level info.
     #[must_use]
     pub fn new(sampler: Sampler, slow: Duration) -> Arc<Self> {
+        request_metrics::declare();
         Arc::new(Self {
             sampler,
             slow,
@@ -165,7 +167,7 @@ impl Seen {
         } else {
             Some(decision.start(&span))
         };
-        metrics::request_active(method, 1.0);
+        request_metrics::active(method, 1.0);
         Self {
             observer: Arc::clone(observer),
             method,
@@ -209,11 +211,15 @@ impl Seen {
 
     fn end(&self, status: Option<StatusCode>) {
         let took = self.started.elapsed();
-        let route = self.route.as_ref().map(MatchedPath::as_str);
         let code = status.map(|status| status.as_u16());
-        let span = self.context.as_ref();
-        metrics::request(self.method, route, code, self.version, took, span);
-        metrics::request_active(self.method, -1.0);
+        let kind = Kind {
+            method: self.method,
+            route: self.route.as_ref().map(MatchedPath::as_str),
+            status,
+            version: self.version,
+        };
+        request_metrics::record(kind, took, self.context.as_ref());
+        request_metrics::active(self.method, -1.0);
         let failed = status.is_some_and(|status| status.is_server_error());
         if failed || took >= self.observer.slow {
             if let Some(left_out) = self.observer.access.admit() {
@@ -297,8 +303,6 @@ fn request_span(
     }
     span
 }
-
-const OTHER: &str = "_OTHER";
 
 /// The method's name where it is one of HTTP's own: a caller must not be able to make series.
 fn known_method(method: &Method) -> &'static str {

@@ -5,9 +5,10 @@
 //! sampled until an export succeeds. Nothing here knows what a span is about.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use metrics::Counter;
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry::{Array, InstrumentationScope, KeyValue, StringValue, Value};
 use opentelemetry_otlp::SpanExporter as OtlpExporter;
@@ -22,10 +23,33 @@ use tracing::{info, warn};
 use super::exporter::{self, Meetings};
 use super::sampler::DrawnIds;
 use crate::config::{ExporterConfig, TracesConfig};
-use crate::metrics::{self, Spans};
+use crate::metrics::catalog::{SPANS_EXPORTED, SPANS_PROCESSED};
+use crate::metrics::limit::OTHER;
 
 /// The version of the semantic conventions that names and attributes follow.
 const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
+
+static EXPORTED: LazyLock<Counter> = LazyLock::new(|| exported(""));
+static NOT_EXPORTED: LazyLock<Counter> = LazyLock::new(|| exported(OTHER));
+static QUEUED: LazyLock<Counter> = LazyLock::new(|| processed(""));
+static QUEUE_FULL: LazyLock<Counter> = LazyLock::new(|| processed("queue_full"));
+
+fn exported(error_type: &str) -> Counter {
+    let component = "otlp_http_span_exporter";
+    SPANS_EXPORTED.with([&format!("{component}/0"), component, error_type])
+}
+
+fn processed(error_type: &str) -> Counter {
+    let component = "batching_span_processor";
+    SPANS_PROCESSED.with([&format!("{component}/0"), component, error_type])
+}
+
+/// Makes the series of spans exist, whether or not there is an exporter.
+pub(super) fn declare_metrics() {
+    for counter in [&EXPORTED, &NOT_EXPORTED, &QUEUED, &QUEUE_FULL] {
+        LazyLock::force(counter);
+    }
+}
 
 /// What makes spans and sends them.
 #[derive(Debug)]
@@ -177,8 +201,8 @@ impl Breaker {
     /// The collector has taken so many spans, some of them only to throw them away: that is its
     /// will, so it counts as being there.
     fn exported(&self, spans: usize, rejected: usize) {
-        metrics::spans(Spans::Exported, spans - rejected);
-        metrics::spans(Spans::NotExported, rejected);
+        EXPORTED.increment((spans - rejected) as u64);
+        NOT_EXPORTED.increment(rejected as u64);
         self.failures.store(0, Ordering::Relaxed);
         self.rejected(rejected);
         let mut outage = self.outage();
@@ -193,7 +217,7 @@ impl Breaker {
     }
 
     fn failed(&self, spans: usize, error: &str) {
-        metrics::spans(Spans::NotExported, spans);
+        NOT_EXPORTED.increment(spans as u64);
         let mut outage = self.outage();
         self.unexported.fetch_sub(spans, Ordering::AcqRel);
         let now = Instant::now();
@@ -282,14 +306,14 @@ impl SpanProcessor for Bounded {
     fn on_end(&self, mut span: SpanData) {
         if self.queued.fetch_add(1, Ordering::Relaxed) >= self.capacity {
             self.queued.fetch_sub(1, Ordering::Relaxed);
-            metrics::spans(Spans::QueueFull, 1);
+            QUEUE_FULL.increment(1);
             return;
         }
         for attribute in &mut span.attributes {
             cut_value(&mut attribute.value, self.value_length_limit);
         }
         self.breaker.unexported.fetch_add(1, Ordering::AcqRel);
-        metrics::spans(Spans::Queued, 1);
+        QUEUED.increment(1);
         self.processor.on_end(span);
     }
 
