@@ -350,7 +350,7 @@ impl Fault {
             Kind::Refuse(store) => ground.runtime.block_on(ground.way_to(store).refuse()),
             Kind::Cut(store, cut) => change(ground, store, |rules| rules.cut = Some(cut)),
             Kind::Delay(store) => {
-                change(ground, store, |rules| rules.delay_each_way(DELAY_EACH_WAY))
+                change(ground, store, |rules| rules.delay_each_way(DELAY_EACH_WAY));
             }
             Kind::Narrow(store) => {
                 change(ground, store, |rules| rules.bytes_per_second = Some(NARROW));

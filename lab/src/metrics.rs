@@ -29,7 +29,7 @@ impl Metrics {
         let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}}");
         let count = self.value(&series);
         let count = count.with_context(|| format!("no {series}"))?;
-        Ok(format!("{count:.0}").parse()?)
+        whole(count)
     }
 
     /// The series whose names begin like this, with their labels and values.
@@ -40,6 +40,11 @@ impl Metrics {
             wanted.then_some((series, value.parse().ok()?))
         })
     }
+}
+
+/// The value of a counter that counts by one.
+pub fn whole(value: f64) -> Result<u64> {
+    Ok(format!("{value:.0}").parse()?)
 }
 
 #[cfg(test)]

@@ -65,7 +65,6 @@ impl Visit {
 
 /// What the judge of histories finds in all visits that were made in a world, in which Redis was
 /// down between two lives at these times.
-#[expect(clippy::unused_async, reason = "as other questions to a world")]
 pub(crate) async fn verdict(
     world: &World,
     visits: &[Visit],

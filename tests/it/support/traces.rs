@@ -1,6 +1,7 @@
 //! Services whose spans are exported, requests with headers, and the counters of spans.
 
 use http::Method;
+use lab::metrics::whole;
 
 use super::collector::Collector;
 use super::{Answer, Service, World};
@@ -50,5 +51,5 @@ pub(crate) async fn spans(service: &Service, component: &str, error: &str) -> u6
             error => series.contains(&format!("error_type=\"{error}\"")),
         })
         .expect("the series is there");
-    count as u64
+    whole(count).expect("a number")
 }
