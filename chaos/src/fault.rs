@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use devstack::Postgres;
-use lab::chance;
 use lab::history::Visit;
 use lab::proxy::{Cut, Proxy, Rules};
 use lab::visitor::Visitor;
 use sqlx::PgConnection;
 
+use crate::chance;
 use crate::ground::{Ground, Needs, REDIS_PASSWORD, Store};
 use crate::service::Service;
 

@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use lab::chance;
 use lab::history::Visit;
 use lab::visitor::Visitor;
 use lab::wait::locked as lock;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
+
+use crate::chance;
 
 /// Clients under way. Each makes its next visit shortly after the one before.
 pub struct Ledger {

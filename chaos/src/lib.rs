@@ -6,7 +6,7 @@
 //! about replicas that restart; `report` writes it all down. Everything here is on the loopback
 //! interface, ends with this program, and is bounded in time.
 
-#![allow(
+#![expect(
     clippy::missing_errors_doc,
     clippy::missing_panics_doc,
     clippy::must_use_candidate,
@@ -14,6 +14,7 @@
 )]
 
 pub mod bounds;
+mod chance;
 pub mod fault;
 pub mod ground;
 pub mod hostile;

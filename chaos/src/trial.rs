@@ -7,9 +7,9 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use lab::chance;
 use lab::history::{Outcome, Verdict, Visit};
 
+use crate::chance;
 use crate::fault::{Fault, Harm, Kind, Repair};
 use crate::ground::{Ground, Store, obstacle};
 use crate::ledger::Ledger;

@@ -2,21 +2,20 @@
 //! visited, broken, watched and judged.
 //!
 //! In reading order: `program` (which one, and whether it is current) runs as a `process`, whose
-//! `output` is read, on the stores of a `stack`. `client` and `visitor` visit it, `rolling` and `paced` do so in their own ways; a `proxy` and a
-//! `collector` are what it reaches, and `metrics` reads what it exposes. The judge of the `history`
-//! compares what clients were told with what is stored. `measure`, `report` and `machine` make
-//! figures and tables; `ports`, `wait` and `chance` are small tools.
+//! `output` is read, on the stores of a `stack`. `client`, `visitor`, `rolling` and `paced` visit
+//! it; it reaches its stores by a `proxy` and a `collector` for its spans, and `metrics` reads what
+//! it exposes. The judge of the `history` compares what clients were told with what is stored.
+//! `measure`, `report` and `machine` make figures and tables; `ports` and `wait` are small tools.
 //!
 //! Everything is on the loopback interface. It starts no store: `devstack` does.
 
-#![allow(
+#![expect(
     clippy::missing_errors_doc,
     clippy::missing_panics_doc,
     clippy::must_use_candidate,
     reason = "tools of tests: an error or a panic ends the run and says why"
 )]
 
-pub mod chance;
 pub mod client;
 pub mod collector;
 pub mod history;
