@@ -9,15 +9,18 @@ use tokio::net::TcpStream;
 /// How long to wait for what should happen soon, on a machine that is busy with other things.
 pub const SOON: Duration = Duration::from_secs(10);
 
-/// Polls until `is_so` holds, and panics after `timeout`.
+/// Polls until `is_so` holds, and panics after `timeout`: often at first, since most facts are soon
+/// there, and then less often, since a poll costs time that other tests need.
 pub async fn eventually(what: &str, timeout: Duration, mut is_so: impl AsyncFnMut() -> bool) {
     let deadline = tokio::time::Instant::now() + timeout;
+    let mut pause = Duration::from_millis(2);
     while !is_so().await {
         assert!(
             tokio::time::Instant::now() < deadline,
             "after {timeout:?} still not so: {what}"
         );
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(Duration::from_millis(50));
     }
 }
 
