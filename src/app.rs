@@ -179,7 +179,7 @@ impl App {
         if let Some(server) = tasks.metrics_server.filter(|server| !server.is_finished()) {
             let _drained = server.await.context("serving metrics")?;
         }
-        observer.tell_left_out();
+        observer.report_suppressed();
         rejections.report();
         info!(connections.aborted = drained.aborted, "stopped");
         ensure!(exited.is_none(), "a part of the service ended unexpectedly");
@@ -309,7 +309,7 @@ async fn upkeep(state: AppState, observer: Arc<Observer>, rejections: Arc<Reject
                 state.telemetry.upkeep();
                 rejections.report();
             }
-            _ = suppressed.tick() => observer.tell_left_out(),
+            _ = suppressed.tick() => observer.report_suppressed(),
         }
     }
 }

@@ -1,7 +1,7 @@
-//! Requests that were rejected before they reached a route: each is counted, and a line a second
-//! says how many there were.
+//! Requests that were rejected before they reached a route: why, and how many. Each is counted, and
+//! at most one log line a second says how many there were.
 //!
-//! Must not know: who sent them, and what they said.
+//! Must not know: which client sent them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -94,5 +94,26 @@ impl Rejections {
             host = of(Rejection::Host),
             "requests rejected before they reached a route"
         );
+    }
+}
+
+/// A record of TLS that begins a handshake, and its major version.
+const TLS_HELLO: &[u8] = &[0x16, 3];
+/// What a PROXY preface begins with; hyper drops the line ends that version 2 begins with.
+const PROXY_V1: &[u8] = b"PROXY ";
+const PROXY_V2: &[u8] = b"\0\r\nQUIT\n";
+
+/// Why hyper rejected what it had read.
+pub(super) fn reason(error: &hyper::Error, read: &[u8]) -> Rejection {
+    if error.is_parse_too_large() {
+        Rejection::HeadersTooLarge
+    } else if read.starts_with(TLS_HELLO) || read == &TLS_HELLO[..1] {
+        Rejection::Tls
+    } else if read.starts_with(PROXY_V1)
+        || (!read.is_empty() && (read.starts_with(PROXY_V2) || PROXY_V2.starts_with(read)))
+    {
+        Rejection::ProxyProtocol
+    } else {
+        Rejection::Malformed
     }
 }

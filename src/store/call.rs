@@ -16,7 +16,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use super::call_metrics::{CallMetrics, CallOutcome};
 use super::error::{Error, System};
-use crate::telemetry;
+use crate::telemetry::span;
 
 /// What a store is asked to do, named as the database conventions name it.
 #[derive(Debug)]
@@ -132,7 +132,7 @@ impl Operation {
         };
         let visits = self.records_visits.then_some(batch.visits);
         let span = tracing::info_span!(
-            target: telemetry::SPANS,
+            target: span::TARGET,
             parent: None,
             "call",
             otel.name = self.summary,
@@ -170,7 +170,7 @@ impl Batch {
     /// Says in the trace of another sampled visit how long it waited, with links to the calls
     /// that recorded it.
     pub fn link_wait(&self, visit: &Parent, arrived: SystemTime) {
-        let Some(tracer) = telemetry::tracer() else {
+        let Some(tracer) = span::tracer() else {
             return;
         };
         let links = self

@@ -1,7 +1,7 @@
-//! Panics: each is one line of the log and counted, wherever it happens.
+//! Panics: each is counted and is one line of the log, wherever it happens. The line has the ids of
+//! the request that the thread was working on, if any.
 //!
-//! The line has the ids of the request that the thread was working on, if any. Nothing here knows
-//! what becomes of the task that panicked.
+//! Must not know: what becomes of the task that panicked.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::cell::RefCell;
@@ -48,7 +48,7 @@ impl Drop for InRequest {
     }
 }
 
-/// From here on a panic is logged and counted instead of being printed on stderr.
+/// From now on a panic is logged and counted instead of being printed on stderr.
 pub(super) fn install_hook() {
     LazyLock::force(&PANICS);
     std::panic::set_hook(Box::new(report));
@@ -56,8 +56,8 @@ pub(super) fn install_hook() {
 
 fn report(panic: &PanicHookInfo<'_>) {
     PANICS.increment(1);
-    // A panic is reported however the thread got into it: by `try_borrow`, since another panic
-    // would abort the process, and by `try_with`, since the thread may be ending.
+    // A panic in this hook would abort the process: the ids can be borrowed mutably (`try_borrow`),
+    // and the thread can be ending (`try_with`).
     let ids = CURRENT
         .try_with(|ids| ids.try_borrow().ok()?.clone())
         .ok()
