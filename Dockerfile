@@ -14,9 +14,10 @@ COPY Cargo.toml Cargo.lock ./
 COPY bench/Cargo.toml bench/
 COPY chaos/Cargo.toml chaos/
 COPY devstack/Cargo.toml devstack/
+COPY lab/Cargo.toml lab/
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    mkdir -p src bench/src chaos/src devstack/src \
- && touch src/lib.rs bench/src/lib.rs chaos/src/lib.rs devstack/src/lib.rs \
+    mkdir -p src bench/src chaos/src devstack/src lab/src \
+ && touch src/lib.rs bench/src/lib.rs chaos/src/lib.rs devstack/src/lib.rs lab/src/lib.rs \
  && echo 'fn main() {}' >src/main.rs \
  && cargo build --release --locked --bin visitas
 

@@ -1,7 +1,7 @@
 //! A chart with lines over a few places and a logarithmic axis, as SVG that goes with a light and a
 //! dark page. Knows nothing of what it shows.
 
-use crate::measure::{Spread, grouped};
+use lab::measure::{Spread, grouped};
 
 /// A line, with a point at each place from the left.
 pub(crate) struct Line {
@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     fn one(figure: f64) -> Spread {
-        Spread::of([figure])
+        Spread::new([figure])
     }
 
     #[test]

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::ground::scratch;
-use crate::process;
+use lab::process;
+use lab::program::scratch;
 
 /// The app and what it needs.
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/peers/flask");

@@ -5,19 +5,21 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-pub(crate) use bench::place::{free_address, scratch, visitas};
 use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
+use lab::collector::Collector;
+use lab::{program, stack};
+use tokio::runtime::{Builder, Runtime};
 
 use crate::flask::{self, Python};
-use crate::process;
 use crate::progress;
-use crate::sink::Sink;
 
 /// Servers, started for the bench and ended with it.
 pub(crate) struct Ground {
     pub(crate) postgres: Postgres,
     pub(crate) redis: Redis,
-    pub(crate) sink: Sink,
+    pub(crate) collector: Collector,
+    /// Where the collector and clients run.
+    pub(crate) runtime: Runtime,
     /// The interpreter for the challenge's app, or why there is none.
     pub(crate) python: Result<Python, String>,
     databases: HashSet<String>,
@@ -53,10 +55,15 @@ impl Ground {
         } else {
             Err("not looked for".to_owned())
         };
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
         Ok(Self {
             postgres,
             redis: Redis::start(RedisOptions::default())?,
-            sink: Sink::start()?,
+            collector: runtime.block_on(Collector::start()),
+            runtime,
             python,
             databases: HashSet::new(),
         })
@@ -118,10 +125,8 @@ impl Ground {
     }
 
     fn migrate(&self, database: &str) -> Result<()> {
-        let output = process::command(visitas()?)
+        let output = program::command(self.settings(database))?
             .arg("migrate")
-            .env_clear()
-            .envs(self.settings(database))
             .output()?;
         ensure!(
             output.status.success(),
@@ -160,14 +165,11 @@ impl Ground {
 
     /// The settings that lead to these stores, as the service and the challenge's app have them.
     pub(crate) fn settings(&self, database: &str) -> Vec<(&'static str, String)> {
-        vec![
-            ("DB_HOST", self.postgres.host().to_owned()),
-            ("DB_PORT", self.postgres.port().to_string()),
-            ("DB_USER", devstack::USER.to_owned()),
-            ("DB_PASSWORD", devstack::PASSWORD.to_owned()),
-            ("DB_NAME", database.to_owned()),
-            ("REDIS_HOST", self.redis.host().to_owned()),
-            ("REDIS_PORT", self.redis.port().to_string()),
-        ]
+        let (postgres, redis) = (&self.postgres, &self.redis);
+        stack::settings(
+            (postgres.host(), postgres.port()),
+            database,
+            (redis.host(), redis.port()),
+        )
     }
 }

@@ -3,12 +3,11 @@
 //! latency is measured by `paced`.
 
 use std::net::SocketAddr;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-
-use crate::process;
+use lab::process;
 
 /// What came of one run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -50,6 +49,21 @@ pub(crate) fn start(
         .spawn()
         .context("cannot run wrk")?;
     Ok(Running(child))
+}
+
+/// What makes the load: wrk for throughput, and a client for latency.
+pub(crate) fn describe() -> Result<String> {
+    // It says its version only together with how it is used, and calls that a failure.
+    let output = Command::new("wrk")
+        .arg("-v")
+        .output()
+        .context("cannot run wrk")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let version = said.split_whitespace().take(2).collect::<Vec<_>>();
+    Ok(format!(
+        "{} for throughput, a client of this bench for latency",
+        version.join(" ")
+    ))
 }
 
 impl Running {

@@ -1,9 +1,9 @@
 //! Measures the service beside what limits it and what it replaces: `make bench`.
 //!
 //! In reading order: `subject` (what is measured) on its `ground` (stores, collector, databases),
-//! by `load` (throughput) and `paced` (latency), in rounds (`round`). `phase` has the questions,
-//! `report` and `chart` write the answers down. `peer` and `flask` are what the service is measured
-//! beside. The tools are in the library, since others measure with them too.
+//! by `load` (throughput) and `lab`'s `paced` (latency), in rounds (`round`). `phase` has the
+//! questions, `chart` draws the answers. `peer` and `flask` are what the service is measured
+//! beside.
 
 mod chart;
 mod flask;
@@ -11,7 +11,6 @@ mod ground;
 mod load;
 mod peer;
 mod phase;
-mod processor;
 mod round;
 mod subject;
 
@@ -21,11 +20,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use bench::{client, machine, measure, paced, process, report, sink};
 use clap::{Arg, ArgMatches, Command, value_parser};
+use lab::machine;
+use lab::report::{self, Section};
 
 use crate::ground::Ground;
-use crate::report::Section;
 use crate::round::Effort;
 use crate::subject::{Subject, Traces};
 
@@ -245,7 +244,7 @@ fn publish(
     sections: &[Section],
     file: Option<&str>,
 ) -> Result<()> {
-    let head = machine::describe(&ground.postgres, command, &machine::wrk()?)? + method;
+    let head = machine::describe(&ground.postgres, command, &load::describe()?)? + method;
     let document = report::document("What was measured", &head, sections);
     print!("{document}");
     if let Some(file) = file {

@@ -5,12 +5,12 @@ use std::fmt;
 use std::time::Duration;
 
 use anyhow::Result;
+use lab::measure::{Mebibytes, Spread, grouped, milliseconds, ratio};
+use lab::report::table;
 
 use crate::ground::Ground;
 use crate::load;
-use crate::measure::{Mebibytes, Spread, grouped, milliseconds, ratio};
 use crate::progress;
-use crate::report::table;
 use crate::subject::{Running, Subject, Traces};
 
 /// How long and how often.
@@ -91,7 +91,7 @@ fn measure(ground: &mut Ground, case: Case, effort: Effort) -> Result<Sample> {
     let database = ground.database(owner, case.rows)?;
     let traced = case.subject == Subject::Visitas(Traces::All);
     let before = if traced { ground.rows(&database)? } else { 0 };
-    ground.sink.take()?;
+    ground.collector.take_server_spans();
 
     let mut running = case.subject.start(ground, &database)?;
     warm_up(&running, case.connections, effort)?;
@@ -110,7 +110,7 @@ fn measure(ground: &mut Ground, case: Case, effort: Effort) -> Result<Sample> {
     let lost = if traced {
         let visits = (ground.rows(&database)? - before) as f64;
         // Whoever left before being recorded may have a span and no row.
-        Some((1.0 - ground.sink.take()?.servers as f64 / visits).max(0.0))
+        Some((1.0 - ground.collector.take_server_spans() as f64 / visits).max(0.0))
     } else {
         None
     };
@@ -143,7 +143,7 @@ impl Series {
     }
 
     pub(crate) fn spread(&self, figure: impl Fn(&Sample) -> f64) -> Spread {
-        Spread::of(self.samples.iter().map(figure))
+        Spread::new(self.samples.iter().map(figure))
     }
 
     pub(crate) fn throughput(&self) -> Spread {
@@ -167,7 +167,7 @@ impl Series {
 }
 
 /// The series of a case.
-pub(crate) fn of(all: &[Series], wanted: impl Fn(&Case) -> bool) -> Option<&Series> {
+pub(crate) fn find(all: &[Series], wanted: impl Fn(&Case) -> bool) -> Option<&Series> {
     all.iter().find(|series| wanted(&series.case))
 }
 

@@ -6,10 +6,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
+use lab::client;
+use lab::ports::free_address;
+use lab::process::{self, Process};
+use lab::program;
 
-use crate::client::{self, Connection};
-use crate::ground::{self, Ground, Owner};
-use crate::process::{self, Process};
+use crate::ground::{Ground, Owner};
 
 /// A program that answers `GET /`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,16 +61,16 @@ impl Subject {
 
     /// Starts it and waits until it serves.
     pub(crate) fn start(self, ground: &Ground, database: &str) -> Result<Running> {
-        let address = ground::free_address()?;
-        let log = ground::scratch()?.join(format!("{}.log", address.port()));
+        let address = free_address()?;
+        let log = program::scratch()?.join(format!("{}.log", address.port()));
         let command = self.command(ground, database, address)?;
         let started = Instant::now();
         let mut process = Process::start(command, &log)?;
         while !self.is_ready(address) {
             ensure!(
                 !process.has_ended()? && started.elapsed() < START_DEADLINE,
-                "{self} does not serve; it said\n{}",
-                process.last_words()
+                "{self} does not serve; its log ends\n{}",
+                process.log_tail()
             );
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -98,12 +100,8 @@ impl Subject {
                 python.map_err(|reason| anyhow!("{reason}"))?.serve(address)
             }
             Self::Visitas(traces) => {
-                let mut command = process::command(ground::visitas()?);
-                command
-                    .arg("serve")
-                    .env_clear()
-                    .env("BIND_ADDR", address.to_string())
-                    .envs(traces.settings(ground)?);
+                let mut command = program::command(traces.settings(ground)?)?;
+                command.arg("serve").env("BIND_ADDR", address.to_string());
                 command
             }
         };
@@ -118,8 +116,7 @@ impl Subject {
         } else {
             "/"
         };
-        let answer = Connection::open(address).and_then(|mut open| open.get(path));
-        answer.is_ok_and(|answer| answer.status == 200)
+        client::get(address, path).is_ok_and(|response| response.status == 200)
     }
 }
 
@@ -129,12 +126,12 @@ impl Traces {
         Ok(match self {
             Self::Off => vec![("OTEL_SDK_DISABLED", "true".to_owned())],
             Self::Hundredth => vec![
-                endpoint(ground.sink.address),
+                endpoint(ground.collector.address),
                 ("OTEL_TRACES_SAMPLER", "parentbased_traceidratio".to_owned()),
                 ("OTEL_TRACES_SAMPLER_ARG", "0.01".to_owned()),
             ],
-            Self::All => vec![endpoint(ground.sink.address)],
-            Self::Nowhere => vec![endpoint(ground::free_address()?)],
+            Self::All => vec![endpoint(ground.collector.address)],
+            Self::Nowhere => vec![endpoint(free_address()?)],
         })
     }
 }
@@ -142,7 +139,7 @@ impl Traces {
 impl Running {
     /// Makes a visit and checks what it is told against the table. Nobody else may visit.
     pub(crate) fn check_number(&self, ground: &Ground, database: &str) -> Result<()> {
-        let (total, _) = client::numbers(self.address).context("checking the number")?;
+        let (total, _) = client::visit(self.address).context("checking the number")?;
         let rows = ground.rows(database)?;
         ensure!(
             total == rows,

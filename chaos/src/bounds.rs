@@ -49,10 +49,6 @@ const MOMENT: Duration = Duration::from_millis(300);
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// Looks.
-///
-/// # Errors
-///
-/// If there is no ground, or the system says nothing of the process.
 pub fn run() -> Result<Bounds> {
     rlimit::increase_nofile_limit(CONNECTIONS as u64 + 2000).ok();
     let ground = Ground::start(Needs::default())?;
@@ -67,7 +63,7 @@ pub fn run() -> Result<Bounds> {
 
     let files = |service: &Service| service.open_files().context("no /proc");
     let idle_files = settled(&service)?;
-    let open = open(&service, CONNECTIONS, Said::Request)?;
+    let open = open(&service, CONNECTIONS, Speech::Request)?;
     let busy_files = files(&service)?;
     drop(open);
     let left_files = settled(&service)?;
@@ -86,10 +82,10 @@ pub fn run() -> Result<Bounds> {
         idle_files,
         busy_files,
         left_files,
-        memory_silent: memory_of_one(&ground, Said::Nothing)?,
-        memory_used: memory_of_one(&ground, Said::Request)?,
-        memory_half: memory_of_one(&ground, Said::HalfHead)?,
-        memory_unread: memory_of_one(&ground, Said::Requests)?,
+        memory_silent: memory_of_one(&ground, Speech::Nothing)?,
+        memory_used: memory_of_one(&ground, Speech::Request)?,
+        memory_half: memory_of_one(&ground, Speech::HalfHead)?,
+        memory_unread: memory_of_one(&ground, Speech::Requests)?,
         sessions: sessions.parse()?,
         capped_files,
     })
@@ -97,7 +93,7 @@ pub fn run() -> Result<Bounds> {
 
 /// What is said over a connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Said {
+enum Speech {
     Nothing,
     Request,
     HalfHead,
@@ -106,14 +102,14 @@ enum Said {
 
 /// The resident memory that a connection takes, in kibibytes. The service is one of their own: what
 /// others have freed would be taken first.
-fn memory_of_one(ground: &Ground, said: Said) -> Result<f64> {
+fn memory_of_one(ground: &Ground, said: Speech) -> Result<f64> {
     let mut service = Service::new(ground)?;
     service.set("HEADER_TIMEOUT", "1m");
     service.start()?;
     service.until_ready()?;
     let connections = match said {
         // Each makes some thousands.
-        Said::Requests => CROWD,
+        Speech::Requests => CROWD,
         _ => CONNECTIONS,
     };
     let memory = || service.memory().context("no /proc");
@@ -125,7 +121,7 @@ fn memory_of_one(ground: &Ground, said: Said) -> Result<f64> {
 }
 
 /// Opens so many and says that.
-fn open(service: &Service, connections: usize, said: Said) -> Result<Vec<TcpStream>> {
+fn open(service: &Service, connections: usize, said: Speech) -> Result<Vec<TcpStream>> {
     let request = b"GET /health HTTP/1.1\r\nhost: chaos\r\n\r\n";
     let half = half_head();
     let open: Vec<_> = (0..connections)
@@ -133,27 +129,27 @@ fn open(service: &Service, connections: usize, said: Said) -> Result<Vec<TcpStre
             let mut stream = TcpStream::connect(service.address)?;
             stream.set_read_timeout(Some(SETTLE))?;
             match said {
-                Said::Nothing => {}
-                Said::Request => {
+                Speech::Nothing => {}
+                Speech::Request => {
                     stream.write_all(request)?;
                     ensure!(stream.read(&mut [0; 4096])? > 0, "no answer");
                 }
-                Said::HalfHead => stream.write_all(&half)?,
-                Said::Requests => stream.set_nonblocking(true)?,
+                Speech::HalfHead => stream.write_all(&half)?,
+                Speech::Requests => stream.set_nonblocking(true)?,
             }
             Ok(stream)
         })
         .collect::<Result<_>>()?;
     // What was said last is still to be read.
     std::thread::sleep(MOMENT);
-    if said == Said::Requests {
-        say_until_stuck(&open, &request.repeat(1000));
+    if said == Speech::Requests {
+        write_until_stuck(&open, &request.repeat(1000));
     }
     Ok(open)
 }
 
 /// Until nothing more is taken over any of them for a moment, or for a while.
-fn say_until_stuck(open: &[TcpStream], requests: &[u8]) {
+fn write_until_stuck(open: &[TcpStream], requests: &[u8]) {
     let deadline = Instant::now() + SETTLE;
     let mut said = vec![0; open.len()];
     let mut moved = Instant::now();

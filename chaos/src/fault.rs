@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use devstack::Postgres;
+use lab::history::Visit;
+use lab::proxy::{Cut, Proxy, Rules};
+use lab::visitor::Visitor;
 use sqlx::PgConnection;
 
 use crate::chance;
 use crate::ground::{Ground, Needs, REDIS_PASSWORD, Store};
-use crate::history::Visit;
-use crate::proxy::{Cut, Proxy, Rules};
 use crate::service::Service;
-use crate::visitor::Visitor;
 
 /// Something that breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,23 +90,24 @@ pub enum Kind {
 }
 
 /// A fault in force, with what mends it.
-pub struct Injected {
+pub struct ActiveFault {
     kind: Kind,
-    held: Held,
+    cause: Cause,
     /// Effects of the proxy that carries the fault, before the fault.
     effects_before: u64,
 }
 
-enum Held {
+/// What keeps a fault in force.
+enum Cause {
     Nothing,
     Sessions(Vec<PgConnection>),
-    Restarting(Restarting),
+    RestartLoop(RestartLoop),
     Storm(Storm),
 }
 
 /// A mended fault.
 #[derive(Clone, Debug)]
-pub struct Healed {
+pub struct Repair {
     /// When what was broken worked again, as seen without the service.
     pub at: Instant,
     /// Visits that others than the ledger's clients have made meanwhile.
@@ -199,7 +200,6 @@ const SHORTEST_CALL: u32 = 42;
 
 impl Fault {
     /// What must be there for it.
-    #[must_use]
     pub fn needs(&self) -> Needs {
         let mut needs = Needs::default();
         match self.kind {
@@ -222,7 +222,6 @@ impl Fault {
     }
 
     /// How many replicas of the service there are.
-    #[must_use]
     pub fn replicas(&self) -> usize {
         match self.kind {
             Kind::FiveInstances => 5,
@@ -233,14 +232,12 @@ impl Fault {
     }
 
     /// Whether it can harm the visits to this replica.
-    #[must_use]
     pub fn strikes(&self, replica: usize) -> bool {
         self.kind != Kind::KillService || replica == 0
     }
 
     /// Whether Redis and the ways to it work all the time, so that a visit that is recorded has no
     /// reason not to be counted, and a refusal none not to know the counter.
-    #[must_use]
     pub fn spares_redis(&self) -> bool {
         use Store::Postgres;
         match self.kind {
@@ -278,25 +275,21 @@ impl Fault {
     }
 
     /// Whether it is there before the service first starts.
-    #[must_use]
     pub fn comes_first(&self) -> bool {
         matches!(self.kind, Kind::MigrationLocked | Kind::FiveInstances)
     }
 
     /// Whether it strikes in a moment, so that a repetition costs no longer than the recovery.
-    #[must_use]
     pub fn is_a_kill(&self) -> bool {
         matches!(self.kind, Kind::Kill(_) | Kind::KillService)
     }
 
     /// Whether the service is to get over it while it lasts.
-    #[must_use]
     pub fn is_overcome(&self) -> bool {
         matches!(self.kind, Kind::SilenceEstablished(_))
     }
 
     /// Whether nothing that it harms works for as long as it lasts, once it shows.
-    #[must_use]
     pub fn is_complete(&self) -> bool {
         let leaves_some = matches!(
             self.kind,
@@ -306,13 +299,11 @@ impl Fault {
     }
 
     /// Whether the counter in Redis starts over.
-    #[must_use]
     pub fn counter_starts_over(&self) -> bool {
         self.kind == Kind::Kill(Store::Redis)
     }
 
     /// How soon visits are to be good again.
-    #[must_use]
     pub fn recovery(&self) -> Duration {
         match self.kind {
             // The store's deadline comes first.
@@ -326,7 +317,6 @@ impl Fault {
 
     /// How long an answer may take: the deadlines of the stores that it harms and a tenth, and as
     /// long as an answer takes from stores that are slow.
-    #[must_use]
     pub fn longest_answer(&self) -> Duration {
         const REDIS: Duration = Duration::from_millis(275);
         const POSTGRES: Duration = Duration::from_millis(1100);
@@ -338,7 +328,6 @@ impl Fault {
     }
 
     /// The shortest time that a visit takes during it, where it only slows visits.
-    #[must_use]
     pub fn shortest_visit(&self) -> Duration {
         match self.kind {
             Kind::Delay(_) => 2 * DELAY_EACH_WAY,
@@ -350,21 +339,19 @@ impl Fault {
     }
 
     /// Breaks it.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be broken as described.
-    pub fn inject(&self, ground: &Ground, services: &mut [Service]) -> Result<Injected> {
-        let mut held = Held::Nothing;
+    pub fn inject(&self, ground: &Ground, services: &mut [Service]) -> Result<ActiveFault> {
+        let mut cause = Cause::Nothing;
         let effects_before = self.kind.proxy(ground).map_or(0, Proxy::effects);
         match self.kind {
             Kind::Kill(store) => ground.server(store).kill()?,
             Kind::KillService => services[0].kill()?,
             Kind::Pause(store) => ground.server(store).pause()?,
             Kind::SilenceEstablished(store) => ground.way_to(store).silence_established(),
-            Kind::Refuse(store) => ground.way_to(store).refuse(),
+            Kind::Refuse(store) => ground.runtime.block_on(ground.way_to(store).refuse()),
             Kind::Cut(store, cut) => change(ground, store, |rules| rules.cut = Some(cut)),
-            Kind::Delay(store) => change(ground, store, |rules| rules.delay = DELAY_EACH_WAY),
+            Kind::Delay(store) => {
+                change(ground, store, |rules| rules.delay_each_way(DELAY_EACH_WAY));
+            }
             Kind::Narrow(store) => {
                 change(ground, store, |rules| rules.bytes_per_second = Some(NARROW));
             }
@@ -375,14 +362,14 @@ impl Fault {
                     taken = take_connections(ground)?;
                     Ok(())
                 })?;
-                held = Held::Sessions(taken);
+                cause = Cause::Sessions(taken);
             }
             Kind::ReadOnly => set_read_only(ground, true)?,
             Kind::DiskFull => ground.disk.as_ref().context("no disk")?.fill()?,
-            Kind::RestartLoop => held = Held::Restarting(Restarting::start(&ground.postgres)),
-            Kind::CountLocked => held = Held::Sessions(vec![ground.session(COUNT_LOCK)?]),
-            Kind::IdleTransaction => held = Held::Sessions(vec![ground.session(VISITS_BY_HAND)?]),
-            Kind::MigrationLocked => held = Held::Sessions(vec![ground.session(MIGRATION_LOCK)?]),
+            Kind::RestartLoop => cause = Cause::RestartLoop(RestartLoop::start(&ground.postgres)),
+            Kind::CountLocked => cause = Cause::Sessions(vec![ground.session(COUNT_LOCK)?]),
+            Kind::IdleTransaction => cause = Cause::Sessions(vec![ground.session(VISITS_BY_HAND)?]),
+            Kind::MigrationLocked => cause = Cause::Sessions(vec![ground.session(MIGRATION_LOCK)?]),
             Kind::OutOfMemory => redis(ground, &["CONFIG SET maxmemory 1"])?,
             Kind::Replica => redis(ground, &["REPLICAOF 127.0.0.1 1"])?,
             Kind::WrongPassword => redis(
@@ -407,11 +394,11 @@ impl Fault {
                 way.change(|rules| rules.silent_below = u64::MAX);
             }
             Kind::FiveInstances => {}
-            Kind::Disconnects => held = Held::Storm(Storm::start(ground, services)),
+            Kind::Disconnects => cause = Cause::Storm(Storm::start(ground, services)),
         }
-        Ok(Injected {
+        Ok(ActiveFault {
             kind: self.kind,
-            held,
+            cause,
             effects_before,
         })
     }
@@ -432,13 +419,9 @@ impl Kind {
     }
 }
 
-impl Injected {
+impl ActiveFault {
     /// Looks for evidence that it has taken effect, while it is in force, and returns what is
     /// missing. A fault that harms visits shows in the harm as well.
-    ///
-    /// # Errors
-    ///
-    /// If nothing can be seen.
     pub fn missing_evidence(&self, ground: &Ground) -> Result<Option<&'static str>> {
         if let Some(proxy) = self.kind.proxy(ground)
             && proxy.effects() == self.effects_before
@@ -456,15 +439,11 @@ impl Injected {
     }
 
     /// Mends it.
-    ///
-    /// # Errors
-    ///
-    /// If that fails, or what was broken does not work again.
-    pub fn heal(self, ground: &Ground, services: &mut [Service]) -> Result<Healed> {
+    pub fn heal(self, ground: &Ground, services: &mut [Service]) -> Result<Repair> {
         let mut others = Vec::new();
         // As most are mended: before it works again, not after.
         let mut at = Instant::now();
-        match (self.kind, self.held) {
+        match (self.kind, self.cause) {
             (Kind::Kill(store), _) => at = ground.start_again(store)?,
             (Kind::KillService, _) => services[0].start()?,
             (Kind::Pause(store), _) => ground.server(store).resume()?,
@@ -475,7 +454,7 @@ impl Injected {
                 | Kind::Delay(store)
                 | Kind::Narrow(store),
                 _,
-            ) => ground.way_to(store).clear()?,
+            ) => ground.clear(ground.way_to(store))?,
             (Kind::ReadOnly, _) => {
                 set_read_only(ground, false)?;
                 at = ground.postgres_answers()?;
@@ -484,11 +463,11 @@ impl Injected {
                 ground.disk.as_ref().context("no disk")?.empty()?;
                 at = ground.revive_postgres()?;
             }
-            (Kind::RestartLoop, Held::Restarting(restarting)) => {
+            (Kind::RestartLoop, Cause::RestartLoop(restarting)) => {
                 restarting.stop()?;
                 at = ground.start_again(Store::Postgres)?;
             }
-            (_, Held::Sessions(sessions)) => ground.end(sessions),
+            (_, Cause::Sessions(sessions)) => ground.end(sessions),
             (Kind::OutOfMemory, _) => redis(ground, &["CONFIG SET maxmemory 0"])?,
             (Kind::Replica, _) => redis(ground, &["REPLICAOF NO ONE"])?,
             (Kind::WrongPassword, _) => {
@@ -497,11 +476,11 @@ impl Injected {
             }
             (Kind::WrongType, _) => redis(ground, &["RENAME guardada visitas_home"])?,
             (Kind::NamesGone, _) => ground.names.as_ref().context("no names")?.give()?,
-            (Kind::CollectorSilent, _) => ground.way_to_collector.clear()?,
-            (Kind::Disconnects, Held::Storm(storm)) => others = storm.stop(ground),
+            (Kind::CollectorSilent, _) => ground.clear(&ground.way_to_collector)?,
+            (Kind::Disconnects, Cause::Storm(storm)) => others = storm.stop(ground),
             _ => {}
         }
-        Ok(Healed { at, others })
+        Ok(Repair { at, others })
     }
 }
 
@@ -561,7 +540,7 @@ fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
 }
 
 /// A thread that restarts Postgres until it is told to stop, and leaves it stopped.
-struct Restarting {
+struct RestartLoop {
     going: Arc<AtomicBool>,
     thread: JoinHandle<Result<()>>,
 }
@@ -569,7 +548,7 @@ struct Restarting {
 /// Long enough for some visits to be made.
 const BETWEEN_RESTARTS: Duration = Duration::from_millis(300);
 
-impl Restarting {
+impl RestartLoop {
     fn start(postgres: &Arc<Postgres>) -> Self {
         let going = Arc::new(AtomicBool::new(true));
         let (postgres, goes) = (Arc::clone(postgres), Arc::clone(&going));

@@ -3,20 +3,20 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bench::place::scratch;
-use bench::sink::Sink;
 use devstack::{Data, Postgres, PostgresOptions, Redis, RedisOptions, Server};
+use lab::collector::Collector;
+use lab::program::scratch;
+use lab::proxy::{Protocol, Proxy};
+use lab::{stack, wait};
 use sqlx::{Connection as _, PgConnection};
 use tokio::runtime::{Builder, Runtime};
-
-use crate::proxy::{Protocol, Proxy};
 
 /// What a fault needs to be there.
 #[expect(
@@ -60,7 +60,7 @@ pub struct Ground {
     pub disk: Option<Disk>,
     needs: Needs,
     /// What comes through the way to it.
-    _collector: Sink,
+    _collector: Collector,
 }
 
 /// A file system in memory, small enough to be filled.
@@ -97,11 +97,6 @@ const RETURN_DEADLINE: Duration = Duration::from_mins(1);
 
 impl Ground {
     /// Starts what is needed.
-    ///
-    /// # Errors
-    ///
-    /// If a server does not start, or something is needed that this machine does not allow:
-    /// [`obstacle`] tells before.
     pub fn start(needs: Needs) -> Result<Self> {
         let runtime = Builder::new_multi_thread()
             .worker_threads(2)
@@ -123,12 +118,13 @@ impl Ground {
             password: needs.password.then(|| REDIS_PASSWORD.to_owned()),
             ..RedisOptions::default()
         })?;
-        let collector = Sink::start()?;
-        let open = |server, protocol| Proxy::open(runtime.handle(), server, protocol);
+        let collector = runtime.block_on(Collector::start());
+        let open = |server, protocol| runtime.block_on(Proxy::open(server, protocol));
+        let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
         Ok(Self {
-            way_to_postgres: open(postgres.port(), Protocol::Postgres)?,
-            way_to_redis: open(redis.port(), Protocol::Redis)?,
-            way_to_collector: open(collector.address.port(), Protocol::Other)?,
+            way_to_postgres: open(local(postgres.port()), Protocol::Postgres)?,
+            way_to_redis: open(local(redis.port()), Protocol::Redis)?,
+            way_to_collector: open(collector.address, Protocol::Other)?,
             names: needs.names.then(Names::write).transpose()?,
             postgres: Arc::new(postgres),
             redis,
@@ -140,23 +136,18 @@ impl Ground {
     }
 
     /// The settings that lead a service here.
-    #[must_use]
     pub fn settings(&self) -> Vec<(&'static str, String)> {
         let (mut postgres, mut redis) = (self.postgres.port(), self.redis.port());
         if self.needs.proxies {
             postgres = self.way_to_postgres.port();
             redis = self.way_to_redis.port();
         }
-        let host = |name: &str| if self.needs.names { name } else { "127.0.0.1" }.to_owned();
-        let mut settings = vec![
-            ("DB_HOST", host(POSTGRES_NAME)),
-            ("DB_PORT", postgres.to_string()),
-            ("DB_USER", devstack::USER.to_owned()),
-            ("DB_PASSWORD", devstack::PASSWORD.to_owned()),
-            ("DB_NAME", devstack::DATABASE.to_owned()),
-            ("REDIS_HOST", host(REDIS_NAME)),
-            ("REDIS_PORT", redis.to_string()),
-        ];
+        let host = |name| if self.needs.names { name } else { "127.0.0.1" };
+        let mut settings = stack::settings(
+            (host(POSTGRES_NAME), postgres),
+            devstack::DATABASE,
+            (host(REDIS_NAME), redis),
+        );
         if self.needs.password {
             settings.push(("REDIS_PASSWORD", REDIS_PASSWORD.to_owned()));
         }
@@ -171,30 +162,16 @@ impl Ground {
     }
 
     /// Runs a statement in the service's database and returns what it says.
-    ///
-    /// # Errors
-    ///
-    /// If it fails.
     pub fn sql(&self, statement: &str) -> Result<String> {
         self.postgres.sql(devstack::DATABASE, statement)
     }
 
     /// The `data` of all rows by id, in microseconds since 1970.
-    ///
-    /// # Errors
-    ///
-    /// If Postgres does not say.
     pub fn moments(&self) -> Result<Vec<i64>> {
-        let said = self
-            .sql("select (extract(epoch from data) * 1000000)::bigint from visitas order by id")?;
-        said.lines().map(|line| Ok(line.parse()?)).collect()
+        stack::rows(&self.postgres, devstack::DATABASE)
     }
 
     /// A session that has run these statements and stays open.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be had, or a statement fails.
     pub fn session(&self, statements: &'static str) -> Result<PgConnection> {
         let url = self.postgres.url(devstack::DATABASE);
         self.runtime.block_on(async {
@@ -215,10 +192,6 @@ impl Ground {
     }
 
     /// Starts a store again and returns the moment when it first answered, or why it did not.
-    ///
-    /// # Errors
-    ///
-    /// If it does not start or answer.
     pub fn start_again(&self, store: Store) -> Result<Instant> {
         match store {
             Store::Postgres => {
@@ -236,10 +209,6 @@ impl Ground {
     }
 
     /// Starts Postgres again if it has ended by itself, and returns the moment when it answers.
-    ///
-    /// # Errors
-    ///
-    /// If it does not start or answer.
     pub fn revive_postgres(&self) -> Result<Instant> {
         // It refuses where the server runs.
         self.postgres.start_again().ok();
@@ -247,16 +216,11 @@ impl Ground {
     }
 
     /// Waits until Postgres takes a new session that may write.
-    ///
-    /// # Errors
-    ///
-    /// If that takes a minute.
     pub fn postgres_answers(&self) -> Result<Instant> {
         self.runtime.block_on(first_answer(self.postgres_url()))
     }
 
     /// One of the two servers.
-    #[must_use]
     pub fn server(&self, store: Store) -> &Server {
         match store {
             Store::Postgres => &self.postgres,
@@ -265,7 +229,6 @@ impl Ground {
     }
 
     /// The way to one of the two servers.
-    #[must_use]
     pub fn way_to(&self, store: Store) -> &Proxy {
         match store {
             Store::Postgres => &self.way_to_postgres,
@@ -273,11 +236,12 @@ impl Ground {
         }
     }
 
+    /// Lets everything pass on a way to a server again.
+    pub fn clear(&self, way: &Proxy) -> Result<()> {
+        self.runtime.block_on(way.clear())
+    }
+
     /// Ends every session that the service has with either store.
-    ///
-    /// # Errors
-    ///
-    /// If a store does not do so.
     pub fn end_sessions_of_the_service(&self) -> Result<()> {
         self.sql(
             "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'visitas'",
@@ -288,31 +252,22 @@ impl Ground {
     }
 
     /// Logs in to Redis.
-    ///
-    /// # Errors
-    ///
-    /// If it does not answer.
     pub fn administrator(&self) -> Result<Administrator> {
         if self.needs.password {
             self.administrator_with(REDIS_PASSWORD)
         } else {
-            Administrator::of(self.redis.port())
+            Administrator::connect(self.redis.port())
         }
     }
 
     /// Logs in to Redis with a password.
-    ///
-    /// # Errors
-    ///
-    /// If it is another, or Redis does not answer.
     pub fn administrator_with(&self, password: &str) -> Result<Administrator> {
-        let mut administrator = Administrator::of(self.redis.port())?;
+        let mut administrator = Administrator::connect(self.redis.port())?;
         administrator.say(&format!("AUTH {password}"))?;
         Ok(administrator)
     }
 
     /// What starts a service that sees the names of this ground: the program goes behind it.
-    #[must_use]
     pub fn wrapping(&self) -> Vec<String> {
         let Some(names) = &self.names else {
             return Vec::new();
@@ -339,7 +294,6 @@ pub enum Store {
 }
 
 /// Why this cannot be had on this machine, if it cannot.
-#[must_use]
 pub fn obstacle(needs: Needs) -> Option<String> {
     if !needs.small_disk && !needs.names {
         return None;
@@ -389,10 +343,6 @@ impl Disk {
     }
 
     /// Fills it to the last byte.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be written at all.
     pub fn fill(&self) -> Result<()> {
         let mut filler = fs::File::create(self.filler())?;
         let zeros = vec![0; 64 * 1024];
@@ -401,10 +351,6 @@ impl Disk {
     }
 
     /// Gives the room back.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn empty(&self) -> Result<()> {
         Ok(fs::remove_file(self.filler())?)
     }
@@ -446,10 +392,6 @@ impl Names {
     }
 
     /// Makes the names resolve.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn give(&self) -> Result<()> {
         write_in_place(
             &self.hosts,
@@ -458,10 +400,6 @@ impl Names {
     }
 
     /// Takes the names away.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn take(&self) -> Result<()> {
         write_in_place(&self.hosts, "127.0.0.1 localhost\n")
     }
@@ -473,17 +411,13 @@ fn write_in_place(file: &Path, text: &str) -> Result<()> {
 }
 
 impl Administrator {
-    fn of(port: u16) -> Result<Self> {
+    fn connect(port: u16) -> Result<Self> {
         let stream = TcpStream::connect(("127.0.0.1", port))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
         Ok(Self(BufReader::new(stream)))
     }
 
     /// Says a line and returns the first line of the answer.
-    ///
-    /// # Errors
-    ///
-    /// If Redis refuses or does not answer.
     pub fn say(&mut self, line: &str) -> Result<String> {
         self.0
             .get_mut()
@@ -521,13 +455,10 @@ async fn may_write(url: &str) -> sqlx::Result<bool> {
 
 /// When Redis first answers.
 fn first_pong(port: u16) -> Result<Instant> {
-    let deadline = Instant::now() + RETURN_DEADLINE;
-    while Instant::now() < deadline {
-        let pong = Administrator::of(port).and_then(|mut redis| redis.say("PING"));
-        if pong.is_ok() {
-            return Ok(Instant::now());
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    bail!("Redis does not answer")
+    let answers = wait::within(RETURN_DEADLINE, || {
+        let pong = Administrator::connect(port).and_then(|mut redis| redis.say("PING"));
+        pong.is_ok()
+    });
+    ensure!(answers, "Redis does not answer");
+    Ok(Instant::now())
 }

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bench::client::{Connection, numbers};
-use bench::measure::Mebibytes;
-use bench::paced::{self, Latency, Pace};
+use lab::client;
+use lab::measure::Mebibytes;
+use lab::paced::{self, Latency, Pace};
+use lab::wait::{locked, within};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::watch;
@@ -66,12 +67,12 @@ pub struct Damage {
     /// Probes that were not answered 200.
     pub failed_probes: usize,
     /// What the attackers saw.
-    pub seen: Seen,
+    pub seen: Sightings,
 }
 
 /// What attackers saw.
 #[derive(Clone, Debug, Default)]
-pub struct Seen {
+pub struct Sightings {
     /// How often they were connected.
     pub connected: usize,
     /// How often the service closed before they had said all they would.
@@ -89,13 +90,13 @@ pub struct Hostile {
     pub memory: Option<Mebibytes>,
     /// Memory of spans that no collector takes, of requests that are as long as they may be.
     pub spans: Mebibytes,
-    /// What must not be.
+    /// Violations.
     pub complaints: Vec<String>,
 }
 
 /// Shared by the attackers.
 #[derive(Clone, Default)]
-struct Witness(Arc<Mutex<Seen>>);
+struct Witness(Arc<Mutex<Sightings>>);
 
 /// All attacks, in the report's order.
 pub const ALL: [Attack; 12] = [
@@ -144,10 +145,6 @@ const QUEUE_FULL: &str = "otel_sdk_processor_span_processed_total{\
 
 /// Makes one attack after the other, each so many times for `duration`, with so many idle
 /// connections. Others visit meanwhile, and for as long before each.
-///
-/// # Errors
-///
-/// If there is no ground, or good visits break off.
 pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     // Where that is not enough, attackers have to wait.
     rlimit::increase_nofile_limit(idle as u64 + 2000).ok();
@@ -161,7 +158,7 @@ pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     let mut damages = Vec::new();
     let mut complaints = Vec::new();
     for attack in ALL {
-        let mut damage = Damage::none_of(attack, attack.clients(idle));
+        let mut damage = Damage::new(attack, attack.clients(idle));
         for _ in 0..rounds {
             damage.suffer(&ground, service.address, duration)?;
             if !calms_down(&service) {
@@ -172,7 +169,7 @@ pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
     }
 
     complaints.extend(service.panics());
-    let (total, _) = numbers(service.address)?;
+    let (total, _) = client::visit(service.address)?;
     let rows = ground.moments()?.len();
     if usize::try_from(total).ok() != Some(rows) {
         complaints.push(format!("the service says {total} where {rows} rows are"));
@@ -216,16 +213,16 @@ fn memory_of_spans(ground: &Ground) -> Result<Mebibytes> {
 
 /// Waits until whoever attacked is gone and forgotten, and says whether that came to pass.
 fn calms_down(service: &Service) -> bool {
-    let deadline = Instant::now() + PATIENCE;
     // The one that asks is one.
-    while service.metric("visitas_http_connections") != Some(1.0) {
-        if Instant::now() > deadline {
-            return false;
+    let calm = within(PATIENCE, || {
+        let is_alone = service.metric("visitas_http_connections") == Some(1.0);
+        if !is_alone {
+            std::thread::sleep(MOMENT);
         }
-        std::thread::sleep(MOMENT);
-    }
+        is_alone
+    });
     std::thread::sleep(MOMENT);
-    true
+    calm
 }
 
 /// Visits of those who mean well.
@@ -234,7 +231,7 @@ fn good(address: SocketAddr, duration: Duration) -> Result<Latency> {
 }
 
 impl Damage {
-    fn none_of(attack: Attack, clients: usize) -> Self {
+    fn new(attack: Attack, clients: usize) -> Self {
         Self {
             attack,
             clients,
@@ -243,11 +240,11 @@ impl Damage {
             answered: 1.0,
             probe: Duration::ZERO,
             failed_probes: 0,
-            seen: Seen::default(),
+            seen: Sightings::default(),
         }
     }
 
-    /// What must not be, be it of the service or of the attack.
+    /// Violations, of the service or of the attack.
     fn complaints(&self, rounds: usize) -> Vec<String> {
         let (attack, seen) = (self.attack, &self.seen);
         let mut complaints = Vec::new();
@@ -363,7 +360,7 @@ impl Attack {
         let mut stream = socket.connect(address).await?;
         witness.seen().connected += 1;
         // What is refused need not be read to its end.
-        timeout(LONGEST_SAYING, stream.write_all(&self.says(turn)))
+        timeout(LONGEST_SAYING, stream.write_all(&self.opening(turn)))
             .await
             .ok();
         match self {
@@ -402,8 +399,8 @@ impl Attack {
         matches!(self, Self::UnreadVisits | Self::UnreadScrapes)
     }
 
-    /// What it begins with, in its so manyeth turn.
-    fn says(self, turn: usize) -> Vec<u8> {
+    /// What it begins with, by the number of its turn.
+    fn opening(self, turn: usize) -> Vec<u8> {
         let request = |line: &str, fields: &[u8]| {
             let head = format!("{line} HTTP/1.1\r\nhost: chaos\r\n");
             [head.as_bytes(), fields].concat()
@@ -470,8 +467,8 @@ impl Attack {
 }
 
 impl Witness {
-    fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn seen(&self) -> MutexGuard<'_, Sightings> {
+        locked(&self.0)
     }
 }
 
@@ -525,7 +522,7 @@ impl Probes {
             while goes.load(Ordering::Relaxed) {
                 for path in ["/health/live", "/health/ready"] {
                     let asked = Instant::now();
-                    let answer = Connection::open(address).and_then(|mut open| open.get(path));
+                    let answer = client::get(address, path);
                     worst = worst.max(asked.elapsed());
                     failed += usize::from(!answer.is_ok_and(|answer| answer.status == 200));
                 }

@@ -2,15 +2,16 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use lab::history::Visit;
+use lab::visitor::Visitor;
+use lab::wait::locked as lock;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 use crate::chance;
-use crate::history::Visit;
-use crate::visitor::Visitor;
 
 /// Clients under way. Each makes its next visit shortly after the one before.
 pub struct Ledger {
@@ -62,27 +63,24 @@ impl Ledger {
     }
 
     /// How many visits have been made.
-    #[must_use]
     pub fn made(&self) -> usize {
         lock(&self.visits).len()
     }
 
     /// The visits made after the first `from`.
-    #[must_use]
     pub fn since(&self, from: usize) -> Vec<Visit> {
         lock(&self.visits)[from..].to_vec()
     }
 
     /// Waits for a visit, of those made after the first `from`, that is as wanted; nothing if none
     /// is soon enough.
-    #[must_use]
     pub fn find(
         &self,
         from: usize,
-        patience: Duration,
+        timeout: Duration,
         wanted: impl Fn(&Visit) -> bool,
     ) -> Option<Visit> {
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         let mut seen = from;
         loop {
             {
@@ -100,7 +98,6 @@ impl Ledger {
     }
 
     /// Lets every client finish its last visit and returns all of them, in the order of their ends.
-    #[must_use]
     pub fn stop(&mut self) -> Vec<Visit> {
         self.going.store(false, Ordering::Relaxed);
         for client in std::mem::take(&mut self.clients) {
@@ -115,8 +112,4 @@ impl Drop for Ledger {
     fn drop(&mut self) {
         self.going.store(false, Ordering::Relaxed);
     }
-}
-
-fn lock(visits: &Mutex<Vec<Visit>>) -> MutexGuard<'_, Vec<Visit>> {
-    visits.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -5,12 +5,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use bench::machine;
-use bench::report::{Section, document};
 use chaos::fault;
 use chaos::report::{self, Tried};
 use chaos::trial::Effort;
 use clap::{Arg, ArgMatches, Command, value_parser};
+use lab::machine;
+use lab::report::{Section, document};
 
 /// A report that is kept.
 struct Kept {
@@ -239,5 +239,5 @@ fn publish(sections: &[Section], kept: Option<&Kept>) -> Result<bool> {
         eprintln!("chaos: written to docs/{file}");
     }
     let mut goals = sections.iter().flat_map(|section| &section.goals);
-    Ok(goals.all(bench::report::Goal::is_met))
+    Ok(goals.all(lab::report::Goal::is_met))
 }

@@ -9,13 +9,13 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use bench::measure::Mebibytes;
+use lab::history::{Outcome, Visit};
+use lab::measure::Mebibytes;
+use lab::visitor::Visitor;
 use tokio::task::JoinHandle;
 
 use crate::ground::{Ground, Needs};
-use crate::history::{Outcome, Visit};
 use crate::service::Service;
-use crate::visitor::Visitor;
 
 /// What came of it.
 #[derive(Clone, Debug)]
@@ -66,10 +66,6 @@ const CONNECTIONS: usize = 512;
 const SECOND: Duration = Duration::from_secs(1);
 
 /// Offers each of these multiples of the peak for so long.
-///
-/// # Errors
-///
-/// If there is no load or no ground.
 pub fn run(factors: &[f64], duration: Duration) -> Result<Overload> {
     let ground = Ground::start(Needs {
         proxies: true,
@@ -77,7 +73,7 @@ pub fn run(factors: &[f64], duration: Duration) -> Result<Overload> {
     })?;
     ground
         .way_to_postgres
-        .change(|rules| rules.delay = DISTANCE);
+        .change(|rules| rules.delay_each_way(DISTANCE));
     let mut service = Service::new(&ground)?;
     service.set("QUEUE_CAPACITY", &CAPACITY.to_string());
     service.start()?;
@@ -109,7 +105,7 @@ pub fn run(factors: &[f64], duration: Duration) -> Result<Overload> {
             std::thread::sleep(Duration::from_millis(50));
         }
         let visits = ground.runtime.block_on(flood)?;
-        steps.push(Step::of(factor, &visits, duration, deepest));
+        steps.push(Step::new(factor, &visits, duration, deepest));
     }
 
     let ended = Instant::now();
@@ -126,7 +122,7 @@ pub fn run(factors: &[f64], duration: Duration) -> Result<Overload> {
 }
 
 impl Step {
-    fn of(factor: f64, visits: &[(Instant, Visit)], duration: Duration, deepest: f64) -> Self {
+    fn new(factor: f64, visits: &[(Instant, Visit)], duration: Duration, deepest: f64) -> Self {
         let took = |wanted: fn(&Visit) -> bool, since_due: bool| {
             let wanted = visits.iter().filter(|(_, visit)| wanted(visit));
             let mut took: Vec<_> = wanted

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use bench::measure::{Spread, grouped, milliseconds, ratio};
-use bench::report::{Goal, Section, table};
+use lab::measure::{Spread, grouped, milliseconds, ratio};
+use lab::report::{Goal, Section, table};
 
 use crate::bounds::{Bounds, CONNECTIONS, MAX_CONNECTIONS, POOLED};
 use crate::hostile::Hostile;
@@ -49,11 +49,6 @@ const MEMORY_AT_WORST: f64 = 0.9 * MEMORY_LIMIT * 1024.0 / 4096.0;
 const SESSIONS: f64 = 4.0;
 
 /// Of every fault.
-///
-/// # Panics
-///
-/// Never: a string takes all.
-#[must_use]
 pub fn faults(tried: &[Tried]) -> Section {
     let trials: Vec<_> = tried
         .iter()
@@ -204,7 +199,6 @@ fn worst_by_limit(
     worst.into_iter().map(goal).collect()
 }
 /// Of overload.
-#[must_use]
 pub fn overload(overload: &Overload) -> Section {
     let text = format!(
         "As many as can be recorded: {} a second, with {CAPACITY} that may wait and Postgres 20 ms \
@@ -239,7 +233,7 @@ pub fn overload(overload: &Overload) -> Section {
         milliseconds(overload.aftermath.as_secs_f64()),
     );
     let steps = || overload.steps.iter();
-    let lowest = Spread::of(steps().map(|step| step.goodput / overload.peak)).min;
+    let lowest = Spread::new(steps().map(|step| step.goodput / overload.peak)).min;
     let longest = |figure: fn(&crate::overload::Step) -> Duration| {
         steps().map(figure).max().unwrap_or_default().as_secs_f64()
     };
@@ -252,7 +246,11 @@ pub fn overload(overload: &Overload) -> Section {
         title: "Overload",
         text,
         goals: vec![
-            Goal::at_least("overload: recorded, of the peak", 0.9, Spread::of([lowest])),
+            Goal::at_least(
+                "overload: recorded, of the peak",
+                0.9,
+                Spread::new([lowest]),
+            ),
             Goal::at_most(
                 "overload: p99 of a refusal",
                 REFUSAL.as_secs_f64(),
@@ -268,7 +266,7 @@ pub fn overload(overload: &Overload) -> Section {
             Goal::at_most(
                 "overload: visits that wait",
                 CAPACITY as f64,
-                Spread::of(steps().map(|step| step.deepest)).max,
+                Spread::new(steps().map(|step| step.deepest)).max,
                 number,
             ),
             Goal::at_most("overload: memory", MEMORY, memory, mebibytes),
@@ -276,7 +274,7 @@ pub fn overload(overload: &Overload) -> Section {
             Goal::at_least(
                 "overload: visits refused in each",
                 1.0,
-                Spread::of([Spread::of(steps().map(|step| step.refused as f64)).min]),
+                Spread::new([Spread::new(steps().map(|step| step.refused as f64)).min]),
             ),
             Goal::at_most(
                 "overload: the longest visit in the second after it",
@@ -297,11 +295,6 @@ pub fn overload(overload: &Overload) -> Section {
 }
 
 /// Of hostile clients.
-///
-/// # Panics
-///
-/// Never: a string takes all.
-#[must_use]
 pub fn hostile(hostile: &Hostile) -> Section {
     let mut text = table(
         &[
@@ -354,19 +347,19 @@ pub fn hostile(hostile: &Hostile) -> Section {
         Goal::at_least(
             "hostile clients: visits of others that were answered",
             0.99,
-            Spread::of([Spread::of(damages().map(|damage| damage.answered)).min]),
+            Spread::new([Spread::new(damages().map(|damage| damage.answered)).min]),
         ),
         Goal::at_most("hostile clients: failed probes", 0.0, failed as f64, number),
         Goal::at_most(
             "hostile clients: the longest probe",
             PROBE.as_secs_f64(),
-            Spread::of(damages().map(|damage| damage.probe.as_secs_f64())).max,
+            Spread::new(damages().map(|damage| damage.probe.as_secs_f64())).max,
             milliseconds,
         ),
         Goal::at_most(
             "hostile clients: p99 of others in the worst round",
             OTHERS.as_secs_f64(),
-            Spread::of(damages().flat_map(|damage| damage.p99.iter().copied())).max,
+            Spread::new(damages().flat_map(|damage| damage.p99.iter().copied())).max,
             milliseconds,
         ),
         Goal::at_most(
@@ -400,7 +393,6 @@ pub fn hostile(hostile: &Hostile) -> Section {
 }
 
 /// Of what the service takes.
-#[must_use]
 pub fn bounds(bounds: &Bounds) -> Section {
     let with = |connections| (bounds.idle_files + POOLED + connections) as f64;
     let rows = [
@@ -502,6 +494,6 @@ fn spread(seconds: &[f64]) -> String {
     match seconds {
         [] => "–".to_owned(),
         [one] => milliseconds(*one),
-        several => Spread::of(several.iter().copied()).written(milliseconds),
+        several => Spread::new(several.iter().copied()).written(milliseconds),
     }
 }

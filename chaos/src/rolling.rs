@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use bench::measure::grouped;
-use bench::report::{Goal, Section, table};
-use devstack::rolling::{Crowd, Relay, Replicas, Seen};
+use lab::measure::grouped;
+use lab::report::{Goal, Section, table};
+use lab::rolling::{Crowd, Relay, Replicas, Tally};
 
 use crate::ground::{Ground, Needs};
 use crate::service::Service;
@@ -16,7 +16,7 @@ pub struct Rolling {
     /// How clients find a replica.
     pub way: &'static str,
     /// What they saw.
-    pub seen: Seen,
+    pub seen: Tally,
     /// Rows at the end that no client was told of, or that are missing.
     pub rows_off: usize,
 }
@@ -41,10 +41,6 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(21);
 
 /// Restarts replicas so many times, half of them under clients that choose among the addresses and
 /// half under clients behind a balancer.
-///
-/// # Errors
-///
-/// If there is no ground, or a replica neither starts nor stops.
 pub fn run(restarts: usize) -> Result<Vec<Rolling>> {
     let direct = Replicas::default();
     let chosen = roll(
@@ -107,7 +103,6 @@ fn roll(
 }
 
 /// What to write of it.
-#[must_use]
 pub fn section(restarts: usize, rolled: &[Rolling]) -> Section {
     let count = |number: usize| grouped(number as f64);
     let rows = rolled.iter().map(

@@ -6,10 +6,12 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bench::client::Connection;
-use bench::measure::Mebibytes;
-use bench::place::{free_address, scratch, visitas};
-use bench::process::{self, Process};
+use lab::measure::Mebibytes;
+use lab::metrics::Metrics;
+use lab::ports::free_address;
+use lab::process::{self, Process};
+use lab::program::{scratch, visitas};
+use lab::{client, wait};
 
 use crate::ground::Ground;
 
@@ -23,12 +25,12 @@ pub struct Service {
     logs: Vec<PathBuf>,
     process: Option<Process>,
     /// Of the processes that have ended.
-    counted_before: Counted,
+    counted_before: Counters,
 }
 
-/// What a service has counted.
+/// Counters of a service.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Counted {
+pub struct Counters {
     /// Visits that are recorded.
     pub recorded: usize,
     /// Visits that are in doubt.
@@ -39,10 +41,6 @@ const READY_DEADLINE: Duration = Duration::from_secs(30);
 
 impl Service {
     /// A service on this ground that is not started yet.
-    ///
-    /// # Errors
-    ///
-    /// If there is no free address.
     pub fn new(ground: &Ground) -> Result<Self> {
         Ok(Self {
             address: free_address()?,
@@ -50,7 +48,7 @@ impl Service {
             wrapping: ground.wrapping(),
             logs: Vec::new(),
             process: None,
-            counted_before: Counted::default(),
+            counted_before: Counters::default(),
         })
     }
 
@@ -60,10 +58,6 @@ impl Service {
     }
 
     /// Starts it.
-    ///
-    /// # Errors
-    ///
-    /// If it is not built or cannot be run.
     pub fn start(&mut self) -> Result<()> {
         let program = visitas()?.display().to_string();
         let mut words = self
@@ -85,50 +79,34 @@ impl Service {
     }
 
     /// Waits until both stores are in use.
-    ///
-    /// # Errors
-    ///
-    /// If that takes half a minute.
     pub fn until_ready(&mut self) -> Result<()> {
-        self.until(|health| health == Some("ok"))
+        self.wait_for(|health| health == Some("ok"))
     }
 
     /// Waits until it says anything of its health.
-    ///
-    /// # Errors
-    ///
-    /// If that takes half a minute.
     pub fn until_it_answers(&mut self) -> Result<()> {
-        self.until(|health| health.is_some())
+        self.wait_for(|health| health.is_some())
     }
 
-    fn until(&mut self, is_it: impl Fn(Option<&str>) -> bool) -> Result<()> {
-        let deadline = Instant::now() + READY_DEADLINE;
-        while !is_it(self.health().as_deref()) {
-            let said = self.process.as_ref().map(Process::last_words);
-            ensure!(
-                Instant::now() < deadline,
-                "the service is not ready; it said\n{}",
-                said.unwrap_or_default()
-            );
-            std::thread::sleep(Duration::from_millis(2));
-        }
+    fn wait_for(&mut self, is_so: impl Fn(Option<&str>) -> bool) -> Result<()> {
+        let is_so = wait::within(READY_DEADLINE, || is_so(self.health().as_deref()));
+        let log = self.process.as_ref().map(Process::log_tail);
+        ensure!(
+            is_so,
+            "the service is not ready; its log ends\n{}",
+            log.unwrap_or_default()
+        );
         Ok(())
     }
 
     /// What it says of its health, where it says anything.
-    #[must_use]
     pub fn health(&self) -> Option<String> {
-        let answer = Connection::open(self.address).and_then(|mut open| open.get("/health"));
-        let json: serde_json::Value = serde_json::from_str(&answer.ok()?.body).ok()?;
+        let response = client::get(self.address, "/health").ok()?;
+        let json: serde_json::Value = serde_json::from_str(&response.body).ok()?;
         Some(json["status"].as_str()?.to_owned())
     }
 
     /// Kills it, as the system would. Its counters go with it.
-    ///
-    /// # Errors
-    ///
-    /// If it does not run, or does not say what it has counted.
     pub fn kill(&mut self) -> Result<()> {
         self.counted_before = self.counted()?;
         let mut process = self.process.take().context("it does not run")?;
@@ -136,10 +114,6 @@ impl Service {
     }
 
     /// Asks it to stop and says when. Its counters go with it.
-    ///
-    /// # Errors
-    ///
-    /// If it does not run, or does not say what it has counted.
     pub fn terminate(&mut self) -> Result<Instant> {
         self.counted_before = self.counted()?;
         let process = self.process.as_ref().context("it does not run")?;
@@ -148,11 +122,7 @@ impl Service {
         Ok(asked)
     }
 
-    /// Does something while it stands still.
-    ///
-    /// # Errors
-    ///
-    /// If it does not run, or that fails.
+    /// Does something while it is suspended.
     pub fn while_paused<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let process = self.process.as_ref().context("it does not run")?;
         process.pause()?;
@@ -162,13 +132,9 @@ impl Service {
     }
 
     /// Whether it has ended with success, where it ends soon enough; it is killed otherwise.
-    ///
-    /// # Errors
-    ///
-    /// If it does not run.
-    pub fn ended_within(&mut self, patience: Duration) -> Result<Option<bool>> {
+    pub fn ended_within(&mut self, timeout: Duration) -> Result<Option<bool>> {
         let mut process = self.process.take().context("it does not run")?;
-        let status = process.ended_within(patience)?;
+        let status = process.wait(timeout)?;
         if status.is_none() {
             process.kill()?;
         }
@@ -176,20 +142,11 @@ impl Service {
     }
 
     /// What it has counted, over all its processes.
-    ///
-    /// # Errors
-    ///
-    /// If it runs and does not say.
-    pub fn counted(&self) -> Result<Counted> {
+    pub fn counted(&self) -> Result<Counters> {
         let mut counted = self.counted_before;
         if self.process.is_some() {
-            let number = |outcome: &str| -> Result<usize> {
-                let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}}");
-                let counted = self
-                    .metric(&series)
-                    .context("it does not say what it counted")?;
-                Ok(format!("{counted:.0}").parse()?)
-            };
+            let metrics = Metrics::scrape(self.address)?;
+            let number = |outcome| anyhow::Ok(usize::try_from(metrics.visits(outcome)?)?);
             counted.recorded += number("ok")? + number("degraded")?;
             counted.in_doubt += number("in_doubt")?;
         }
@@ -197,37 +154,26 @@ impl Service {
     }
 
     /// The value of a series of its metrics, by its name and labels as they are written there.
-    #[must_use]
     pub fn metric(&self, series: &str) -> Option<f64> {
-        let answer = Connection::open(self.address).and_then(|mut open| open.get("/metrics"));
-        let text = answer.ok()?.body;
-        text.lines().find_map(|line| {
-            let value = line.strip_prefix(series)?.strip_prefix(' ')?;
-            value.parse().ok()
-        })
+        Metrics::scrape(self.address).ok()?.value(series)
     }
 
     /// The memory that it has resident, where the system says so.
-    #[must_use]
     pub fn memory(&self) -> Option<Mebibytes> {
         self.process.as_ref()?.resident_memory()
     }
 
     /// The most memory that it has had resident, where the system says so.
-    #[must_use]
     pub fn peak_memory(&self) -> Option<Mebibytes> {
         self.process.as_ref()?.peak_memory()
     }
 
     /// The file descriptors that it has open, where the system says so.
-    #[must_use]
     pub fn open_files(&self) -> Option<usize> {
-        let id = self.process.as_ref()?.id();
-        Some(std::fs::read_dir(format!("/proc/{id}/fd")).ok()?.count())
+        self.process.as_ref()?.open_files()
     }
 
     /// The lines of all its logs that tell of a panic.
-    #[must_use]
     pub fn panics(&self) -> Vec<String> {
         let logs = self
             .logs

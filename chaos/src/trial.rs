@@ -7,11 +7,11 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use lab::history::{Outcome, Verdict, Visit};
 
 use crate::chance;
-use crate::fault::{Fault, Harm, Healed, Kind};
+use crate::fault::{Fault, Harm, Kind, Repair};
 use crate::ground::{Ground, Store, obstacle};
-use crate::history::{Outcome, Verdict, Visit};
 use crate::ledger::Ledger;
 use crate::service::Service;
 
@@ -61,7 +61,7 @@ pub struct Trial {
     pub stopped_in: Option<Duration>,
     /// From its next start, when all worked again, to the first good visit.
     pub back_in: Option<Duration>,
-    /// What must not be.
+    /// What the fault does not excuse.
     pub complaints: Vec<String>,
 }
 
@@ -78,8 +78,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const MOMENT: Duration = Duration::from_millis(300);
 /// What is to be overcome lasts longer than it may take.
 const OVERCOME: Duration = Duration::from_secs(3);
-/// A strike comes within this, at a moment that nobody has chosen.
-const SOME_MOMENT: Duration = Duration::from_millis(60);
+/// A strike comes after a random delay of up to this.
+const RANDOM_DELAY: Duration = Duration::from_millis(60);
 
 /// A fault that is being tried.
 struct Attempt<'a> {
@@ -111,16 +111,11 @@ struct Stop {
 }
 
 /// Why it cannot be tried here, if it cannot.
-#[must_use]
 pub fn hindrance(fault: &Fault) -> Option<String> {
     obstacle(fault.needs())
 }
 
 /// Tries a fault.
-///
-/// # Errors
-///
-/// If it cannot be tried; what is wrong with the service is no error, but in the trial.
 pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
     let ground = Ground::start(fault.needs())?;
     let services = (0..fault.replicas())
@@ -244,7 +239,7 @@ impl<'a> Attempt<'a> {
     fn strike(&mut self, effort: Effort) -> Result<()> {
         self.strikes += 1;
         let from = self.ledger.made();
-        std::thread::sleep(SOME_MOMENT.mul_f64(chance::fraction()));
+        std::thread::sleep(RANDOM_DELAY.mul_f64(chance::fraction()));
         let began = Instant::now();
         let injected = self.fault.inject(self.ground, &mut self.services)?;
         let whole = Instant::now();
@@ -264,7 +259,7 @@ impl<'a> Attempt<'a> {
             self.complain(format!("it took no effect: {missing}"));
         }
         let mended = Instant::now();
-        let Healed { at, others } = injected.heal(self.ground, &mut self.services)?;
+        let Repair { at, others } = injected.heal(self.ground, &mut self.services)?;
         self.note_redis_outage(whole..mended);
         self.look_for_effects(from, &(whole..mended), &others);
         self.others.extend(others);

@@ -20,13 +20,12 @@
 //!
 //! In reading order: `find` (which programs), `place` (where, and as whom), `supervise` (nothing is
 //! left behind), `server` (what both have in common), `postgres`, `redis`, `tls`, and `run` for the
-//! command `devstack run`. `rolling` has the clients of a service whose replicas restart.
+//! command `devstack run`.
 
 mod find;
 mod place;
 mod postgres;
 mod redis;
-pub mod rolling;
 mod run;
 mod server;
 mod supervise;

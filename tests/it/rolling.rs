@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use devstack::rolling::{Crowd, Relay, Replicas, Seen};
+use lab::rolling::{Crowd, Relay, Replicas, Tally};
 
 use crate::support::{SOON, Service, World, eventually};
 
@@ -39,7 +39,7 @@ async fn clients_behind_a_balancer_that_keeps_connections_see_no_restart() {
 }
 
 /// Expects that every visit is answered 200, and that each visit is one row.
-async fn restart_in_turn(world: &World, replicas: &Replicas, crowd: Crowd) -> Seen {
+async fn restart_in_turn(world: &World, replicas: &Replicas, crowd: Crowd) -> Tally {
     let mut running = Vec::new();
     for _ in 0..REPLICAS {
         running.push(start(world, replicas).await);

@@ -1,11 +1,11 @@
 //! What more or fewer connections change, and what they cost in memory.
 
 use anyhow::{Context as _, Result};
+use lab::measure::Mebibytes;
+use lab::report::{Goal, Section};
 
 use super::VISITAS;
 use crate::ground::Ground;
-use crate::measure::Mebibytes;
-use crate::report::{Goal, Section};
 use crate::round::{self, Case, Effort, throughputs};
 use crate::subject::Subject;
 
@@ -26,12 +26,12 @@ pub(crate) fn connections(ground: &mut Ground, effort: Effort) -> Result<Section
         "of the ceiling",
         |case| {
             let connections = case.connections;
-            round::of(&all, |case| {
+            round::find(&all, |case| {
                 case.subject == Subject::Ceiling && case.connections == connections
             })
         },
     );
-    let crowded = round::of(&all, |case| {
+    let crowded = round::find(&all, |case| {
         case.subject == VISITAS && case.connections == COUNTS[3]
     });
     let memory = crowded.context("not measured")?.memory();

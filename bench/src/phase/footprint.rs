@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use lab::measure::{Mebibytes, Spread, milliseconds};
+use lab::program::visitas;
+use lab::report::{Goal, Section, table};
 
 use super::VISITAS;
-use crate::ground::{Ground, Owner, visitas};
-use crate::measure::{Mebibytes, Spread, milliseconds};
+use crate::ground::{Ground, Owner};
 use crate::progress;
-use crate::report::{Goal, Section, table};
 
 const STARTS: usize = 10;
 /// The monitors have looked around by then.
@@ -36,8 +37,8 @@ pub(crate) fn footprint(ground: &mut Ground) -> Result<Section> {
     drop(database);
     progress!("{STARTS} starts on a fresh database and as many on a migrated one");
 
-    let migrated = Spread::of(migrated);
-    let fresh = Spread::of(fresh);
+    let migrated = Spread::new(migrated);
+    let fresh = Spread::new(fresh);
     let idle = idle.map_or(f64::NAN, |idle| idle.0);
     let program = std::fs::metadata(visitas()?)?.len() as f64 / 1e6;
     let in_mebibytes = |number| Mebibytes(number).to_string();

@@ -2,14 +2,14 @@
 //! that come whether or not earlier ones have been answered.
 
 use anyhow::Result;
+use lab::measure::{Spread, grouped, milliseconds, ratio};
+use lab::paced::{self, Latency, Pace};
+use lab::report::{Goal, Section, table};
 
-use super::limits::{Inserting, insert};
+use super::limits::{Inserts, insert};
 use super::{CONNECTIONS, VISITAS, while_serving};
 use crate::ground::Ground;
-use crate::measure::{Spread, grouped, milliseconds, ratio};
-use crate::paced::{self, Latency, Pace};
 use crate::progress;
-use crate::report::{Goal, Section, table};
 use crate::round::{Effort, warm_up};
 use crate::subject::Subject;
 
@@ -21,7 +21,7 @@ pub(crate) fn lone(ground: &mut Ground, effort: Effort) -> Result<Section> {
     let mut visits = Vec::new();
     let mut inserts = Vec::new();
     for round in 1..=effort.rounds {
-        let inserted = insert(ground, Inserting { clients: 1 }, effort.duration)?;
+        let inserted = insert(ground, Inserts { clients: 1 }, effort.duration)?;
         let visited = latency(ground, VISITAS, 1, Pace::Closed, effort)?;
         progress!(
             "round {round} of {}: one visit {}, one insert {}",
@@ -33,12 +33,12 @@ pub(crate) fn lone(ground: &mut Ground, effort: Effort) -> Result<Section> {
         visits.push(visited);
     }
     let medians: Vec<_> = visits.iter().map(|visit| visit.median).collect();
-    let visit = Spread::of(medians.iter().copied());
-    let insert = Spread::of(inserts.iter().copied());
+    let visit = Spread::new(medians.iter().copied());
+    let insert = Spread::new(inserts.iter().copied());
     // What is left of a visit when a tenth of a millisecond is taken off, in inserts.
     let less: Vec<_> = medians.iter().map(|median| median - 0.1e-3).collect();
     let in_inserts = Spread::ratio(&less, &inserts);
-    let p99 = Spread::of(visits.iter().map(|visit| visit.p99));
+    let p99 = Spread::new(visits.iter().map(|visit| visit.p99));
     let text = table(
         &["one connection", "median"],
         [
@@ -89,7 +89,7 @@ pub(crate) fn paced(ground: &mut Ground, effort: Effort) -> Result<Section> {
         }
     }
     let spread = |latencies: &[Latency], figure: fn(&Latency) -> f64| {
-        Spread::of(latencies.iter().map(figure))
+        Spread::new(latencies.iter().map(figure))
     };
     let mut text = format!(
         "{CONNECTIONS} connections, visits at a constant rate, each counted from when it was due. \

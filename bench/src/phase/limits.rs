@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use lab::measure::{Spread, grouped, milliseconds};
+use lab::process;
+use lab::program::scratch;
+use lab::report::{Section, table};
 
-use crate::ground::{Ground, Owner, scratch};
-use crate::measure::{Spread, grouped, milliseconds};
-use crate::process;
+use crate::ground::{Ground, Owner};
 use crate::progress;
-use crate::report::{Section, table};
 use crate::round::Effort;
 
 /// Clients of each tool, one and many.
@@ -16,13 +17,13 @@ const CLIENTS: [usize; 2] = [1, 64];
 
 /// Inserts of one row, each committed and flushed, made by so many clients of pgbench.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Inserting {
+pub(crate) struct Inserts {
     pub(crate) clients: usize,
 }
 
 /// What came of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Inserted {
+pub(crate) struct Transactions {
     pub(crate) throughput: f64,
     /// Seconds.
     pub(crate) median: f64,
@@ -37,7 +38,7 @@ pub(crate) fn limits(ground: &mut Ground, effort: Effort) -> Result<Section> {
         for (clients, all) in &mut inserts {
             all.push(insert(
                 ground,
-                Inserting { clients: *clients },
+                Inserts { clients: *clients },
                 effort.duration,
             )?);
         }
@@ -49,15 +50,15 @@ pub(crate) fn limits(ground: &mut Ground, effort: Effort) -> Result<Section> {
     let inserts = inserts.map(|(clients, all)| {
         [
             format!("PostgreSQL: an insert a commit, {clients} of pgbench's clients"),
-            Spread::of(all.iter().map(|inserted| inserted.throughput)).written(grouped),
-            milliseconds(Spread::of(all.iter().map(|inserted| inserted.median)).median),
+            Spread::new(all.iter().map(|inserted| inserted.throughput)).written(grouped),
+            milliseconds(Spread::new(all.iter().map(|inserted| inserted.median)).median),
         ]
     });
     let increments = increments.map(|(clients, all)| {
         [
             format!("Redis: an `INCR`, {clients} of redis-benchmark's clients"),
-            Spread::of(all.iter().map(|&(throughput, _)| throughput)).written(grouped),
-            milliseconds(Spread::of(all.iter().map(|&(_, median)| median)).median),
+            Spread::new(all.iter().map(|&(throughput, _)| throughput)).written(grouped),
+            milliseconds(Spread::new(all.iter().map(|&(_, median)| median)).median),
         ]
     });
     Ok(Section {
@@ -73,16 +74,16 @@ pub(crate) fn limits(ground: &mut Ground, effort: Effort) -> Result<Section> {
 /// Inserts into a table of the same shape, for a while.
 pub(crate) fn insert(
     ground: &mut Ground,
-    inserting: Inserting,
+    inserting: Inserts,
     duration: Duration,
-) -> Result<Inserted> {
+) -> Result<Transactions> {
     let database = ground.database(Owner::Peer, 0)?;
     let statement = "insert into visitas default values;";
     transactions(ground, &database, statement, inserting.clients, duration)
 }
 
 /// What the service says to Postgres to record a visit, said by one client of pgbench.
-pub(crate) fn record(ground: &mut Ground, duration: Duration) -> Result<Inserted> {
+pub(crate) fn record(ground: &mut Ground, duration: Duration) -> Result<Transactions> {
     let database = ground.database(Owner::Visitas, 0)?;
     let statement = "select public.registrar_visitas(array[now()]);";
     transactions(ground, &database, statement, 1, duration)
@@ -94,7 +95,7 @@ fn transactions(
     statement: &str,
     clients: usize,
     duration: Duration,
-) -> Result<Inserted> {
+) -> Result<Transactions> {
     let folder = scratch()?;
     let script = folder.join("transaction.sql");
     std::fs::write(&script, statement)?;
@@ -131,10 +132,10 @@ fn transactions(
         times.extend(times_in(&std::fs::read_to_string(path)?)?);
     }
     remove_logs(&log)?;
-    Ok(Inserted {
+    Ok(Transactions {
         throughput,
         mean: times.iter().sum::<f64>() / times.len() as f64,
-        median: Spread::of(times).median,
+        median: Spread::new(times).median,
     })
 }
 

@@ -50,6 +50,6 @@ fn while_serving<T>(
     running.check_number(ground, &database)?;
     running.process.stop()?;
     ground.settle(&database)?;
-    ground.sink.take()?;
+    ground.collector.take_server_spans();
     Ok(seen)
 }

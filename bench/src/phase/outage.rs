@@ -1,14 +1,14 @@
 //! What visits cost while Redis is down.
 
 use anyhow::{Result, ensure};
+use lab::client;
+use lab::measure::{Spread, grouped, ratio};
+use lab::report::{Section, table};
 
 use super::{CONNECTIONS, VISITAS};
-use crate::client;
 use crate::ground::{Ground, Owner};
 use crate::load;
-use crate::measure::{Spread, grouped, ratio};
 use crate::progress;
-use crate::report::{Section, table};
 use crate::round::{Effort, warm_up};
 
 pub(crate) fn outage(ground: &mut Ground, effort: Effort) -> Result<Section> {
@@ -27,7 +27,7 @@ pub(crate) fn outage(ground: &mut Ground, effort: Effort) -> Result<Section> {
             "{} visits failed without Redis",
             load.failed
         );
-        let (_, redis) = client::numbers(running.address)?;
+        let (_, redis) = client::visit(running.address)?;
         ensure!(redis.is_none(), "Redis counted while it was down");
         down.push(load.throughput);
         running.check_number(ground, &database)?;
@@ -47,12 +47,12 @@ pub(crate) fn outage(ground: &mut Ground, effort: Effort) -> Result<Section> {
         [
             [
                 "both up".to_owned(),
-                Spread::of(up.iter().copied()).written(grouped),
+                Spread::new(up.iter().copied()).written(grouped),
                 String::new(),
             ],
             [
                 "Redis down".to_owned(),
-                Spread::of(down.iter().copied()).written(grouped),
+                Spread::new(down.iter().copied()).written(grouped),
                 Spread::ratio(&down, &up).written(ratio),
             ],
         ],

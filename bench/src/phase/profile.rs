@@ -4,17 +4,17 @@
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
+use lab::measure::{Spread, milliseconds, ratio};
+use lab::metrics::Metrics;
+use lab::paced::{self, Pace};
+use lab::processor::ProcessorTime;
+use lab::report::{Section, table};
 
-use super::limits::{Inserting, insert, record};
+use super::limits::{Inserts, insert, record};
 use super::{CONNECTIONS, VISITAS, while_serving};
-use crate::client::Connection;
 use crate::ground::Ground;
 use crate::load;
-use crate::measure::{Spread, milliseconds, ratio};
-use crate::paced::{self, Pace};
-use crate::processor::ProcessorTime;
 use crate::progress;
-use crate::report::{Section, table};
 use crate::round::{Effort, warm_up};
 use crate::subject::{Running, Subject};
 
@@ -39,7 +39,7 @@ pub(crate) fn processors(ground: &mut Ground, effort: Effort) -> Result<Section>
         progress!("round {round} of {}: processor time", effort.rounds);
     }
     let row = |what: &str, figure: fn(&PerVisit) -> f64| {
-        let median = |all: &[PerVisit]| Spread::of(all.iter().map(figure)).median * 1e6;
+        let median = |all: &[PerVisit]| Spread::new(all.iter().map(figure)).median * 1e6;
         let (ceiling, visitas) = (median(&ceiling), median(&visitas));
         [
             what.to_owned(),
@@ -83,7 +83,8 @@ fn at_peak(ground: &mut Ground, subject: Subject, effort: Effort) -> Result<PerV
         warm_up(running, CONNECTIONS, effort)?;
         let load = load::start(running.address, CONNECTIONS, effort.duration)?;
         let processes = [load.id(), running.process.id(), postgres, redis];
-        let times = || -> Result<Vec<_>> { processes.map(ProcessorTime::of).into_iter().collect() };
+        let times =
+            || -> Result<Vec<_>> { processes.map(ProcessorTime::read).into_iter().collect() };
         // Without its start and its end.
         std::thread::sleep(effort.duration / 10);
         let (began, before) = (Instant::now(), times()?);
@@ -128,7 +129,7 @@ pub(crate) fn lone_visit(ground: &mut Ground, effort: Effort) -> Result<Section>
         ("– everything else: the client, HTTP, the queue", Vec::new()),
     ];
     for round in 1..=effort.rounds {
-        let insert = insert(ground, Inserting { clients: 1 }, effort.duration)?.mean;
+        let insert = insert(ground, Inserts { clients: 1 }, effort.duration)?.mean;
         let statement = record(ground, effort.duration)?.mean;
         let (visit, postgres, redis) = lone(ground, effort)?;
         let rest = visit - postgres - redis;
@@ -143,7 +144,7 @@ pub(crate) fn lone_visit(ground: &mut Ground, effort: Effort) -> Result<Section>
         rows.iter().map(|(what, all)| {
             [
                 (*what).to_owned(),
-                Spread::of(all.iter().copied()).written(milliseconds),
+                Spread::new(all.iter().copied()).written(milliseconds),
                 ratio(Spread::ratio(all, &rows[0].1).median),
             ]
         }),
@@ -161,9 +162,9 @@ pub(crate) fn lone_visit(ground: &mut Ground, effort: Effort) -> Result<Section>
 fn lone(ground: &mut Ground, effort: Effort) -> Result<(f64, f64, f64)> {
     while_serving(ground, VISITAS, |running| {
         warm_up(running, 1, effort)?;
-        let before = Calls::of(running)?;
+        let before = Calls::read(running)?;
         let visits = paced::run(running.address, 1, Pace::Closed, effort.duration)?;
-        let after = Calls::of(running)?;
+        let after = Calls::read(running)?;
         Ok((
             visits.mean,
             after.postgres.mean_since(before.postgres),
@@ -186,12 +187,11 @@ struct Sum {
 }
 
 impl Calls {
-    fn of(running: &Running) -> Result<Self> {
-        let metrics = Connection::open(running.address)?.get("/metrics")?.body;
-        let sum = |system| Sum::of(&metrics, system).context("no such calls");
+    fn read(running: &Running) -> Result<Self> {
+        let metrics = Metrics::scrape(running.address)?;
         Ok(Self {
-            postgres: sum(r#"db_system_name="postgresql""#)?,
-            redis: sum(r#"db_system_name="redis""#)?,
+            postgres: Sum::read(&metrics, r#"db_system_name="postgresql""#),
+            redis: Sum::read(&metrics, r#"db_system_name="redis""#),
         })
     }
 }
@@ -199,20 +199,19 @@ impl Calls {
 impl Sum {
     /// Of the calls that succeeded, by whichever operation: a monitor's reading a second does not
     /// weigh.
-    fn of(metrics: &str, system: &str) -> Option<Self> {
+    fn read(metrics: &Metrics, system: &str) -> Self {
         let value = |suffix: &str| {
             let name = format!("db_client_operation_duration_seconds_{suffix}{{");
             metrics
-                .lines()
-                .filter(|line| line.starts_with(&name) && line.contains(system))
-                .filter(|line| !line.contains("error_type"))
-                .map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
-                .sum::<Option<f64>>()
+                .series(&name)
+                .filter(|(series, _)| series.contains(system) && !series.contains("error_type"))
+                .map(|(_, value)| value)
+                .sum()
         };
-        Some(Self {
-            seconds: value("sum")?,
-            count: value("count")?,
-        })
+        Self {
+            seconds: value("sum"),
+            count: value("count"),
+        }
     }
 
     fn mean_since(self, before: Self) -> f64 {
@@ -235,8 +234,8 @@ mod tests {
                  {name}_sum{failed} 7\n{name}_count{failed} 7\n"
             )
         };
-        let sum = |text: &str| Sum::of(text, r#"db_system_name="redis""#).unwrap();
-        let (before, after) = (sum(&scrape(1.0, 10)), sum(&scrape(1.5, 20)));
+        let sum = |text| Sum::read(&Metrics(text), r#"db_system_name="redis""#);
+        let (before, after) = (sum(scrape(1.0, 10)), sum(scrape(1.5, 20)));
         assert!((after.mean_since(before) - 0.05).abs() < 1e-9);
     }
 }

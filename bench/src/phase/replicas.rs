@@ -1,16 +1,16 @@
 //! Whether three services on the same stores do as much as one, and still number exactly.
 
-use std::net::SocketAddr;
-
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
+use lab::history::{History, Visit, judge};
+use lab::measure::{Spread, grouped, ratio};
+use lab::report::{Goal, Section, table};
+use lab::stack;
+use lab::visitor::Visitor;
 
 use super::{CONNECTIONS, VISITAS};
-use crate::client::{Connection, numbers_in};
 use crate::ground::{Ground, Owner};
 use crate::load;
-use crate::measure::{Spread, grouped, ratio};
 use crate::progress;
-use crate::report::{Goal, Section, table};
 use crate::round::Effort;
 use crate::subject::Running;
 
@@ -39,12 +39,12 @@ pub(crate) fn replicas(ground: &mut Ground, effort: Effort) -> Result<Section> {
         [
             [
                 "one replica".to_owned(),
-                Spread::of(one).written(grouped),
+                Spread::new(one).written(grouped),
                 String::new(),
             ],
             [
                 "three replicas together".to_owned(),
-                Spread::of(three).written(grouped),
+                Spread::new(three).written(grouped),
                 ratios.written(ratio),
             ],
         ],
@@ -82,7 +82,7 @@ fn together(ground: &mut Ground, replicas: usize, effort: Effort) -> Result<f64>
         replica.process.stop()?;
     }
     ground.settle(&database)?;
-    ground.sink.take()?;
+    ground.collector.take_server_spans();
     Ok(throughput)
 }
 
@@ -92,72 +92,43 @@ fn start(ground: &Ground, replicas: usize, database: &str) -> Result<Vec<Running
         .collect()
 }
 
-/// Makes visits to all replicas at once and checks every number of each.
+/// Makes visits to all replicas at once and judges their history.
 fn check_numbers(ground: &mut Ground) -> Result<usize> {
     let database = ground.database(Owner::Visitas, 0)?;
+    // Its counter starts over, as the table does.
+    ground.redis.restart()?;
     let mut running = start(ground, REPLICAS, &database)?;
-    let answers = std::thread::scope(|scope| {
-        let clients: Vec<_> = running
-            .iter()
-            .flat_map(|replica| [replica.address; CLIENTS])
-            .map(|address| scope.spawn(move || visits(address)))
-            .collect();
-        clients
-            .into_iter()
-            .map(|client| client.join().expect("no client panics"))
-            .collect::<Result<Vec<_>>>()
-    })?
-    .concat();
-    let totals = answers.iter().map(|&(total, _)| total).collect();
-    let redis = answers.iter().map(|&(_, redis)| redis).collect();
-    let last = check_gapless(totals).context("in the table")?;
-    check_gapless(redis).context("in Redis")?;
-    let rows = ground.rows(&database)?;
+    let clients: Vec<_> = (0..REPLICAS * CLIENTS)
+        .map(|client| {
+            let replica = client % REPLICAS;
+            let mut visitor = Visitor::new(client, replica, running[replica].address);
+            ground.runtime.spawn(async move {
+                let mut visits = Vec::new();
+                for _ in 0..VISITS {
+                    visits.push(visitor.visit().await);
+                }
+                visits
+            })
+        })
+        .collect();
+    let mut visits = Vec::new();
+    for client in clients {
+        visits.extend(ground.runtime.block_on(client)?);
+    }
+    let verdict = judge(History {
+        visits: &visits,
+        rows: &stack::rows(&ground.postgres, &database)?,
+        redis_outages: &[],
+    });
+    let all_are_good = visits.iter().all(Visit::is_good);
     ensure!(
-        last == rows,
-        "the last number is {last} where {rows} rows are"
+        all_are_good && verdict.violations() == 0 && verdict.rows == visits.len(),
+        "of {} visits: {verdict:?}",
+        visits.len()
     );
     for replica in &mut running {
         replica.process.stop()?;
     }
     ground.settle(&database)?;
-    Ok(answers.len())
-}
-
-fn visits(address: SocketAddr) -> Result<Vec<(i64, i64)>> {
-    let mut connection = Connection::open(address)?;
-    (0..VISITS)
-        .map(|_| {
-            let answer = connection.get("/")?;
-            let (total, redis) = numbers_in(&answer.body)?;
-            Ok((total, redis.context("Redis did not count")?))
-        })
-        .collect()
-}
-
-/// The last of the numbers, each of which must be there once.
-fn check_gapless(mut numbers: Vec<i64>) -> Result<i64> {
-    numbers.sort_unstable();
-    for pair in numbers.windows(2) {
-        ensure!(
-            pair[0] + 1 == pair[1],
-            "after {} comes {}",
-            pair[0],
-            pair[1]
-        );
-    }
-    numbers.last().copied().context("no numbers")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn gaps_and_repetitions_are_found() {
-        assert_eq!(check_gapless(vec![7, 5, 6]).unwrap(), 7);
-        assert!(check_gapless(vec![5, 7]).is_err());
-        assert!(check_gapless(vec![5, 6, 6, 7]).is_err());
-        assert!(check_gapless(Vec::new()).is_err());
-    }
+    Ok(visits.len())
 }

@@ -1,11 +1,11 @@
 //! What the rows that are already there change.
 
 use anyhow::{Context as _, Result};
+use lab::report::{Goal, Section};
 
 use super::{CONNECTIONS, VISITAS};
 use crate::chart::{self, Line};
 use crate::ground::Ground;
-use crate::report::{Goal, Section};
 use crate::round::{self, Case, Effort, Series, rows_in_words, throughputs};
 use crate::subject::Subject;
 
@@ -29,7 +29,8 @@ pub(crate) fn rows(
         cases.extend([empty, large].map(|rows| case(Subject::Flask, rows)));
     }
     let all = round::interleaved(ground, &cases, effort)?;
-    let find = |wanted: Case| round::of(&all, move |case| *case == wanted).context("not measured");
+    let find =
+        |wanted: Case| round::find(&all, move |case| *case == wanted).context("not measured");
 
     let text = format!(
         "{CONNECTIONS} connections. The rows are those at the start: what was recorded in earlier \
@@ -44,7 +45,7 @@ pub(crate) fn rows(
             "of an empty table",
             |case| {
                 let subject = case.subject;
-                round::of(&all, move |case| {
+                round::find(&all, move |case| {
                     case.subject == subject && case.rows == empty
                 })
             },

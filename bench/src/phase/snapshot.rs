@@ -5,14 +5,14 @@ use std::io::Write as _;
 use std::process::{Child, Stdio};
 
 use anyhow::{Context as _, Result};
+use lab::measure::{grouped, ratio};
+use lab::process;
+use lab::report::{Section, table};
 
 use super::{CONNECTIONS, VISITAS};
 use crate::ground::{Ground, Owner};
 use crate::load;
-use crate::measure::{grouped, ratio};
-use crate::process;
 use crate::progress;
-use crate::report::{Section, table};
 use crate::round::{Effort, warm_up};
 
 /// Measurements one after the other while it gets older.
@@ -40,7 +40,7 @@ pub(crate) fn snapshot(ground: &mut Ground, effort: Effort) -> Result<Section> {
     running.check_number(ground, &database)?;
     running.process.stop()?;
     ground.settle(&database)?;
-    ground.sink.take()?;
+    ground.collector.take_server_spans();
 
     let without = f64::midpoint(before, after);
     let seconds = effort.duration.as_secs();

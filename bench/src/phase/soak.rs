@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use lab::client;
+use lab::measure::{Mebibytes, Spread, grouped};
+use lab::report::{Goal, Section, table};
 
 use super::{CONNECTIONS, VISITAS};
-use crate::client::Connection;
 use crate::ground::{Ground, Owner};
 use crate::load;
-use crate::measure::{Mebibytes, Spread, grouped};
 use crate::progress;
-use crate::report::{Goal, Section, table};
 
 /// As Prometheus does by default in its examples.
 const SCRAPE_EVERY: Duration = Duration::from_secs(15);
@@ -29,9 +29,9 @@ pub(crate) fn soak(ground: &mut Ground, duration: Duration) -> Result<Section> {
         let what = if scraped { "scraped" } else { "not scraped" };
         let (memory, throughput) = run(ground, duration, scraped, what)?;
         let fifth = memory.len() / 5;
-        let early = Spread::of(memory[fifth..2 * fifth].iter().copied());
-        let late = Spread::of(memory[memory.len() - fifth..].iter().copied());
-        let all = Spread::of(memory.iter().copied());
+        let early = Spread::new(memory[fifth..2 * fifth].iter().copied());
+        let late = Spread::new(memory[memory.len() - fifth..].iter().copied());
+        let all = Spread::new(memory.iter().copied());
         let in_mebibytes = |number| Mebibytes(number).to_string();
         rows.push([
             what.to_owned(),
@@ -92,7 +92,7 @@ fn run(
             let resident = running.process.resident_memory();
             memory.extend(resident.map(|resident| resident.0));
             // Nobody asks what arrives, so it is not kept.
-            ground.sink.take().ok();
+            ground.collector.take_server_spans();
             if reading % 6 == 0 {
                 let resident = resident.map(|resident| resident.to_string());
                 progress!(
@@ -118,9 +118,7 @@ fn scrape(address: SocketAddr, ended: &AtomicBool) {
     while !ended.load(Ordering::Acquire) {
         if Instant::now() >= next {
             next += SCRAPE_EVERY;
-            if let Ok(mut connection) = Connection::open(address) {
-                connection.get("/metrics").ok();
-            }
+            client::get(address, "/metrics").ok();
         }
         std::thread::sleep(Duration::from_millis(100));
     }

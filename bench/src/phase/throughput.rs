@@ -3,11 +3,11 @@
 use std::fmt::Write as _;
 
 use anyhow::{Context as _, Result};
+use lab::measure::{Spread, ratio};
+use lab::report::{Goal, Section};
 
 use super::{CONNECTIONS, VISITAS};
 use crate::ground::Ground;
-use crate::measure::{Spread, ratio};
-use crate::report::{Goal, Section};
 use crate::round::{self, Case, Effort, Series, throughputs};
 use crate::subject::{Subject, Traces};
 
@@ -26,7 +26,7 @@ pub(crate) fn throughput(
         })
         .collect();
     let all = round::interleaved(ground, &cases, effort)?;
-    let find = |subject| round::of(&all, move |case| case.subject == subject);
+    let find = |subject| round::find(&all, move |case| case.subject == subject);
     let ceiling = find(Subject::Ceiling).context("no ceiling")?;
     let service = find(VISITAS).context("no service")?;
 
@@ -72,7 +72,7 @@ pub(crate) fn throughput(
     }
     if let Some(nowhere) = find(Subject::Visitas(Traces::Nowhere)) {
         // Noise is what the service differs from itself.
-        let noise = Spread::of(service.throughputs());
+        let noise = Spread::new(service.throughputs());
         goals.push(Goal::at_least(
             "no collector listens: of traces at 1 %, within its spread",
             noise.min / noise.median,

@@ -2,12 +2,12 @@
 //! service's own counters and Redis, each held against the others.
 
 use anyhow::Result;
+use lab::history::{History, Outcome, Visit, judge};
+use lab::visitor::Visitor;
 
 use super::{Attempt, LONGEST_ANSWER, MOMENT, Trial};
 use crate::fault::{Harm, Kind};
-use crate::history::{History, Outcome, Visit, judge};
 use crate::service::Service;
-use crate::visitor::Visitor;
 
 impl Attempt<'_> {
     /// Ends the load and compares.

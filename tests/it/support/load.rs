@@ -1,81 +1,65 @@
 //! Clients that visit at once, and what they were told.
 
-use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use axum::body::Body;
-use chaos::history::{self, History, Outcome, Verdict, judge};
-use http::Request;
-use http::header::{HOST, HeaderMap, RETRY_AFTER};
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
+use lab::history::{self, History, Outcome, Verdict, judge};
+use lab::stack;
+use lab::visitor::Visitor;
 use serde_json::Value;
-use time::OffsetDateTime;
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use super::{Service, World};
+use super::{SOON, Service, World};
 
 /// One visit as its client saw it.
 #[derive(Debug, Clone)]
 pub(crate) struct Visit {
     /// Which client it was.
     pub(crate) client: usize,
-    /// Which of the services was asked.
-    replica: usize,
     /// When it was sent.
     pub(crate) sent: Instant,
-    /// The same moment by the system's clock.
-    sent_at: OffsetDateTime,
     /// How long the answer took.
     pub(crate) took: Duration,
     /// The status, or 0 if there was no answer.
     pub(crate) status: u16,
     /// Whether the answer names a trace.
     pub(crate) sampled: bool,
-    /// Whether the answer asks the client to try again: the visit is certainly not recorded.
-    retry_after: bool,
     /// The answer's fields.
     pub(crate) json: Value,
+    /// The same visit for the judge of histories.
+    judged: history::Visit,
 }
 
 impl Visit {
+    async fn make(visitor: &mut Visitor) -> Self {
+        let judged = visitor.visit().await;
+        let response = visitor.response();
+        Self {
+            client: judged.client,
+            sent: judged.sent,
+            took: judged.took(),
+            status: response.map_or(0, |(head, _)| head.status),
+            sampled: response.is_some_and(|(head, _)| head.sampled),
+            json: response.map_or(Value::Null, |(_, body)| body.clone()),
+            judged,
+        }
+    }
+
     /// The number in Postgres of a visit that was acknowledged.
     pub(crate) fn total(&self) -> Option<i64> {
-        self.json["total_registros_db"].as_i64()
+        self.judged.total
     }
 
     /// The number in Redis, if there is one.
     pub(crate) fn redis(&self) -> Option<i64> {
-        self.json["visitas_redis"].as_i64()
+        self.judged.redis
     }
 
     /// When its answer was read.
     pub(crate) fn answered(&self) -> Instant {
-        self.sent + self.took
-    }
-
-    /// The same visit for the judge of histories.
-    fn judged(&self) -> history::Visit {
-        history::Visit {
-            client: self.client,
-            replica: self.replica,
-            sent: self.sent,
-            sent_at: microseconds(self.sent_at),
-            ended: self.answered(),
-            outcome: match self.status {
-                200 => Outcome::Recorded,
-                503 if self.retry_after => Outcome::Refused,
-                503 => Outcome::InDoubt,
-                0 => Outcome::Unanswered,
-                status => Outcome::Wrong(status),
-            },
-            total: self.total(),
-            redis: self.redis(),
-        }
+        self.judged.ended
     }
 }
 
@@ -86,22 +70,15 @@ pub(crate) async fn verdict(
     visits: &[Visit],
     redis_outages: &[Range<Instant>],
 ) -> Verdict {
-    let moments = "select data from visitas order by id";
-    let moments: Vec<OffsetDateTime> = sqlx::query_scalar(moments)
-        .fetch_all(&mut world.session().await)
-        .await
-        .expect("the rows");
-    let rows: Vec<_> = moments.into_iter().map(microseconds).collect();
-    let visits: Vec<_> = visits.iter().map(Visit::judged).collect();
+    let rows = stack::rows(&world.postgres, &world.database).expect("the rows");
+    let visits: Vec<_> = visits.iter().map(|visit| visit.judged).collect();
+    let is_wrong = |visit: &history::Visit| matches!(visit.outcome, Outcome::Wrong(_));
+    assert!(!visits.iter().any(is_wrong), "{visits:?}");
     judge(History {
         visits: &visits,
         rows: &rows,
         redis_outages,
     })
-}
-
-fn microseconds(moment: OffsetDateTime) -> i64 {
-    i64::try_from(moment.unix_timestamp_nanos() / 1000).expect("a moment of this age")
 }
 
 /// Clients that go on visiting until they are stopped.
@@ -122,12 +99,13 @@ impl Load {
         let mut set = JoinSet::new();
         for client in 0..clients {
             let replica = client % services.len();
-            let mut visitor = Visitor::of(services[replica], replica);
+            let visitor = Visitor::new(client, replica, services[replica].address);
+            let mut visitor = visitor.with_timeout(6 * SOON);
             let (going, left) = (Arc::clone(&going), Arc::clone(&left));
             set.spawn(async move {
                 let mut visits = Vec::new();
                 while going.load(Ordering::Relaxed) && left.fetch_sub(1, Ordering::Relaxed) > 0 {
-                    let visit = visitor.visit(client).await;
+                    let visit = Visit::make(&mut visitor).await;
                     if visit.status != 200 {
                         // A refusal is quick; asking again at once would only heat the machine.
                         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -161,63 +139,6 @@ impl Load {
 /// Makes so many visits from so many clients and returns all of them.
 pub(crate) async fn visits(services: &[&Service], clients: usize, count: i64) -> Vec<Visit> {
     Load::start_until(services, clients, count).finish().await
-}
-
-/// One client with one connection, which it opens again when it has ended. It is hyper's own: a
-/// client with more comfort would be the slower half of a test.
-struct Visitor {
-    address: SocketAddr,
-    replica: usize,
-    connection: Option<SendRequest<Body>>,
-}
-
-impl Visitor {
-    fn of(service: &Service, replica: usize) -> Self {
-        Self {
-            address: service.address,
-            replica,
-            connection: None,
-        }
-    }
-
-    async fn visit(&mut self, client: usize) -> Visit {
-        let (sent, sent_at) = (Instant::now(), OffsetDateTime::now_utc());
-        let (status, headers, json) = self.ask().await.unwrap_or_else(|_| {
-            self.connection = None;
-            (0, HeaderMap::new(), Value::Null)
-        });
-        Visit {
-            client,
-            replica: self.replica,
-            sent,
-            sent_at,
-            took: sent.elapsed(),
-            status,
-            sampled: headers.contains_key("traceresponse"),
-            retry_after: headers.contains_key(RETRY_AFTER),
-            json,
-        }
-    }
-
-    async fn ask(&mut self) -> anyhow::Result<(u16, HeaderMap, Value)> {
-        if self.connection.as_ref().is_none_or(SendRequest::is_closed) {
-            let stream = TcpStream::connect(self.address).await?;
-            stream.set_nodelay(true)?;
-            let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-            tokio::spawn(connection);
-            self.connection = Some(sender);
-        }
-        let connection = self.connection.as_mut().expect("opened above");
-        let request = Request::get("/")
-            .header(HOST, "visitas")
-            .body(Body::empty())?;
-        connection.ready().await?;
-        let answer = connection.send_request(request).await?;
-        let status = answer.status().as_u16();
-        let headers = answer.headers().clone();
-        let body = axum::body::to_bytes(Body::new(answer.into_body()), 1024).await?;
-        Ok((status, headers, serde_json::from_slice(&body)?))
-    }
 }
 
 /// Whether these are exactly the numbers from 1 to their count.

@@ -2,11 +2,11 @@
 //! other addresses. It knows nothing of what is scraped.
 
 use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 
+use lab::ports::free_address;
 use serde_json::Value;
 use tempfile::TempDir;
 use url::Url;
@@ -30,7 +30,7 @@ pub(crate) struct Prometheus {
 impl Prometheus {
     /// Starts one that scrapes these as the job `visitas`, and waits until it is ready.
     pub(crate) async fn start(targets: &[SocketAddr]) -> Self {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let address = free_address().expect("a free port");
         let folder = tempfile::tempdir().expect("a folder");
         let configuration = folder.path().join("prometheus.yml");
         std::fs::write(&configuration, configured(address, targets)).expect("a configuration");
@@ -180,15 +180,4 @@ fn configured(address: SocketAddr, targets: &[SocketAddr]) -> String {
         text = text.replace(own, &instead);
     }
     text
-}
-
-/// A port below the range that systems take client ports from, so that no client of another test
-/// has it before Prometheus does, and above those of the stores.
-fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = u16::try_from(std::process::id() % 500).expect("below 500");
-    (0..500)
-        .map(|_| 32_000 + (first + NEXT.fetch_add(1, Ordering::Relaxed)) % 500)
-        .find(|&port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok())
-        .expect("a free port")
 }

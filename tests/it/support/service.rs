@@ -1,24 +1,25 @@
 //! The program, started as a user would start it, and what it says.
 
-use std::io::{BufRead as _, BufReader, Read};
 use std::net::SocketAddr;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
+use lab::metrics::Metrics;
+pub(crate) use lab::output::Reader;
+use lab::process::{Process, Signal};
+use lab::wait::locked;
 use reqwest::header::HeaderMap;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
 
-use super::{SOON, eventually, locked};
+use super::{SOON, eventually};
 
 /// A running service. Dropping it kills it.
 pub(crate) struct Service {
     pub(crate) address: SocketAddr,
     pub(crate) client: reqwest::Client,
-    child: Mutex<Child>,
-    output: Lines,
-    errors: Lines,
+    process: Mutex<Process>,
 }
 
 /// An answer, read to its end.
@@ -28,27 +29,6 @@ pub(crate) struct Answer {
     pub(crate) headers: HeaderMap,
     pub(crate) body: String,
 }
-
-/// What whoever reads a service's log does once the service listens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reader {
-    /// Reads on.
-    Stays,
-    /// Keeps the pipe and reads no more.
-    Stalls,
-    /// Closes the pipe.
-    Leaves,
-}
-
-/// What a process has printed.
-#[derive(Default)]
-struct Printed {
-    lines: Mutex<Vec<String>>,
-    /// The pipe that nobody reads any more.
-    unread: Mutex<Option<Box<dyn Read + Send>>>,
-}
-
-type Lines = Arc<Printed>;
 
 impl Answer {
     /// Reads a response to its end.
@@ -107,21 +87,16 @@ impl Service {
         if !command.get_envs().any(|(name, _)| name == "BIND_ADDR") {
             command.env("BIND_ADDR", "127.0.0.1:0");
         }
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("the program starts");
-        let output = collect(child.stdout.take().expect("a pipe"), reader);
-        let errors = collect(child.stderr.take().expect("a pipe"), Reader::Stays);
+        let process = Process::start_read_by(reader, command).expect("the program starts");
         // Made before anything can fail, so that a failing test leaves no process behind.
         let mut service = Self {
             address: SocketAddr::from(([127, 0, 0, 1], 0)),
             client: client(),
-            child: Mutex::new(child),
-            output,
-            errors,
+            process: Mutex::new(process),
         };
         eventually("the service listens", SOON, async || {
-            let ended = service.child().try_wait().expect("its status");
-            assert!(ended.is_none(), "it ended: {}", service.printed());
+            let has_ended = service.process().has_ended().expect("its status");
+            assert!(!has_ended, "it ended: {}", service.printed());
             !service.logged("listening").is_empty()
         })
         .await;
@@ -181,20 +156,13 @@ impl Service {
         let request = self.client.get(self.url("/"));
         tokio::spawn(async move {
             let response = request.send().await.expect("an answer");
-            Answer {
-                status: response.status(),
-                headers: response.headers().clone(),
-                body: response.text().await.expect("a body"),
-            }
+            Answer::of(response).await.expect("a body")
         })
     }
 
     /// How many visits had this outcome.
     pub(crate) async fn counted(&self, outcome: &str) -> u64 {
-        let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}} ");
-        let text = self.get("/metrics").await.body;
-        let count = text.lines().find_map(|line| line.strip_prefix(&series));
-        count.and_then(|count| count.parse().ok()).expect("a count")
+        self.metrics().await.visits(outcome).expect("a count")
     }
 
     /// Waits until so many visits wait for the writer.
@@ -216,15 +184,18 @@ impl Service {
 
     /// A series of `/metrics`, by its name and labels as they are written there.
     pub(crate) async fn metric(&self, series: &str) -> Option<f64> {
-        let text = self.get("/metrics").await.body;
-        text.lines()
-            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))
-            .map(|value| value.parse().expect("a number"))
+        self.metrics().await.value(series)
+    }
+
+    /// All of `/metrics`.
+    pub(crate) async fn metrics(&self) -> Metrics {
+        Metrics(self.get("/metrics").await.body)
     }
 
     /// The lines of the log so far.
     pub(crate) fn log(&self) -> Vec<Value> {
-        lines(&self.output)
+        let lines = self.process().output();
+        lines
             .iter()
             .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("not JSON: {line}")))
             .collect()
@@ -239,29 +210,30 @@ impl Service {
 
     /// Everything that was printed so far, errors included.
     pub(crate) fn printed(&self) -> String {
-        [lines(&self.output), lines(&self.errors)]
-            .concat()
-            .join("\n")
+        self.process().printed().join("\n")
     }
 
     /// The process.
     pub(crate) fn pid(&self) -> u32 {
-        self.child().id()
+        self.process().id()
     }
 
-    /// Sends a signal, such as `TERM` or `KILL`.
+    /// Sends a signal, such as `TERM` or `INT`.
     pub(crate) fn signal(&self, signal: &str) {
-        let status = Command::new("kill")
-            .args([format!("-{signal}"), self.pid().to_string()])
-            .status();
-        assert!(status.is_ok_and(|status| status.success()), "kill works");
+        let signal = match signal {
+            "TERM" => Signal::TERM,
+            "INT" => Signal::INT,
+            "HUP" => Signal::HUP,
+            _ => panic!("SIG{signal} is not known here"),
+        };
+        self.process().signal(signal).expect("it runs");
     }
 
     /// Waits until the process ends by itself.
-    pub(crate) async fn ended(&self, patience: Duration) -> ExitStatus {
+    pub(crate) async fn ended(&self, timeout: Duration) -> ExitStatus {
         let mut status = None;
-        eventually("the process ends", patience, async || {
-            status = self.child().try_wait().expect("its status");
+        eventually("the process ends", timeout, async || {
+            status = self.process().status().expect("its status");
             status.is_some()
         })
         .await;
@@ -275,15 +247,15 @@ impl Service {
         assert!(status.success(), "{status}: {}", self.printed());
     }
 
-    fn child(&self) -> std::sync::MutexGuard<'_, Child> {
-        locked(&self.child)
+    fn process(&self) -> MutexGuard<'_, Process> {
+        locked(&self.process)
     }
 }
 
 impl Drop for Service {
     fn drop(&mut self) {
-        self.child().kill().ok();
-        self.child().wait().ok();
+        // At once: it has nothing to finish.
+        self.process().kill().ok();
     }
 }
 
@@ -299,27 +271,4 @@ pub(crate) fn client() -> reqwest::Client {
         .tls_certs_only([])
         .build()
         .expect("a client")
-}
-
-fn collect(pipe: impl Read + Send + 'static, reader: Reader) -> Lines {
-    let printed = Lines::default();
-    let collected = Arc::clone(&printed);
-    std::thread::spawn(move || {
-        let mut pipe = BufReader::new(pipe);
-        for line in pipe.by_ref().lines().map_while(Result::ok) {
-            let is_last = reader != Reader::Stays && line.contains("\"listening\"");
-            locked(&collected.lines).push(line);
-            if is_last {
-                break;
-            }
-        }
-        if reader == Reader::Stalls {
-            *locked(&collected.unread) = Some(Box::new(pipe));
-        }
-    });
-    printed
-}
-
-fn lines(printed: &Lines) -> Vec<String> {
-    locked(&printed.lines).clone()
 }

@@ -1,6 +1,7 @@
 //! Services whose spans are exported, requests with headers, and the counters of spans.
 
 use http::Method;
+use lab::metrics::whole;
 
 use super::collector::Collector;
 use super::{Answer, Service, World};
@@ -42,15 +43,13 @@ pub(crate) async fn ask(service: &Service, path: &str, headers: &[(&'static str,
 
 /// How many spans the exporter or the processor has counted, those with an error or those without.
 pub(crate) async fn spans(service: &Service, component: &str, error: &str) -> u64 {
-    let text = service.get("/metrics").await.body;
-    let line = text
-        .lines()
-        .filter(|line| line.starts_with(&format!("otel_sdk_{component}_span_")))
-        .find(|line| match error {
-            "" => !line.contains("error_type"),
-            error => line.contains(&format!("error_type=\"{error}\"")),
+    let metrics = service.metrics().await;
+    let (_, count) = metrics
+        .series(&format!("otel_sdk_{component}_span_"))
+        .find(|(series, _)| match error {
+            "" => !series.contains("error_type"),
+            error => series.contains(&format!("error_type=\"{error}\"")),
         })
         .expect("the series is there");
-    let (_, count) = line.rsplit_once(' ').expect("a value");
-    count.parse().expect("a number")
+    whole(count).expect("a number")
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError, Weak};
 
 use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
+use lab::stack;
 use sqlx::postgres::{PgConnectOptions, PgRow};
 use sqlx::{ConnectOptions as _, PgConnection};
 
@@ -53,16 +54,14 @@ impl World {
 
     /// The settings that lead to these stores.
     pub(crate) fn settings(&self) -> Vec<(String, String)> {
-        [
-            ("DB_HOST", self.postgres.host().to_owned()),
-            ("DB_PORT", self.postgres.port().to_string()),
-            ("DB_PASSWORD", devstack::PASSWORD.to_owned()),
-            ("DB_NAME", self.database.clone()),
-            ("REDIS_HOST", self.redis.host().to_owned()),
-            ("REDIS_PORT", self.redis.port().to_string()),
-        ]
-        .map(|(name, value)| (name.to_owned(), value))
-        .to_vec()
+        let (postgres, redis) = (&self.postgres, &self.redis);
+        let settings = stack::settings(
+            (postgres.host(), postgres.port()),
+            &self.database,
+            (redis.host(), redis.port()),
+        );
+        let settings = settings.into_iter();
+        settings.map(|(name, value)| (name.into(), value)).collect()
     }
 
     /// The settings that lead to these stores, with others in place of those that begin with

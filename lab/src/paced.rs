@@ -46,14 +46,6 @@ pub struct Latency {
 }
 
 /// Makes visits for a while and says how long each took.
-///
-/// # Errors
-///
-/// If a connection breaks or cannot be opened.
-///
-/// # Panics
-///
-/// If a thread of it does.
 pub fn run(
     address: SocketAddr,
     connections: usize,
@@ -69,7 +61,7 @@ pub fn run(
                     .stack_size(128 * 1024)
                     .spawn_scoped(scope, move || {
                         let connection = Connection::open(address);
-                        // Whoever has none must not keep the others waiting.
+                        // One that has none must not keep the others waiting.
                         barrier.wait();
                         let schedule = Schedule::new(pace, connections, index, duration);
                         drive(connection?, &schedule)
@@ -157,7 +149,7 @@ fn drive(mut connection: Connection, schedule: &Schedule) -> Result<Part> {
             due += schedule.interval.unwrap_or_default();
             continue;
         }
-        let status = connection.visit()?;
+        let status = connection.visit()?.status;
         now = Instant::now();
         if status == 200 {
             let microseconds = u64::try_from((now - due).as_micros())?;

@@ -3,19 +3,18 @@
 use std::fmt::Write as _;
 use std::process::Command;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use devstack::Postgres;
 
 use crate::measure::grouped;
-use crate::place::visitas;
+use crate::program::visitas;
 
 /// Load, subject and stores share so many processors, on every machine.
 const PROCESSORS: usize = 2;
 
-/// Confines this process, and with it whatever it starts, to the first two processors. Must be
+/// Confines this process, and with it every process that it starts, to the first two processors. Must be
 /// called before there are other threads. Returns whether that is how it is now; where it cannot be
 /// done, the report says so.
-#[must_use]
 pub fn confine() -> bool {
     let Some(allowed) = allowed() else {
         return false;
@@ -35,10 +34,6 @@ pub fn confine() -> bool {
 }
 
 /// The machine, the versions, the command and what makes the load, a line each.
-///
-/// # Errors
-///
-/// If one of them does not say what it is.
 pub fn describe(postgres: &Postgres, command: &str, load: &str) -> Result<String> {
     let processor = field("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".to_owned());
     let memory = field("/proc/meminfo", "MemTotal")
@@ -95,25 +90,6 @@ pub fn describe(postgres: &Postgres, command: &str, load: &str) -> Result<String
         writeln!(head, "- {name}: {value}")?;
     }
     Ok(head)
-}
-
-/// The load generator of throughput, and who measures latency.
-///
-/// # Errors
-///
-/// If there is no wrk.
-pub fn wrk() -> Result<String> {
-    // It says its version only together with how it is used, and calls that a failure.
-    let output = Command::new("wrk")
-        .arg("-v")
-        .output()
-        .context("cannot run wrk")?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    let version = said.split_whitespace().take(2).collect::<Vec<_>>();
-    Ok(format!(
-        "{} for throughput, a client of this bench for latency",
-        version.join(" ")
-    ))
 }
 
 fn said(program: &str, arguments: &[&str]) -> Result<String> {

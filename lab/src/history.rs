@@ -95,25 +95,21 @@ const TOLERANCE: i64 = 10_000;
 
 impl Visit {
     /// How long the client waited.
-    #[must_use]
     pub fn took(&self) -> Duration {
         self.ended - self.sent
     }
 
     /// Whether it is recorded and counted in Redis.
-    #[must_use]
     pub fn is_good(&self) -> bool {
         self.is_recorded() && self.redis.is_some()
     }
 
     /// Whether its client knows that it is recorded.
-    #[must_use]
     pub fn is_recorded(&self) -> bool {
         self.outcome == Outcome::Recorded
     }
 
     /// Whether it might be recorded although its client was not told so.
-    #[must_use]
     pub fn is_in_doubt(&self) -> bool {
         match self.outcome {
             Outcome::InDoubt | Outcome::Unanswered | Outcome::Left | Outcome::Wrong(_) => true,
@@ -144,27 +140,23 @@ impl Visit {
 
 impl Verdict {
     /// How many violations there are.
-    #[must_use]
     pub fn violations(&self) -> usize {
         self.lost + self.duplicated() + self.out_of_order()
     }
 
     /// Numbers of both stores that were told twice or that no visit explains.
-    #[must_use]
     pub fn duplicated(&self) -> usize {
         let both = [self.postgres, self.redis];
         both.iter().map(|of| of.repeated + of.unexplained).sum()
     }
 
     /// Visits whose number in either store contradicts the order in which visits were made.
-    #[must_use]
     pub fn out_of_order(&self) -> usize {
         self.postgres.out_of_order + self.redis.out_of_order
     }
 }
 
 /// Judges a history.
-#[must_use]
 pub fn judge(history: History<'_>) -> Verdict {
     let visits = history.visits;
     let recorded = || visits.iter().filter(|visit| visit.is_recorded());

@@ -26,7 +26,6 @@ pub struct Goal {
 
 impl Goal {
     /// A ratio whose median is to be no lower.
-    #[must_use]
     pub fn at_least(what: &str, wanted: f64, measured: Spread) -> Self {
         Self {
             what: what.to_owned(),
@@ -47,18 +46,12 @@ impl Goal {
     }
 
     /// Whether it was kept.
-    #[must_use]
     pub fn is_met(&self) -> bool {
         self.is_met
     }
 }
 
 /// All of it, below a title. `head` says where and how it was measured.
-///
-/// # Panics
-///
-/// Never: a string takes all.
-#[must_use]
 pub fn document(title: &str, head: &str, sections: &[Section]) -> String {
     let goals = sections.iter().flat_map(|section| &section.goals);
     let goals = table(
@@ -76,10 +69,6 @@ pub fn document(title: &str, head: &str, sections: &[Section]) -> String {
 }
 
 /// A table whose first column is text and whose others are figures.
-///
-/// # Panics
-///
-/// Never: a string takes all.
 pub fn table<const N: usize>(
     header: &[&str; N],
     rows: impl IntoIterator<Item = [String; N]>,
@@ -99,7 +88,7 @@ mod tests {
 
     #[test]
     fn goal_is_met_by_the_median() {
-        let spread = Spread::of([0.2, 0.61, 0.9]);
+        let spread = Spread::new([0.2, 0.61, 0.9]);
         assert!(Goal::at_least("", 0.6, spread).is_met);
         assert!(!Goal::at_least("", 0.62, spread).is_met);
         assert!(Goal::at_most("", 3.0, 3.0, ratio).is_met);

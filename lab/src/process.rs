@@ -5,12 +5,15 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::LazyLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use rustix::process::{Pid, Signal, kill_process};
+pub use rustix::process::Signal;
+use rustix::process::{Pid, kill_process};
 
 use crate::measure::Mebibytes;
+use crate::output::{Output, Reader};
+use crate::wait;
 
 /// The service takes 10 s at most.
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
@@ -18,7 +21,14 @@ const STOP_DEADLINE: Duration = Duration::from_secs(15);
 /// A process that is stopped when this is dropped.
 pub struct Process {
     child: Child,
-    log: PathBuf,
+    log: Log,
+}
+
+/// Where what it prints goes.
+enum Log {
+    File(PathBuf),
+    /// Standard output and standard error.
+    Pipes(Output, Output),
 }
 
 /// A command whose process is killed when the thread that started it ends, however that happens,
@@ -42,59 +52,87 @@ pub fn command(program: impl AsRef<OsStr>) -> Command {
 }
 
 impl Process {
-    /// Starts a command, with what it says in a file.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be run, or the file not be written.
+    /// Starts a command, with its output in a file.
     pub fn start(mut command: Command, log: &Path) -> Result<Self> {
         let file = File::create(log).with_context(|| log.display().to_string())?;
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(file.try_clone()?)
-            .stderr(file)
-            .spawn()
-            .with_context(|| format!("cannot run {}", command.get_program().display()))?;
+        command.stdout(file.try_clone()?).stderr(file);
+        Ok(Self {
+            child: spawn(command)?,
+            log: Log::File(log.to_owned()),
+        })
+    }
+
+    /// Starts a command whose standard output is read like this.
+    pub fn start_read_by(reader: Reader, mut command: Command) -> Result<Self> {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = spawn(command)?;
+        let output = child.stdout.take().context("a pipe")?;
+        let errors = child.stderr.take().context("a pipe")?;
         Ok(Self {
             child,
-            log: log.to_owned(),
+            log: Log::Pipes(
+                Output::read(output, reader),
+                Output::read(errors, Reader::Stays),
+            ),
         })
     }
 
     /// Whether it runs no more.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn has_ended(&mut self) -> Result<bool> {
-        Ok(self.child.try_wait()?.is_some())
+        Ok(self.status()?.is_some())
     }
 
-    /// The end of what it said.
-    #[must_use]
-    pub fn last_words(&self) -> String {
-        let log = std::fs::read(&self.log).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log);
-        let lines: Vec<_> = log.lines().collect();
+    /// How it ended, if it has.
+    pub fn status(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// The lines of its standard output so far, if it is read; otherwise of all that it printed.
+    pub fn output(&self) -> Vec<String> {
+        match &self.log {
+            Log::File(log) => {
+                let log = std::fs::read(log).unwrap_or_default();
+                let log = String::from_utf8_lossy(&log);
+                log.lines().map(str::to_owned).collect()
+            }
+            Log::Pipes(output, _) => output.lines(),
+        }
+    }
+
+    /// The lines of all that it printed so far.
+    pub fn printed(&self) -> Vec<String> {
+        let mut lines = self.output();
+        if let Log::Pipes(_, errors) = &self.log {
+            lines.extend(errors.lines());
+        }
+        lines
+    }
+
+    /// The end of its log.
+    pub fn log_tail(&self) -> String {
+        let lines = self.printed();
         lines[lines.len().saturating_sub(10)..].join("\n")
     }
 
-    /// Its number.
-    #[must_use]
+    /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
     /// The most memory that it has had resident; where the system says so.
-    #[must_use]
     pub fn peak_memory(&self) -> Option<Mebibytes> {
         self.memory("VmHWM:")
     }
 
     /// The memory that it has resident now.
-    #[must_use]
     pub fn resident_memory(&self) -> Option<Mebibytes> {
         self.memory("VmRSS:")
+    }
+
+    /// The file descriptors that it has open; where the system says so.
+    pub fn open_files(&self) -> Option<usize> {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        Some(files.ok()?.count())
     }
 
     fn memory(&self, field: &str) -> Option<Mebibytes> {
@@ -103,84 +141,62 @@ impl Process {
             .lines()
             .find_map(|line| line.strip_prefix(field))
             .and_then(|value| value.trim().strip_suffix(" kB")?.parse().ok())
-            .map(Mebibytes::of_kibibytes)
+            .map(Mebibytes::from_kibibytes)
     }
 
     /// Asks it to stop and waits until it has; kills it if that takes too long.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn stop(&mut self) -> Result<()> {
         if self.has_ended()? {
             return Ok(());
         }
         self.terminate()?;
-        if self.ended_within(STOP_DEADLINE)?.is_none() {
+        if self.wait(STOP_DEADLINE)?.is_none() {
             self.kill()?;
         }
         Ok(())
     }
 
     /// Asks it to stop.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn terminate(&self) -> Result<()> {
         self.signal(Signal::TERM)
     }
 
-    /// Lets it stand still, until [`Self::resume`].
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
+    /// Suspends it, until [`Self::resume`].
     pub fn pause(&self) -> Result<()> {
         self.signal(Signal::STOP)
     }
 
     /// Lets it go on.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn resume(&self) -> Result<()> {
         self.signal(Signal::CONT)
     }
 
-    fn signal(&self, signal: Signal) -> Result<()> {
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id())?;
         let pid = Pid::from_raw(pid).context("no process has the id 0")?;
         Ok(kill_process(pid, signal)?)
     }
 
     /// Kills it and returns once it is gone.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// How it ended, where it does so soon enough.
-    ///
-    /// # Errors
-    ///
-    /// What the system says.
-    pub fn ended_within(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let status = self.child.try_wait()?;
-            if status.is_some() || Instant::now() > deadline {
-                return Ok(status);
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+    /// How it ended, or nothing if it has not after `timeout`.
+    pub fn wait(&mut self, timeout: Duration) -> Result<Option<ExitStatus>> {
+        wait::within(timeout, || !matches!(self.status(), Ok(None)));
+        self.status()
     }
+}
+
+fn spawn(mut command: Command) -> Result<Child> {
+    command.stdin(Stdio::null()).spawn().with_context(|| {
+        let program = command.get_program().display();
+        format!("cannot run {program}")
+    })
 }
 
 impl Drop for Process {

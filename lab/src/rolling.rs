@@ -3,17 +3,19 @@
 //!
 //! A client is as strict as the least patient one out there: it makes a request again only where no
 //! byte of it was sent, because the connection had been closed before, or a connect was refused.
-//! Must not know: how replicas are started and stopped. Nothing here starts a server of ours, so
-//! that tests and chaos, which start replicas each in its own way, can share it.
+//! Must not know: how replicas are started and stopped.
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::client::Connection;
+use crate::wait::locked;
 
 /// The replicas that clients choose from, as a registry or a balancer knows them.
 #[derive(Clone, Debug, Default)]
@@ -22,29 +24,25 @@ pub struct Replicas(Arc<Mutex<Vec<SocketAddr>>>);
 impl Replicas {
     /// Adds one, which is ready.
     pub fn add(&self, address: SocketAddr) {
-        self.locked().push(address);
+        locked(&self.0).push(address);
     }
 
     /// Takes one away, which has ended. One that is about to stop stays, as it does in a registry
     /// that has not noticed yet.
     pub fn remove(&self, address: SocketAddr) {
-        self.locked().retain(|&known| known != address);
+        locked(&self.0).retain(|&known| known != address);
     }
 
     /// One of them, another one at each turn.
     fn choose(&self, turn: usize) -> Option<SocketAddr> {
-        let known = self.locked();
+        let known = locked(&self.0);
         (!known.is_empty()).then(|| known[turn % known.len()])
-    }
-
-    fn locked(&self) -> MutexGuard<'_, Vec<SocketAddr>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// What clients saw.
 #[derive(Clone, Debug, Default)]
-pub struct Seen {
+pub struct Tally {
     /// Visits answered 200.
     pub visits: usize,
     /// Connections that were opened.
@@ -59,7 +57,7 @@ pub struct Seen {
 #[derive(Debug)]
 pub struct Crowd {
     leaving: Arc<AtomicBool>,
-    clients: Vec<JoinHandle<Seen>>,
+    clients: Vec<JoinHandle<Tally>>,
     visits: Arc<AtomicUsize>,
 }
 
@@ -71,12 +69,9 @@ const PAUSES: [u64; 8] = [1, 1, 2, 5, 20, 100, 300, 700];
 /// A response takes no longer, and neither does it to find a replica.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-const VISIT: &[u8] = b"GET / HTTP/1.1\r\nhost: visitas.test\r\n\r\n";
-
 impl Crowd {
     /// Starts so many clients that keep their connections, and so many that open one for each visit.
     /// At each connect they choose among the replicas.
-    #[must_use]
     pub fn start(keeping: usize, opening: usize, replicas: &Replicas) -> Self {
         let leaving = Arc::<AtomicBool>::default();
         let visits = Arc::<AtomicUsize>::default();
@@ -88,7 +83,7 @@ impl Crowd {
                     pause: Duration::from_millis(PAUSES[number % PAUSES.len()]),
                     keeps: number < keeping,
                     visits: Arc::clone(&visits),
-                    seen: Seen::default(),
+                    seen: Tally::default(),
                 };
                 let leaving = Arc::clone(&leaving);
                 thread::spawn(move || {
@@ -105,16 +100,14 @@ impl Crowd {
     }
 
     /// How many visits have been answered 200 so far.
-    #[must_use]
     pub fn visits(&self) -> usize {
         self.visits.load(Ordering::Relaxed)
     }
 
     /// Ends them, each after its visit, and says what they saw.
-    #[must_use]
-    pub fn leave(self) -> Seen {
+    pub fn leave(self) -> Tally {
         self.leaving.store(true, Ordering::Relaxed);
-        let mut all = Seen::default();
+        let mut all = Tally::default();
         for client in self.clients {
             match client.join() {
                 Ok(seen) => {
@@ -137,7 +130,7 @@ struct Client {
     /// Its connections, for as long as they stay open.
     keeps: bool,
     visits: Arc<AtomicUsize>,
-    seen: Seen,
+    seen: Tally,
 }
 
 impl Client {
@@ -153,32 +146,23 @@ impl Client {
     }
 
     /// Visits over a connection, and returns it if it stays open.
-    fn visit(&mut self, kept: Option<TcpStream>) -> Result<Option<TcpStream>> {
+    fn visit(&mut self, kept: Option<Connection>) -> Result<Option<Connection>> {
         let began = Instant::now();
-        let mut connection = match kept.filter(is_open) {
+        let mut connection = match kept.filter(Connection::is_open) {
             Some(connection) => connection,
             None => self.connect()?,
         };
-        let whose = format!(
-            "{:?} from {:?}, idle for {:?}",
-            connection.peer_addr().ok(),
-            connection.local_addr().ok(),
-            self.pause
-        );
-        let response = connection
-            .write_all(VISIT)
-            .context("sending")
-            .and_then(|()| read_response(&mut connection))
+        let whose = format!("{connection}, idle for {:?}", self.pause);
+        let head = connection
+            .visit()
             .with_context(|| format!("after {:?} with {whose}", began.elapsed()))?;
-        let (status, _) = response.split_once("\r\n").context("a status line")?;
-        ensure!(status.starts_with("HTTP/1.1 200 "), "{status} from {whose}");
+        ensure!(head.status == 200, "{} from {whose}", head.status);
         self.seen.visits += 1;
         self.visits.fetch_add(1, Ordering::Relaxed);
-        let is_last = response.contains("\r\nconnection: close\r\n");
-        Ok((self.keeps && !is_last).then_some(connection))
+        Ok((self.keeps && !head.closes).then_some(connection))
     }
 
-    fn connect(&mut self) -> Result<TcpStream> {
+    fn connect(&mut self) -> Result<Connection> {
         let deadline = Instant::now() + TIMEOUT;
         while Instant::now() < deadline {
             // Neighbours in the list must not see the same clients, and in the same order.
@@ -187,12 +171,11 @@ impl Client {
                 thread::sleep(Duration::from_millis(1));
                 continue;
             };
-            match TcpStream::connect(address) {
-                Ok(stream) => {
-                    stream.set_nodelay(true)?;
-                    stream.set_read_timeout(Some(TIMEOUT))?;
+            match Connection::open(address) {
+                Ok(connection) => {
+                    connection.set_timeout(TIMEOUT)?;
                     self.seen.connections += 1;
-                    return Ok(stream);
+                    return Ok(connection);
                 }
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
                     self.seen.refused += 1;
@@ -203,41 +186,6 @@ impl Client {
             }
         }
         bail!("no replica takes a connection")
-    }
-}
-
-/// Whether the other side has not closed a connection on which nothing is due.
-fn is_open(stream: &TcpStream) -> bool {
-    let peeked = stream
-        .set_nonblocking(true)
-        .and_then(|()| stream.peek(&mut [0]));
-    stream.set_nonblocking(false).is_ok()
-        && peeked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
-}
-
-/// A response's headers, once its body has been read, too.
-fn read_response(stream: &mut TcpStream) -> Result<String> {
-    let mut read = Vec::new();
-    let mut buffer = [0; 4096];
-    loop {
-        if let Some(end) = read.windows(4).position(|four| four == b"\r\n\r\n") {
-            let headers = String::from_utf8_lossy(&read[..end + 4]).into_owned();
-            let length: usize = headers
-                .lines()
-                .find_map(|line| line.strip_prefix("content-length: "))
-                .context("no length")?
-                .parse()?;
-            if read.len() >= end + 4 + length {
-                return Ok(headers);
-            }
-        }
-        let length = stream.read(&mut buffer).context("reading")?;
-        ensure!(
-            length > 0,
-            "closed after {} bytes of a response",
-            read.len()
-        );
-        read.extend_from_slice(&buffer[..length]);
     }
 }
 
@@ -252,10 +200,6 @@ pub struct Relay {
 
 impl Relay {
     /// Opens one before these replicas.
-    ///
-    /// # Errors
-    ///
-    /// If no port is free.
     pub fn start(replicas: &Replicas) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let address = listener.local_addr()?;

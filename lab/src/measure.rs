@@ -15,7 +15,7 @@ pub struct Spread {
 
 impl Spread {
     /// Of no rounds it is not a number.
-    pub fn of(values: impl IntoIterator<Item = f64>) -> Self {
+    pub fn new(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let middle = values.len() / 2;
@@ -33,9 +33,8 @@ impl Spread {
 
     /// Each round against the same round of another figure, which the machine slowed down or
     /// not just as much.
-    #[must_use]
     pub fn ratio(of: &[f64], to: &[f64]) -> Self {
-        Self::of(of.iter().zip(to).map(|(of, to)| of / to))
+        Self::new(of.iter().zip(to).map(|(of, to)| of / to))
     }
 
     /// With a unit's own way of writing each number.
@@ -50,7 +49,6 @@ impl Spread {
 }
 
 /// A number without fractions, its thousands apart: `46 123`. Below ten it keeps one digit.
-#[must_use]
 pub fn grouped(number: f64) -> String {
     if !number.is_finite() {
         return "–".to_owned();
@@ -70,7 +68,6 @@ pub fn grouped(number: f64) -> String {
 }
 
 /// A ratio: two digits below a hundred, none above.
-#[must_use]
 pub fn ratio(number: f64) -> String {
     if number < 100.0 {
         format!("{number:.2}")
@@ -80,7 +77,6 @@ pub fn ratio(number: f64) -> String {
 }
 
 /// Seconds, in milliseconds.
-#[must_use]
 pub fn milliseconds(seconds: f64) -> String {
     let milliseconds = seconds * 1e3;
     match milliseconds {
@@ -99,8 +95,7 @@ pub struct Mebibytes(
 
 impl Mebibytes {
     /// Of units of 2^10.
-    #[must_use]
-    pub fn of_kibibytes(kibibytes: u64) -> Self {
+    pub fn from_kibibytes(kibibytes: u64) -> Self {
         Self(kibibytes as f64 / 1024.0)
     }
 }
@@ -125,19 +120,19 @@ mod tests {
 
     #[test]
     fn median_of_an_odd_number_of_rounds_is_the_middle_one() {
-        let measured = Spread::of([30.0, 10.0, 1000.0]);
+        let measured = Spread::new([30.0, 10.0, 1000.0]);
         assert_eq!(measured, spread(10.0, 30.0, 1000.0));
     }
 
     #[test]
     fn median_of_an_even_number_of_rounds_lies_between_the_middle_two() {
-        let measured = Spread::of([4.0, 1.0, 3.0, 100.0]);
+        let measured = Spread::new([4.0, 1.0, 3.0, 100.0]);
         assert_eq!(measured, spread(1.0, 3.5, 100.0));
     }
 
     #[test]
     fn spread_of_nothing_is_not_a_number() {
-        assert!(Spread::of([]).median.is_nan());
+        assert!(Spread::new([]).median.is_nan());
     }
 
     #[test]

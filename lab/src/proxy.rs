@@ -1,4 +1,5 @@
-//! A way to a server that can be broken: slow, narrow, silent, closed, or cut at a chosen word.
+//! A way to a server that can be broken: slow, narrow, silent, closed, or cut at a chosen word; and
+//! on which one can listen.
 //!
 //! Of its own, since those that exist (Toxiproxy and its ports) treat all connections alike and know
 //! no protocol: they can neither silence the established ones while new ones work, nor tell a
@@ -6,24 +7,25 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// A port that leads to another one here.
+use crate::ports::free_address;
+use crate::wait::locked;
+
+/// A port that leads to another one here, for as long as the runtime runs that it was opened on.
 pub struct Proxy {
     address: SocketAddr,
     lane: Lane,
     /// `None` while connections are refused.
     accepting: Mutex<Option<JoinHandle<()>>>,
-    runtime: Handle,
 }
 
 /// What is done to what passes. The default is nothing.
@@ -31,10 +33,14 @@ pub struct Proxy {
 pub struct Rules {
     /// Connections whose number is lower say and hear nothing, until it no longer is.
     pub silent_below: u64,
+    /// What the clients of connections say whose number is lower is lost; they still hear.
+    pub lost_below: u64,
     /// Connections whose number is lower are reset.
     pub reset_below: u64,
-    /// Added to everything that passes, in each direction.
-    pub delay: Duration,
+    /// Added to everything that passes to the server.
+    pub delay_to_server: Duration,
+    /// Added to everything that passes to the client.
+    pub delay_to_client: Duration,
     /// What passes in a second, in each direction of each connection.
     pub bytes_per_second: Option<u32>,
     /// At which word a connection that records a visit is reset.
@@ -57,18 +63,20 @@ pub enum Protocol {
     Postgres,
     /// RESP.
     Redis,
-    /// Whatever it is; there is nothing in it to be cut.
+    /// Any other; there is nothing in it to be cut.
     Other,
 }
 
 /// What every connection of a proxy needs.
 #[derive(Clone)]
 struct Lane {
-    server: u16,
+    server: SocketAddr,
     protocol: Protocol,
     rules: watch::Sender<Rules>,
     next: Arc<AtomicU64>,
     effects: Arc<AtomicU64>,
+    /// Where somebody listens: what each client has said, in the order of their connections.
+    record: Option<Arc<Mutex<Vec<Vec<u8>>>>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -90,37 +98,44 @@ const CHUNK: usize = 16 * 1024;
 const LONGEST_OTHER_BIND: usize = 80;
 
 impl Proxy {
-    /// Opens a way to `server`, a port of 127.0.0.1.
-    ///
-    /// # Errors
-    ///
-    /// If there is no free port.
-    pub fn open(runtime: &Handle, server: u16, protocol: Protocol) -> Result<Self> {
+    /// Opens a way to a server.
+    pub async fn open(server: SocketAddr, protocol: Protocol) -> Result<Self> {
+        Self::start(server, protocol, None).await
+    }
+
+    /// Opens a way that keeps what clients say.
+    pub async fn recording(server: SocketAddr, protocol: Protocol) -> Result<Self> {
+        Self::start(server, protocol, Some(Arc::default())).await
+    }
+
+    async fn start(
+        server: SocketAddr,
+        protocol: Protocol,
+        record: Option<Arc<Mutex<Vec<Vec<u8>>>>>,
+    ) -> Result<Self> {
         let proxy = Self {
-            address: bench::place::free_address()?,
+            address: free_address()?,
             lane: Lane {
                 server,
                 protocol,
                 rules: watch::Sender::new(Rules::default()),
                 next: Arc::new(AtomicU64::new(0)),
                 effects: Arc::new(AtomicU64::new(0)),
+                record,
             },
             accepting: Mutex::new(None),
-            runtime: runtime.clone(),
         };
-        proxy.accept()?;
+        proxy.accept().await?;
         Ok(proxy)
     }
 
     /// The port that leads to the server.
-    #[must_use]
     pub fn port(&self) -> u16 {
         self.address.port()
     }
 
     /// How often a rule has changed what passes: bytes that were held back or late, and connections
     /// that were reset.
-    #[must_use]
     pub fn effects(&self) -> u64 {
         self.lane.effects.load(Ordering::Relaxed)
     }
@@ -136,60 +151,67 @@ impl Proxy {
         self.change(|rules| rules.silent_below = next);
     }
 
+    /// Loses what clients say over the connections that are open; new ones work.
+    pub fn lose_established(&self) {
+        let next = self.lane.next.load(Ordering::Acquire);
+        self.change(|rules| rules.lost_below = next);
+    }
+
+    /// What each client has said so far, in the order of their connections; nothing unless the proxy
+    /// was opened by [`Self::recording`].
+    pub fn record(&self) -> Vec<Vec<u8>> {
+        let record = self.lane.record.as_ref();
+        record.map_or_else(Vec::new, |record| locked(record).clone())
+    }
+
     /// Resets the connections that are open and refuses new ones.
-    pub fn refuse(&self) {
-        if let Some(accepting) = self.accepting().take() {
+    pub async fn refuse(&self) {
+        let accepting = locked(&self.accepting).take();
+        if let Some(accepting) = accepting {
             accepting.abort();
             // It ends by having been aborted: the port is closed once that is so.
-            self.runtime.block_on(accepting).ok();
+            accepting.await.ok();
         }
         let next = self.lane.next.load(Ordering::Acquire);
         self.change(|rules| rules.reset_below = next);
     }
 
     /// Lets everything pass as it comes, new connections too.
-    ///
-    /// # Errors
-    ///
-    /// If the port has been taken meanwhile.
-    pub fn clear(&self) -> Result<()> {
+    pub async fn clear(&self) -> Result<()> {
         self.change(|rules| {
             *rules = Rules {
                 reset_below: rules.reset_below,
                 ..Rules::default()
             };
         });
-        if self.accepting().is_none() {
-            self.accept()?;
+        let is_refusing = locked(&self.accepting).is_none();
+        if is_refusing {
+            self.accept().await?;
         }
         Ok(())
     }
 
-    fn accept(&self) -> Result<()> {
-        let listener = self
-            .runtime
-            .block_on(TcpListener::bind(self.address))
+    async fn accept(&self) -> Result<()> {
+        let listener = TcpListener::bind(self.address)
+            .await
             .with_context(|| format!("cannot listen on {}", self.address))?;
         let lane = self.lane.clone();
-        *self.accepting() = Some(self.runtime.spawn(async move {
+        *locked(&self.accepting) = Some(tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let number = lane.next.fetch_add(1, Ordering::AcqRel);
+                if let Some(record) = &lane.record {
+                    locked(record).push(Vec::new());
+                }
                 tokio::spawn(lane.clone().carry(client, number));
             }
         }));
         Ok(())
     }
-
-    fn accepting(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
-        self.accepting
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        if let Some(accepting) = self.accepting().take() {
+        if let Some(accepting) = locked(&self.accepting).take() {
             accepting.abort();
         }
     }
@@ -198,7 +220,7 @@ impl Drop for Proxy {
 impl Lane {
     /// Carries one connection to its end.
     async fn carry(self, mut client: TcpStream, number: u64) {
-        let Ok(mut server) = TcpStream::connect(("127.0.0.1", self.server)).await else {
+        let Ok(mut server) = TcpStream::connect(self.server).await else {
             return;
         };
         for stream in [&client, &server] {
@@ -244,6 +266,12 @@ impl Lane {
                 return End::Closed;
             };
             let bytes = &buffer[..length];
+            if direction == Direction::ToServer {
+                self.record(number, bytes);
+                if number < rules.borrow().lost_below {
+                    continue;
+                }
+            }
             if number < rules.borrow().silent_below {
                 self.count_effect();
             }
@@ -263,9 +291,9 @@ impl Lane {
                 },
                 _ => {}
             }
-            let (takes, held) = (now.takes(length), Instant::now());
-            tokio::time::sleep(takes).await;
-            if !takes.is_zero() && held.elapsed() >= takes {
+            let (delay, began) = (now.delay(direction, length), Instant::now());
+            tokio::time::sleep(delay).await;
+            if !delay.is_zero() && began.elapsed() >= delay {
                 self.count_effect();
             }
             if to.write_all(bytes).await.is_err() {
@@ -279,15 +307,32 @@ impl Lane {
     fn count_effect(&self) {
         self.effects.fetch_add(1, Ordering::Relaxed);
     }
+
+    fn record(&self, number: u64, bytes: &[u8]) {
+        if let Some(record) = &self.record
+            && let Ok(number) = usize::try_from(number)
+        {
+            locked(record)[number].extend_from_slice(bytes);
+        }
+    }
 }
 
 impl Rules {
+    /// The same delay in each direction.
+    pub fn delay_each_way(&mut self, delay: Duration) {
+        (self.delay_to_server, self.delay_to_client) = (delay, delay);
+    }
+
     /// How long so many bytes are under way.
-    fn takes(&self, bytes: usize) -> Duration {
+    fn delay(&self, direction: Direction, bytes: usize) -> Duration {
+        let delay = match direction {
+            Direction::ToServer => self.delay_to_server,
+            Direction::ToClient => self.delay_to_client,
+        };
         let narrow = self.bytes_per_second.map_or(Duration::ZERO, |limit| {
             Duration::from_secs_f64(bytes as f64 / f64::from(limit))
         });
-        self.delay + narrow
+        delay + narrow
     }
 }
 
@@ -326,8 +371,8 @@ mod tests {
     fn rule_without_effect_is_told_from_one_with_an_effect() {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = server.local_addr().unwrap().port();
-        let proxy = Proxy::open(runtime.handle(), port, Protocol::Other).unwrap();
+        let open = Proxy::open(server.local_addr().unwrap(), Protocol::Other);
+        let proxy = runtime.block_on(open).unwrap();
         let client = || std::net::TcpStream::connect(("127.0.0.1", proxy.port())).unwrap();
         let mut stream = client();
         let (mut accepted, _) = server.accept().unwrap();
@@ -343,7 +388,7 @@ mod tests {
         assert_eq!(proxy.effects(), 0, "nothing has passed since");
         say(2);
         assert_eq!(proxy.effects(), 1);
-        proxy.clear().unwrap();
+        runtime.block_on(proxy.clear()).unwrap();
         say(3);
         assert_eq!(proxy.effects(), 1);
 
@@ -365,11 +410,17 @@ mod tests {
     #[test]
     fn bytes_take_their_time_where_it_is_narrow() {
         let rules = Rules {
-            delay: Duration::from_millis(10),
+            delay_to_server: Duration::from_millis(10),
             bytes_per_second: Some(1000),
             ..Rules::default()
         };
-        assert_eq!(rules.takes(500), Duration::from_millis(510));
-        assert_eq!(Rules::default().takes(500), Duration::ZERO);
+        let delay = |rules: Rules, direction| rules.delay(direction, 500);
+        let half = Duration::from_millis(500);
+        assert_eq!(delay(rules, Direction::ToClient), half);
+        assert_eq!(
+            delay(rules, Direction::ToServer),
+            half + rules.delay_to_server
+        );
+        assert_eq!(delay(Rules::default(), Direction::ToServer), Duration::ZERO);
     }
 }

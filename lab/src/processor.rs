@@ -8,16 +8,16 @@ use anyhow::{Context as _, Result};
 
 /// Processor time, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct ProcessorTime {
+pub struct ProcessorTime {
     /// In the program's own code.
-    pub(crate) user: f64,
+    pub user: f64,
     /// In the kernel, for the program.
-    pub(crate) system: f64,
+    pub system: f64,
 }
 
 impl ProcessorTime {
     /// What a process and those that descend from it have used so far; none that has ended.
-    pub(crate) fn of(root: u32) -> Result<Self> {
+    pub fn read(root: u32) -> Result<Self> {
         static TICKS: LazyLock<f64> = LazyLock::new(|| {
             let said = Command::new("getconf").arg("CLK_TCK").output();
             let said = said.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
@@ -27,7 +27,7 @@ impl ProcessorTime {
         let mut all = HashMap::new();
         for entry in std::fs::read_dir("/proc").context("no /proc: processor time is not known")? {
             let path = entry?.path();
-            // Whatever is no process, or ends just now, has none.
+            // An entry that is no process, or one that just ended, has none.
             if let Ok(stat) = std::fs::read_to_string(path.join("stat"))
                 && let Some(process) = Stat::parse(&stat)
             {
@@ -49,7 +49,9 @@ impl ProcessorTime {
         Ok(sum)
     }
 
-    pub(crate) fn since(self, before: Self) -> Self {
+    /// What was used between two readings.
+    #[must_use]
+    pub fn since(self, before: Self) -> Self {
         Self {
             user: self.user - before.user,
             system: self.system - before.system,
@@ -107,13 +109,13 @@ mod tests {
             .args(["-c", "while :; do :; done"])
             .spawn()
             .unwrap();
-        let before = ProcessorTime::of(own).unwrap();
+        let before = ProcessorTime::read(own).unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut used = 0.0;
         while used < 0.1 && Instant::now() < deadline {
-            used = ProcessorTime::of(child.id()).unwrap().user;
+            used = ProcessorTime::read(child.id()).unwrap().user;
         }
-        let all = ProcessorTime::of(own).unwrap().since(before);
+        let all = ProcessorTime::read(own).unwrap().since(before);
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(used >= 0.1 && all.user >= 0.09, "{used} {all:?}");

@@ -1,11 +1,13 @@
-//! Where the program is that is measured, where logs are left and which addresses are free.
+//! The program that is measured and broken: where it is built, whether it is current, and what
+//! starts it. Where logs are left.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::process;
 
 /// The folder that cargo builds into, of the profile that this program was built with.
 fn built() -> Result<PathBuf> {
@@ -20,11 +22,8 @@ fn built() -> Result<PathBuf> {
     Ok(folder.to_owned())
 }
 
-/// The program that is measured: beside this one, and built from the sources as they are now.
-///
-/// # Errors
-///
-/// If it is not built, or was built before its sources were changed.
+/// The program: next to this one, and built from the sources as they are now. It is an error if it
+/// is not built, or was built before its sources were changed.
 pub fn visitas() -> Result<PathBuf> {
     let program = built()?.join("visitas");
     let advice = "make builds it, or cargo build --bin visitas";
@@ -81,35 +80,20 @@ fn newer_source(program: &Path) -> Result<Option<PathBuf>> {
     Ok(sources.find(is_newer))
 }
 
-/// Where logs and the like are left: beside what was built.
-///
-/// # Errors
-///
-/// If the folder cannot be made.
+/// What runs the program with nothing in its environment but these settings.
+pub fn command(settings: impl IntoIterator<Item = (&'static str, String)>) -> Result<Command> {
+    let mut command = process::command(visitas()?);
+    command.env_clear().envs(settings);
+    Ok(command)
+}
+
+/// Where logs and other files are left: next to what was built.
 pub fn scratch() -> Result<PathBuf> {
     let built = built()?;
     let target = built.parent().context("no target folder")?;
     let folder = target.join("bench");
     fs::create_dir_all(&folder)?;
     Ok(folder)
-}
-
-/// An address that nobody uses. It lies below the range that systems take client ports from, so
-/// that whoever waits for it to be served cannot connect to itself.
-///
-/// # Errors
-///
-/// If there is none.
-pub fn free_address() -> Result<SocketAddr> {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    for _ in 0..1000 {
-        let port = 15_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 5000;
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
-        if TcpListener::bind(address).is_ok() {
-            return Ok(address);
-        }
-    }
-    anyhow::bail!("no free port from 15000")
 }
 
 #[cfg(test)]
@@ -119,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn program_that_is_older_than_a_source_is_told_from_a_current_one() {
+    fn program_older_than_a_source_is_refused() {
         let folder = scratch().unwrap().join("newer source");
         fs::create_dir_all(folder.join("deps")).unwrap();
         let [program, one, other] =
