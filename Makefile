@@ -3,7 +3,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run test sweep check bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
+.PHONY: help run check test faults sweep bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,17 +15,33 @@ run: setup ## Serve on port 8000 with its own PostgreSQL and Redis
 	@cargo build --release --locked --quiet --bin visitas --bin devstack --workspace
 	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
 
-# What tests need beside the servers: each program with the package it is in.
-test: PACKAGES = promtool=prometheus python3:prometheus_client=python3-prometheus-client
-test: setup ## Check and test everything
+check: ## Check format and lints and run the unit tests, in seconds; needs no server
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo test --package visitas --lib --locked --quiet
+
+# Programs that tests need in addition to the servers, each with its package.
+test faults: PACKAGES = promtool=prometheus python3:prometheus_client=python3-prometheus-client
+
+# Tests wait for servers most of the time, so more of them run than there are processors.
+test: export RUST_TEST_THREADS = 8
+ifdef T
+test: setup
+	@tests=$$(cargo test --workspace --locked --quiet -- --list '$(T)') && \
+	case $$tests in *': test'*) ;; *) echo "no test has $(T) in its name" >&2; exit 1 ;; esac
+	cargo test --workspace --locked --quiet -- --include-ignored '$(T)'
+else
+test: setup check ## Test everything that guards a change, in minutes; T=name runs the tests with this name
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
-	cargo test --workspace --locked
+	cargo test --workspace --locked --no-fail-fast
+endif
+
+faults: setup ## Run the tests that read a clock, take long or flood, one at a time
+	cargo test --workspace --locked --no-fail-fast -- --ignored --test-threads=1
 
 sweep: PACKAGES = promtool=prometheus
 sweep: setup ## Try 20 rates of failure against the alerts, a few minutes, and print when each fires
-	SWEEP=whole cargo test --locked --test it sweep:: -- --nocapture
+	SWEEP=whole cargo test --locked --test it sweep:: -- --ignored --nocapture
 
 bench: bench-ready ## Measure everything, half an hour, and write bench/report.md
 	@target/release/bench full

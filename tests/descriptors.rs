@@ -1,4 +1,4 @@
-//! Alone in its process, whose file limit it lowers.
+//! The only test in its process, because it lowers the file limit of the process.
 
 use std::{
     fs::File,
@@ -29,7 +29,7 @@ fn ticks(stat: &mut File) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn out_of_descriptors_accepting_neither_spins_nor_ends() {
+async fn accept_loop_without_descriptors_neither_spins_nor_ends() {
     let limits = Limits {
         max_connections: 1000,
         header_timeout: Duration::from_mins(1),
@@ -51,7 +51,7 @@ async fn out_of_descriptors_accepting_neither_spins_nor_ends() {
     };
     tokio::spawn(server::serve(listener, router, limits, events, never));
 
-    // Everything this side needs is open before the limit falls.
+    // Everything that the test needs is open before it lowers the limit.
     let mut stat = File::open("/proc/self/stat").expect("stat");
     let socket = TcpSocket::new_v4().expect("socket");
     let (soft, hard) = getrlimit(Resource::NOFILE).expect("limit");

@@ -1,5 +1,4 @@
-//! Panics, in a process of their own: the test runs itself again as the program that panics, and
-//! reads what that one printed.
+//! Panics. Each test runs this program again as a process that panics, and reads its output.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -17,7 +16,7 @@ use visitas::routes;
 use visitas::telemetry::Telemetry;
 use visitas::telemetry::request::Observer;
 
-/// Set in the process that panics, to its `RUST_LOG`.
+/// The variable that tells the second process to panic; its value is the `RUST_LOG` to use.
 const PANICS: &str = "TEST_PANICS";
 
 #[test]
@@ -45,21 +44,21 @@ fn panic_is_one_line_of_the_log_and_counted() {
 }
 
 #[test]
-fn panic_is_logged_whatever_the_filter() {
+fn panic_is_logged_with_every_filter() {
     for filter in ["off", "warn", "access=debug"] {
         let printed = panicking(filter);
         assert_eq!(panics(&printed).len(), 3, "{filter}: {printed}");
     }
 }
 
-/// What the process prints that panics, which expects the count and the response by itself.
+/// The output of a process that panics. The process itself checks the counter and the response.
 fn panicking(filter: &str) -> String {
     let output = Command::new(std::env::current_exe().expect("the test's path"))
         .args(["--exact", "process_that_panics", "--nocapture"])
         .env(PANICS, filter)
         .env_remove("RUST_BACKTRACE")
         .output()
-        .expect("it starts");
+        .expect("the process starts");
     let text = |bytes| String::from_utf8(bytes).expect("text");
     let (output, errors) = (output.status, [text(output.stdout), text(output.stderr)]);
     assert!(output.success(), "{errors:?}");
@@ -68,7 +67,7 @@ fn panicking(filter: &str) -> String {
     output
 }
 
-/// Every line that tells of a panic.
+/// The lines that report a panic.
 fn panics(printed: &str) -> Vec<Value> {
     let lines = printed.lines().filter(|line| line.contains("panicked"));
     lines
@@ -76,11 +75,11 @@ fn panics(printed: &str) -> Vec<Value> {
         .collect()
 }
 
-/// Nothing by itself: the other tests run it as a process of its own.
+/// Does nothing unless another test runs it as a second process.
 #[test]
 #[expect(
     clippy::disallowed_methods,
-    reason = "its parent tells it by this variable what to do"
+    reason = "the parent process sets this variable"
 )]
 fn process_that_panics() {
     let Ok(filter) = std::env::var(PANICS) else {

@@ -45,6 +45,8 @@ pub const MAX_CONNECTIONS: usize = 100;
 const CROWD: usize = 150;
 const SETTLE: Duration = Duration::from_secs(5);
 const MOMENT: Duration = Duration::from_millis(300);
+/// Between two visits of a client.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Looks.
 pub fn run() -> Result<Bounds> {
@@ -53,7 +55,7 @@ pub fn run() -> Result<Bounds> {
     let mut service = Service::new(&ground)?;
     service.start()?;
     service.until_ready()?;
-    let mut ledger = Ledger::start(ground.runtime.handle(), &[service.address]);
+    let mut ledger = Ledger::start(ground.runtime.handle(), &[service.address], PAUSE);
     std::thread::sleep(Duration::from_secs(1));
     let sessions =
         ground.sql("select count(*) from pg_stat_activity where application_name = 'visitas'")?;

@@ -155,6 +155,8 @@ impl Ground {
             let port = self.way_to_collector.port();
             let endpoint = format!("http://127.0.0.1:{port}");
             settings.push(("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint));
+            // So that spans are exported during the fault, however few visits there are.
+            settings.push(("OTEL_BSP_SCHEDULE_DELAY", "200".to_owned()));
         }
         settings
     }

@@ -24,16 +24,14 @@ pub struct Ledger {
 /// Enough that a batch is on its way at almost any moment.
 const CLIENTS: usize = 16;
 
-/// Between two visits of a client: the machine is to have time for what breaks.
-const PAUSE: Duration = Duration::from_millis(1);
-/// The same after a refusal, which is quick: asking again at once would only heat the machine.
+/// The least pause after a refusal, which is quick: retrying at once would only heat the machine.
 const PAUSE_AFTER_REFUSAL: Duration = Duration::from_millis(5);
 
 impl Ledger {
-    /// Starts clients, each of which asks a random replica for each of its visits and keeps a
-    /// connection to each.
+    /// Starts clients, each of which asks a random replica for each of its visits, keeps a connection
+    /// to each, and pauses this long between two visits.
     #[must_use]
-    pub fn start(runtime: &Handle, addresses: &[SocketAddr]) -> Self {
+    pub fn start(runtime: &Handle, addresses: &[SocketAddr], pause: Duration) -> Self {
         let visits = Arc::new(Mutex::new(Vec::new()));
         let going = Arc::new(AtomicBool::new(true));
         let clients = (0..CLIENTS).map(|client| {
@@ -47,8 +45,12 @@ impl Ledger {
                     let replica = chance::below(visitors.len());
                     let visit = visitors[replica].visit().await;
                     lock(&visits).push(visit);
-                    let recorded = visit.is_recorded();
-                    tokio::time::sleep(if recorded { PAUSE } else { PAUSE_AFTER_REFUSAL }).await;
+                    let least = if visit.is_recorded() {
+                        Duration::ZERO
+                    } else {
+                        PAUSE_AFTER_REFUSAL
+                    };
+                    tokio::time::sleep(pause.max(least)).await;
                 }
             })
         });

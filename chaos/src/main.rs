@@ -53,6 +53,8 @@ const METHOD: &str = "\nSixteen clients visit all the time, each of them a rando
 const HOLD: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_secs(30);
 const AFTERMATH: Duration = Duration::from_millis(2500);
+/// So that a batch is in flight at almost any moment, and the machine has time for the fault.
+const VISIT_PAUSE: Duration = Duration::from_millis(1);
 const STEP: Duration = Duration::from_secs(5);
 const HOSTILE_ROUNDS: usize = 3;
 const HOSTILE_STEP: Duration = Duration::from_secs(3);
@@ -134,6 +136,8 @@ fn run(matches: &ArgMatches) -> Result<bool> {
                 pause: PAUSE,
                 aftermath: AFTERMATH,
                 stop: true,
+                at_once: 1,
+                visit_pause: VISIT_PAUSE,
             };
             let only = matches.get_one::<String>("only").map(String::as_str);
             let tried = faults(only, effort)?;
@@ -155,6 +159,8 @@ fn run(matches: &ArgMatches) -> Result<bool> {
         "long" => {
             let effort = Effort {
                 kills: number("kills")?,
+                at_once: 1,
+                visit_pause: VISIT_PAUSE,
                 ..chaos::SHORT
             };
             let killed = report::faults(&faults(Some("killed"), effort)?);

@@ -31,6 +31,10 @@ pub struct Effort {
     pub aftermath: Duration,
     /// Whether the service is asked to stop during the fault, too.
     pub stop: bool,
+    /// How many faults are tried at the same time.
+    pub at_once: usize,
+    /// How long a client pauses between two visits.
+    pub visit_pause: Duration,
 }
 
 /// What came of a fault.
@@ -125,7 +129,7 @@ pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
     let mut attempt = if fault.comes_first() {
         Attempt::broken(fault, &ground, services, effort)?
     } else {
-        let mut attempt = Attempt::whole(fault, &ground, services)?;
+        let mut attempt = Attempt::whole(fault, &ground, services, effort)?;
         for _ in 0..repetitions {
             attempt.strike(effort)?;
             if !attempt.complaints.is_empty() {
@@ -142,12 +146,17 @@ pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
 
 impl<'a> Attempt<'a> {
     /// Everything works, and visits are made.
-    fn whole(fault: &'a Fault, ground: &'a Ground, mut services: Vec<Service>) -> Result<Self> {
+    fn whole(
+        fault: &'a Fault,
+        ground: &'a Ground,
+        mut services: Vec<Service>,
+        effort: Effort,
+    ) -> Result<Self> {
         for service in &mut services {
             service.start()?;
             service.until_ready()?;
         }
-        let attempt = Self::of(fault, ground, services);
+        let attempt = Self::of(fault, ground, services, effort.visit_pause);
         let deadline = Instant::now() + PATIENCE;
         while attempt.ledger.made() < WARM && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
@@ -167,7 +176,7 @@ impl<'a> Attempt<'a> {
         for service in &mut services {
             service.start()?;
         }
-        let mut attempt = Self::of(fault, ground, services);
+        let mut attempt = Self::of(fault, ground, services, effort.visit_pause);
         attempt.strikes = 1;
         if fault.kind == Kind::MigrationLocked {
             std::thread::sleep(effort.hold);
@@ -203,13 +212,18 @@ impl<'a> Attempt<'a> {
         Ok(attempt)
     }
 
-    fn of(fault: &'a Fault, ground: &'a Ground, services: Vec<Service>) -> Self {
+    fn of(
+        fault: &'a Fault,
+        ground: &'a Ground,
+        services: Vec<Service>,
+        visit_pause: Duration,
+    ) -> Self {
         let addresses: Vec<_> = services.iter().map(|service| service.address).collect();
         Self {
             fault,
             ground,
             services,
-            ledger: Ledger::start(ground.runtime.handle(), &addresses),
+            ledger: Ledger::start(ground.runtime.handle(), &addresses, visit_pause),
             others: Vec::new(),
             stop: None,
             gaps: Vec::new(),

@@ -1,30 +1,21 @@
-//! Each fault once, shortened, and the crowd: nothing acknowledged is lost, and all comes back.
+//! Each fault once, shortened: nothing acknowledged is lost, and everything recovers. Overload and
+//! hostile clients judge speed and need the machine, so `make faults` runs them.
 //!
-//! How fast all of it is, is judged by `make chaos`, with the program as it is shipped; here times
-//! have bounds that a busy machine keeps, and what must not be must not be here, either.
+//! `make chaos` measures with the program as it is shipped; the bounds here hold on a busy machine.
 
 use std::io::Write as _;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use chaos::bounds::{MAX_CONNECTIONS, POOLED};
 use chaos::report::{self, Tried};
 
-/// On a machine that does something else, too.
 const RECOVERY: f64 = 3.0;
 const START: Duration = Duration::from_secs(3);
-/// So that nobody has a reason to leave it out.
+/// All faults together.
 const ALL: Duration = Duration::from_mins(5);
-
-/// One after the other: each looks at a clock.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURNS: Mutex<()> = Mutex::new(());
-    TURNS.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 #[test]
 fn no_fault_loses_or_repeats_what_was_acknowledged() {
-    let _turn = turn();
     let started = Instant::now();
     let tried = chaos::faults(None, chaos::SHORT, |_tried| {});
     let text = report::faults(&tried).text;
@@ -32,7 +23,7 @@ fn no_fault_loses_or_repeats_what_was_acknowledged() {
         let trial = match tried {
             Tried::Ran(trial) => trial,
             Tried::Skipped(name, why) => {
-                // Not by the macro, whose words nobody sees where a test passes.
+                // Not by `eprintln!`, whose output is hidden where a test passes.
                 writeln!(std::io::stderr(), "{name}: SKIPPED: {why}").unwrap();
                 continue;
             }
@@ -51,8 +42,8 @@ fn no_fault_loses_or_repeats_what_was_acknowledged() {
 }
 
 #[test]
+#[ignore = "floods: make faults"]
 fn overload_refuses_what_it_cannot_record_and_breaks_nothing() {
-    let _turn = turn();
     let overload = chaos::overload::run(&[2.0, 5.0], Duration::from_secs(2)).unwrap();
     let text = report::overload(&overload).text;
     for step in &overload.steps {
@@ -64,8 +55,8 @@ fn overload_refuses_what_it_cannot_record_and_breaks_nothing() {
 }
 
 #[test]
-fn hostile_clients_keep_nobody_from_an_answer() {
-    let _turn = turn();
+#[ignore = "floods: make faults"]
+fn hostile_clients_keep_no_other_client_from_its_response() {
     let hostile = chaos::hostile::run(1, Duration::from_secs(2), 2000).unwrap();
     let text = report::hostile(&hostile).text;
     assert!(hostile.complaints.is_empty(), "{text}");
@@ -77,8 +68,8 @@ fn hostile_clients_keep_nobody_from_an_answer() {
 }
 
 #[test]
+#[ignore = "floods: make faults"]
 fn connections_are_bounded_and_leave_nothing_behind() {
-    let _turn = turn();
     let bounds = chaos::bounds::run().unwrap();
     assert!(
         bounds.left_files <= bounds.idle_files + POOLED,

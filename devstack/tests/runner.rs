@@ -1,4 +1,4 @@
-//! However the runner ends, no server outlives it.
+//! No server outlives the runner, however the runner ends.
 
 mod processes;
 
@@ -39,7 +39,7 @@ fn kill_minus_nine_of_the_runner_leaves_no_paused_server() {
 }
 
 #[test]
-fn after_kill_minus_nine_the_next_runner_starts_on_the_same_data() {
+fn next_runner_starts_on_the_data_of_one_that_was_killed() {
     let mut runner = Runner::start(&["sleep", "60"]);
     runner.process.kill().unwrap();
     let mut next = Runner::start_in(runner.folder.path(), &["true"]);
@@ -47,7 +47,7 @@ fn after_kill_minus_nine_the_next_runner_starts_on_the_same_data() {
 }
 
 #[test]
-fn second_runner_on_the_same_data_says_that_it_is_in_use() {
+fn second_runner_on_the_same_data_reports_that_it_is_in_use() {
     let runner = Runner::start(&["sleep", "60"]);
     let mut second = devstack(runner.folder.path(), &["true"]);
     let mut said = String::new();
@@ -100,16 +100,16 @@ fn interrupt_of_the_group_reaches_the_command_once() {
         "-c",
         "trap 'echo got >&2' INT; echo up >&2; while :; do sleep 0.05; done",
     ]);
-    runner.said("up");
+    runner.expect_line("up");
     kill_process_group(id(runner.process.id()), Signal::INT).unwrap();
-    runner.said("got");
+    runner.expect_line("got");
     kill_process(id(runner.process.id()), Signal::TERM).unwrap();
     assert_eq!(runner.process.wait().unwrap().code(), Some(143));
     assert_eq!(runner.rest(), "");
 }
 
 #[test]
-fn status_of_the_command_is_the_runners() {
+fn exit_status_of_the_runner_is_that_of_the_command() {
     let mut runner = Runner::start(&["sh", "-c", "exit 7"]);
     assert_eq!(runner.process.wait().unwrap().code(), Some(7));
 }
@@ -130,7 +130,7 @@ fn panicking_runner_leaves_no_server_and_no_data() {
     let Some((status, servers)) = again_as_runner("panicking_runner_leaves_no_server_and_no_data")
     else {
         let _servers = Servers::start_and_tell();
-        panic!("as meant");
+        panic!("on purpose");
     };
     assert_eq!(status.code(), Some(101));
     servers.assert_gone();
@@ -208,7 +208,7 @@ impl Runner {
         runner
     }
 
-    /// Everything that it has started, once the command runs.
+    /// The processes of the runner, once the command runs.
     fn family(&self) -> Vec<u32> {
         let mut family = Vec::new();
         until("the command runs", || {
@@ -231,8 +231,8 @@ impl Runner {
         line
     }
 
-    fn said(&mut self, what: &str) {
-        assert_eq!(self.line().trim_end(), what);
+    fn expect_line(&mut self, expected: &str) {
+        assert_eq!(self.line().trim_end(), expected);
     }
 
     fn rest(&mut self) -> String {
@@ -251,7 +251,7 @@ impl Drop for Runner {
     }
 }
 
-/// Two servers, one with a query that does not notice by itself that its server is gone.
+/// Two servers. One runs a query that does not notice by itself that its server is gone.
 struct Servers {
     pids: Vec<u32>,
     folders: Vec<PathBuf>,
@@ -298,7 +298,7 @@ impl Servers {
     }
 }
 
-/// The id of its System V shared memory segment, of which a machine has only so many.
+/// The id of the server's System V shared memory segment; a machine has a limited number of them.
 fn segment_of(postgres: &Postgres) -> String {
     let mut data = std::fs::read_dir(postgres.folder())
         .unwrap()
@@ -316,7 +316,7 @@ fn segment_of(postgres: &Postgres) -> String {
         .to_owned()
 }
 
-/// Runs one test of this file in a process of its own, as a runner; `None` is for that process.
+/// Runs one test of this file in a second process, as a runner. Returns `None` in that process.
 fn again_as_runner(test: &str) -> Option<(std::process::ExitStatus, Servers)> {
     if std::env::var_os("DEVSTACK_TEST_RUNNER").is_some() {
         return None;
@@ -356,7 +356,7 @@ fn devstack(folder: &Path, command: &[&str]) -> Child {
         .unwrap()
 }
 
-/// A folder for kept data that shares the templates of the clone's.
+/// A folder for kept data that shares the templates of the repository's own folder.
 fn scratch() -> TempDir {
     static TEMPLATE_IS_MADE: Once = Once::new();
     TEMPLATE_IS_MADE.call_once(|| drop(Postgres::start(PostgresOptions::default()).unwrap()));

@@ -1,4 +1,4 @@
-//! The servers as a test in another crate uses them.
+//! The servers, as tests of other crates use them.
 
 mod processes;
 
@@ -93,7 +93,7 @@ fn query_to_a_paused_postgres_hangs_until_it_is_resumed() {
 }
 
 #[test]
-fn pause_stops_backends_that_are_already_connected() {
+fn pause_stops_connected_backends() {
     let postgres = Arc::new(Postgres::start(PostgresOptions::default()).unwrap());
     let done = in_background({
         let postgres = Arc::clone(&postgres);
@@ -146,7 +146,7 @@ fn paused_redis_answers_once_resumed() {
 }
 
 #[test]
-fn paused_server_stops_and_is_dropped() {
+fn paused_server_can_be_restarted_and_dropped() {
     let redis = Redis::start(RedisOptions::default()).unwrap();
     redis.pause().unwrap();
     redis.restart().unwrap();
@@ -159,7 +159,7 @@ fn paused_server_stops_and_is_dropped() {
 }
 
 #[test]
-fn databases_come_and_go() {
+fn databases_are_created_and_dropped() {
     let postgres = Postgres::start(PostgresOptions::default()).unwrap();
     postgres.create_database("a \"b").unwrap();
     assert!(postgres.create_database("a \"b").is_err());
@@ -168,7 +168,7 @@ fn databases_come_and_go() {
 }
 
 #[test]
-fn commits_are_durable_unless_told_otherwise() {
+fn commits_are_durable_by_default() {
     let settings =
         "select current_setting('fsync') || ' ' || current_setting('synchronous_commit')";
     let postgres = Postgres::start(PostgresOptions::default()).unwrap();
@@ -183,7 +183,7 @@ fn commits_are_durable_unless_told_otherwise() {
 }
 
 #[test]
-fn postgres_proves_itself_to_a_client_that_trusts_its_ca() {
+fn postgres_is_verified_by_a_client_that_trusts_its_ca() {
     let postgres = Postgres::start(PostgresOptions {
         tls: true,
         ..Default::default()
@@ -198,7 +198,7 @@ fn postgres_proves_itself_to_a_client_that_trusts_its_ca() {
 }
 
 #[test]
-fn redis_with_tls_and_password_answers_only_who_has_both() {
+fn redis_with_tls_and_password_requires_both() {
     let options = RedisOptions {
         tls: true,
         password: Some("s3 \"x".into()),
@@ -235,7 +235,7 @@ fn server_that_cannot_start_shows_its_log() {
     assert!(error.contains("could not bind"), "{error}");
 }
 
-/// The result of a function that runs meanwhile.
+/// Runs a function on another thread and returns a receiver for its result.
 fn in_background<T: Send + 'static>(
     function: impl FnOnce() -> T + Send + 'static,
 ) -> mpsc::Receiver<T> {

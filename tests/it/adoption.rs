@@ -1,4 +1,4 @@
-//! What an earlier version, a newer one or somebody else left in the database.
+//! Databases that an earlier version, a newer version or another program has left.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use crate::support::load::visits;
 use crate::support::{Ended, SOON, Service, Way, World, eventually, execute};
 
-/// The table as the challenge's Flask program makes it.
+/// The table as the challenge's Flask program creates it.
 const FLASK: &str =
     "create table visitas (id serial primary key, data_hora timestamp default now())";
 
@@ -41,7 +41,7 @@ async fn adopted_table_has_the_columns_of_a_new_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_without_a_moment_get_the_migrations() {
+async fn rows_without_a_timestamp_get_that_of_the_migration() {
     let table = "create table visitas (id serial primary key)";
     let before = OffsetDateTime::now_utc();
     let (world, service) = adopt(&[
@@ -56,7 +56,7 @@ async fn rows_without_a_moment_get_the_migrations() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn moment_that_must_be_given_is_moved_to_data_and_need_not_be_given() {
+async fn required_timestamp_column_is_copied_to_data_and_becomes_optional() {
     let table = "create table visitas (id serial primary key, momento timestamptz not null)";
     let rows = "insert into visitas (momento) values ('2024-05-06 07:08:09+03')";
     let (world, service) = adopt(&[table, rows]).await;
@@ -67,7 +67,7 @@ async fn moment_that_must_be_given_is_moved_to_data_and_need_not_be_given() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn other_column_that_must_be_given_does_not_stop_visits() {
+async fn other_required_column_does_not_stop_visits() {
     let table = "create table visitas (id serial primary key, ip text not null, agente text not null default '-')";
     let (world, service) = adopt(&[table, "insert into visitas (ip) values ('192.0.2.1')"]).await;
     assert_eq!(service.visit().await.0, 2);
@@ -76,7 +76,7 @@ async fn other_column_that_must_be_given_does_not_stop_visits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn timestamps_without_zone_are_read_in_the_servers() {
+async fn timestamps_without_a_time_zone_are_read_in_the_time_zone_of_the_server() {
     let world = World::of_its_own();
     world
         .sql("alter system set timezone = 'America/Sao_Paulo'")
@@ -94,7 +94,7 @@ async fn timestamps_without_zone_are_read_in_the_servers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unlogged_table_is_logged_so_that_a_crash_loses_no_visit() {
+async fn unlogged_table_becomes_logged_and_a_crash_loses_no_visit() {
     let world = World::of_its_own();
     world
         .sql("create unlogged table visitas (id serial primary key, data timestamptz)")
@@ -104,7 +104,7 @@ async fn unlogged_table_is_logged_so_that_a_crash_loses_no_visit() {
     assert_eq!(service.visit().await.0, 2);
     world.postgres.kill().unwrap();
     world.postgres.start_again().unwrap();
-    // The first one can be sent on a connection that is broken.
+    // The first visit can meet a broken connection.
     eventually("a visit is recorded", SOON, async || {
         service.get("/").await.status == 200
     })
@@ -115,7 +115,7 @@ async fn unlogged_table_is_logged_so_that_a_crash_loses_no_visit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_primary_key_gives_way_to_id() {
+async fn another_primary_key_is_replaced_by_id() {
     for (table, row) in [
         (
             "create table visitas (id serial, ip text primary key)",
@@ -131,7 +131,7 @@ async fn another_primary_key_gives_way_to_id() {
         ),
     ] {
         let (world, service) = adopt(&[table, row]).await;
-        // Two visits have nothing in the column that was the key.
+        // The column that was the key is null in both visits.
         assert_eq!(service.visit().await.0, 2, "{table}");
         assert_eq!(service.visit().await.0, 3, "{table}");
         assert_eq!(ids(&world).await[0], 1, "{table}");
@@ -142,7 +142,7 @@ async fn another_primary_key_gives_way_to_id() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn text_that_is_a_moment_in_every_row_becomes_one() {
+async fn text_column_with_a_timestamp_in_every_row_is_converted() {
     for kind in ["text", "varchar(40)", "char(40)"] {
         let table = format!("create table visitas (id serial primary key, data {kind})");
         let rows = "insert into visitas (data) \
@@ -156,7 +156,7 @@ async fn text_that_is_a_moment_in_every_row_becomes_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn data_that_is_no_moment_is_kept_next_to_the_new_column() {
+async fn data_column_without_timestamps_is_kept_next_to_the_new_one() {
     for (kind, value) in [
         ("text", "'06/05/2024'"),
         ("text", "'ontem'"),
@@ -185,7 +185,7 @@ async fn data_that_is_no_moment_is_kept_next_to_the_new_column() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_timestamps_neither_is_taken_for_the_moment_of_the_visit() {
+async fn neither_of_two_timestamp_columns_is_taken_for_the_time_of_the_visit() {
     let table = "create table visitas \
                  (id serial primary key, criada timestamp, alterada timestamptz not null)";
     let row = "insert into visitas (criada, alterada) values ('2024-05-06', '2025-05-06')";
@@ -215,18 +215,18 @@ async fn rows_without_an_id_are_numbered_after_the_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sequence_goes_on_where_the_old_one_was() {
+async fn sequence_continues_where_the_old_one_was() {
     let rows = "insert into visitas select from generate_series(1, 9)";
     let (world, service) = adopt(&[FLASK, rows, "delete from visitas where id > 2"]).await;
     assert_eq!(service.visit().await.0, 3);
     let ids = ids(&world).await;
     assert_eq!(ids[..2], [1, 2]);
-    // The probe has taken one.
+    // A probe has taken an id, too.
     assert!((10..20).contains(&ids[2]), "{ids:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn table_that_cannot_be_adopted_is_named_and_left_as_it_is() {
+async fn table_that_cannot_be_adopted_is_reported_and_left_unchanged() {
     for (table, why) in [
         (
             "create table visitas (id text primary key)",
@@ -251,7 +251,7 @@ async fn table_that_cannot_be_adopted_is_named_and_left_as_it_is() {
                          from pg_attribute where attrelid = 'visitas'::regclass and attnum > 0";
         let (before,): (String,) = world.row(described).await;
         let service = world.start(&[]).await;
-        eventually("it says why it does not migrate", SOON, async || {
+        eventually("the log says why it does not migrate", SOON, async || {
             why_down(&service).contains(why)
         })
         .await;
@@ -266,7 +266,7 @@ async fn table_that_cannot_be_adopted_is_named_and_left_as_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn program_that_inserts_meanwhile_goes_on_and_is_counted() {
+async fn program_that_inserts_during_the_migration_continues_and_its_rows_are_counted() {
     let world = World::new();
     world.sql(FLASK).await;
     world
@@ -296,7 +296,7 @@ async fn database_that_a_newer_version_has_migrated_is_accepted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn migration_that_a_newer_version_left_out_is_applied() {
+async fn migration_that_a_newer_version_skipped_is_applied() {
     let world = World::new();
     drop(world.serve().await);
     world
@@ -313,7 +313,7 @@ async fn migration_that_a_newer_version_left_out_is_applied() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn held_migration_lock_does_not_delay_a_database_in_order() {
+async fn held_migration_lock_does_not_delay_a_database_that_is_up_to_date() {
     let world = World::new();
     drop(world.serve().await);
     let _lock = world.transaction(MIGRATION_LOCK).await;
@@ -348,41 +348,41 @@ async fn wait_for_the_migration_lock_is_bounded() {
     let world = World::new();
     let _lock = world.transaction(MIGRATION_LOCK).await;
     let service = world.start(&[]).await;
-    eventually("it says that it waits", 2 * LOCK_WAIT, async || {
+    eventually("the log says that it waits", 2 * LOCK_WAIT, async || {
         why_down(&service).contains("another session holds the migration lock")
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn view_in_place_of_the_table_is_named_and_can_be_removed() {
+async fn view_in_place_of_the_table_is_reported_and_can_be_removed() {
     let world = World::new();
     world.sql("create view visitas as select 1 as id").await;
     let service = world.start(&[]).await;
-    eventually("it says why it does not migrate", SOON, async || {
+    eventually("the log says why it does not migrate", SOON, async || {
         why_down(&service).contains("public.visitas exists and is not an ordinary table")
     })
     .await;
     assert_eq!(service.get("/health/ready").await.status, 503);
     assert_eq!(service.get("/").await.status, 503);
-    until_it_has_tried(&service, 5).await;
+    until_attempts(&service, 5).await;
     world.sql("drop view visitas").await;
     service.until_ready().await;
     assert_eq!(service.visit().await, (1, 1));
-    for said_once in [
+    for logged_once in [
         "store is down",
         "migrating the database",
         "store is up again",
     ] {
-        assert_eq!(service.logged(said_once).len(), 1, "{said_once}");
+        assert_eq!(service.logged(logged_once).len(), 1, "{logged_once}");
     }
 }
 
-/// What migrations are serialised by, and how long it is waited for.
+/// The lock that serialises migrations, and how long the service waits for it.
 const MIGRATION_LOCK: &str = "select pg_advisory_xact_lock(x'7669736974617300'::bigint)";
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 
-/// A database in which these statements were made, and a service that has adopted what they left.
+/// A database in which these statements have run, and a service that has adopted it.
 async fn adopt(statements: &[&str]) -> (World, Service) {
     let world = World::new();
     for statement in statements {
@@ -411,7 +411,7 @@ async fn columns_named(world: &World, name: &str) -> i64 {
     .unwrap()
 }
 
-/// The two columns that visits fill, and the key, in SQL's words.
+/// The columns that visits fill and the primary key, as SQL describes them.
 async fn columns(world: &World) -> Vec<(String, String, String, Option<String>, String)> {
     sqlx::query_as(
         "select column_name::text, data_type::text, is_nullable::text, column_default::text, \
@@ -430,7 +430,7 @@ async fn columns(world: &World) -> Vec<(String, String, String, Option<String>, 
     .unwrap()
 }
 
-/// Why the service said that a store is down.
+/// The reasons that the log gives for stores that are down.
 fn why_down(service: &Service) -> String {
     service
         .logged("store is down")
@@ -439,8 +439,8 @@ fn why_down(service: &Service) -> String {
         .collect()
 }
 
-/// Waits until the service has looked so often for what it is to migrate.
-async fn until_it_has_tried(service: &Service, times: u32) {
+/// Waits until the service has checked this many times whether it can migrate.
+async fn until_attempts(service: &Service, times: u32) {
     let calls = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="SELECT",outcome="ok"}"#;
     eventually("it tries again", SOON, async || {
         service.metric(calls).await >= Some(times.into())
@@ -448,7 +448,7 @@ async fn until_it_has_tried(service: &Service, times: u32) {
     .await;
 }
 
-/// A program that knows nothing of the count and inserts all the time.
+/// A program that does not know the count, and inserts rows all the time.
 struct OldProgram {
     inserted: Arc<AtomicI64>,
     going: Arc<AtomicBool>,
@@ -496,7 +496,7 @@ impl OldProgram {
 #[tokio::test(flavor = "multi_thread")]
 async fn migration_whose_connection_falls_silent_does_not_stop_probes() {
     let world = World::new();
-    // Rewriting the table takes three seconds, so that the connection falls silent meanwhile.
+    // Rewriting the table takes three seconds, so the connection falls silent during the migration.
     world
         .sql(
             "create function public.slow(id bigint) returns boolean language plpgsql as $$ begin \

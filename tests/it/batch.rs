@@ -1,13 +1,13 @@
 //! What a batch costs the stores: one statement in one round trip and one command, however many
-//! visits it has, and on each connection one preparation for good. Read from what the service says
-//! to them, byte by byte, so that no clock decides.
+//! visits it has, and one preparation per connection. The test reads the bytes that the service
+//! sends, so it needs no clock.
 
 use std::collections::HashMap;
 
 use crate::support::{HeldCount, Service, Way, World};
 
 pub(crate) const RECORD: &str = "select public.registrar_visitas($1)";
-/// What the monitor says while a store is up, once a second.
+/// The statement that reads the state of a store that is up, once a second.
 pub(crate) const READ: &str = "select e.total, e.recontagem, \
     (select max(m.version) from public._sqlx_migrations as m where m.success) \
     from public.estado_da_contagem($1) as e";
@@ -25,12 +25,12 @@ async fn batch_is_one_statement_and_one_command_however_many_visits_it_has() {
         record_one_and_then(visits, &world, &service).await;
         let said = Messages::of(&postgres).since(&said);
         assert_eq!(said.bound(RECORD), 2, "{visits}: {said:?}");
-        // Each statement is executed once and waited for once, as is each preparation.
+        // Each statement and each preparation takes one round trip.
         assert_eq!((said.simple, said.executed), (0, said.all()), "{said:?}");
         assert_eq!(said.awaited, said.all() + said.prepared, "{said:?}");
         let commands = Commands::of(&redis).since(&commands);
         assert_eq!(commands.increments, [1, visits], "{commands:?}");
-        // Nothing else is said but by the monitor, at its own pace.
+        // Everything else is a periodic reading of the state.
         assert_eq!(said.all(), 2 + said.bound(READ), "{said:?}");
         assert_eq!(commands.all, 2 + commands.readings, "{commands:?}");
         assert!(said.bound(READ) < 100 && commands.readings < 100);
@@ -39,14 +39,14 @@ async fn batch_is_one_statement_and_one_command_however_many_visits_it_has() {
     assert!(said.record_prepared <= connections, "{said:?}");
 }
 
-/// A service that speaks to its stores by these ways, readably.
+/// A service that reaches its stores through these proxies, unencrypted.
 async fn serve(world: &World, postgres: &Way, redis: &Way) -> Service {
     world
         .serve_with(&[
             ("DB_PORT", &postgres.port.to_string()),
             ("REDIS_PORT", &redis.port.to_string()),
             ("DB_SSLMODE", "disable"),
-            // Longer than the visits wait here, on a busy machine too.
+            // Longer than the visits wait here, even on a busy machine.
             ("DB_TIMEOUT", "10s"),
             ("REDIS_TIMEOUT", "5s"),
             ("VISIT_TIMEOUT", "20s"),
@@ -54,7 +54,7 @@ async fn serve(world: &World, postgres: &Way, redis: &Way) -> Service {
         .await
 }
 
-/// Lets one visit wait for the count, and so many others for that one.
+/// Makes one visit that waits for the count's lock, and this many visits that wait behind it.
 async fn record_one_and_then(visits: u32, world: &World, service: &Service) {
     let mut count = HeldCount::of(world).await;
     let mut waiting = vec![service.begin_visit()];
@@ -67,13 +67,13 @@ async fn record_one_and_then(visits: u32, world: &World, service: &Service) {
     }
 }
 
-/// Messages to Postgres, by what they ask for.
+/// Messages to Postgres, by kind.
 #[derive(Debug, Default)]
 pub(crate) struct Messages {
-    /// Statements as text, as migrations are.
+    /// Statements sent as text, as migrations are.
     simple: usize,
     prepared: usize,
-    /// Of those that were prepared, the ones that record visits.
+    /// Preparations of the statement that records visits.
     record_prepared: usize,
     /// Executions of a prepared statement, by its text.
     bound: HashMap<String, usize>,
@@ -90,10 +90,10 @@ impl Messages {
         all
     }
 
-    /// One client's, in the protocol of Postgres, version 3.
+    /// Adds the messages of one connection, in version 3 of the protocol of Postgres.
     fn read(&mut self, mut said: &[u8]) {
         let mut statements = HashMap::new();
-        // The first message has a length and no kind.
+        // The first message of a connection has a length and no kind.
         take(&mut said, 0);
         while let Some((kind, body)) = take(&mut said, 1) {
             match kind {
@@ -124,7 +124,7 @@ impl Messages {
         self.executed -= before.executed;
         self.awaited -= before.awaited;
         for (text, bound) in &before.bound {
-            *self.bound.get_mut(text).expect("it is not unsaid") -= bound;
+            *self.bound.get_mut(text).expect("counted before") -= bound;
         }
         self
     }
@@ -138,8 +138,8 @@ impl Messages {
     }
 }
 
-/// The next whole message: what stands in its first byte, and what follows its length. The length
-/// stands after `kind` bytes and counts itself.
+/// Takes the next whole message: its first byte, and what follows its length. The length stands
+/// after `kind` bytes and includes itself.
 fn take<'a>(said: &mut &'a [u8], kind: usize) -> Option<(u8, &'a [u8])> {
     let length: [u8; 4] = said.get(kind..kind + 4)?.try_into().ok()?;
     let end = kind + u32::from_be_bytes(length) as usize;
@@ -148,7 +148,7 @@ fn take<'a>(said: &mut &'a [u8], kind: usize) -> Option<(u8, &'a [u8])> {
     Some((message[0], &message[kind + 4..]))
 }
 
-/// A text that ends with a zero, and what follows it.
+/// A text that ends with a zero byte, and what follows it.
 fn word(bytes: &[u8]) -> (&str, &[u8]) {
     let end = bytes.iter().position(|&byte| byte == 0).expect("an end");
     let text = str::from_utf8(&bytes[..end]).expect("text");
@@ -159,9 +159,9 @@ fn word(bytes: &[u8]) -> (&str, &[u8]) {
 #[derive(Debug, Default)]
 pub(crate) struct Commands {
     pub(crate) all: usize,
-    /// Increments by nothing.
+    /// Increments by 0.
     pub(crate) readings: usize,
-    /// The others, from small to large.
+    /// The other increments, sorted.
     pub(crate) increments: Vec<u32>,
 }
 
@@ -169,8 +169,8 @@ impl Commands {
     pub(crate) fn of(way: &Way) -> Self {
         let mut commands = Self::default();
         for said in way.said() {
-            let said = String::from_utf8(said).expect("no other bytes are sent here");
-            // A command is `*`, the number of its words, and each word after its length.
+            let said = String::from_utf8(said).expect("text");
+            // A command is `*` and the number of its words, then each word after its length.
             for command in said.split('*').skip(1) {
                 let words: Vec<_> = command.lines().skip(2).step_by(2).collect();
                 commands.all += 1;
@@ -191,7 +191,7 @@ impl Commands {
         self.readings -= before.readings;
         for by in &before.increments {
             let at = self.increments.iter().position(|now| now == by);
-            self.increments.remove(at.expect("it is not unsaid"));
+            self.increments.remove(at.expect("sent before"));
         }
         self
     }

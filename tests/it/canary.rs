@@ -1,5 +1,5 @@
-//! What is never told: a secret, wherever it was set and whatever becomes of it; what a client
-//! sends in confidence; and in answers, what the service is made of.
+//! What no output contains: secrets, however they were set and whether or not they work;
+//! confidential parts of requests; and, in responses, internals of the service.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -20,13 +20,13 @@ use crate::support::exposition::PROMETHEUS_ACCEPTS;
 use crate::support::traces::{PARENT, traced_with};
 use crate::support::{Answer, Ended, SOON, Service, Wire, World, eventually, settings};
 
-/// Part of every secret here. Escapes and percent-encoding leave it as it is.
+/// Part of every secret here. Escaping and percent-encoding do not change it.
 const CANARY: &str = "c4nary9Zx7Qk2";
 
 #[test]
-fn canary_is_found_in_every_form_that_it_may_be_told_in() {
+fn canary_is_found_in_every_encoding() {
     let secret = secret();
-    for told in [
+    for output in [
         format!("a\nerror: \"{secret}\" at"),
         format!("{:?}", secret.as_bytes()),
         encoded(&secret),
@@ -35,13 +35,13 @@ fn canary_is_found_in_every_form_that_it_may_be_told_in() {
         STANDARD_NO_PAD.encode(format!("u:{secret}")),
         URL_SAFE_NO_PAD.encode(format!("user:{secret}!")),
     ] {
-        assert!(shown(&told).is_some(), "{told}");
+        assert!(shown(&output).is_some(), "{output}");
     }
     assert_eq!(shown("c4nary is a bird"), None);
 }
 
 #[tokio::test]
-async fn every_secret_that_there_is_is_planted() {
+async fn every_secret_setting_contains_the_canary() {
     let world = World::new();
     let help = Ended::of(&["--help"], &[]).await.output;
     let (_, listed) = help.split_once("by environment only:").expect("secrets");
@@ -61,29 +61,29 @@ async fn every_secret_that_there_is_is_planted() {
 }
 
 #[tokio::test]
-async fn secrets_that_work_are_told_nowhere() {
+async fn working_secrets_never_appear_in_output() {
     let world = world_with_secrets().await;
     for given in SecretsBy::ALL {
         let secrets = Secrets::of(&world, given, &secret());
         let service = Service::start(&secrets.settings).await;
         service.until_ready().await;
-        assert_secrets_untold(&service, &secrets.settings, Some(0)).await;
+        assert_no_secret_in_output(&service, &secrets.settings, Some(0)).await;
     }
 }
 
 #[tokio::test]
-async fn secrets_that_a_store_refuses_are_told_nowhere() {
+async fn secrets_that_a_store_refuses_never_appear_in_output() {
     let world = world_with_secrets().await;
     for given in SecretsBy::ALL {
         let secrets = Secrets::of(&world, given, &format!("{}-wrong", secret()));
         let service = Service::start(&secrets.settings).await;
         until_both_stores_are_down(&service).await;
-        assert_secrets_untold(&service, &secrets.settings, Some(1)).await;
+        assert_no_secret_in_output(&service, &secrets.settings, Some(1)).await;
     }
 }
 
 #[tokio::test]
-async fn secrets_of_stores_that_are_down_are_told_nowhere() {
+async fn secrets_of_stores_that_are_down_never_appear_in_output() {
     let world = world_with_secrets().await;
     world.postgres.kill().expect("Postgres ends");
     world.redis.kill().expect("Redis ends");
@@ -91,12 +91,12 @@ async fn secrets_of_stores_that_are_down_are_told_nowhere() {
         let secrets = Secrets::of(&world, given, &secret());
         let service = Service::start(&secrets.settings).await;
         until_both_stores_are_down(&service).await;
-        assert_secrets_untold(&service, &secrets.settings, Some(1)).await;
+        assert_no_secret_in_output(&service, &secrets.settings, Some(1)).await;
     }
 }
 
 #[tokio::test]
-async fn secrets_in_settings_that_are_refused_are_told_nowhere() {
+async fn secrets_in_rejected_settings_never_appear_in_output() {
     let (plain, encoded) = (secret(), encoded(&secret()));
     let file = secret_file(&plain);
     let path = file.path().to_str().expect("a path of ASCII");
@@ -151,20 +151,20 @@ async fn secrets_in_settings_that_are_refused_are_told_nowhere() {
         for command in ["serve", "config"] {
             let ended = Ended::of(&[command], &settings(&[(variable, &value)])).await;
             assert_eq!(ended.code, Some(2), "{variable}: {ended:?}");
-            assert_untold(&format!("{}{}", ended.output, ended.errors));
+            assert_no_canary(&format!("{}{}", ended.output, ended.errors));
         }
     }
     let ended = Ended::of(&["--db-password", &plain], &[]).await;
     assert_eq!(ended.code, Some(2), "{ended:?}");
-    assert_untold(&ended.errors);
+    assert_no_canary(&ended.errors);
 }
 
 #[tokio::test]
-async fn spans_hold_no_secret() {
+async fn spans_contain_no_secret() {
     let world = world_with_secrets().await;
     let collector = Collector::start().await;
     let mut secrets = Secrets::of(&world, SecretsBy::Urls, &secret());
-    // The last one holds.
+    // The last value of a setting wins.
     let endpoint = collector.endpoint();
     secrets
         .settings
@@ -175,33 +175,33 @@ async fn spans_hold_no_secret() {
     let export = &collector.exports()[0];
     let authorization = export.headers.get("authorization");
     assert!(authorization.is_some_and(|value| value.as_bytes().ends_with(secret().as_bytes())));
-    assert_untold(&format!("{:?}", collector.spans()));
+    assert_no_canary(&format!("{:?}", collector.spans()));
 }
 
 #[tokio::test]
-async fn what_a_client_sends_in_confidence_is_told_nowhere() {
+async fn confidential_parts_of_requests_never_appear_in_output() {
     let world = World::new();
     let collector = Collector::start().await;
     let service = traced_with(&world, &collector, &[("RUST_LOG", "trace")]).await;
-    let mut told = String::new();
+    let mut output = String::new();
     for path in ["/", "/health", "/metrics", "/nope"] {
         for method in [Method::GET, Method::POST] {
             let url = format!("{}?token={CANARY}", service.url(path));
             let request = service.client.request(method, url).headers(confidential());
-            told += &answer(request.body(CANARY)).await.text();
+            output += &answer(request.body(CANARY)).await.text();
         }
     }
     collector.trace_of(&service.get("/").await, 3).await;
-    write!(told, "{:?}", collector.spans()).expect("room");
-    told += &service.get("/metrics").await.body;
+    write!(output, "{:?}", collector.spans()).expect("room");
+    output += &service.get("/metrics").await.body;
     service.stop().await;
-    told += &service.printed();
-    assert!(told.contains("TRACE") && told.contains("\"access\""));
-    assert_untold(&told);
+    output += &service.printed();
+    assert!(output.contains("TRACE") && output.contains("\"access\""));
+    assert_no_canary(&output);
 }
 
 #[tokio::test]
-async fn answers_tell_nothing_of_what_is_inside() {
+async fn responses_reveal_no_internals() {
     let world = World::new();
     let by_name = [("DB_HOST", "localhost"), ("REDIS_HOST", "localhost")];
     let service = world.serve_with(&by_name).await;
@@ -211,7 +211,7 @@ async fn answers_tell_nothing_of_what_is_inside() {
         .map(|answer| answer.status.as_u16())
         .collect();
     assert_eq!(statuses, BTreeSet::from([200, 400, 404, 405, 431]));
-    assert_nothing_inside(&world, &answers).await;
+    assert_no_internals(&world, &answers).await;
     let nowhere = [("DB_HOST", "db.invalid"), ("REDIS_HOST", "cache.invalid")];
     let service = world.start(&nowhere).await;
     until_both_stores_are_down(&service).await;
@@ -220,10 +220,10 @@ async fn answers_tell_nothing_of_what_is_inside() {
         .iter()
         .filter(|answer| answer.status == StatusCode::SERVICE_UNAVAILABLE);
     assert!(refused.count() >= 2);
-    assert_nothing_inside(&world, &answers).await;
+    assert_no_internals(&world, &answers).await;
 }
 
-/// Answers of every status, each to a request that holds the canary wherever it can.
+/// Responses of every status, each to a request that contains the canary wherever possible.
 async fn every_answer(service: &Service) -> Vec<Answer> {
     let mut answers = Vec::new();
     let confident = async |method: Method, path: &str, body: String| {
@@ -255,13 +255,13 @@ async fn every_answer(service: &Service) -> Vec<Answer> {
         format!("GET /{CANARY} HTTP/1.1\r\nhost: a/{CANARY}\r\n"),
         format!("GET / HTTP/1.1\r\n{CANARY}: {long}\r\n"),
     ] {
-        answers.push(of_hyper(service, &format!("{head}\r\n")).await);
+        answers.push(raw_request(service, &format!("{head}\r\n")).await);
     }
     answers
 }
 
-/// An answer that no route makes, byte by byte.
-async fn of_hyper(service: &Service, request: &str) -> Answer {
+/// A response that no route makes. The request is sent as raw bytes.
+async fn raw_request(service: &Service, request: &str) -> Answer {
     let mut wire = Wire::open(service).await;
     wire.send(request).await;
     let answer = wire.rest().await;
@@ -283,7 +283,7 @@ async fn of_hyper(service: &Service, request: &str) -> Answer {
     }
 }
 
-/// What an answer may have beside its body. There is no `server` among them.
+/// The headers that a response is allowed to have. `server` is not one of them.
 const HEADERS: [&str; 9] = [
     "allow",
     "cache-control",
@@ -296,12 +296,12 @@ const HEADERS: [&str; 9] = [
     "x-request-id",
 ];
 
-/// What nobody outside needs to know, between bars: statements, files, and what the service and its
-/// stores are made of and where they are.
+/// Internals that no response contains, separated by bars: statements, files, addresses, and the
+/// names of libraries and stores.
 const INSIDE: &str = "localhost|.invalid|127.0.0.1|usuario|senha|select |insert |_visitas(|public.|\
     /tmp|/home|/root|/usr|/var|.rs|.sql|PostgreSQL|redis_version|Debian|sqlx|hyper|axum|os error";
 
-async fn assert_nothing_inside(world: &World, answers: &[Answer]) {
+async fn assert_no_internals(world: &World, answers: &[Answer]) {
     let postgres: String = sqlx::query_scalar("select current_setting('server_version')")
         .fetch_one(&mut world.session().await)
         .await
@@ -315,17 +315,17 @@ async fn assert_nothing_inside(world: &World, answers: &[Answer]) {
         for name in answer.headers.keys() {
             assert!(HEADERS.contains(&name.as_str()), "{name} in {answer:?}");
         }
-        let told = without_measures(answer);
+        let output = without_measures(answer);
         for inside in INSIDE.split('|').chain(versions) {
-            assert!(!told.contains(inside), "{inside} in {told}");
+            assert!(!output.contains(inside), "{inside} in {output}");
         }
-        assert_untold(&told);
+        assert_no_canary(&output);
     }
 }
 
-/// All that was answered but what was measured, which may be any number.
+/// The whole response except measured numbers, which can contain any digits.
 fn without_measures(answer: &Answer) -> String {
-    let mut told = format!("{} {:?}\n", answer.status, answer.headers);
+    let mut output = format!("{} {:?}\n", answer.status, answer.headers);
     let is_exposition = answer.body.starts_with("# ");
     for line in answer.body.lines() {
         let series = line
@@ -337,13 +337,13 @@ fn without_measures(answer: &Answer) -> String {
                 character.is_ascii_digit() || character == '.'
             })
         });
-        told.extend(latency);
-        told.push('\n');
+        output.extend(latency);
+        output.push('\n');
     }
-    told
+    output
 }
 
-/// Headers that are nobody's business.
+/// Headers whose values are confidential.
 fn confidential() -> HeaderMap {
     let of = |name, value: String| {
         let value = HeaderValue::try_from(value).expect("a header's value");
@@ -370,16 +370,20 @@ async fn until_both_stores_are_down(service: &Service) {
     .await;
 }
 
-/// Searches everything that a service and the commands tell, and says how the commands that use
-/// both stores are expected to end.
-async fn assert_secrets_untold(service: &Service, given: &[(String, String)], code: Option<i32>) {
-    let mut told = String::new();
+/// Searches all output of a service and of the commands for the canary. `code` is the expected exit
+/// status of the commands that use both stores.
+async fn assert_no_secret_in_output(
+    service: &Service,
+    given: &[(String, String)],
+    code: Option<i32>,
+) {
+    let mut output = String::new();
     for answer in every_visible(service).await {
-        told += &answer.text();
+        output += &answer.text();
     }
     let refused = "the collector does not take spans";
     eventually(refused, SOON, async || !service.logged(refused).is_empty()).await;
-    told += &command_lines(service.pid());
+    output += &command_lines(service.pid());
     let health = service.url("/health");
     let commands: [(&[&str], Option<i32>); 7] = [
         (&["config"], Some(0)),
@@ -393,13 +397,13 @@ async fn assert_secrets_untold(service: &Service, given: &[(String, String)], co
     for (arguments, expected) in commands {
         let ended = Ended::of(arguments, given).await;
         assert_eq!(ended.code, expected, "{arguments:?}: {ended:?}");
-        told += &ended.output;
-        told += &ended.errors;
+        output += &ended.output;
+        output += &ended.errors;
     }
     service.stop().await;
-    told += &service.printed();
-    assert!(told.contains("postgresql") && told.contains("TRACE"));
-    assert_untold(&told);
+    output += &service.printed();
+    assert!(output.contains("postgresql") && output.contains("TRACE"));
+    assert_no_canary(&output);
 }
 
 async fn every_visible(service: &Service) -> Vec<Answer> {
@@ -411,11 +415,11 @@ async fn every_visible(service: &Service) -> Vec<Answer> {
             answers.push(service.ask(method, path, headers).await);
         }
     }
-    answers.push(of_hyper(service, "nonsense\r\n\r\n").await);
+    answers.push(raw_request(service, "nonsense\r\n\r\n").await);
     answers
 }
 
-/// The command lines of a process and of all that it has started.
+/// The command lines of a process and of its descendants.
 fn command_lines(process: u32) -> String {
     let parents: Vec<(u32, u32)> = std::fs::read_dir("/proc")
         .expect("the processes")
@@ -439,8 +443,8 @@ fn command_lines(process: u32) -> String {
     lines
 }
 
-/// A password that needs every kind of encoding. The canary is behind the @, since what precedes one
-/// is hidden in any setting.
+/// A password that needs every kind of escaping. The canary is after the @: text before an @ is
+/// masked in every setting.
 fn secret() -> String {
     format!("@/:%?#{CANARY}+&=")
 }
@@ -455,8 +459,8 @@ fn every_byte_encoded(text: &str) -> String {
     })
 }
 
-/// The first line that holds the canary, plain or encoded.
-fn shown(told: &str) -> Option<&str> {
+/// The first line that contains the canary, plain or encoded.
+fn shown(output: &str) -> Option<&str> {
     let decimals: Vec<_> = CANARY.bytes().map(|byte| byte.to_string()).collect();
     let bytes = every_byte_encoded(CANARY);
     let mut forms = vec![
@@ -466,23 +470,24 @@ fn shown(told: &str) -> Option<&str> {
         bytes.to_uppercase(),
         bytes,
     ];
-    // In base64 it depends on what precedes how it begins and on what follows how it ends.
+    // In base64 the bytes before and after change the first and the last characters.
     for before in 0..3 {
         let padded = format!("{}{CANARY}", "x".repeat(before));
         let own = (8 * before).div_ceil(6)..8 * padded.len() / 6;
         forms.push(STANDARD_NO_PAD.encode(&padded)[own.clone()].to_owned());
         forms.push(URL_SAFE_NO_PAD.encode(&padded)[own].to_owned());
     }
-    told.lines()
+    output
+        .lines()
         .find(|line| forms.iter().any(|form| line.contains(form)))
 }
 
 #[track_caller]
-fn assert_untold(told: &str) {
-    assert_eq!(shown(told), None);
+fn assert_no_canary(output: &str) {
+    assert_eq!(shown(output), None);
 }
 
-/// How a service is given its secrets.
+/// How a service receives its secrets.
 #[derive(Clone, Copy)]
 enum SecretsBy {
     Variables,
@@ -528,7 +533,7 @@ impl Secrets {
         let mut settings = settings(&[
             (
                 "OTEL_EXPORTER_OTLP_ENDPOINT",
-                &indiscreet_collector(password),
+                &collector_that_repeats(password),
             ),
             (headers, &format!("authorization=Bearer%20{encoded}")),
             ("OTEL_BSP_SCHEDULE_DELAY", "50"),
@@ -556,14 +561,14 @@ impl Secrets {
     }
 }
 
-/// Stores that want the secret.
+/// Stores that require the secret.
 async fn world_with_secrets() -> World {
     let redis = RedisOptions {
         password: Some(secret()),
         ..RedisOptions::default()
     };
     let world = World::with(PostgresOptions::default(), redis);
-    // It needs to own the database, and nothing more.
+    // The role needs to own the database, and nothing else.
     let (password, database) = (secret(), &world.database);
     world
         .sql(&format!("create role canary login password '{password}'"))
@@ -574,8 +579,8 @@ async fn world_with_secrets() -> World {
     world
 }
 
-/// The address of a collector that refuses what it gets, and tells the secret in doing so.
-fn indiscreet_collector(secret: &str) -> String {
+/// The address of a collector that refuses every export, with the secret in its response.
+fn collector_that_repeats(secret: &str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = listener.local_addr().expect("an address");
     let length = secret.len();
@@ -585,7 +590,7 @@ fn indiscreet_collector(secret: &str) -> String {
             let mut stream = stream.expect("a connection");
             let mut request = [0; 4096];
             if stream.read(&mut request).is_ok_and(|bytes| bytes > 0) {
-                // A client that has gone needs no answer.
+                // The client can have disconnected.
                 stream.write_all(answer.as_bytes()).ok();
             }
         }

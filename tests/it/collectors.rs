@@ -1,5 +1,5 @@
-//! Collectors that do not take spans, or not as they should: no visit notices them, and no span is
-//! lost unseen.
+//! Collectors that refuse spans, or fail in other ways: no visit suffers, and every lost span is
+//! counted.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -16,50 +16,57 @@ const UP: &str = "the collector takes spans again";
 const CLIENTS: usize = 64;
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn absent_collector_harms_nothing() {
     harms_nothing(Manner::Absent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn refusing_collector_harms_nothing() {
     harms_nothing(Manner::Refuses(StatusCode::SERVICE_UNAVAILABLE)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn collector_that_finds_the_request_bad_harms_nothing() {
+#[ignore = "floods: make faults"]
+async fn collector_that_answers_bad_request_harms_nothing() {
     harms_nothing(Manner::Refuses(StatusCode::BAD_REQUEST)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn silent_collector_harms_nothing() {
     harms_nothing(Manner::Silent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn swallowed_packets_harm_nothing() {
     harms_nothing(Manner::Swallows).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn resetting_collector_harms_nothing() {
     harms_nothing(Manner::Resets).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn slow_collector_harms_nothing_and_what_it_misses_is_counted() {
+#[ignore = "floods: make faults"]
+async fn slow_collector_harms_nothing_and_dropped_spans_are_counted() {
     let (world, collector) = (World::new(), Collector::start().await);
     let slow = Manner::Slow(Duration::from_secs(1));
     collector.becomes(slow).await;
     let service = exporting(&world, &collector, "10000").await;
     let load = Load::start(&[&service], CLIENTS);
-    eventually("the queue has been full", SOON, async || {
+    eventually("the queue of spans is full", SOON, async || {
         Spans::of(&service).await.overflowed > 0
     })
     .await;
     let visits = load.stop().await;
     are_recorded(&world, &visits).await;
     let spans = at_rest(&service).await;
-    // Each visit has a span and a wait, save that the first of a batch has the two calls instead.
+    // A visit has two spans, its own and its wait; the first of a batch has its own and two calls.
     assert!(visits.iter().all(|visit| visit.sampled));
     assert_eq!(spans.made(), 2 * spans.visits + spans.batches);
     assert_eq!(kept(&collector), spans.exported);
@@ -69,7 +76,7 @@ async fn slow_collector_harms_nothing_and_what_it_misses_is_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn line_says_why_spans_are_not_taken() {
+async fn log_says_why_spans_are_not_taken() {
     let bad = Manner::Refuses(StatusCode::BAD_REQUEST);
     for (manner, why) in [(Manner::Absent, "Connection refused"), (bad, "400")] {
         let (world, collector) = (World::new(), Collector::start().await);
@@ -86,7 +93,7 @@ async fn line_says_why_spans_are_not_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn spans_that_the_collector_throws_away_are_lost() {
+async fn spans_that_the_collector_rejects_are_counted_as_lost() {
     let (world, collector) = (World::new(), Collector::start().await);
     collector.becomes(Manner::Rejects(1)).await;
     let service = exporting(&world, &collector, "10000").await;
@@ -103,12 +110,12 @@ async fn spans_that_the_collector_throws_away_are_lost() {
         at_rest(&service).await;
     }
     let lines = service.logged("the collector rejects spans");
-    assert_eq!(lines.len(), 1, "one a minute: {lines:?}");
+    assert_eq!(lines.len(), 1, "at most one a minute: {lines:?}");
     assert_eq!(service.logged(DOWN).len(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn spans_that_a_stop_loses_are_told_of() {
+async fn spans_lost_by_a_stop_are_logged() {
     for manner in [Manner::Refuses(StatusCode::BAD_GATEWAY), Manner::Silent] {
         let (world, collector) = (World::new(), Collector::start().await);
         collector.becomes(manner).await;
@@ -127,10 +134,11 @@ async fn spans_that_a_stop_loses_are_told_of() {
     }
 }
 
-/// A service takes 1.8 times as long for visits that are all sampled as for those that are not.
+/// A service that samples every visit takes 1.8 times as long as one that samples none.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn absent_collector_costs_no_throughput() {
-    let (world, collector) = (World::alone(), Collector::start().await);
+    let (world, collector) = (World::of_its_own(), Collector::start().await);
     collector.becomes(Manner::Absent).await;
     let without = world.serve().await;
     let with = exporting(&world, &collector, "1000").await;
@@ -140,7 +148,7 @@ async fn absent_collector_costs_no_throughput() {
 
     let mut ratios = Vec::new();
     for _ in 0..11 {
-        // Each goes first in turn, so that neither has the machine's better moments.
+        // The two take turns at going first, so that a change of the machine's speed harms both alike.
         let (none, absent) = (
             time_for_visits(&without).await,
             time_for_visits(&with).await,
@@ -156,7 +164,7 @@ async fn absent_collector_costs_no_throughput() {
     assert!(ratios[ratios.len() / 2] < 1.25, "{ratios:?}");
 }
 
-/// Load, a collector that stops to take spans, one that takes them again, and a stop without one.
+/// Load while the collector fails and recovers, then a stop while it fails.
 async fn harms_nothing(manner: Manner) {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = exporting(&world, &collector, "1000").await;
@@ -164,7 +172,7 @@ async fn harms_nothing(manner: Manner) {
     until_sampled(&service, "every visit", |share| share >= 1.5).await;
     collector.becomes(manner).await;
     until_sampled(&service, "hardly a visit", |share| share <= 0.1).await;
-    // Once all attempts of an export have failed.
+    // It is logged once all attempts to export a batch have failed.
     eventually("it is logged", SOON, async || {
         !service.logged(DOWN).is_empty()
     })
@@ -189,13 +197,13 @@ async fn harms_nothing(manner: Manner) {
 
 // --- wiring ---
 
-/// A service whose exports have so many milliseconds each.
+/// A service whose exports time out after this many milliseconds.
 async fn exporting(world: &World, collector: &Collector, timeout: &str) -> Service {
     let settings = [
         ("OTEL_EXPORTER_OTLP_TIMEOUT", timeout),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "1024"),
         ("SHUTDOWN_TIMEOUT", "5s"),
-        // Longer than the load lets a busy machine take.
+        // Long enough for a busy machine under load.
         ("DB_TIMEOUT", "10s"),
         ("REDIS_TIMEOUT", "5s"),
         ("VISIT_TIMEOUT", "20s"),
@@ -203,7 +211,7 @@ async fn exporting(world: &World, collector: &Collector, timeout: &str) -> Servi
     traced_with(world, collector, &settings).await
 }
 
-/// What became of spans, of one scrape.
+/// The counters of spans, from one scrape.
 #[derive(Debug, Clone, Copy)]
 struct Spans {
     visits: u64,
@@ -235,7 +243,7 @@ impl Spans {
         }
     }
 
-    /// All that were ever made.
+    /// All spans that were created.
     fn made(&self) -> u64 {
         self.queued + self.overflowed
     }
@@ -249,8 +257,8 @@ fn sum(text: &str, name: &str, is_meant: impl Fn(&str) -> bool) -> u64 {
         .sum()
 }
 
-/// Waits until so many spans are made for each of some hundred visits under load: two or more where
-/// each is sampled.
+/// Waits until `is_so` accepts the number of spans per visit, averaged over 500 visits under load.
+/// It is at least two where every visit is sampled.
 async fn until_sampled(service: &Service, what: &str, is_so: impl Fn(f64) -> bool) {
     eventually(&format!("{what} is sampled"), 3 * SOON, async || {
         let before = Spans::of(service).await;
@@ -266,10 +274,10 @@ async fn until_sampled(service: &Service, what: &str, is_so: impl Fn(f64) -> boo
     .await;
 }
 
-/// Waits until each span is exported or lost.
+/// Waits until every span is exported or lost.
 async fn at_rest(service: &Service) -> Spans {
     let mut spans = Spans::of(service).await;
-    eventually("each span has its end", SOON, async || {
+    eventually("every span is exported or lost", SOON, async || {
         spans = Spans::of(service).await;
         spans.queued > 0 && spans.queued == spans.exported + spans.lost
     })
@@ -277,13 +285,13 @@ async fn at_rest(service: &Service) -> Spans {
     spans
 }
 
-/// How many spans a collector has, each counted once.
+/// How many different spans a collector has.
 fn kept(collector: &Collector) -> u64 {
     let ids = collector.spans().into_iter().map(|kept| kept.span.span_id);
     ids.collect::<HashSet<_>>().len() as u64
 }
 
-/// Whether none of these visits failed, and their numbers are those from 1 to their count.
+/// Expects that none of these visits failed, and that they are numbered from 1 without gaps.
 async fn are_recorded(world: &World, visits: &[Visit]) {
     assert!(visits.iter().all(|visit| visit.status == 200));
     assert!(are_one_to_n(visits.iter().map(Visit::total)));

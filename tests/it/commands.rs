@@ -1,4 +1,4 @@
-//! What is not the service itself: each command, its exit status and what it prints.
+//! The commands except `serve`: their exit status and what they print.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -36,7 +36,7 @@ async fn healthcheck_fails_in_one_line_where_visits_are_not_recorded() {
 }
 
 #[tokio::test]
-async fn healthcheck_fails_in_one_line_where_nobody_answers() {
+async fn healthcheck_fails_in_one_line_where_no_service_answers() {
     let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let silent = silent.local_addr().expect("an address");
     for address in [silent.to_string(), "127.0.0.1:1".to_owned()] {
@@ -48,7 +48,7 @@ async fn healthcheck_fails_in_one_line_where_nobody_answers() {
 }
 
 #[tokio::test]
-async fn healthcheck_takes_no_url_with_a_password_and_does_not_repeat_it() {
+async fn healthcheck_refuses_a_url_with_a_password_and_does_not_repeat_it() {
     for user in ["ana:segredo@", "segredo@"] {
         let url = format!("http://{user}127.0.0.1:1/health");
         let ended = Ended::of(&["healthcheck", "--url", &url], &[]).await;
@@ -76,7 +76,7 @@ async fn migrate_brings_a_fresh_database_up_to_date_once() {
 }
 
 #[tokio::test]
-async fn recount_counts_what_disabled_triggers_have_missed() {
+async fn recount_counts_rows_that_disabled_triggers_missed() {
     let world = World::new();
     let service = world.serve().await;
     service.visit().await;
@@ -98,7 +98,7 @@ async fn recount_counts_what_disabled_triggers_have_missed() {
 }
 
 #[tokio::test]
-async fn reconcile_gives_redis_what_it_lacks_or_has_too_much() {
+async fn reconcile_corrects_a_redis_counter_that_is_too_low_or_too_high() {
     let world = World::new();
     let service = world.serve().await;
     service.visit().await;
@@ -155,7 +155,7 @@ async fn recount_gives_up_while_another_session_changes_the_table() {
     assert!(ended.error().contains("lock timeout"), "{ended:?}");
     assert!(asked.elapsed() < Duration::from_secs(7));
     execute(&mut hand, "commit").await.expect("the commit");
-    // The recount held the count's lock meanwhile, and has given it back.
+    // The recount held the count's lock, and has released it.
     service.until_ready().await;
     assert_eq!(service.visit().await.0, 2);
 }
@@ -307,7 +307,7 @@ async fn variables_of_the_drivers_have_no_effect_on_a_service() {
 }
 
 #[tokio::test]
-async fn password_of_the_driver_is_not_taken_for_one_of_ours() {
+async fn password_variable_of_the_driver_is_not_used() {
     let world = World::new();
     let given = [("PGPASSWORD", devstack::PASSWORD)];
     let service = Service::start(&world.settings_but("DB_PASSWORD", &given)).await;
@@ -322,7 +322,7 @@ async fn password_of_the_driver_is_not_taken_for_one_of_ours() {
 }
 
 #[tokio::test]
-async fn variable_that_the_driver_would_obey_is_exit_2() {
+async fn driver_variable_that_would_take_effect_is_exit_2() {
     for (variable, ours) in [
         ("PGOPTIONS", "PGOPTIONS"),
         ("PGSSLROOTCERT", "DB_SSLROOTCERT"),

@@ -1,4 +1,4 @@
-//! The count is `count(*)` whatever is done to the table by hand, and costs the same as it grows.
+//! The count equals `count(*)` after any manual change, and does not cost more as the table grows.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use tokio::task::JoinSet;
 use crate::support::load::{Load, Visit, visits};
 use crate::support::{Service, World, execute};
 
-/// Long enough for a machine that is busy with other tests, with a wait for a lock of 1.4 s.
+/// Long enough for a busy machine; a visit waits 1.4 s for a lock.
 const DB_TIMEOUT: (&str, &str) = ("DB_TIMEOUT", "2s");
 
 #[tokio::test(flavor = "multi_thread")]
-async fn count_follows_what_is_done_by_hand() {
+async fn count_follows_manual_changes() {
     let world = World::new();
     let service = world.serve().await;
     for (statements, total) in [
@@ -56,14 +56,14 @@ async fn count_follows_what_is_done_by_hand() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn uncommitted_insert_neither_counts_nor_stops_visits() {
+async fn uncommitted_insert_is_not_counted_and_stops_no_visit() {
     let world = World::new();
     let service = world.serve().await;
     for (end, total) in [("commit", 1021), ("rollback", 1042)] {
         let insert = "insert into visitas select from generate_series(1, 1000)";
         let before = world.rows().await;
         let mut hand = world.transaction(insert).await;
-        // None of them can have waited for the transaction: it outlasts them.
+        // The transaction is open until all visits are answered, so no visit waited for it.
         let visits = visits(&[&service], 4, 20).await;
         let last = visits.iter().filter_map(Visit::total).max();
         assert_eq!(last, Some(before + 20));
@@ -74,7 +74,7 @@ async fn uncommitted_insert_neither_counts_nor_stops_visits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn count_is_exact_after_manual_sessions_at_every_isolation_level_beside_two_recorders() {
+async fn count_is_exact_with_two_services_and_manual_sessions_at_every_isolation_level() {
     let world = World::new();
     let (one, other) = tokio::join!(world.serve(), world.serve());
     let load = Load::start(&[&one, &other], 16);
@@ -95,7 +95,7 @@ async fn count_is_exact_after_manual_sessions_at_every_isolation_level_beside_tw
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn changes_of_a_role_with_table_privileges_alone_are_counted() {
+async fn changes_by_a_role_with_only_table_privileges_are_counted() {
     let world = World::new();
     let service = world.serve().await;
     let role = format!("hand_of_{}", world.database);
@@ -116,7 +116,7 @@ async fn changes_under_an_empty_search_path_are_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ids_written_by_hand_stop_no_visit() {
+async fn ids_inserted_by_hand_stop_no_visit() {
     let world = World::new();
     let service = world.serve().await;
     service.visit().await;
@@ -140,6 +140,7 @@ async fn ids_written_by_hand_stop_no_visit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn held_count_lock_costs_bounded_refusals() {
     let world = World::new();
     let lock = "select pg_advisory_xact_lock(33329991663247731)";
@@ -149,16 +150,18 @@ async fn held_count_lock_costs_bounded_refusals() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn uncommitted_id_in_the_way_costs_bounded_refusals() {
+#[ignore = "reads a clock: make faults"]
+async fn uncommitted_id_that_is_next_costs_bounded_refusals() {
     let world = World::new();
     let insert = "insert into visitas (id) select last_value + 1 from visitas_id_seq";
     let (service, recorded) = refused_meanwhile(&world, insert, "commit").await;
-    // Each attempt takes the next of the sequence, so that it passes the id by itself.
+    // Each attempt takes the next id of the sequence, and so passes the uncommitted one.
     assert!(recorded < 24, "none was refused");
     assert_eq!(service.visit().await, (recorded + 3, recorded + 2));
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn locked_table_costs_bounded_refusals() {
     let world = World::new();
     let (service, recorded) = refused_meanwhile(&world, "truncate visitas", "commit").await;
@@ -166,27 +169,28 @@ async fn locked_table_costs_bounded_refusals() {
     assert_eq!(service.visit().await, (1, 2));
 }
 
-/// Pages, since a clock would say it less certainly.
+/// Counts pages: a clock would be less exact.
 #[tokio::test(flavor = "multi_thread")]
-async fn recording_call_reads_no_more_pages_after_load_beside_an_old_snapshot() {
+#[ignore = "takes long: make faults"]
+async fn recording_call_reads_no_more_pages_after_load_with_an_old_snapshot() {
     let world = World::new();
     drop(world.serve().await);
     let old = "set transaction isolation level repeatable read; select total_visitas()";
     let _old = world.transaction(old).await;
-    // The indexes have the height that they keep, and the statements their plans.
+    // First the indexes reach their final height.
     record(&world, 3_000).await;
     let start = pages_of_recording(&world).await;
     record(&world, 30_000).await;
     let end = pages_of_recording(&world).await;
     assert!(end.median <= start.median, "{start:?} became {end:?}");
-    // What is pruned lies on one page more or less; growth would be a page in each call.
+    // Pruning changes the sum by a page or two; growth would add a page to each call.
     assert!(
         end.sum < start.sum + start.calls,
         "{start:?} became {end:?}"
     );
 }
 
-/// Makes these changes in one session and looks after each whether the next visit counts it.
+/// Makes changes in one session and expects after each that the next visit counts it.
 async fn follow_by_hand(service: &Service, mut hand: PgConnection, first: &str) {
     execute(&mut hand, first).await.unwrap();
     for (statement, total) in [
@@ -207,8 +211,8 @@ async fn follow_by_hand(service: &Service, mut hand: PgConnection, first: &str) 
     }
 }
 
-/// Inserts, changes, deletes and truncates, and says how often that worked: what another session
-/// made impossible has been rolled back.
+/// Inserts, updates, deletes and truncates, and returns how many of the changes succeeded. A change
+/// that conflicts with another session is rolled back.
 async fn change_by_hand(mut session: PgConnection, level: &str) -> usize {
     let isolation = format!(
         "set session characteristics as transaction isolation level {level}; set lock_timeout = '1s'"
@@ -217,7 +221,7 @@ async fn change_by_hand(mut session: PgConnection, level: &str) -> usize {
     let mut done = 0;
     for turn in 1..=90 {
         let statements = match turn % 6 {
-            // Not towards the end: a truncation makes up for whatever went wrong before it.
+            // Not towards the end: a truncation would hide errors that happened before it.
             0 if turn == 18 => "truncate visitas",
             0 if turn == 36 => {
                 "begin; select count(*) from visitas; select pg_sleep(0.02); truncate visitas; commit"
@@ -241,8 +245,8 @@ async fn change_by_hand(mut session: PgConnection, level: &str) -> usize {
     done
 }
 
-/// A service that has made one visit, refused others while a transaction with this statement was
-/// open, and is ready again after its end; and how many of 24 visits were recorded all the same.
+/// Makes one visit, then 24 more while a transaction with this statement is open. Returns the
+/// service, ready again after the end of the transaction, and how many of the 24 were recorded.
 async fn refused_meanwhile(world: &World, statement: &str, end: &str) -> (Service, i64) {
     let service = world
         .serve_with(&[DB_TIMEOUT, ("VISIT_TIMEOUT", "5s")])
@@ -272,8 +276,8 @@ async fn refused_meanwhile(world: &World, statement: &str, end: &str) -> (Servic
     (service, i64::try_from(recorded).unwrap())
 }
 
-/// Makes so many recording calls from two sessions, each a commit of its own, with a manual insert
-/// after every tenth.
+/// Makes this many recording calls from two sessions, each in its own transaction, with a manual
+/// insert after every tenth.
 async fn record(world: &World, calls: usize) {
     let calls = calls / 2;
     let block = format!(
@@ -285,7 +289,7 @@ async fn record(world: &World, calls: usize) {
     );
     let session = async || {
         let mut session = world.session().await;
-        // By itself each: statements sent together are one transaction, where none can commit.
+        // Sent separately: statements sent together are one transaction, in which `commit` fails.
         for statement in ["set synchronous_commit = off", &block] {
             execute(&mut session, statement).await.unwrap();
         }
@@ -293,7 +297,7 @@ async fn record(world: &World, calls: usize) {
     tokio::join!(session(), session());
 }
 
-/// The pages that recording calls looked at, in memory or not.
+/// The pages that recording calls read, from memory or disk.
 #[derive(Debug)]
 struct Pages {
     calls: i64,
@@ -303,11 +307,11 @@ struct Pages {
 
 async fn pages_of_recording(world: &World) -> Pages {
     let mut session = world.session().await;
-    // The first ones make the plans.
+    // The first calls make the plans.
     for _ in 0..16 {
         pages_of_a_call(&mut session).await;
     }
-    // Two rounds of pruning, wherever they begin.
+    // 256 calls include two rounds of pruning.
     let mut pages = Vec::new();
     for _ in 0..256 {
         pages.push(pages_of_a_call(&mut session).await);

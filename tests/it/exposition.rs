@@ -1,8 +1,8 @@
 //! What a scraper reads: every name, type, unit, help text, label and bucket, in both formats,
 //! and the exemplars that lead to traces.
 //!
-//! The two expositions beside this file are what dashboards and rules are written against.
-//! `UPDATE_EXPECT=1 cargo test --test it exposition` writes them anew.
+//! The two expositions in the folder next to this file are what dashboards and rules rely on.
+//! `UPDATE_EXPECT=1 cargo test --test it exposition` rewrites them.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -14,22 +14,22 @@ use crate::support::collector::{Collector, hex};
 use crate::support::exposition::{Exemplar, Exposition, Family};
 use crate::support::prometheus::Prometheus;
 use crate::support::traces::{UNSAMPLED, ask, traced, traced_with};
-use crate::support::{HeldCount, SOON, Service, World, eventually};
+use crate::support::{HeldCount, SOON, Service, World, eventually, without_stores};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn first_scrape_has_every_series_in_the_text_format() {
-    let (world, service) = without_stores().await;
+    let service = without_stores(&[]).await;
     let exposition = Exposition::text(&service).await;
-    expect_file!["exposition/text.txt"].assert_eq(&skeleton(&exposition, &world));
+    expect_file!["exposition/text.txt"].assert_eq(&skeleton(&exposition));
     let content_type = "text/plain; version=0.0.4; charset=utf-8";
     assert_eq!(exposition.content_type, content_type);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn first_scrape_has_every_series_in_openmetrics() {
-    let (world, service) = without_stores().await;
+    let service = without_stores(&[]).await;
     let exposition = Exposition::openmetrics(&service).await;
-    expect_file!["exposition/openmetrics.txt"].assert_eq(&skeleton(&exposition, &world));
+    expect_file!["exposition/openmetrics.txt"].assert_eq(&skeleton(&exposition));
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     assert_eq!(exposition.content_type, content_type);
 }
@@ -64,8 +64,8 @@ async fn both_formats_have_the_same_samples() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn units_are_those_of_the_names() {
-    let (_world, service) = without_stores().await;
+async fn units_match_the_names() {
+    let service = without_stores(&[]).await;
     for family in Exposition::openmetrics(&service).await.families() {
         let unit = ["seconds", "bytes"]
             .into_iter()
@@ -75,7 +75,7 @@ async fn units_are_those_of_the_names() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn promtool_has_its_one_known_complaint() {
+async fn promtool_reports_one_known_complaint() {
     let (_world, _collector, service) = after_requests_of_all_kinds().await;
     let known = "db_client_connection_count non-histogram and non-summary metrics should not \
                  have \"_count\" suffix";
@@ -83,6 +83,7 @@ async fn promtool_has_its_one_known_complaint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "floods: make faults"]
 async fn ten_thousand_paths_and_methods_add_no_series() {
     let world = World::new();
     let service = world.serve().await;
@@ -98,7 +99,7 @@ async fn ten_thousand_paths_and_methods_add_no_series() {
     }
     let after = Exposition::text(&service).await.families();
     let series = |families: &[Family]| samples(families).into_keys().collect::<Vec<_>>();
-    // The scrape itself has been counted meanwhile.
+    // The first scrape has been counted since.
     let mut known = series(&before);
     known.extend(series(&after).into_iter().filter(|series| {
         series
@@ -112,7 +113,7 @@ async fn ten_thousand_paths_and_methods_add_no_series() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn readme_has_a_row_for_every_metric_with_its_type_and_labels() {
-    let (_world, service) = without_stores().await;
+    let service = without_stores(&[]).await;
     let text = Exposition::text(&service).await;
     let readme = include_str!("../../README.md");
     let (_, table) = readme.split_once("\n### Metrics\n").unwrap();
@@ -190,6 +191,7 @@ async fn text_format_has_no_exemplars() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn prometheus_keeps_exemplars_that_lead_to_traces() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
@@ -211,16 +213,7 @@ async fn prometheus_keeps_exemplars_that_lead_to_traces() {
 type Series = (String, BTreeMap<String, String>);
 type Samples = BTreeMap<Series, String>;
 
-/// A service that has only just begun, beside stores that are down.
-async fn without_stores() -> (World, Service) {
-    let world = World::of_its_own();
-    world.postgres.kill().unwrap();
-    world.redis.kill().unwrap();
-    let service = world.start(&[]).await;
-    (world, service)
-}
-
-/// A service that has answered, refused and failed, sampled.
+/// A service that has answered, refused and failed requests, all of them sampled.
 async fn after_requests_of_all_kinds() -> (World, Collector, Service) {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced_with(&world, &collector, &[]).await;
@@ -233,7 +226,7 @@ async fn after_requests_of_all_kinds() -> (World, Collector, Service) {
     ] {
         service.ask(method, path, HeaderMap::new()).await;
     }
-    // One scrape of each format has been counted.
+    // So that a scrape has been counted before the first that is compared.
     Exposition::text(&service).await;
     let held = HeldCount::of(&world).await;
     service.get("/").await;
@@ -242,7 +235,7 @@ async fn after_requests_of_all_kinds() -> (World, Collector, Service) {
     (world, collector, service)
 }
 
-/// A visit that waits for the count's lock so long that it falls into the bucket up to 0.5 s.
+/// A visit that waits for the count's lock long enough to fall into the bucket up to 0.5 s.
 async fn slow_visit(world: &World, service: &Service) -> crate::support::Answer {
     let mut held = HeldCount::of(world).await;
     let visit = service.begin_visit();
@@ -253,11 +246,10 @@ async fn slow_visit(world: &World, service: &Service) -> crate::support::Answer 
     visit.await.unwrap()
 }
 
-/// An exposition without what differs from run to run: values, names of the test's own, and the
-/// calls that have failed.
-fn skeleton(exposition: &Exposition, world: &World) -> String {
+/// An exposition without what differs from run to run: values, and the calls that have failed.
+fn skeleton(exposition: &Exposition) -> String {
     let mut lines = Vec::new();
-    let body = exposition.sorted().replace(&world.database, "desafio3db");
+    let body = exposition.sorted();
     for line in body.lines() {
         let value = line.rfind(' ').filter(|_| !line.starts_with('#'));
         let line = value.map_or(line, |value| &line[..value]);
@@ -271,7 +263,7 @@ fn skeleton(exposition: &Exposition, world: &World) -> String {
     lines.join("\n") + "\n"
 }
 
-/// The words of a cell that are code.
+/// The code spans of a table cell.
 fn words(row: &'static str, cell: usize) -> Vec<&'static str> {
     let cell = row.split('|').nth(cell).unwrap_or("");
     cell.split('`').skip(1).step_by(2).collect()
@@ -286,7 +278,7 @@ fn samples(families: &[Family]) -> Samples {
     samples.map(of).collect()
 }
 
-/// The exemplars of visits that succeeded, each with what its bucket may hold, in the order of
+/// The exemplars of visits that succeeded, each with the range of its bucket, in the order of the
 /// buckets.
 async fn exemplars(service: &Service) -> Vec<(std::ops::RangeInclusive<f64>, Exemplar)> {
     let mut below = 0.0;

@@ -1,5 +1,5 @@
-//! Triggers and rules of other people on the table: no visit is acknowledged whose row it lacks,
-//! and the count is of what it has.
+//! Triggers and rules that others put on the table: no visit is acknowledged whose row is not kept,
+//! and the count is that of the rows that are kept.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,8 @@ use reqwest::StatusCode;
 use crate::support::load::visits;
 use crate::support::{SOON, Service, World, eventually};
 
-/// What keeps a visit's row out of the table without an error, with how to take it away again.
+/// Statements that keep a visit's row out of the table without an error, each with the statement
+/// that removes it.
 const LOSSES: [(&str, &str); 6] = [
     (
         "create function public.drops() returns trigger language plpgsql as $$ begin return null; end $$; \
@@ -49,14 +50,14 @@ const KEEP_THREE: &str = "create function public.keep_three() returns trigger la
        execute function public.keep_three()";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn visit_whose_row_the_database_drops_is_not_acknowledged() {
+async fn visit_whose_row_a_trigger_or_rule_drops_is_not_acknowledged() {
     for (loss, mend) in LOSSES {
         let world = World::new();
         let service = world.serve().await;
         service.visit().await;
         world.sql(loss).await;
         let mut acknowledged = 1;
-        // One batch at a time, so that a trigger that drops every other row meets both kinds.
+        // One batch at a time, so that a trigger that drops every other row drops some and keeps some.
         for _ in 0..4 {
             let answer = service.get("/").await;
             if answer.status == StatusCode::OK {
@@ -69,7 +70,7 @@ async fn visit_whose_row_the_database_drops_is_not_acknowledged() {
         }
         assert_eq!(world.rows().await, acknowledged, "{loss}");
         assert_eq!(world.redis_visits().await, acknowledged, "{loss}");
-        eventually("the log names it", SOON, async || names_it(&service)).await;
+        eventually("the log names it", SOON, async || is_named(&service)).await;
 
         world.sql(mend).await;
         service.until_ready().await;
@@ -79,7 +80,7 @@ async fn visit_whose_row_the_database_drops_is_not_acknowledged() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn batch_of_which_the_database_drops_a_row_fails_as_a_whole() {
+async fn batch_that_loses_a_row_to_a_trigger_fails_as_a_whole() {
     let world = World::new();
     let service = world.serve().await;
     world.sql(LOSSES[1].0).await;
@@ -89,7 +90,7 @@ async fn batch_of_which_the_database_drops_a_row_fails_as_a_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn first_visit_after_a_restart_of_the_server_is_not_acknowledged_without_its_row() {
+async fn first_visit_after_a_restart_of_postgres_is_not_acknowledged_without_its_row() {
     for (loss, mend) in [LOSSES[4], LOSSES[5]] {
         let world = World::of_its_own();
         let service = world.serve().await;
@@ -123,7 +124,7 @@ async fn table_that_keeps_the_newest_rows_is_adopted() {
     for _ in 0..3 {
         assert_eq!(service.visit().await.0, 3);
     }
-    // Ids written by hand far above the sequence's are the newest ones.
+    // These rows have higher ids than the next visit, so the trigger takes them for newer ones.
     world
         .sql("insert into visitas (id) select generate_series(1000001, 1002000)")
         .await;
@@ -137,7 +138,7 @@ async fn table_that_keeps_the_newest_rows_is_adopted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn trigger_that_fails_for_what_is_missing_is_not_taken_for_an_emptied_database() {
+async fn trigger_that_misses_a_table_is_not_taken_for_an_emptied_database() {
     let world = World::new();
     let service = world.serve().await;
     service.visit().await;
@@ -154,7 +155,7 @@ async fn trigger_that_fails_for_what_is_missing_is_not_taken_for_an_emptied_data
     );
     let attempts = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="SELECT",outcome="error"}"#;
     let before = service.metric(attempts).await.unwrap();
-    eventually("it has been probed", SOON, async || {
+    eventually("Postgres has been probed", SOON, async || {
         service.metric(attempts).await > Some(before + 4.0)
     })
     .await;
@@ -178,7 +179,7 @@ async fn table_that_drops_visits_is_not_adopted() {
         world.sql("insert into visitas default values").await;
         world.sql(loss).await;
         let service = world.start(&[]).await;
-        eventually("the log names it", SOON, async || names_it(&service)).await;
+        eventually("the log names it", SOON, async || is_named(&service)).await;
         let health = service.get("/health").await;
         assert_eq!(health.status, StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(health.json()["checks"]["migrations"]["status"], "pending");
@@ -190,7 +191,7 @@ async fn table_that_drops_visits_is_not_adopted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn table_that_keeps_the_newest_rows_takes_visits_and_is_counted() {
+async fn table_that_keeps_the_newest_rows_accepts_visits_and_is_counted() {
     let world = World::new();
     let service = world.serve().await;
     world.sql(KEEP_THREE).await;
@@ -220,7 +221,7 @@ async fn rows_that_a_trigger_adds_to_a_visit_are_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rule_that_also_does_something_else_stops_no_visit() {
+async fn rule_that_also_inserts_elsewhere_stops_no_visit() {
     let world = World::new();
     let service = world.serve().await;
     world
@@ -234,8 +235,8 @@ async fn rule_that_also_does_something_else_stops_no_visit() {
     assert_eq!(world.number("select count(*) from others").await, 2);
 }
 
-/// Whether the log says that visits were dropped, and by what.
-fn names_it(service: &Service) -> bool {
+/// Whether the log says that visits were dropped, and names the trigger or rule.
+fn is_named(service: &Service) -> bool {
     let log = service.printed();
     log.contains("VS003") && (log.contains("trigger drops") || log.contains("rule drops"))
 }

@@ -1,7 +1,9 @@
-//! The service as its users meet it: the real program beside real servers.
+//! The program as its users see it, tested against real servers.
 //!
-//! Each test has a database and a Redis of its own; one that stops or breaks a server has its own
-//! Postgres too. [`support`] hides how a program is started and asked.
+//! Each test has its own database and Redis; a test that stops or breaks Postgres has its own
+//! Postgres, too. Tests run at the same time and wait for facts. A test that reads a clock, floods or
+//! takes long is `#[ignore]`d here, and `make faults` runs it, one test at a time. [`support`] starts
+//! programs and asks them.
 
 mod support;
 

@@ -1,16 +1,13 @@
-//! The metrics: what is counted, and when. What they are called is in `exposition`.
+//! The metrics: what is counted, and when. Their names are tested in `exposition`.
 
 use std::time::{Duration, Instant};
 
 use crate::support::load::Load;
-use crate::support::{HeldCount, SOON, Way, World, eventually};
+use crate::support::{HeldCount, SOON, Way, World, eventually, without_stores};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn series_that_can_be_known_beforehand_exist_at_zero() {
-    let world = World::of_its_own();
-    world.postgres.kill().unwrap();
-    world.redis.kill().unwrap();
-    let service = world.start(&[]).await;
+async fn series_with_known_labels_exist_at_zero() {
+    let service = without_stores(&[]).await;
     let text = service.get("/metrics").await.body;
     for outcome in ["ok", "degraded", "failed", "shed", "in_doubt", "abandoned"] {
         let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}} 0\n");
@@ -52,7 +49,7 @@ async fn call_that_times_out_is_counted_with_its_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refused_call_has_the_stores_code() {
+async fn refused_call_has_the_error_code_of_the_store() {
     let world = World::new();
     let service = world.serve().await;
     let _count = HeldCount::of(&world).await;
@@ -78,7 +75,7 @@ fn calls(store: &str, operation: &str, outcome: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn visits_that_are_not_sent_have_no_wait_and_no_batch() {
+async fn visits_that_are_not_sent_have_no_queue_wait_and_no_batch() {
     let world = World::of_its_own();
     let service = world.serve().await;
     service.visit().await;
@@ -94,7 +91,7 @@ async fn visits_that_are_not_sent_have_no_wait_and_no_batch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn visits_in_flight_are_no_drift() {
+async fn visits_in_flight_are_not_drift() {
     let world = World::new();
     let slow = Way::with_delay(world.redis.port(), Duration::from_millis(100)).await;
     let service = world
@@ -123,6 +120,7 @@ async fn visits_in_flight_are_no_drift() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn counts_are_known_as_soon_as_the_stores_are_up() {
     let world = World::of_its_own();
     drop(world.serve().await);
@@ -131,9 +129,9 @@ async fn counts_are_known_as_soon_as_the_stores_are_up() {
         .await;
     world.postgres.kill().unwrap();
     let service = world.start(&[]).await;
-    // Only the probe has read it yet: readings are a second apart.
+    // Within 900 ms only the first probe has read Redis: readings are a second apart.
     eventually(
-        "a refusal has the value of Redis",
+        "a refusal has the counter of Redis",
         Duration::from_millis(900),
         async || service.get("/").await.json()["visitas_redis"] == 7,
     )

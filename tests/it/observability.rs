@@ -1,5 +1,5 @@
-//! What watches the service: that Prometheus takes its configuration, that rules do what they say,
-//! and that no panel and no alert asks for something that the service does not export.
+//! Prometheus, its rules and the dashboards: the configuration is valid, the rules do what their
+//! tests say, and no panel and no alert uses a metric that the service does not export.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -25,6 +25,7 @@ fn configuration_and_rules_are_valid() {
 }
 
 #[test]
+#[ignore = "takes long: make faults"]
 fn rules_do_what_their_tests_say() {
     promtool(&["test", "rules"], &files("tests"));
 }
@@ -42,7 +43,7 @@ async fn every_alert_is_tested_firing_and_not_firing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_alert_says_what_users_see_and_leads_to_the_runbook() {
+async fn every_alert_describes_its_effect_and_links_to_the_runbook() {
     let headings: HashSet<_> = anchors(&read(RUNBOOK)).collect();
     for alert in alerts(&Prometheus::start(&[]).await).await {
         let name = text(&alert["name"]);
@@ -59,8 +60,8 @@ async fn every_alert_says_what_users_see_and_leads_to_the_runbook() {
     }
 }
 
-/// First while all is well: what exists only after a failure would look like a broken panel.
-/// Then while nothing is: that is when somebody looks.
+/// First while everything works: a series that exists only after a failure would look like a broken
+/// panel. Then while both stores are down, which is when people look at dashboards.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_expression_returns_series_from_a_live_run() {
     let world = World::of_its_own();
@@ -80,8 +81,7 @@ async fn every_expression_returns_series_from_a_live_run() {
     service.get("/").await;
     world.postgres.kill().unwrap();
     service.until_health("unavailable").await;
-    // What fails now must be there without what is put in its place otherwise. No alert fires so
-    // soon.
+    // Series of failures must exist now, without the default after `or`. No alert fires this soon.
     let without_or = |expression: &Expression| {
         let (text, _) = expression.text.split_once(" or ")?;
         let (of, text) = (expression.of.clone(), text.to_owned());
@@ -93,7 +93,7 @@ async fn every_expression_returns_series_from_a_live_run() {
     expressions.extend(failing);
     let outcome = |outcome| format!("visitas_visits_total{{outcome=\"{outcome}\"}} > 0");
     expressions.extend(["degraded", "failed"].map(|failure| Expression {
-        of: format!("the test: visits that are {failure}"),
+        of: format!("this test, visits that are {failure}"),
         text: outcome(failure),
     }));
     until_answered(&expressions, &prometheus, &service, |values| {
@@ -105,7 +105,7 @@ async fn every_expression_returns_series_from_a_live_run() {
 // --- Grafana ---
 
 #[test]
-fn panels_are_told_apart_described_and_ask_prometheus() {
+fn panels_have_unique_ids_a_description_and_prometheus_as_source() {
     let mut names = HashSet::new();
     for file in [VISITS, STORES] {
         let dashboard = dashboard(file);
@@ -134,7 +134,7 @@ fn panels_are_told_apart_described_and_ask_prometheus() {
 }
 
 #[test]
-fn panels_lie_side_by_side() {
+fn panels_do_not_overlap() {
     for file in [VISITS, STORES] {
         let mut taken = HashSet::new();
         for panel in panels(&dashboard(file)) {
@@ -149,10 +149,9 @@ fn panels_lie_side_by_side() {
     }
 }
 
-/// A stat is about now. Over a range Grafana would show the last value that was a number, however
-/// old; only a rate's own curve needs one.
+/// Over a range Grafana would show the last number, however old; only a graph needs a range.
 #[test]
-fn stats_without_a_curve_ask_for_this_moment() {
+fn stats_without_a_graph_query_the_current_value() {
     for file in [VISITS, STORES] {
         for panel in panels(&dashboard(file)) {
             let options = &panel["options"];
@@ -170,7 +169,7 @@ fn stats_without_a_curve_ask_for_this_moment() {
 }
 
 #[test]
-fn readme_names_the_way_to_a_trace_as_grafana_shows_it() {
+fn readme_names_the_link_to_a_trace_as_grafana_does() {
     let label = read(DATA_SOURCES);
     let label = label
         .lines()
@@ -192,7 +191,7 @@ fn durations_of_visits_lead_to_traces() {
 }
 
 #[test]
-fn links_between_dashboards_lead_somewhere() {
+fn links_between_dashboards_are_valid() {
     let uids = [VISITS, STORES].map(|file| text(&dashboard(file)["uid"]).to_owned());
     for file in [VISITS, STORES] {
         let json = read(file);
@@ -206,7 +205,7 @@ fn links_between_dashboards_lead_somewhere() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dashboards_name_only_metrics_that_exist() {
+async fn dashboards_name_only_existing_metrics() {
     let world = World::new();
     let exported = world.serve().await.get("/metrics").await.body;
     let mut known: HashSet<String> = exported
@@ -215,7 +214,7 @@ async fn dashboards_name_only_metrics_that_exist() {
         .filter_map(|line| Some(line.split(['{', ' ']).next()?.to_owned()))
         .collect();
     known.extend(recorded());
-    // What Prometheus writes itself.
+    // Series that Prometheus itself writes.
     known.extend(["up", "ALERTS"].map(str::to_owned));
     for expression in expressions_of_dashboards() {
         let names = metrics(&expression.text);
@@ -227,7 +226,7 @@ async fn dashboards_name_only_metrics_that_exist() {
 }
 
 #[test]
-fn runbook_names_only_panels_that_exist() {
+fn runbook_names_only_existing_panels() {
     let mut known = HashSet::new();
     for file in [VISITS, STORES] {
         let dashboard = dashboard(file);
@@ -251,7 +250,7 @@ fn runbook_names_only_panels_that_exist() {
 }
 
 #[test]
-fn links_of_the_runbook_lead_to_its_headings() {
+fn links_in_the_runbook_lead_to_its_headings() {
     let runbook = read(RUNBOOK);
     let headings: HashSet<_> = anchors(&runbook).collect();
     for link in runbook.split("](#").skip(1) {
@@ -262,15 +261,15 @@ fn links_of_the_runbook_lead_to_its_headings() {
 
 // --- wiring ---
 
-/// What Prometheus can be asked, and where it is from.
+/// An expression, and the file that it is from.
 #[derive(Clone, Debug)]
 struct Expression {
     of: String,
     text: String,
 }
 
-/// Polls until Prometheus answers each expression well, visiting meanwhile. All that are left are
-/// listed at once.
+/// Makes visits and polls until `well` accepts the values of each expression. A failure lists all
+/// expressions that are left.
 async fn until_answered(
     expressions: &[Expression],
     prometheus: &Prometheus,
@@ -302,7 +301,7 @@ async fn until_answered(
     }
 }
 
-/// Those of every panel, with Grafana's variables replaced.
+/// The expressions of every panel, with Grafana's variables replaced.
 fn expressions_of_dashboards() -> Vec<Expression> {
     let mut expressions = Vec::new();
     for file in [VISITS, STORES] {
@@ -321,7 +320,7 @@ fn expressions_of_dashboards() -> Vec<Expression> {
     expressions
 }
 
-/// Those that lead from a span to metrics, for a span without attributes.
+/// The expressions that lead from a span to metrics, for a span without attributes.
 fn expressions_of_data_sources() -> Vec<Expression> {
     let queries = read(DATA_SOURCES);
     queries
@@ -334,7 +333,7 @@ fn expressions_of_data_sources() -> Vec<Expression> {
         .collect()
 }
 
-/// Those of every rule; of alerts what they compare.
+/// The expressions of every rule; those of alerts without their comparisons.
 async fn expressions_of_rules(prometheus: &Prometheus) -> Vec<Expression> {
     let rules = prometheus.rules().await;
     let expression = |rule: &Value| {
@@ -352,7 +351,7 @@ async fn expressions_of_rules(prometheus: &Prometheus) -> Vec<Expression> {
     rules.iter().map(expression).collect()
 }
 
-/// The expression of an alert, in which each comparison is with a plain number, without those.
+/// The expression of an alert without its comparisons, each of which must be with a plain number.
 fn without_comparisons(alert: &str) -> String {
     let mut words = alert.split_whitespace().peekable();
     let (mut left, mut comparisons) = (Vec::new(), 0);
@@ -376,7 +375,7 @@ fn without_comparisons(alert: &str) -> String {
     left.join(" ")
 }
 
-/// The metrics that an expression of a dashboard names: selectors, and what rules record.
+/// The metrics that an expression of a dashboard names, recorded ones included.
 fn metrics(expression: &str) -> Vec<String> {
     let is_of_name = |letter: char| letter.is_ascii_alphanumeric() || "_:".contains(letter);
     let mut names = Vec::new();
@@ -398,7 +397,7 @@ fn metrics(expression: &str) -> Vec<String> {
     names
 }
 
-/// The names of what rules record.
+/// The names of the series that rules record.
 fn recorded() -> HashSet<String> {
     files("rules")
         .iter()
@@ -412,7 +411,7 @@ fn recorded() -> HashSet<String> {
         .collect()
 }
 
-/// Which alerts are tested, and whether as firing, as not firing, or as both.
+/// The alerts that are tested, each with whether as firing, as not firing, or both.
 fn tested_alerts() -> HashMap<String, HashSet<bool>> {
     let mut tested: HashMap<_, HashSet<_>> = HashMap::new();
     for file in files("tests") {
@@ -493,7 +492,7 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_else(|| panic!("no text: {value}"))
 }
 
-/// The anchors of a page's headings, as those who show Markdown make them.
+/// The anchors of a page's headings, as renderers of Markdown make them.
 fn anchors(page: &str) -> impl Iterator<Item = String> {
     page.lines()
         .filter(|line| line.starts_with('#'))

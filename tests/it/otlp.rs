@@ -1,4 +1,4 @@
-//! The settings of the export, as the collector sees them at work.
+//! The settings of the exporter, and their effect on what the collector receives.
 
 use reqwest::StatusCode;
 
@@ -7,7 +7,7 @@ use crate::support::traces::{traced, traced_with};
 use crate::support::{Service, World};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn endpoint_leads_to_the_path_of_traces() {
+async fn spans_are_sent_to_the_traces_path_of_the_endpoint() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     let export = first_export(&service, &collector).await;
@@ -18,7 +18,7 @@ async fn endpoint_leads_to_the_path_of_traces() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn endpoint_of_traces_is_used_as_it_is() {
+async fn traces_endpoint_is_used_unchanged() {
     let (world, collector) = (World::new(), Collector::start().await);
     let endpoint = format!("{}/as/it/is", collector.endpoint());
     let settings = [("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint.as_str())];
@@ -40,7 +40,7 @@ async fn headers_are_sent_with_each_export() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn spans_are_compressed_on_demand() {
+async fn spans_are_compressed_when_configured() {
     let (world, collector) = (World::new(), Collector::start().await);
     let settings = [("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")];
     let service = traced_with(&world, &collector, &settings).await;
@@ -49,7 +49,7 @@ async fn spans_are_compressed_on_demand() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn export_has_no_more_spans_than_it_may() {
+async fn export_has_no_more_spans_than_the_batch_size() {
     let (world, collector) = (World::new(), Collector::start().await);
     let settings = [
         ("OTEL_BSP_SCHEDULE_DELAY", "600000"),
@@ -69,7 +69,7 @@ async fn export_has_no_more_spans_than_it_may() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn resource_has_what_the_operator_says() {
+async fn resource_has_the_attributes_that_the_operator_sets() {
     let (world, collector) = (World::new(), Collector::start().await);
     let settings = [
         ("OTEL_SERVICE_NAME", "shop"),

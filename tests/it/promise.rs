@@ -1,5 +1,5 @@
-//! What the promise of a visit stands on: settings of the session that no default of the database or
-//! of the role can weaken, and doubt where a flush stalls.
+//! What makes an acknowledged visit durable: session settings that no default of the database or of
+//! the role can weaken, and a visit in doubt where a flush stalls.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use reqwest::StatusCode;
 
 use crate::support::{Ended, SOON, World, eventually, execute};
 
-/// Each setting that the session of a visit pins, the opposite of its value, and its value.
+/// Each setting that the session of a visit fixes: its name, another value, and the fixed value.
 const PINNED: [(&str, &str, &str); 9] = [
     ("synchronous_commit", "off", "on"),
     (
@@ -25,7 +25,7 @@ const PINNED: [(&str, &str, &str); 9] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_default_of_the_database_or_the_role_weakens_the_session_of_a_visit() {
+async fn no_default_of_the_database_or_role_weakens_the_session_of_a_visit() {
     for owner in ["database", "role"] {
         let world = World::new();
         drop(world.serve().await);
@@ -71,7 +71,7 @@ async fn no_default_of_the_database_shortens_a_migration_or_a_recount() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn commit_whose_flush_stalls_is_in_doubt_and_the_visits_behind_it_fail_for_certain() {
+async fn commit_whose_flush_stalls_is_in_doubt_and_visits_behind_it_fail_definitely() {
     let world = World::of_its_own();
     let (one, other) = (world.serve().await, world.serve().await);
     assert_eq!(one.visit().await, (1, 1));
@@ -102,14 +102,14 @@ async fn commit_whose_flush_stalls_is_in_doubt_and_the_visits_behind_it_fail_for
     for service in [&one, &other] {
         service.until_ready().await;
     }
-    // What was in doubt is recorded, once, and was not counted in Redis.
+    // The visit in doubt is recorded once, and is not counted in Redis.
     assert_eq!(world.rows().await, 2);
     assert_eq!(other.visit().await, (3, 2));
     assert_eq!(one.visit().await, (4, 3));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_a_refusal_that_is_certain_asks_the_client_to_try_again() {
+async fn only_a_definite_failure_asks_the_client_to_retry() {
     let world = World::of_its_own();
     let service = world.serve().await;
     stall_flushes(&world).await;
@@ -124,8 +124,8 @@ async fn only_a_refusal_that_is_certain_asks_the_client_to_try_again() {
     let_flushes_go_on(&world);
 }
 
-/// Makes each session that records visits write down its settings: what it began with, since a
-/// function can have others.
+/// Makes each session that records visits store the settings that it began with: those inside a
+/// function can differ.
 async fn observe_sessions(world: &World) {
     let names: Vec<_> = PINNED.iter().map(|(name, ..)| *name).collect();
     let names = names.join(",");
@@ -144,7 +144,7 @@ async fn observe_sessions(world: &World) {
         .await;
 }
 
-/// Sets what sessions begin with that pin nothing.
+/// Sets a default for sessions.
 fn set_default(world: &World, owner: &str, name: &str, value: &str) {
     let database = &world.database;
     let owner = match owner {
@@ -155,7 +155,7 @@ fn set_default(world: &World, owner: &str, name: &str, value: &str) {
     world.postgres.sql("postgres", &statement).unwrap();
 }
 
-/// Makes every commit wait for a standby that does not exist, and returns once commits do.
+/// Makes every commit wait for a standby that does not exist, and waits until commits stall.
 async fn stall_flushes(world: &World) {
     world.sql("create table public.espera (nada int)").await;
     let set = "alter system set synchronous_standby_names = 'ausente'";

@@ -1,4 +1,4 @@
-//! Faults that a probe cannot see, and probes that see more than they seem to.
+//! Faults that a probe does not see, and faults that only a visit or a rehearsal of it shows.
 
 use std::time::{Duration, Instant};
 
@@ -44,7 +44,8 @@ async fn deferred_trigger_that_raises_takes_the_store_down_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn fault_that_no_probe_sees_is_tried_less_and_less_often() {
+#[ignore = "reads a clock: make faults"]
+async fn fault_that_no_probe_sees_is_retried_less_and_less_often() {
     let world = World::new();
     let service = world.serve().await;
     // Only a batch of several visits fails.
@@ -59,10 +60,10 @@ async fn fault_that_no_probe_sees_is_tried_less_and_less_often() {
         .await;
     let load = Load::start(&[&service], 32);
     let outages = || service.logged("store is down").len();
-    eventually("it fails", SOON, async || outages() > 0).await;
+    eventually("visits fail", SOON, async || outages() > 0).await;
     let failing_since = Instant::now();
-    eventually("it is tried several times", SOON, async || outages() >= 6).await;
-    // Before the sixth there are pauses of 0.2, 0.4, 0.8, 1.6 and 2 s.
+    eventually("several outages are logged", SOON, async || outages() >= 6).await;
+    // The pauses before the sixth outage are 0.2, 0.4, 0.8, 1.6 and 2 s.
     assert!(failing_since.elapsed() > Duration::from_secs(4));
     load.stop().await;
     world.sql("drop trigger refuses on visitas").await;
@@ -71,7 +72,7 @@ async fn fault_that_no_probe_sees_is_tried_less_and_less_often() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn counter_without_room_takes_redis_down_once() {
+async fn counter_at_its_maximum_takes_redis_down_once() {
     let world = World::new();
     let service = world.serve().await;
     service.visit().await;
@@ -96,7 +97,8 @@ async fn counter_without_room_takes_redis_down_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn batch_that_is_too_large_for_its_deadline_shrinks_and_grows_back() {
+#[ignore = "floods: make faults"]
+async fn batches_too_large_for_the_timeout_shrink_and_grow_back() {
     let world = World::new();
     let service = world
         .serve_with(&[("DB_TIMEOUT", "1s"), ("VISIT_TIMEOUT", "5s")])

@@ -1,4 +1,4 @@
-//! What mends the numbers after somebody went behind the service's back, and what shows it.
+//! The commands that correct the numbers after manual changes, and the gauges that show a drift.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use crate::support::load::Load;
 use crate::support::{Ended, SOON, Service, Way, World, eventually, settings};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn recount_finds_rows_that_no_trigger_saw() {
+async fn recount_counts_rows_that_no_trigger_saw() {
     for (off, on) in [
         (
             "alter table visitas disable trigger user",
@@ -55,7 +55,7 @@ async fn recount_under_load_is_exact() {
 #[tokio::test(flavor = "multi_thread")]
 async fn reconcile_under_load_corrects_nothing() {
     let world = World::new();
-    // Nearly always an increment is under way whose batch is committed.
+    // Redis is slow, so nearly always an increment is in flight whose batch is committed.
     let slow = Way::with_delay(world.redis.port(), Duration::from_millis(100)).await;
     let way = slow.port.to_string();
     let way = [("REDIS_PORT", way.as_str())];
@@ -136,8 +136,8 @@ async fn gauges_are_nan_while_their_store_is_unknown() {
     until_gauges(&service, [1.0, 0.0, 1.0]).await;
 }
 
-/// With these the stores may be as slow as a busy machine makes them: no visit is refused or left
-/// out in Redis. `reconcile` waits for one `REDIS_TIMEOUT`.
+/// Timeouts long enough for a busy machine: no visit is refused or missing in Redis. `reconcile`
+/// waits for one `REDIS_TIMEOUT`.
 const PATIENT: [(&str, &str); 3] = [
     ("DB_TIMEOUT", "10s"),
     ("REDIS_TIMEOUT", "1s"),
@@ -166,7 +166,7 @@ async fn until_gauges(service: &Service, expected: [f64; 3]) {
             "visitas_store_drift ",
         ]
         .map(value);
-        // NaN equals itself here.
+        // `total_cmp`: NaN equals NaN.
         gauges
             .iter()
             .zip(expected)

@@ -1,5 +1,5 @@
-//! A database that is emptied, replaced or restored while the service runs is used again, without
-//! a restart.
+//! A database that is emptied, replaced or restored while the service runs is used again without a
+//! restart.
 
 use std::time::{Duration, Instant};
 
@@ -8,12 +8,13 @@ use reqwest::StatusCode;
 use crate::support::load::{Load, Visit};
 use crate::support::{Ended, SOON, Service, World, eventually};
 
-/// What is there again is used within this.
+/// How soon the service uses a database that is back.
 const RECOVERY: Duration = Duration::from_secs(1);
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn emptied_database_is_migrated_again_within_a_second() {
-    let world = World::alone();
+    let world = World::of_its_own();
     let service = world.serve().await;
     service.visit().await;
     world.sql("drop schema public cascade").await;
@@ -34,7 +35,7 @@ async fn emptied_database_is_migrated_again_within_a_second() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn object_that_is_missing_is_made_again_and_the_rows_are_counted() {
+async fn missing_object_is_created_again_and_the_rows_are_counted() {
     for loss in [
         "drop function registrar_visitas(timestamptz[])",
         "drop function travar_contagem()",
@@ -50,7 +51,7 @@ async fn object_that_is_missing_is_made_again_and_the_rows_are_counted() {
         let service = world.serve().await;
         service.visit().await;
         world.sql(loss).await;
-        // A table or function that only a visit needs shows at the next visit.
+        // The loss of a table or function that only a visit needs shows at the next visit.
         service.get("/").await;
         eventually(
             &format!(
@@ -98,7 +99,7 @@ async fn database_of_an_older_version_is_migrated_without_a_visit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn older_ledger_beside_newer_objects_is_migrated() {
+async fn older_ledger_with_newer_objects_is_migrated() {
     for loss in [
         "delete from _sqlx_migrations where version = 3",
         "delete from _sqlx_migrations where version = 1",
@@ -114,8 +115,9 @@ async fn older_ledger_beside_newer_objects_is_migrated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn database_that_another_takes_the_place_of_is_used_within_a_second() {
-    let world = World::alone();
+#[ignore = "reads a clock: make faults"]
+async fn database_that_replaces_another_is_used_within_a_second() {
+    let world = World::of_its_own();
     let service = world.serve().await;
     service.visit().await;
     let other = format!("{}_other", world.database);
@@ -135,7 +137,7 @@ async fn database_that_another_takes_the_place_of_is_used_within_a_second() {
         "select pg_terminate_backend(pid) from pg_stat_activity where datname = '{database}'"
     );
     let postgres = |statement: &str| world.postgres.sql("postgres", statement);
-    // The service opens sessions all the time.
+    // The service opens sessions all the time, which can prevent the renaming.
     eventually("the database is out of the way", SOON, async || {
         postgres(&terminate).unwrap();
         postgres(&format!(

@@ -1,5 +1,4 @@
-//! What the service says of its connections, its process and its runtime, compared with what the
-//! stores and the system say.
+//! Metrics of connections, process and runtime, compared with what the stores and the system report.
 
 use std::fs;
 use std::thread::available_parallelism;
@@ -11,7 +10,7 @@ use crate::support::load::visits;
 use crate::support::{HeldCount, SOON, Service, Way, Wire, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_of_a_pool_are_those_that_its_store_has() {
+async fn connection_counts_of_a_pool_match_those_of_its_store() {
     let world = World::new();
     let service = world
         .serve_with(&[("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")])
@@ -23,7 +22,7 @@ async fn connections_of_a_pool_are_those_that_its_store_has() {
     let sessions = "select count(*) from pg_stat_activity \
                     where datname = current_database() and application_name = 'visitas'";
     let pool = async |pool, state| pool_count(&service, pool, state).await;
-    // The writer's connection is in use, and so is that of a reading now and then.
+    // The writer uses a connection, and a periodic reading uses another for a moment.
     eventually("Postgres has the pool's connections", SOON, async || {
         let (used, idle) = (
             pool("postgres", "used").await,
@@ -41,7 +40,7 @@ async fn connections_of_a_pool_are_those_that_its_store_has() {
     eventually("Redis has the pool's connections", SOON, async || {
         let clients: String = world.redis_says(&["CLIENT", "LIST"]).await;
         let clients = i64::try_from(clients.lines().count()).unwrap();
-        // The one that asks is one.
+        // The test's own connection is one of them.
         pool("redis", "idle").await == clients - 1
     })
     .await;
@@ -68,7 +67,7 @@ async fn checkout_is_timed() {
             service.visit().await;
         }
         let (after, sum) = waits(pool).await;
-        // The monitor takes one now and then.
+        // Periodic readings check out connections, too.
         assert!((50..150).contains(&(after - before)), "{before} {after}");
         assert!(sum > 0.0 && sum < 5.0, "{sum}");
     }
@@ -84,7 +83,7 @@ async fn checkout_that_waits_is_pending_and_is_counted_when_it_times_out() {
         .await;
     let said = || way.said().concat().len();
     way.fall_silent_for_good();
-    // The monitor's reading keeps the one connection that is open.
+    // A periodic reading holds the only open connection.
     let before = said();
     eventually("a reading", SOON, async || said() > before).await;
     let visit = service.begin_visit();
@@ -93,7 +92,7 @@ async fn checkout_that_waits_is_pending_and_is_counted_when_it_times_out() {
     })
     .await;
     assert_eq!(visit.await.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
-    eventually("it is counted", SOON, async || {
+    eventually("the timeout is counted", SOON, async || {
         of_pool(&service, "timeouts_total", "postgres").await == 1
     })
     .await;
@@ -103,7 +102,7 @@ async fn checkout_that_waits_is_pending_and_is_counted_when_it_times_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn figures_of_the_process_are_those_of_the_system() {
+async fn process_metrics_match_those_of_the_system() {
     let world = World::new();
     let service = world.serve().await;
     service.visit().await;
@@ -124,7 +123,7 @@ async fn figures_of_the_process_are_those_of_the_system() {
     };
     eventually("the open files are counted", SOON, async || {
         let before = files();
-        // The folder in which the process looks is open meanwhile.
+        // The process has the folder open that it counts.
         whole(&service, "process_open_fds").await == before + 1 && files() == before
     })
     .await;
@@ -136,7 +135,7 @@ async fn figures_of_the_process_are_those_of_the_system() {
         wires.push(wire);
     }
     let more = whole(&service, "process_open_fds").await - open;
-    // The pools may open or close one.
+    // The pools can open or close a connection.
     assert!((18..=26).contains(&more), "{more}");
     let limits = read("limits");
     let limit = limits
@@ -161,7 +160,7 @@ async fn figures_of_the_process_are_those_of_the_system() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn processor_time_has_fractions_and_is_that_of_the_system() {
+async fn processor_time_has_fractions_and_matches_that_of_the_system() {
     let world = World::new();
     let service = world.serve().await;
     let pid = service.pid();
@@ -169,7 +168,7 @@ async fn processor_time_has_fractions_and_is_that_of_the_system() {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let fields = stat.rsplit_once(") ").unwrap().1.split(' ');
         let ticks = fields.skip(11).take(2);
-        // The system counts in hundredths of a second.
+        // The unit is a hundredth of a second.
         let ticks = ticks.map(|ticks| ticks.parse::<u32>().unwrap());
         f64::from(ticks.sum::<u32>()) / 100.0
     };
@@ -186,7 +185,7 @@ async fn processor_time_has_fractions_and_is_that_of_the_system() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn figures_of_the_runtime_follow_what_it_does() {
+async fn runtime_metrics_follow_the_load() {
     let world = World::new();
     let service = world.serve().await;
     let metric = async |name: &str| service.metric(name).await.unwrap();
@@ -201,7 +200,7 @@ async fn figures_of_the_runtime_follow_what_it_does() {
     for _ in 0..20 {
         wires.push(Wire::open(&service).await);
     }
-    // The pools' connections have tasks, too, and may open or close.
+    // The pools' connections have tasks, too, and can open or close.
     eventually("each connection has a task", SOON, async || {
         (18..=24).contains(&more().await)
     })
@@ -219,7 +218,7 @@ async fn figures_of_the_runtime_follow_what_it_does() {
     assert!(busy > 0.01 && busy <= most, "{busy} of {most}");
 }
 
-/// A whole figure of a store's pool.
+/// A metric of a store's pool, as a whole number.
 async fn of_pool(service: &Service, figure: &str, pool: &str) -> i64 {
     let series =
         format!("db_client_connection_{figure}{{db_client_connection_pool_name=\"{pool}\"}}");

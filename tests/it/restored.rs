@@ -1,5 +1,5 @@
 //! Dumps and copies: however data gets into the tables, the total equals the rows, or the service
-//! says that a recount is due.
+//! reports that a recount is due.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use reqwest::StatusCode;
 
 use crate::support::{Ended, SOON, Service, World, eventually};
 
-/// Rows added and removed by hand that no visit has folded into the count.
+/// Rows added and removed by hand, which no visit has added to the total yet.
 const BY_HAND: &str = "insert into visitas select from generate_series(1, 20); \
                        delete from visitas where id in (select id from visitas order by id limit 2)";
 
@@ -41,20 +41,30 @@ async fn changes_after_a_restore_and_before_the_first_visit_are_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dump_loaded_into_a_migrated_database_never_makes_the_total_wrong_in_silence() {
-    for arguments in [
+async fn dump_loaded_into_a_migrated_database_leaves_an_exact_total_or_a_recount_due() {
+    let (world, _) = dumped(&[]).await;
+    let first = Other::new("restored");
+    for (index, arguments) in [
         &[][..],
         &["--data-only"],
         &["--data-only", "--disable-triggers"],
         &["--data-only", "--inserts"],
         &["--clean", "--if-exists"],
         &["--data-only", "--table=visitas"],
-    ] {
-        let (world, dump) = dumped(arguments).await;
-        let other = Other::new("restored");
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let dump = dump_of(&world.postgres, &world.database, arguments);
+        let other = first.another(&format!("restored_{index}"));
         let service = other.serve(&world).await;
         other.load(&dump);
         other.pass_transactions_of(&world);
+        // A dump with `--clean` drops and creates what visits need, so Postgres can be down at first.
+        eventually("a visit is recorded", SOON, async || {
+            service.get("/").await.status == StatusCode::OK
+        })
+        .await;
         other.expect_exact_or_due(&service).await;
         other.expect_exact_after_a_recount(&world, &service).await;
     }
@@ -63,9 +73,9 @@ async fn dump_loaded_into_a_migrated_database_never_makes_the_total_wrong_in_sil
 #[tokio::test(flavor = "multi_thread")]
 async fn dump_loaded_into_another_database_of_the_cluster_is_not_counted_twice() {
     let (world, dump) = dumped(&["--data-only"]).await;
-    let other = Other::beside(&world);
+    let other = Other::named(&world, &world.database).another("neighbour");
     let service = other.serve(&world).await;
-    // So that what the dump holds is younger than the other database's last entry.
+    // So that the second dump is younger than the other database's last entry.
     service.visit().await;
     world.sql("insert into visitas default values").await;
     let younger = dump_of(&world.postgres, &world.database, &["--data-only"]);
@@ -108,7 +118,7 @@ async fn own_data_loaded_again_is_not_counted_twice() {
     own.expect_exact_or_due(&service).await;
     world.postgres.kill().unwrap();
     world.postgres.start_again().unwrap();
-    // The first one can be sent on a connection that is broken.
+    // The first visit can meet a broken connection.
     eventually("a visit is recorded", SOON, async || {
         service.get("/").await.status == StatusCode::OK
     })
@@ -132,7 +142,7 @@ async fn replicated_tables_are_counted_exactly_after_the_switch() {
             "--table=visitas_ajustes",
         ],
     );
-    // A replication brings rows and no sequences, and fires no trigger.
+    // Replication copies rows, not sequences, and fires no trigger.
     let rows: String = ledger
         .split_inclusive('\n')
         .filter(|line| !line.contains("pg_catalog.setval"))
@@ -150,13 +160,13 @@ async fn replicated_tables_are_counted_exactly_after_the_switch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ledger_that_somebody_writes_to_is_due_for_a_recount() {
+async fn ledger_with_foreign_entries_is_due_for_a_recount() {
     for forgery in [
         "insert into visitas_ajustes (transacao, diferenca, origem) values ('1', 5, 'elsewhere/1')",
         "insert into visitas_ajustes (transacao, diferenca) values ('1', 5)",
         "insert into visitas_contagem select 999, 5, limite, abertas, 'elsewhere/1' from visitas_contagem limit 1",
     ] {
-        let world = World::of_its_own();
+        let world = World::new();
         let service = world.serve().await;
         service.visit().await;
         world.sql(forgery).await;
@@ -172,17 +182,17 @@ async fn ledger_that_somebody_writes_to_is_due_for_a_recount() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dump_of_which_only_the_ledger_arrived_is_counted_by_its_rows() {
+async fn dump_of_which_only_the_ledger_was_loaded_is_counted_by_its_rows() {
     let (world, dump) = dumped(&[]).await;
     let other = Other::new("restored");
-    // They have the ids of the dump's rows, which are refused.
+    // These rows have the ids of the dump's rows, so the dump's rows are refused.
     other.sql("create table visitas (id bigint generated by default as identity primary key, data timestamptz not null default now())");
     other.sql("insert into visitas (id) select generate_series(1, 100)");
     other.load(&dump);
     assert_eq!(other.rows(), 100);
     assert_ne!(other.sql("select max(total) from visitas_contagem"), "100");
     let service = other.serve(&world).await;
-    // An id that the sequence gives first is taken.
+    // The first visit fails: its id is taken.
     eventually("a visit is recorded", SOON, async || {
         service.get("/").await.status == StatusCode::OK
     })
@@ -191,6 +201,7 @@ async fn dump_of_which_only_the_ledger_arrived_is_counted_by_its_rows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes long: make faults"]
 async fn many_changes_by_hand_before_a_restart_stop_no_visit() {
     let world = World::of_its_own();
     let service = world.serve().await;
@@ -206,15 +217,15 @@ async fn many_changes_by_hand_before_a_restart_stop_no_visit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn truncation_after_a_clock_that_went_back_drops_what_came_before() {
-    let world = World::of_its_own();
+async fn truncation_after_the_clock_went_back_drops_earlier_changes() {
+    let world = World::new();
     let service = world.serve().await;
     service.visit().await;
     service.stop().await;
     world
         .sql("insert into visitas select from generate_series(1, 5)")
         .await;
-    // As the server would write it that was started by a clock that was ahead.
+    // As a server writes it whose clock was ahead when it started.
     world
         .sql("update visitas_ajustes set origem = split_part(origem, '@', 1) || '@2999-01-01T00:00:00.000000'; \
               update visitas_contagem set origem = split_part(origem, '@', 1) || '@2999-01-01T00:00:00.000000'")
@@ -276,10 +287,11 @@ struct Other {
 }
 
 impl Other {
-    /// On a cluster of its own.
+    /// A new database on its own cluster.
     fn new(database: &str) -> Self {
         let postgres = Postgres::start(PostgresOptions::default()).expect("Postgres starts");
-        // All clusters here are copies of one, so that this database would have the same number.
+        // All clusters here are copies of one template: without this database, the next one would have
+        // the same number as in the other cluster.
         postgres.create_database("first").expect("a database");
         postgres.create_database(database).expect("a database");
         Self {
@@ -288,14 +300,13 @@ impl Other {
         }
     }
 
-    /// A new database on the world's cluster.
-    fn beside(world: &World) -> Self {
-        let other = Self::named(world, "beside");
-        world
-            .postgres
-            .create_database("beside")
-            .expect("a database");
-        other
+    /// A new database on the same cluster.
+    fn another(&self, database: &str) -> Self {
+        self.postgres.create_database(database).expect("a database");
+        Self {
+            postgres: std::sync::Arc::clone(&self.postgres),
+            database: database.to_owned(),
+        }
     }
 
     /// A database of this name on the world's cluster.
@@ -324,7 +335,7 @@ impl Other {
         service
     }
 
-    /// Feeds a dump to `psql`, which goes on after an error, as it does unless told otherwise.
+    /// Loads a dump with `psql`, which continues after an error by default.
     fn load(&self, dump: &str) {
         let mut psql = client(&self.postgres, "psql", &self.database)
             .arg("-Xq")
@@ -351,7 +362,7 @@ impl Other {
             .expect("a number")
     }
 
-    /// Makes the transaction ids here pass those of the cluster that the data came from.
+    /// Advances the transaction ids here beyond those of the cluster that the data came from.
     fn pass_transactions_of(&self, world: &World) {
         let theirs: i64 = world
             .postgres

@@ -1,4 +1,4 @@
-//! Replicas that restart in turn, as a rolling update has them, under clients that keep their
+//! Replicas that restart one after another, as in a rolling update, while clients keep their
 //! connections.
 
 use std::net::SocketAddr;
@@ -7,7 +7,7 @@ use lab::rolling::{Crowd, Relay, Replicas, Tally};
 
 use crate::support::{SOON, Service, World, eventually};
 
-/// A disk that stalls for a second is no restart: visits wait for it.
+/// Timeouts longer than a stall of the disk, so that only a restart could fail a visit.
 const SETTINGS: [(&str, &str); 4] = [
     ("SHUTDOWN_DELAY", "500ms"),
     ("SHUTDOWN_TIMEOUT", "20s"),
@@ -16,7 +16,7 @@ const SETTINGS: [(&str, &str); 4] = [
 ];
 const REPLICAS: usize = 3;
 const RESTARTS: usize = 6;
-/// Clients that keep their connections, and clients that open one for each visit.
+/// Clients that keep their connection, and clients that open one for each visit.
 const KEEPING: usize = 16;
 const OPENING: usize = 4;
 
@@ -38,7 +38,7 @@ async fn clients_behind_a_balancer_that_keeps_connections_see_no_restart() {
     restart_in_turn(&world, &replicas, Crowd::start(KEEPING, OPENING, &balanced)).await;
 }
 
-/// Every visit is answered 200, and each of them is one row.
+/// Expects that every visit is answered 200, and that each visit is one row.
 async fn restart_in_turn(world: &World, replicas: &Replicas, crowd: Crowd) -> Tally {
     let mut running = Vec::new();
     for _ in 0..REPLICAS {
@@ -70,7 +70,7 @@ async fn start(world: &World, replicas: &Replicas) -> (Service, SocketAddr) {
     (service, address)
 }
 
-/// Waits until the clients have made some more visits, so that all of them are at work.
+/// Waits until the clients have made 200 more visits, so that all of them are active.
 async fn until_visited(crowd: &Crowd) {
     let before = crowd.visits();
     eventually("clients visit", SOON, async || {

@@ -1,5 +1,5 @@
-//! Whose certificates are trusted: the system's, and those of `DB_SSLROOTCERT` in their place for
-//! Postgres alone. psql is the control: what it refuses is not accepted.
+//! Which authorities are trusted: those of the system and, for Postgres alone, those of
+//! `DB_SSLROOTCERT` instead. psql is the reference: what it refuses is not accepted.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd as _;
@@ -25,7 +25,7 @@ use crate::support::collector::Collector;
 use crate::support::{Ended, SOON, Service, World, eventually, program, settings};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn certificate_of_the_systems_authority_is_refused_where_the_database_has_another() {
+async fn authority_of_the_system_is_refused_where_the_database_has_its_own() {
     let world = encrypting();
     let (signer, other) = (path(world.postgres.ca()), path(world.redis.ca()));
     for (mode, host) in [
@@ -68,7 +68,7 @@ async fn certificate_of_the_systems_authority_is_refused_where_the_database_has_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn systems_authorities_hold_for_postgres_where_no_other_is_named() {
+async fn authorities_of_the_system_are_trusted_for_postgres_by_default() {
     let world = encrypting();
     let system = system(path(world.postgres.ca()));
     for mode in ["verify-ca", "verify-full"] {
@@ -82,7 +82,7 @@ async fn systems_authorities_hold_for_postgres_where_no_other_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_trusts_the_systems_authorities_and_not_those_of_the_database() {
+async fn redis_trusts_the_authorities_of_the_system_and_not_those_of_the_database() {
     let world = encrypting();
     let (database, cache) = (path(world.postgres.ca()), path(world.redis.ca()));
     let all = |system: Vec<(String, String)>, roots| {
@@ -94,7 +94,7 @@ async fn redis_trusts_the_systems_authorities_and_not_those_of_the_database() {
         let ours = world.settings_but("REDIS_", &given);
         [ours, settings(&PATIENT), system].concat()
     };
-    // Directories count, too, and a file in none of the usual places.
+    // A directory works, too, and so does a file outside the usual places.
     let directories = directories(&[Some(Path::new(cache)), None]);
     for (system, visit) in [(system(cache), 1), (directories.1, 2)] {
         let service = Service::start(&all(system, database)).await;
@@ -106,12 +106,12 @@ async fn redis_trusts_the_systems_authorities_and_not_those_of_the_database() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn exporter_trusts_the_systems_authorities_and_not_those_of_the_database() {
+async fn exporter_trusts_the_authorities_of_the_system_and_not_those_of_the_database() {
     let world = encrypting();
     let (database, cache) = (path(world.postgres.ca()), path(world.redis.ca()));
     let collector = Collector::start().await;
-    let endpoint = encrypted(&collector, world.redis.folder()).await;
-    let start = async |system_roots, roots| {
+    let start = async |collector: &Collector, system_roots, roots| {
+        let endpoint = encrypted(collector, world.redis.folder()).await;
         let given = settings(&[
             ("DB_SSLMODE", "verify-full"),
             ("DB_SSLROOTCERT", roots),
@@ -127,7 +127,7 @@ async fn exporter_trusts_the_systems_authorities_and_not_those_of_the_database()
         .concat();
         Service::start(&all).await
     };
-    let service = start(cache, database).await;
+    let service = start(&collector, cache, database).await;
     until_up(&service, "postgresql").await;
     eventually("a span arrives", SOON, async || {
         service.get("/").await;
@@ -135,9 +135,8 @@ async fn exporter_trusts_the_systems_authorities_and_not_those_of_the_database()
     })
     .await;
 
-    let received = collector.spans().len();
-    drop(service);
-    let service = start(database, cache).await;
+    let refused = Collector::start().await;
+    let service = start(&refused, database, cache).await;
     service.get("/").await;
     eventually("the exporter refuses the collector", SOON, async || {
         let lines = service.logged("the collector does not take spans");
@@ -146,11 +145,11 @@ async fn exporter_trusts_the_systems_authorities_and_not_those_of_the_database()
             .any(|line| line["error"].to_string().contains(REFUSED))
     })
     .await;
-    assert_eq!(collector.spans().len(), received);
+    assert!(refused.spans().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn spans_go_to_an_unencrypted_collector_where_the_system_has_no_authority() {
+async fn spans_reach_an_unencrypted_collector_where_the_system_has_no_authority() {
     let world = encrypting();
     let collector = Collector::start().await;
     let given = [
@@ -169,7 +168,7 @@ async fn spans_go_to_an_unencrypted_collector_where_the_system_has_no_authority(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_psql_refuses_of_an_authority_or_a_chain_is_not_accepted() {
+async fn authority_or_chain_that_psql_refuses_is_not_accepted() {
     let world = encrypting();
     let files = Chain::new(world.postgres.folder());
     let expired = |params: &mut CertificateParams| params.not_after = date_time_ymd(2020, 1, 1);
@@ -217,12 +216,13 @@ async fn what_psql_refuses_of_an_authority_or_a_chain_is_not_accepted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes long: make faults"]
 async fn authority_that_psql_refuses_for_its_purpose_or_issuer_is_not_accepted() {
     let world = encrypting();
     let files = Chain::new(world.postgres.folder());
     let root = Authority::root("root", |_| {});
     let middle = root.signs("middle", |_| {});
-    // Each may stand alone, or between the server's certificate and the root.
+    // Each can be the root itself, or stand between the server's certificate and the root.
     let kinds: [(&str, Change); 10] = [
         ("plain", |_| {}),
         ("names its issuer's key", |params| {
@@ -300,7 +300,7 @@ async fn authority_that_psql_refuses_for_its_purpose_or_issuer_is_not_accepted()
     let false_below = false_middle.signs("below", |_| {});
     let given = [&*root.pem, &middle.pem, &false_below.pem];
     check("forged below".to_owned(), false, &given, &false_below).await;
-    // It has its issuer's name and another's signature, and says so.
+    // It has its issuer's name, but the key of another signed it, as its key identifier says.
     let renewed = root.signs("root", |params| {
         params.use_authority_key_identifier_extension = true;
     });
@@ -320,9 +320,9 @@ async fn authority_that_psql_refuses_for_its_purpose_or_issuer_is_not_accepted()
     assert!(wrong.is_empty(), "(psql, here): {wrong:#?}");
 }
 
-/// `SECURITY.md` lists these: rustls alone judges the certificates that the server sends.
+/// `SECURITY.md` lists these cases: only rustls checks the certificates that the server sends.
 #[tokio::test(flavor = "multi_thread")]
-async fn only_psql_refuses_what_security_names_in_a_servers_chain() {
+async fn chains_that_only_psql_refuses_are_those_that_security_names() {
     let world = encrypting();
     let mut files = Chain::new(world.postgres.folder());
     let root = Authority::root("root", |_| {});
@@ -344,14 +344,14 @@ async fn only_psql_refuses_what_security_names_in_a_servers_chain() {
         assert_eq!(found, only_ours);
     }
     files.change = |_| {};
-    // psql takes the first of a name.
+    // psql uses the first certificate with the name.
     let namesake = Authority::root("root", |_| {});
     let found = accepts(&world, &files, &[&namesake.pem, &root.pem], &root, &[]).await;
     assert_eq!(found, only_ours);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn authority_that_leaves_the_file_is_trusted_by_no_further_session() {
+async fn authority_removed_from_the_file_is_not_trusted_by_new_sessions() {
     let world = encrypting();
     let authority = fs::read_to_string(path(world.postgres.ca())).expect("PEM");
     let other = fs::read_to_string(path(world.redis.ca())).expect("PEM");
@@ -385,7 +385,7 @@ async fn authority_that_leaves_the_file_is_trusted_by_no_further_session() {
         .await;
         let failures = || service.metric(FAILURES);
         let before = failures().await;
-        eventually("it stays so over some probes", SOON, async || {
+        eventually("it stays down over some probes", SOON, async || {
             failures().await > before.map(|before| before + 3.0)
         })
         .await;
@@ -398,7 +398,7 @@ async fn authority_that_leaves_the_file_is_trusted_by_no_further_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cache_does_not_need_the_certificates_of_the_database() {
+async fn redis_works_without_the_certificates_of_the_database() {
     let world = encrypting();
     let trusted = file(&fs::read_to_string(path(world.postgres.ca())).expect("PEM"));
     let given = [
@@ -419,7 +419,7 @@ async fn cache_does_not_need_the_certificates_of_the_database() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn process_stays_the_one_that_was_started() {
+async fn process_keeps_its_name_id_and_arguments() {
     let world = encrypting();
     let given = [
         ("DB_SSLMODE", "verify-full"),
@@ -439,11 +439,12 @@ async fn process_stays_the_one_that_was_started() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn program_whose_file_was_deleted_executes_itself() {
+async fn program_whose_file_was_deleted_can_restart_itself() {
     let world = encrypting();
     let copy = TempDir::new().expect("a directory");
     let copied = copy.path().join("visitas");
-    // By another process: one that another test starts here would hold it open for writing.
+    // Copied by another process: a program that another test starts from this one would inherit the
+    // open file, and a file open for writing cannot be executed.
     let copying = Command::new("cp")
         .arg(env!("CARGO_BIN_EXE_visitas"))
         .arg(&copied)
@@ -468,7 +469,7 @@ async fn program_whose_file_was_deleted_executes_itself() {
 }
 
 #[tokio::test]
-async fn program_does_not_execute_itself_for_ever() {
+async fn program_restarts_itself_at_most_once() {
     let trusted = file(&Authority::root("root", |_| {}).pem);
     let given = [
         ("DB_SSLMODE", "verify-full"),
@@ -491,22 +492,23 @@ async fn program_does_not_execute_itself_for_ever() {
 
 // --- wiring ---
 
-/// As in `tls`: time enough for handshakes on a busy machine.
+/// As in `tls`: timeouts long enough for a handshake on a busy machine.
 const PATIENT: [(&str, &str); 3] = [
     ("REDIS_TIMEOUT", "5s"),
     ("DB_TIMEOUT", "10s"),
     ("VISIT_TIMEOUT", "15s"),
 ];
 
-/// The authorities of two servers have the same name, so the reason may also be its signature.
+/// The beginning of all reasons: the authorities of two servers have the same name, so the reason can
+/// be an unknown issuer or a bad signature.
 const REFUSED: &str = "invalid peer certificate";
 
-/// Calls that Postgres refused or that did not reach it.
+/// Calls that Postgres refused, or that did not reach it.
 const FAILURES: &str = "visitas_store_calls_total{db_system_name=\"postgresql\",\
                         db_operation_name=\"SELECT\",outcome=\"error\"}";
 
-/// A Postgres that also listens where its certificate does not say, and a Redis, both encrypting,
-/// each with an authority of its own.
+/// A Postgres that also listens on an address that its certificate does not name, and a Redis. Both
+/// use TLS, each with its own authority.
 fn encrypting() -> World {
     let addresses = "127.0.0.1,127.0.0.2";
     World::with(
@@ -522,12 +524,12 @@ fn encrypting() -> World {
     )
 }
 
-/// The system's authorities, as an operator names them.
+/// The setting for the system's authorities.
 fn system(file: &str) -> Vec<(String, String)> {
     settings(&[("SSL_CERT_FILE", file)])
 }
 
-/// Directories with one file each, or none, and the setting that names them.
+/// Directories with at most one file each, and the setting that names them.
 fn directories(files: &[Option<&Path>]) -> (Vec<TempDir>, Vec<(String, String)>) {
     let directories: Vec<_> = files
         .iter()
@@ -573,15 +575,14 @@ async fn until_down(service: &Service, store: &str, why: &str) {
     assert!(said()[0]["error"].to_string().contains(why), "{:?}", said());
 }
 
-/// How many sessions the service has.
+/// The number of the service's sessions.
 async fn sessions(world: &World) -> i64 {
     world
         .number("select count(*) from pg_stat_activity where application_name = 'visitas'")
         .await
 }
 
-/// The URL of a collector that is spoken to encrypted, with the certificate of the server in a
-/// folder.
+/// The URL of a TLS proxy to a collector, with the server certificate in this folder.
 async fn encrypted(collector: &Collector, server: &Path) -> String {
     let certificates = CertificateDer::pem_file_iter(server.join("server.pem")).expect("PEM");
     let key = PrivateKeyDer::from_pem_file(server.join("server.key")).expect("a key");
@@ -613,8 +614,8 @@ async fn encrypted(collector: &Collector, server: &Path) -> String {
     format!("https://{address}")
 }
 
-/// Whether psql opens a session, and whether the program does, trusting these certificates while
-/// the server shows one by the signer, and those above it.
+/// Whether psql and whether the program open a session, trusting these certificates, while the server
+/// sends a certificate by the signer and those above it.
 async fn accepts(
     world: &World,
     files: &Chain,
@@ -650,10 +651,10 @@ fn path(path: Option<&Path>) -> &str {
     path.and_then(Path::to_str).expect("a path of ASCII")
 }
 
-/// What sets a certificate apart.
+/// A change to the parameters of a certificate.
 type Change = fn(&mut CertificateParams);
 
-/// An authority, or what calls itself one.
+/// A certificate that signs others, and its key.
 struct Authority {
     pem: String,
     issuer: Issuer<'static, KeyPair>,
@@ -692,12 +693,12 @@ impl Authority {
     }
 }
 
-/// Makes it a certificate that may sign nothing but lists of revoked ones.
+/// Allows the certificate to sign only revocation lists.
 fn for_lists_only(params: &mut CertificateParams) {
     params.key_usages = vec![KeyUsagePurpose::CrlSign];
 }
 
-/// Makes it a certificate that says that another key than its issuer's has signed it.
+/// Makes the certificate name another key than its issuer's as the one that signed it.
 fn by_another_key(params: &mut CertificateParams) {
     let authority_key_identifier = [2, 5, 29, 35];
     let key = vec![0x30, 0x06, 0x80, 0x04, 1, 2, 3, 4];
@@ -705,7 +706,7 @@ fn by_another_key(params: &mut CertificateParams) {
     params.custom_extensions = vec![other];
 }
 
-/// The certificates that a Postgres shows, for the key that it has.
+/// The file of the certificates that Postgres sends, and its key.
 struct Chain {
     file: std::path::PathBuf,
     key: KeyPair,
@@ -722,7 +723,7 @@ impl Chain {
         }
     }
 
-    /// Has Postgres show a certificate by this authority, and those above it.
+    /// Makes Postgres send a certificate by this authority, and those above it.
     async fn install(&self, world: &World, signer: &Authority, above: &[&str]) {
         let mut params = CertificateParams::new(["127.0.0.1".to_owned()]).expect("a name");
         (self.change)(&mut params);

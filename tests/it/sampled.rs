@@ -1,5 +1,6 @@
-//! Which requests are traced, whose children they are, and what the others leave behind: nothing.
+//! Which requests are traced, and what their parent is. The others leave no span.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -20,7 +21,7 @@ use visitas::telemetry::sampler::Sampler;
 use crate::support::collector::{Collector, hex, named};
 use crate::support::load::visits;
 use crate::support::traces::{PARENT, UNSAMPLED, ask, spans, traced, traced_with};
-use crate::support::{SOON, World};
+use crate::support::{SOON, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn inbound_traceparent_is_the_parent() {
@@ -84,7 +85,7 @@ async fn two_traceparents_start_a_new_trace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn members_of_a_second_tracestate_follow_those_of_the_first() {
+async fn members_of_a_second_tracestate_are_appended_to_the_first() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     let mut headers = HeaderMap::new();
@@ -99,7 +100,7 @@ async fn members_of_a_second_tracestate_follow_those_of_the_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn propagators_without_tracecontext_use_no_header() {
+async fn propagators_without_tracecontext_ignore_trace_headers() {
     let (world, collector) = (World::new(), Collector::start().await);
     for propagators in ["none", "baggage"] {
         let settings = [
@@ -126,7 +127,7 @@ async fn propagators_without_tracecontext_use_no_header() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ratio_is_decided_on_the_id_that_the_trace_gets() {
+async fn sampling_ratio_is_decided_by_the_trace_id() {
     let (world, collector) = (World::new(), Collector::start().await);
     for (sampler, ratio) in [
         ("traceidratio", 0.5),
@@ -139,15 +140,14 @@ async fn ratio_is_decided_on_the_id_that_the_trace_gets() {
             ("OTEL_TRACES_SAMPLER_ARG", argument.as_str()),
         ];
         let service = traced_with(&world, &collector, &settings).await;
-        // What another service with the same ratio does.
+        // The SDK's own sampler, as another service with the same ratio uses it.
         let reference = opentelemetry_sdk::trace::Sampler::TraceIdRatioBased(ratio);
-        let mut sampled = 0;
+        let mut sampled = BTreeSet::new();
         for _ in 0..200 {
             let answer = service.get("/").await;
             let Some(trace) = answer.header("traceresponse").get(3..35) else {
                 continue;
             };
-            sampled += 1;
             let trace_id = TraceId::from_hex(trace).unwrap();
             let decided = reference.should_sample(None, trace_id, "", &SpanKind::Server, &[], &[]);
             assert_eq!(
@@ -155,17 +155,24 @@ async fn ratio_is_decided_on_the_id_that_the_trace_gets() {
                 SamplingDecision::RecordAndSample,
                 "{trace}"
             );
-            collector.trace(trace, 1).await;
+            sampled.insert(trace.to_owned());
         }
+        eventually("every sampled trace is exported", SOON, async || {
+            let exported = collector.spans();
+            let exported = exported.iter().map(|exported| hex(&exported.span.trace_id));
+            sampled.is_subset(&exported.collect())
+        })
+        .await;
         // Five standard deviations.
         let (expected, deviation) = (200.0 * ratio, (200.0 * ratio * (1.0 - ratio)).sqrt());
-        let distance = (f64::from(sampled) - expected).abs();
+        let sampled = sampled.len();
+        let distance = (sampled as f64 - expected).abs();
         assert!(distance < 5.0 * deviation, "{sampled} of 200 at {ratio}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unsampled_visits_make_no_span_and_all_metrics() {
+async fn unsampled_visits_have_metrics_and_no_spans() {
     let (world, collector) = (World::new(), Collector::start().await);
     let off = [("OTEL_TRACES_SAMPLER", "always_off")];
     let service = traced_with(&world, &collector, &off).await;
@@ -189,7 +196,7 @@ async fn unsampled_visits_make_no_span_and_all_metrics() {
 }
 
 #[tokio::test]
-async fn handler_of_an_unsampled_request_is_in_no_span() {
+async fn handler_of_an_unsampled_request_runs_in_no_span() {
     let made = Arc::new(AtomicUsize::new(0));
     let counting = tracing_subscriber::registry().with(Counting(Arc::clone(&made)));
     let _counting = tracing::subscriber::set_default(counting);
@@ -212,7 +219,7 @@ async fn unsampled_traceparent_leaves_no_span() {
     let unsampled = ask(&service, "/", &[("traceparent", UNSAMPLED)]).await;
     assert_eq!(unsampled.header("traceresponse"), "");
     collector.trace_of(&service.get("/").await, 3).await;
-    assert_eq!(collector.spans().len(), 3, "of the second visit alone");
+    assert_eq!(collector.spans().len(), 3, "only those of the second visit");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -223,7 +230,7 @@ async fn probes_and_scrapes_are_not_traced() {
         ask(&service, path, &[("traceparent", PARENT)]).await;
     }
     collector.trace_of(&service.get("/").await, 3).await;
-    assert_eq!(collector.spans().len(), 3, "of the visit alone");
+    assert_eq!(collector.spans().len(), 3, "only those of the visit");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -237,7 +244,7 @@ async fn nothing_is_sampled_without_an_endpoint() {
     assert_eq!(spans(&service, "exporter", "").await, 0);
 }
 
-/// Counts the spans that are made, for whatever reason.
+/// Counts all spans that are created.
 struct Counting(Arc<AtomicUsize>);
 
 impl<S: tracing::Subscriber> Layer<S> for Counting {

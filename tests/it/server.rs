@@ -1,15 +1,15 @@
-//! Connections: how many there are, how long each may take, and what is no HTTP/1.
+//! Connections of the program: the settings of its limits, and requests that reach no route. The
+//! timeouts themselves are tested in [`crate::accept`].
 
 use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::support::{SOON, Service, Wire, World, eventually};
+use crate::support::{SOON, Service, Wire, World, eventually, without_stores};
 
 #[tokio::test]
-async fn half_sent_head_is_cut_at_the_header_timeout() {
-    let world = World::new();
-    let service = world.start(&[("HEADER_TIMEOUT", "500ms")]).await;
+async fn connection_with_half_sent_headers_is_closed_at_the_header_timeout() {
+    let service = without_stores(&[("HEADER_TIMEOUT", "500ms")]).await;
     let mut wire = Wire::open(&service).await;
     wire.send("GET / HTTP/1.1\r\nhost: te").await;
     assert_eq!(wire.rest().await, "");
@@ -17,52 +17,16 @@ async fn half_sent_head_is_cut_at_the_header_timeout() {
 }
 
 #[tokio::test]
-async fn head_that_drips_gains_no_time() {
-    let world = World::new();
-    let service = world.start(&[("HEADER_TIMEOUT", "500ms")]).await;
-    let mut wire = Wire::open(&service).await;
-    wire.send("GET / HTTP/1.1\r\nx: ").await;
-    while wire.is_open_after(Duration::from_millis(50)).await {
-        wire.send("x").await;
-        assert!(wire.age() < SOON, "it is still open");
-    }
-    assert_about(wire.age(), Duration::from_millis(500));
-}
-
-#[tokio::test]
-async fn connection_that_never_sends_is_cut_at_the_idle_timeout() {
-    let world = World::new();
+async fn connection_that_never_sends_is_closed_at_the_idle_timeout() {
     let timeouts = [("HEADER_TIMEOUT", "100ms"), ("IDLE_TIMEOUT", "1200ms")];
-    let service = world.start(&timeouts).await;
+    let service = without_stores(&timeouts).await;
     let mut wire = Wire::open(&service).await;
     assert_eq!(wire.rest().await, "");
     assert_about(wire.age(), Duration::from_millis(1200));
 }
 
 #[tokio::test]
-async fn idle_connection_outlives_the_header_timeout_and_ends_at_its_own() {
-    let world = World::new();
-    let timeouts = [("HEADER_TIMEOUT", "100ms"), ("IDLE_TIMEOUT", "1200ms")];
-    let service = world.start(&timeouts).await;
-    let mut wire = Wire::open(&service).await;
-    wire.get("/health/live").await;
-    assert_eq!(wire.rest().await, "");
-    assert_about(wire.age(), Duration::from_millis(1200));
-}
-
-#[tokio::test]
-async fn later_head_has_a_header_timeout_of_its_own() {
-    let world = World::new();
-    let service = world.start(&[("HEADER_TIMEOUT", "500ms")]).await;
-    let mut wire = Wire::open(&service).await;
-    wire.get("/health/live").await;
-    wire.send("GET /health/live").await;
-    assert_eq!(wire.rest().await, "");
-    assert_about(wire.age(), Duration::from_millis(500));
-}
-
-#[tokio::test]
-async fn idle_connections_shut_nobody_out() {
+async fn idle_connections_keep_no_client_out() {
     let world = World::new();
     let service = world.serve_with(&[("HTTP_MAX_CONNECTIONS", "8")]).await;
     let mut idle = Vec::new();
@@ -88,14 +52,13 @@ async fn idle_connections_shut_nobody_out() {
 
 #[tokio::test]
 async fn connections_are_counted_as_they_open_and_close() {
-    let world = World::new();
-    let service = world.start(&[]).await;
+    let service = without_stores(&[]).await;
     let mut wires = Vec::new();
     for open in 2..5 {
         let mut wire = Wire::open(&service).await;
         wire.get("/health/live").await;
         wires.push(wire);
-        // The client's own is one of them.
+        // The connection of the scrape is one of them.
         until_connections(&service, open, 16384).await;
     }
     drop(wires);
@@ -103,9 +66,8 @@ async fn connections_are_counted_as_they_open_and_close() {
 }
 
 #[tokio::test]
-async fn malformed_head_is_400_and_the_connection_ends() {
-    let world = World::new();
-    let service = world.start(&[]).await;
+async fn malformed_headers_are_400_and_the_connection_closes() {
+    let service = without_stores(&[]).await;
     for head in [
         "nonsense\r\n\r\n",
         "GET / HTTP/1.1\r\nno colon\r\n\r\n",
@@ -119,15 +81,14 @@ async fn malformed_head_is_400_and_the_connection_ends() {
 }
 
 #[tokio::test]
-async fn head_that_is_too_large_is_431() {
-    let world = World::new();
-    let service = world.start(&[]).await;
+async fn headers_that_are_too_large_are_431() {
+    let service = without_stores(&[]).await;
     let head = |fields: String| format!("GET /health/live HTTP/1.1\r\nhost: a\r\n{fields}\r\n");
     let long = |bytes| head(format!("x: {}\r\n", "x".repeat(bytes)));
     let many = |fields| head("x: y\r\n".repeat(fields));
     assert_refused(&service, &long(256 * 1024), "HTTP/1.1 431 ").await;
     assert_refused(&service, &many(100), "HTTP/1.1 431 ").await;
-    // Of one that never ends no more is kept than that.
+    // Headers that never end are refused at the same size.
     let half = format!("GET / HTTP/1.1\r\nx: {}", "x".repeat(33 * 1024));
     assert_refused(&service, &half, "HTTP/1.1 431 ").await;
     for accepted in [long(31 * 1024), many(99)] {
@@ -139,9 +100,8 @@ async fn head_that_is_too_large_is_431() {
 }
 
 #[tokio::test]
-async fn http_2_is_hung_up_on_and_a_request_to_upgrade_is_served_in_http_1() {
-    let world = World::new();
-    let service = world.start(&[]).await;
+async fn http_2_is_disconnected_and_an_upgrade_request_is_served_in_http_1() {
+    let service = without_stores(&[]).await;
     assert_refused(&service, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "").await;
     let mut wire = Wire::open(&service).await;
     let upgrade = "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMA\r\n";
@@ -176,7 +136,7 @@ async fn file_limit_is_raised_to_fit_the_connections() {
 }
 
 #[tokio::test]
-async fn both_listeners_together_fit_a_file_limit_that_cannot_be_raised() {
+async fn both_listeners_together_stay_below_a_file_limit_that_cannot_be_raised() {
     let world = World::new();
     let mut command = Command::new("/bin/sh");
     command
@@ -200,7 +160,7 @@ async fn both_listeners_together_fit_a_file_limit_that_cannot_be_raised() {
             .find_map(|line| line.strip_prefix(series)?.trim().parse::<u32>().ok());
         value.unwrap_or_else(|| panic!("{series} in {text}"))
     };
-    // Of 200 files, 64 are for other things, and a quarter of the rest for scrapers.
+    // Of 200 files, 64 are for other purposes, and a quarter of the rest is for scrapers.
     assert_eq!(scrape("visitas_http_connections_max ").await, 102);
     let mut wires = Vec::new();
     for connection in 0..300 {
@@ -214,7 +174,7 @@ async fn both_listeners_together_fit_a_file_limit_that_cannot_be_raised() {
         wires.push(wire);
     }
     assert!(scrape("process_open_fds ").await < 200);
-    eventually("as many are open as may be", SOON, async || {
+    eventually("the limit is reached", SOON, async || {
         scrape("visitas_http_connections ").await == 102
     })
     .await;
@@ -230,8 +190,7 @@ async fn both_listeners_together_fit_a_file_limit_that_cannot_be_raised() {
 
 #[tokio::test]
 async fn requests_that_reach_no_route_are_counted_by_reason_and_logged_once_a_second() {
-    let world = World::new();
-    let service = world.start(&[("HEADER_TIMEOUT", "300ms")]).await;
+    let service = without_stores(&[("HEADER_TIMEOUT", "300ms")]).await;
     let rejected = async |reason: &str| {
         let series = format!("visitas_http_requests_rejected_total{{reason=\"{reason}\"}}");
         service.metric(&series).await
@@ -286,7 +245,7 @@ async fn requests_that_reach_no_route_are_counted_by_reason_and_logged_once_a_se
             sent += 1;
         }
     }
-    // Clients that come and go without a word, or leave in the middle of one, are refused nothing.
+    // Clients that close before or during their headers are not counted.
     for said in ["", "GET / HT"] {
         let mut wire = Wire::open(&service).await;
         wire.send(said).await;
@@ -307,7 +266,7 @@ async fn requests_that_reach_no_route_are_counted_by_reason_and_logged_once_a_se
         let counts = lines.iter().filter_map(|line| line[reason].as_u64());
         assert_eq!(counts.sum::<u64>(), requests.len() as u64, "{reason}");
     }
-    // A flood has no more lines than seconds.
+    // A flood of requests is logged once a second.
     let (before, began) = (service.logged(message).len(), Instant::now());
     for _ in 0..500 {
         let mut wire = Wire::open(&service).await;
@@ -323,11 +282,10 @@ async fn requests_that_reach_no_route_are_counted_by_reason_and_logged_once_a_se
     );
 }
 
-/// A response to a request that hyper does not read to its end, or not at all.
+/// Covers responses to requests that hyper does not read to the end, or not at all.
 #[tokio::test]
-async fn client_whose_request_is_refused_can_read_why() {
-    let world = World::new();
-    let service = world.start(&[]).await;
+async fn client_whose_request_is_refused_can_read_the_response() {
+    let service = without_stores(&[]).await;
     let filling = "x".repeat(1 << 20);
     for (request, status) in [
         (format!("nonsense\r\n\r\n{filling}"), 400),
@@ -350,8 +308,8 @@ async fn client_whose_request_is_refused_can_read_why() {
     }
 }
 
-/// Sends what is refused with a status, or without an answer, and sees that others are still
-/// served.
+/// Sends a request that is refused with this status, or without a response if `status` is empty, and
+/// expects that other clients are still served.
 async fn assert_refused(service: &Service, request: &str, status: &str) {
     let mut wire = Wire::open(service).await;
     wire.send(request).await;
@@ -361,7 +319,7 @@ async fn assert_refused(service: &Service, request: &str, status: &str) {
     Wire::open(service).await.get("/health/live").await;
 }
 
-/// Not before the limit, and not long after it on a machine that is busy with other tests.
+/// Expects an age of at least the limit, and at most a second more.
 fn assert_about(age: Duration, limit: Duration) {
     assert!(
         limit <= age && age < limit + Duration::from_secs(1),
@@ -369,7 +327,7 @@ fn assert_about(age: Duration, limit: Duration) {
     );
 }
 
-/// Waits until so many connections are counted, of so many that there may be.
+/// Waits until the metrics show this many open connections, and this limit.
 async fn until_connections(service: &Service, open: u32, max: u32) {
     let what = format!("{open} of {max} connections are open");
     eventually(&what, SOON, async || {

@@ -1,5 +1,4 @@
-//! Settings that are wrong end the program before it binds. What becomes of secrets is in
-//! [`crate::canary`].
+//! Invalid settings end the program before it binds. Secrets are tested in [`crate::canary`].
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -7,10 +6,10 @@ use std::net::TcpListener;
 
 use crate::support::{Ended, settings};
 
-/// Part of every secret here, so nothing that is shown may contain it.
+/// Part of every secret here, so no output must contain it.
 const CANARY: &str = "c4nary";
 
-/// Every variable with a value that is not accepted.
+/// Every variable, with a value that is invalid.
 const BAD: [(&str, &str); 54] = [
     ("DB_HOST", "two words"),
     ("DB_PORT", "0"),
@@ -68,7 +67,7 @@ const BAD: [(&str, &str); 54] = [
     ("OTEL_BSP_EXPORT_TIMEOUT", "0"),
 ];
 
-/// Every variable that there is.
+/// The names of all variables.
 pub(crate) fn variables() -> BTreeSet<&'static str> {
     BAD.into_iter().map(|(variable, _)| variable).collect()
 }
@@ -78,7 +77,7 @@ async fn bad_setting_ends_the_program_before_it_binds() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let taken = taken.local_addr().expect("an address").to_string();
     for (variable, value) in BAD {
-        // A program that came as far as binding would fail with another status.
+        // A program that got as far as binding would end with another status.
         let given = settings(&[("BIND_ADDR", &taken), (variable, value)]);
         let ended = Ended::of(&[], &given).await;
         assert_eq!(
@@ -98,7 +97,7 @@ async fn bad_setting_ends_the_program_before_it_binds() {
 }
 
 #[tokio::test]
-async fn settings_that_contradict_each_other_are_exit_2_and_both_named() {
+async fn contradicting_settings_are_exit_2_and_both_are_named() {
     let database = ("DATABASE_URL", "postgres://ana:c4nary@db/visitas");
     let cache = ("REDIS_URL", "redis://:c4nary@cache");
     let file = secret_file(CANARY);
@@ -162,7 +161,7 @@ async fn unreadable_secret_file_is_exit_2_with_variable_path_and_user() {
 }
 
 #[tokio::test]
-async fn help_shows_no_setting_of_the_environment() {
+async fn help_shows_no_value_from_the_environment() {
     let secrets: Vec<_> = BAD
         .into_iter()
         .filter(|(_, value)| value.contains(CANARY))
@@ -172,7 +171,7 @@ async fn help_shows_no_setting_of_the_environment() {
     assert!(!ended.output.contains(CANARY), "{}", ended.output);
 }
 
-/// A file that holds a secret and a newline.
+/// A file that contains a secret and a newline.
 pub(crate) fn secret_file(secret: &str) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     writeln!(file, "{secret}").expect("a secret on the disk");

@@ -1,4 +1,4 @@
-//! The way out: what is still answered after a signal, and how long the end may take.
+//! Stopping: what is still answered after a signal, and how long the stop takes.
 
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
@@ -13,8 +13,9 @@ use crate::support::{HeldCount, SOON, Service, Wire, World, eventually, until_re
 const VISIT: &str = "GET / HTTP/1.1\r\nhost: test\r\n\r\n";
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
 async fn stop_under_load_answers_every_request_and_keeps_every_visit() {
-    let world = World::alone();
+    let world = World::of_its_own();
     let service = world.serve().await;
     let mut clients = JoinSet::new();
     for _ in 0..32 {
@@ -70,7 +71,7 @@ async fn visits_that_are_queued_or_arrive_while_the_service_drains_are_recorded(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_response_after_the_signal_says_close_and_scrapes_go_on() {
+async fn every_response_after_the_signal_says_close_and_scrapes_continue() {
     let world = World::new();
     let settings = [("SHUTDOWN_DELAY", "5m"), ("METRICS_ADDR", "127.0.0.1:0")];
     let service = world.serve_with(&settings).await;
@@ -101,8 +102,9 @@ async fn every_response_after_the_signal_says_close_and_scrapes_go_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn visit_in_flight_is_answered_before_the_time_to_drain_is_over() {
-    let world = World::alone();
+#[ignore = "reads a clock: make faults"]
+async fn visit_in_flight_is_answered_before_the_shutdown_timeout() {
+    let world = World::of_its_own();
     let patient = [
         ("DB_TIMEOUT", "30s"),
         ("VISIT_TIMEOUT", "60s"),
@@ -122,7 +124,7 @@ async fn visit_in_flight_is_answered_before_the_time_to_drain_is_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stop_delay_serves_as_before_and_says_that_it_is_not_ready() {
+async fn during_the_stop_delay_visits_are_recorded_and_readiness_is_503() {
     let world = World::new();
     let delay = Duration::from_secs(2);
     let service = world.serve_with(&[("SHUTDOWN_DELAY", "2s")]).await;
@@ -143,8 +145,9 @@ async fn stop_delay_serves_as_before_and_says_that_it_is_not_ready() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn half_sent_request_holds_no_stop_beyond_its_time() {
-    let world = World::alone();
+#[ignore = "reads a clock: make faults"]
+async fn half_sent_request_does_not_delay_a_stop_beyond_the_shutdown_timeout() {
+    let world = World::of_its_own();
     let service = world
         .serve_with(&[
             ("SHUTDOWN_DELAY", "200ms"),
@@ -154,7 +157,7 @@ async fn half_sent_request_holds_no_stop_beyond_its_time() {
         .await;
     let mut half = Wire::open(&service).await;
     half.send("GET / HTTP/1.1\r\nhost:").await;
-    eventually("it is open", SOON, async || {
+    eventually("the connection is open", SOON, async || {
         service.metric("visitas_http_connections").await >= Some(2.0)
     })
     .await;
@@ -190,7 +193,8 @@ async fn interrupt_and_hangup_stop_like_a_termination() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stop_is_in_time_while_postgres_stands_still() {
+#[ignore = "reads a clock: make faults"]
+async fn stop_is_in_time_while_postgres_is_paused() {
     let world = World::of_its_own();
     let service = world.serve().await;
     world.postgres.pause().unwrap();
@@ -201,7 +205,8 @@ async fn stop_is_in_time_while_postgres_stands_still() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stop_is_in_time_while_redis_stands_still() {
+#[ignore = "reads a clock: make faults"]
+async fn stop_is_in_time_while_redis_is_paused() {
     let world = World::new();
     let service = world.serve_with(&[("REDIS_TIMEOUT", "600ms")]).await;
     world.redis.pause().unwrap();
@@ -212,7 +217,8 @@ async fn stop_is_in_time_while_redis_stands_still() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stop_is_in_time_without_any_store() {
+#[ignore = "reads a clock: make faults"]
+async fn stop_is_in_time_while_both_stores_are_down() {
     let world = World::of_its_own();
     let service = world.serve().await;
     for store in [&**world.postgres as &Server, &world.redis] {
@@ -223,8 +229,9 @@ async fn stop_is_in_time_without_any_store() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stop_is_in_time_beside_a_collector_that_never_answers() {
-    let world = World::alone();
+#[ignore = "reads a clock: make faults"]
+async fn stop_is_in_time_while_the_collector_never_answers() {
+    let world = World::of_its_own();
     let silent = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let endpoint = format!("http://{}", silent.local_addr().unwrap());
     let settings = [
@@ -237,26 +244,26 @@ async fn stop_is_in_time_beside_a_collector_that_never_answers() {
     until_logged(&service, "the last spans were not exported").await;
 }
 
-/// What a client has seen that visits until its connection is closed.
-struct Seen {
+/// The responses that one client has received.
+struct Tally {
     acknowledged: i64,
     unanswered: u32,
 }
 
-async fn visit_until_closed(mut wire: Wire) -> Seen {
+async fn visit_until_closed(mut wire: Wire) -> Tally {
     let mut acknowledged = 0;
     loop {
         wire.send(VISIT).await;
         let Some(answer) = wire.answer_within(SOON).await else {
             let unanswered = 1;
-            return Seen {
+            return Tally {
                 acknowledged,
                 unanswered,
             };
         };
         acknowledged += i64::from(answer.starts_with("HTTP/1.1 200 "));
         if answer.to_lowercase().contains("\r\nconnection: close\r\n") {
-            return Seen {
+            return Tally {
                 acknowledged,
                 unanswered: 0,
             };
@@ -264,7 +271,7 @@ async fn visit_until_closed(mut wire: Wire) -> Seen {
     }
 }
 
-/// Sends SIGTERM and waits until it is noticed.
+/// Sends SIGTERM and waits until the service logs it.
 async fn stop(service: &Service) {
     service.signal("TERM");
     until_logged(service, "stopping").await;
@@ -283,7 +290,7 @@ async fn ends_within(service: &Service, limit: Duration) {
     assert!(took < limit, "{took:?}");
 }
 
-/// Waits until so many visits are being answered beside the request that asks.
+/// Waits until this many visits are in flight, not counting the scrape itself.
 async fn until_in_flight(service: &Service, visits: f64) {
     let series = r#"http_server_active_requests{http_request_method="GET",url_scheme="http"}"#;
     eventually("visits are in flight", SOON, async || {

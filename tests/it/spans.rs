@@ -1,4 +1,4 @@
-//! The spans of a request and of the store calls that it causes, field by field.
+//! The spans of a request and of its store calls, field by field.
 
 use http::{HeaderMap, Method};
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
@@ -12,7 +12,7 @@ use crate::support::traces::{PARENT, UNSAMPLED, ask, traced, traced_with};
 use crate::support::{Answer, HeldCount, SOON, Service, Wire, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lone_visit_has_a_server_span_and_both_calls_beneath_it() {
+async fn single_visit_has_a_server_span_with_both_calls_as_children() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     let spans = collector.trace_of(&service.get("/").await, 3).await;
@@ -53,7 +53,7 @@ async fn server_span_describes_the_request_and_not_its_client() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn call_spans_say_what_was_asked_of_which_store() {
+async fn call_spans_describe_the_call_and_the_store() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     let spans = collector.trace_of(&service.get("/").await, 3).await;
@@ -68,7 +68,7 @@ async fn call_spans_say_what_was_asked_of_which_store() {
         ("db.stored_procedure.name", "registrar_visitas"),
         ("server.address", "127.0.0.1"),
     ];
-    has(postgres, &texts, world.postgres.port());
+    assert_call(postgres, &texts, world.postgres.port());
     let redis = named(&spans, "INCRBY");
     let texts = [
         ("db.system.name", "redis"),
@@ -76,11 +76,11 @@ async fn call_spans_say_what_was_asked_of_which_store() {
         ("db.operation.name", "INCRBY"),
         ("server.address", "127.0.0.1"),
     ];
-    has(redis, &texts, world.redis.port());
+    assert_call(redis, &texts, world.redis.port());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn failed_call_is_an_error_in_its_span_and_in_the_servers() {
+async fn failed_call_is_an_error_in_its_span_and_in_the_server_span() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     let _count = HeldCount::of(&world).await;
@@ -96,7 +96,7 @@ async fn failed_call_is_an_error_in_its_span_and_in_the_servers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn call_without_an_answer_has_no_code_of_the_store() {
+async fn call_without_a_reply_has_no_error_code_of_the_store() {
     type Break = fn(&World);
     let breaks: [(&str, Break); 2] = [
         ("timeout", |world| world.redis.pause().unwrap()),
@@ -105,7 +105,7 @@ async fn call_without_an_answer_has_no_code_of_the_store() {
     for (error, break_it) in breaks {
         let (world, collector) = (World::new(), Collector::start().await);
         let service = traced(&world, &collector).await;
-        // After a call the next probe, which could find it out first, is a second away.
+        // After a call the next reading, which could discover the fault first, is a second away.
         service.visit().await;
         break_it(&world);
         let spans = collector.trace_of(&service.get("/").await, 3).await;
@@ -114,12 +114,12 @@ async fn call_without_an_answer_has_no_code_of_the_store() {
         assert_eq!(call.text("error.type"), Some(error));
         assert_eq!(call.text("db.response.status_code"), None);
         let server = named(&spans, "GET /");
-        assert_eq!(status(server), SpanStatus::Unset, "the visit is counted");
+        assert_eq!(status(server), SpanStatus::Unset, "the visit is recorded");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusal_by_redis_has_its_prefix() {
+async fn error_of_redis_is_named_by_its_prefix() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     service.visit().await;
@@ -135,7 +135,7 @@ async fn refusal_by_redis_has_its_prefix() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn mistake_of_the_client_is_no_error_of_the_server() {
+async fn client_error_is_not_an_error_of_the_server_span() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     for (method, path, name, code) in [
@@ -154,13 +154,13 @@ async fn mistake_of_the_client_is_no_error_of_the_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn older_protocol_is_named() {
+async fn older_protocol_version_is_recorded() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     let mut wire = Wire::open(&service).await;
     wire.send("GET /nothing HTTP/1.0\r\n\r\n").await;
     wire.rest().await;
-    eventually("its span is exported", SOON, async || {
+    eventually("the span is exported", SOON, async || {
         collector.spans().len() == 1
     })
     .await;
@@ -169,7 +169,7 @@ async fn older_protocol_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_address_query_and_body_are_recorded_nowhere() {
+async fn client_address_query_and_body_are_never_recorded() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced_with(&world, &collector, &[("RUST_LOG", "debug")]).await;
     let address = "127.0.0.77";
@@ -206,7 +206,7 @@ async fn resource_names_service_version_and_instance() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unmatched_request_is_named_by_its_method_alone() {
+async fn span_of_an_unmatched_request_is_named_by_its_method_alone() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     let spans = collector.trace_of(&service.get("/nothing").await, 1).await;
@@ -215,7 +215,7 @@ async fn unmatched_request_is_named_by_its_method_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn request_with_a_method_of_its_own_is_named_http() {
+async fn span_of_a_request_with_an_unknown_method_is_named_http() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     for (path, name) in [("/", "HTTP /"), ("/nothing", "HTTP")] {
@@ -266,7 +266,7 @@ async fn visits_of_one_batch_link_to_the_calls_that_recorded_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn calls_belong_to_the_first_visit_of_their_batch_that_is_sampled() {
+async fn calls_are_children_of_the_first_sampled_visit_of_their_batch() {
     let (world, collector) = (World::new(), Collector::start().await);
     let (service, count, alone) = with_a_visit_waiting(&world, &collector).await;
     let unsampled = service.client.get(service.url("/"));
@@ -285,11 +285,15 @@ async fn calls_belong_to_the_first_visit_of_their_batch_that_is_sampled() {
         assert_eq!(call.integer("visitas.batch.size"), Some(2));
     }
     assert_eq!(unsampled.await.unwrap().unwrap().status(), StatusCode::OK);
-    assert_eq!(collector.spans().len(), 3 + 3, "none of the unsampled one");
+    assert_eq!(
+        collector.spans().len(),
+        3 + 3,
+        "none of the unsampled visit"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn server_span_ends_when_its_client_leaves_the_queue() {
+async fn server_span_ends_when_the_client_of_a_queued_visit_disconnects() {
     let (world, collector) = (World::new(), Collector::start().await);
     let (service, count, alone) = with_a_visit_waiting(&world, &collector).await;
     let mut leaving = Wire::open(&service).await;
@@ -306,7 +310,7 @@ async fn server_span_ends_when_its_client_leaves_the_queue() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn server_span_ends_when_its_client_leaves_during_the_call() {
+async fn server_span_ends_when_its_client_disconnects_during_the_call() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced_with(&world, &collector, &PATIENT).await;
     let mut count = HeldCount::of(&world).await;
@@ -317,7 +321,7 @@ async fn server_span_ends_when_its_client_leaves_during_the_call() {
     let server = collector.trace(&PARENT[3..35], 1).await.remove(0);
     assert_eq!(server.span.name, "GET /");
     count.release().await;
-    // Those that end after it are its children all the same.
+    // Spans that end after it are still its children.
     let spans = collector.trace(&PARENT[3..35], 3).await;
     for call in ["SELECT registrar_visitas", "INCRBY"] {
         let call = named(&spans, call);
@@ -325,7 +329,7 @@ async fn server_span_ends_when_its_client_leaves_during_the_call() {
     }
 }
 
-/// Each call takes 2.4 s, so the second visit's deadline passes during its own.
+/// Each call takes 2.4 s, so the second visit times out during its own call.
 #[tokio::test(flavor = "multi_thread")]
 async fn server_span_ends_with_its_503_and_not_with_its_batch() {
     let (world, collector) = (World::new(), Collector::start().await);
@@ -361,7 +365,7 @@ async fn server_span_ends_with_its_503_and_not_with_its_batch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn repair_of_the_sequence_is_a_call_of_the_visit() {
+async fn repair_of_the_sequence_is_a_child_of_the_visit() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     service.visit().await;
@@ -394,14 +398,14 @@ async fn repair_of_the_sequence_is_a_call_of_the_visit() {
     assert_eq!(
         spans[2].integer("visitas.batch.size"),
         None,
-        "it records none"
+        "it records no visit"
     );
 }
 
 // --- how large a span is ---
 
 #[tokio::test(flavor = "multi_thread")]
-async fn attribute_values_are_cut_and_the_span_is_small() {
+async fn attribute_values_are_truncated_and_the_span_is_small() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     let (path, agent) = (format!("/{}", "p".repeat(15_000)), "a".repeat(15_000));
@@ -428,12 +432,12 @@ async fn attribute_values_are_cut_and_the_span_is_small() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn limit_of_attribute_values_is_a_setting_in_characters() {
+async fn attribute_value_limit_is_configurable_in_characters() {
     let (world, collector) = (World::new(), Collector::start().await);
     let limits = [
         ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "3"),
         ("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "10"),
-        // Those of the SDK's own hold whatever these say.
+        // The service ignores these settings of the SDK.
         ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "1"),
         ("OTEL_SPAN_LINK_COUNT_LIMIT", "0"),
     ];
@@ -451,14 +455,14 @@ async fn limit_of_attribute_values_is_a_setting_in_characters() {
     assert_eq!(server.text("user_agent.original"), Some("0123456789"));
     assert_eq!(server.integer("http.response.status_code"), Some(404));
     assert_eq!(server.span.dropped_attributes_count, 0);
-    // Not those of the request alone.
+    // The limit also applies to the spans of calls.
     let spans = collector.trace_of(&service.get("/").await, 3).await;
     let call = named(&spans, "SELECT registrar_visitas");
     assert_eq!(call.text("db.query.text"), Some("select pub"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn link_has_no_tracestate_and_its_span_has() {
+async fn span_has_a_tracestate_and_its_links_have_none() {
     let (world, collector) = (World::new(), Collector::start().await);
     let (service, count, alone) = with_a_visit_waiting(&world, &collector).await;
     let mut together = Vec::new();
@@ -504,15 +508,15 @@ async fn last_span_is_flushed_at_the_stop() {
 
 // --- wiring ---
 
-/// Deadlines that leave a test the time to hold the count's lock.
+/// Timeouts that leave a test enough time to hold the count's lock.
 const PATIENT: [(&str, &str); 2] = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
 
-/// A visit with this `traceparent`, byte by byte.
+/// The bytes of a visit with this `traceparent`.
 fn visit_of(traceparent: &str) -> String {
     format!("GET / HTTP/1.1\r\nhost: test\r\ntraceparent: {traceparent}\r\n\r\n")
 }
 
-/// A service whose writer is busy with one visit, so that those which follow form one batch.
+/// A service whose writer waits with one visit, so that the visits after it form one batch.
 async fn with_a_visit_waiting(
     world: &World,
     collector: &Collector,
@@ -528,8 +532,8 @@ fn status(exported: &Exported) -> SpanStatus {
     exported.span.status.clone().unwrap_or_default().code()
 }
 
-/// Whether a call's span has these attributes, one visit, this port and nothing else.
-fn has(call: &Exported, texts: &[(&str, &str)], port: u16) {
+/// Expects that a call's span has these attributes, this port, a batch of one, and nothing else.
+fn assert_call(call: &Exported, texts: &[(&str, &str)], port: u16) {
     for &(key, value) in texts {
         assert_eq!(call.text(key), Some(value), "{key}");
     }

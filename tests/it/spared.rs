@@ -1,5 +1,5 @@
-//! What a request spares the stores, and what a refusal spares its client: time and calls. Read from
-//! what the service says to the stores, byte by byte.
+//! Requests that cost the stores no call, and refusals that cost the client no time. The tests read
+//! the bytes that the service sends to the stores.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use reqwest::StatusCode;
 use crate::batch::{Commands, Messages, READ};
 use crate::support::{HeldCount, SOON, Service, Way, Wire, World, eventually};
 
-/// Longer than the monitor's pause between two readings.
+/// Longer than the time between two periodic readings of the stores.
 const MONITORED: Duration = Duration::from_millis(2100);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -35,7 +35,8 @@ async fn liveness_probe_costs_no_store_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn liveness_probe_succeeds_whatever_the_stores_do() {
+#[ignore = "reads a clock: make faults"]
+async fn liveness_probe_succeeds_while_stores_are_paused_or_down() {
     for stop in ["pause", "kill"] {
         let world = World::of_its_own();
         let service = world.serve().await;
@@ -46,7 +47,7 @@ async fn liveness_probe_succeeds_whatever_the_stores_do() {
                 store.kill().unwrap();
             }
         }
-        // At once, and once the stores are known to be down.
+        // First before the failure is noticed, then after.
         for _ in 0..2 {
             let asked = Instant::now();
             let answer = service.get("/health/live").await;
@@ -59,7 +60,7 @@ async fn liveness_probe_succeeds_whatever_the_stores_do() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn visits_that_postgres_fails_cost_no_redis_call() {
+async fn visits_that_fail_in_postgres_cost_no_redis_call() {
     for fail in ["kill", "lock", "read-only"] {
         let world = World::of_its_own();
         let ways = Ways::open(&world).await;
@@ -88,7 +89,7 @@ async fn visits_that_postgres_fails_cost_no_redis_call() {
         for _ in 0..200 {
             let answer = wire.get("/").await;
             assert!(answer.starts_with("HTTP/1.1 503 "), "{fail}: {answer}");
-            // The last reading.
+            // The state of Redis as it was last read.
             let redis = r#""redis_status":"ok""#;
             assert!(answer.contains(redis), "{fail}: {answer}");
         }
@@ -103,9 +104,10 @@ async fn visits_that_postgres_fails_cost_no_redis_call() {
     }
 }
 
-/// The visit that discovers a failure is sent to Postgres; those after it are refused without.
+/// A visit that discovers a failure is sent to Postgres; the visits after it are refused without a
+/// call.
 #[tokio::test(flavor = "multi_thread")]
-async fn visits_that_discover_a_failure_of_postgres_cost_no_redis_call() {
+async fn visit_that_discovers_a_failure_of_postgres_costs_no_redis_call() {
     let world = World::new();
     let ways = Ways::open(&world).await;
     let hasty = [("DB_TIMEOUT", "300ms"), ("REDIS_TIMEOUT", "200ms")];
@@ -124,8 +126,9 @@ async fn visits_that_discover_a_failure_of_postgres_cost_no_redis_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn visit_beyond_the_queue_is_refused_within_5_ms_as_its_client_sees_it() {
-    let world = World::alone();
+#[ignore = "reads a clock: make faults"]
+async fn visit_beyond_the_queue_is_refused_within_5_ms() {
+    let world = World::of_its_own();
     let patient = [
         ("QUEUE_CAPACITY", "1"),
         ("DB_TIMEOUT", "20s"),
@@ -148,7 +151,7 @@ async fn visit_beyond_the_queue_is_refused_within_5_ms_as_its_client_sees_it() {
         assert!(answer.contains(r#"{"db_status":"ok""#), "{answer}");
     }
     took.sort_unstable();
-    // A few may have had to wait for a processor.
+    // A few can have waited for a processor.
     assert!(took[89] < Duration::from_millis(5), "{took:?}");
     count.release().await;
     for visit in [first, second] {
@@ -157,7 +160,7 @@ async fn visit_beyond_the_queue_is_refused_within_5_ms_as_its_client_sees_it() {
     assert_eq!(world.rows().await, 2);
 }
 
-/// Ways to both stores, on which the test listens.
+/// Proxies to both stores that record what the service sends.
 struct Ways {
     postgres: Way,
     redis: Way,
@@ -171,7 +174,7 @@ impl Ways {
         }
     }
 
-    /// A service that speaks to its stores over these ways, readably.
+    /// A service that reaches its stores through these proxies, unencrypted.
     async fn serve(&self, world: &World, settings: &[(&str, &str)]) -> Service {
         let (postgres, redis) = (self.postgres.port.to_string(), self.redis.port.to_string());
         let mut all = vec![
@@ -184,13 +187,13 @@ impl Ways {
     }
 }
 
-/// How often the monitor has read a store at most: at once, and once a second; Redis before and
-/// after Postgres.
+/// The most periodic readings of a store since `began`: one at once and one a second; two for Redis,
+/// which is read before and after Postgres.
 fn most_readings(began: Instant) -> usize {
     2 * usize::try_from(began.elapsed().as_secs()).expect("not that long") + 4
 }
 
-/// Visits that the service says to have recorded.
+/// The number of visits that the service has counted as recorded.
 async fn recorded(service: &Service) -> u64 {
     service.counted("ok").await + service.counted("degraded").await
 }

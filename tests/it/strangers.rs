@@ -1,5 +1,5 @@
-//! What anonymous requests can make the service keep: samples of metrics, and spans that no
-//! collector takes.
+//! What anonymous requests can make the service keep: samples of metrics, and spans that wait for a
+//! collector.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +15,7 @@ const METHODS: [&str; 13] = [
     "M-SEARCH", "PROPFIND",
 ];
 
-/// Paths of every route that there is or is to be, and of none.
+/// Targets of every route, existing or planned, and of no route.
 const TARGETS: [&str; 21] = [
     "/",
     "/?a=b",
@@ -48,7 +48,8 @@ const BODIES: [&str; 4] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn everything_that_strangers_send_makes_fewer_samples_than_prometheus_takes() {
+#[ignore = "floods: make faults"]
+async fn requests_of_every_kind_make_fewer_samples_than_the_sample_limit() {
     let world = World::of_its_own();
     let service = world.serve().await;
     ask_for_everything(&service).await;
@@ -70,7 +71,7 @@ async fn everything_that_strangers_send_makes_fewer_samples_than_prometheus_take
     let count = samples(&exposition).len();
     println!("{count} samples");
     assert!(count < SAMPLES, "{count}");
-    // A second time adds nothing.
+    // The same requests again add no series.
     ask_for_everything(&service).await;
     let again = service.get("/metrics").await.body;
     assert_eq!(series_of_requests(&again), series_of_requests(&exposition));
@@ -99,9 +100,9 @@ async fn everything_that_strangers_send_makes_fewer_samples_than_prometheus_take
     }
 }
 
-/// The parts that are bounded one by one elsewhere, and the rest, as SECURITY.md adds them up.
+/// The samples that no other test bounds, and the sum of all bounds as in SECURITY.md.
 #[tokio::test(flavor = "multi_thread")]
-async fn samples_of_everything_but_requests_and_store_calls_are_at_most_130() {
+async fn samples_other_than_requests_and_store_calls_are_at_most_130() {
     let world = World::new();
     let service = world.serve().await;
     for (method, target) in [("HEAD", "/"), ("POST", "/")] {
@@ -135,14 +136,15 @@ async fn samples_of_everything_but_requests_and_store_calls_are_at_most_130() {
     assert!(bounds.iter().sum::<usize>() < SAMPLES, "{bounds:?}");
 }
 
-/// Of 4000 requests with 30 KB each, 2560 wait for the collector: uncut they take 80 MiB.
+/// Of 4000 requests of 30 KB, 2560 wait for the collector; without truncation they would take 80 MiB.
 #[tokio::test(flavor = "multi_thread")]
-async fn spans_that_no_collector_takes_hold_little_memory() {
+#[ignore = "floods: make faults"]
+async fn spans_waiting_for_a_silent_collector_take_little_memory() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
-    // What the first requests take, later ones use as well.
+    // Memory that the first requests allocate is used again by later ones.
     send_long_requests(&service, 50).await;
-    eventually("the spans are gone", SOON, async || {
+    eventually("the spans are exported", SOON, async || {
         collector.spans().len() >= 50 * CLIENTS
     })
     .await;
@@ -159,7 +161,7 @@ async fn spans_that_no_collector_takes_hold_little_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn log_line_is_no_longer_for_a_long_request() {
+async fn log_line_of_a_long_request_is_short() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced_with(&world, &collector, &[("RUST_LOG", "debug")]).await;
     send_long_requests(&service, 2).await;
@@ -168,7 +170,7 @@ async fn log_line_is_no_longer_for_a_long_request() {
     assert!(lines.contains("\"message\":\"request\""), "{lines}");
     let longest = lines.lines().map(str::len).max();
     assert!(longest < Some(2000), "{longest:?}");
-    // Longer than any id, which can have a few of them in a row.
+    // Longer than an id, which can contain a few of these letters in a row.
     assert!(!lines.contains(&"a".repeat(33)), "{lines}");
 }
 
@@ -178,7 +180,7 @@ fn request(method: &str, target: &str, version: &str, body: &str) -> String {
     format!("{method} {target} HTTP/{version}\r\nhost: test\r\nconnection: close\r\n{body}")
 }
 
-/// Every method for every target, in both versions, with every body.
+/// Sends every method for every target, in both versions, with every body.
 async fn ask_for_everything(service: &Service) {
     for method in METHODS {
         for target in TARGETS {
@@ -186,7 +188,7 @@ async fn ask_for_everything(service: &Service) {
                 for body in BODIES {
                     let mut wire = Wire::open(service).await;
                     wire.send(request(method, target, version, body)).await;
-                    // The service may linger before it closes.
+                    // The service can linger before it closes the connection.
                     wire.beginning().await;
                 }
             }
@@ -199,7 +201,7 @@ fn samples(exposition: &str) -> Vec<&str> {
     exposition.lines().filter(is_sample).collect()
 }
 
-/// The series of requests, without their values. What the stores do meanwhile has series, too.
+/// The series of requests without their values. Series of stores can appear at any time.
 fn series_of_requests(exposition: &str) -> BTreeSet<&str> {
     samples(exposition)
         .into_iter()
@@ -219,8 +221,8 @@ fn labels(exposition: &str, label: &str) -> BTreeSet<String> {
 
 const CLIENTS: usize = 8;
 
-/// Has so many requests made by each client, each with a path and a user agent of 15 KB, the path in
-/// the longest characters, and with a `tracestate` of as many members as are kept, and more.
+/// Makes this many requests from each client, each with a path and a user agent of 15 KB (the path in
+/// characters of four bytes) and a `tracestate` with more members than are kept.
 async fn send_long_requests(service: &Service, requests: usize) {
     let (path, agent) = ("\u{1f600}".repeat(3750), "a".repeat(15_000));
     let state = (0..50).map(|number| format!("key{number:02}=012345678"));

@@ -1,8 +1,8 @@
-//! That a steady breach of either objective is reported in time, whatever its rate. Generates cases
-//! for `promtool`, asks it when each alert fired first and last, and judges that. It knows the
-//! objectives and the names of their alerts, and not how the rules compute them.
+//! A steady breach of either objective is reported in time, at every rate. Generates cases for
+//! `promtool`, asks it when each alert fired first and last, and compares. It knows the objectives and
+//! the names of their alerts, and not how the rules compute them.
 //!
-//! `SWEEP=whole` tries all 20 rates instead of a few; `make sweep` prints what it finds.
+//! `SWEEP=whole` tries all 20 rates instead of a few; `make sweep` prints the results.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -25,7 +25,7 @@ const SLOW_ALLOWED: f64 = 0.01;
 /// What the names of an objective's alerts begin with.
 const OBJECTIVES: [&str; 2] = ["VisitasAvailability", "VisitasLatency"];
 
-/// So many visits that no alert waits for their number.
+/// Enough visits that no alert needs to wait for more.
 const BUSY: Traffic = Traffic {
     name: "600 visits a minute",
     visits: 600,
@@ -33,8 +33,8 @@ const BUSY: Traffic = Traffic {
     evaluations: 10,
 };
 
-/// So few visits that a month's budget is 43 failures. Every five minutes are evaluated, since that
-/// is the shortest window: a failure between two windows would not exist.
+/// So few visits that a month's budget is 43 failures. Rules are evaluated every five minutes, the
+/// length of the shortest window: otherwise a failure could fall between two windows.
 const QUIET: Traffic = Traffic {
     name: "1 visit a minute",
     visits: 1,
@@ -43,23 +43,27 @@ const QUIET: Traffic = Traffic {
 };
 
 #[test]
+#[ignore = "takes long: make faults"]
 fn steady_breach_is_reported_before_a_fifth_of_the_budget_is_spent() {
     judge_steady(&BUSY, 3 * DAY, &rates(&[1.1, 5.9, 100.0]));
 }
 
 #[test]
+#[ignore = "takes long: make faults"]
 fn steady_breach_of_few_visits_is_reported_before_a_fifth_of_the_budget_is_spent() {
     judge_steady(&QUIET, 3 * DAY, &rates(&[2.0, 100.0]));
 }
 
-/// Nothing is known of the time before, as after an installation.
+/// There is no history before the breach, as after an installation.
 #[test]
+#[ignore = "takes long: make faults"]
 fn breach_from_the_beginning_is_reported_before_a_fifth_of_the_budget_is_spent() {
     judge_steady(&BUSY, 0, &rates(&[1.1, 100.0]));
     judge_steady(&QUIET, 0, &rates(&[20.0]));
 }
 
 #[test]
+#[ignore = "takes long: make faults"]
 fn half_of_what_is_allowed_never_alerts() {
     let days = if whole() { 30 } else { 4 };
     for traffic in [BUSY, QUIET] {
@@ -72,6 +76,7 @@ fn half_of_what_is_allowed_never_alerts() {
 
 /// An alert ends with its short window, and the evaluation after that.
 #[test]
+#[ignore = "takes long: make faults"]
 fn alerts_end_with_their_burst() {
     let bursts = [
         (100.0, HOUR / 2),
@@ -103,6 +108,7 @@ fn alerts_end_with_their_burst() {
 }
 
 #[test]
+#[ignore = "takes long: make faults"]
 fn burst_that_spends_one_percent_of_the_budget_never_alerts() {
     let case = Case {
         rate: 100.0,
@@ -114,7 +120,7 @@ fn burst_that_spends_one_percent_of_the_budget_never_alerts() {
     assert!(firing[0].is_empty(), "{firing:?}");
 }
 
-/// Expects an alert about each objective for each rate, and prints it.
+/// Expects an alert for each objective at each rate, and prints the times.
 fn judge_steady(traffic: &Traffic, clean: u32, rates: &[f64]) {
     let end = |rate: f64| (f64::from(MONTH) * REPORTED_BY / rate).floor();
     let cases: Vec<_> = rates
@@ -173,8 +179,8 @@ fn rates(few: &[f64]) -> Vec<f64> {
     (0..count).map(|index| lowest * step.powi(index)).collect()
 }
 
-/// How many visits a minute there are, and how many minutes lie between two scrapes and between two
-/// evaluations: fewer than in production, so that days are tried in seconds.
+/// The number of visits a minute, and the minutes between two scrapes and between two evaluations:
+/// longer than in production, so that `promtool` takes seconds for days.
 struct Traffic {
     name: &'static str,
     visits: u32,
@@ -182,7 +188,7 @@ struct Traffic {
     evaluations: u32,
 }
 
-/// Minutes without a failure, then minutes at a burn rate, then minutes without a failure again.
+/// Minutes without failures, then minutes at a burn rate, then minutes without failures again.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     rate: f64,
@@ -230,7 +236,7 @@ struct Counters {
 
 // --- promtool ---
 
-/// When alerts fired, by name.
+/// When each alert fired, by name.
 type Firing = BTreeMap<String, Times>;
 
 /// In minutes since the beginning of a case.
@@ -240,10 +246,10 @@ struct Times {
     last: f64,
 }
 
-/// When which alert fired, for each case.
+/// When each alert fired, for each case.
 ///
-/// Each expression expects nothing, so that `promtool` prints what it got instead; its labels say
-/// which case and question it belongs to.
+/// Each expression expects no sample, so `promtool` prints the samples that it got; their labels say
+/// which case and question they belong to.
 fn firings(traffic: &Traffic, cases: &[Case]) -> Vec<Firing> {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("sweep.yml");

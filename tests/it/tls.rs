@@ -1,4 +1,4 @@
-//! Encryption of the connections to both stores, and whom they trust.
+//! Encryption of the connections to both stores, and which certificates are trusted.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use devstack::{PostgresOptions, RedisOptions};
 use crate::support::{SOON, Service, World, eventually};
 
 #[tokio::test]
-async fn postgres_is_spoken_to_encrypted_in_every_mode_that_asks_for_it() {
+async fn connections_to_postgres_are_encrypted_in_every_mode_that_asks_for_it() {
     let world = encrypting_postgres();
     let ca = text(world.postgres.ca());
     for (mode, trusted) in [
@@ -31,7 +31,7 @@ async fn postgres_is_spoken_to_encrypted_in_every_mode_that_asks_for_it() {
 }
 
 #[tokio::test]
-async fn mode_disable_speaks_unencrypted_to_a_postgres_that_could_encrypt() {
+async fn mode_disable_is_unencrypted_although_postgres_offers_tls() {
     let world = encrypting_postgres();
     let service = world.serve_with(&[("DB_SSLMODE", "disable")]).await;
     service.visit().await;
@@ -39,7 +39,7 @@ async fn mode_disable_speaks_unencrypted_to_a_postgres_that_could_encrypt() {
 }
 
 #[tokio::test]
-async fn database_url_has_its_own_mode_and_certificate() {
+async fn database_url_sets_mode_and_certificate() {
     let world = encrypting_postgres();
     let url = world.postgres.url(&world.database);
     let ca = text(world.postgres.ca());
@@ -69,7 +69,7 @@ async fn postgres_with_an_unknown_certificate_stays_down_and_the_log_says_why() 
 }
 
 #[tokio::test]
-async fn only_verify_full_looks_at_the_name_in_the_certificate() {
+async fn only_verify_full_checks_the_name_in_the_certificate() {
     // An address that the certificate does not name.
     let world = World::with(
         PostgresOptions {
@@ -96,7 +96,7 @@ async fn only_verify_full_looks_at_the_name_in_the_certificate() {
 }
 
 #[tokio::test]
-async fn postgres_that_cannot_encrypt_is_not_used_where_it_must() {
+async fn postgres_without_tls_is_not_used_in_mode_require() {
     let world = World::new();
     let service = patient(&world, &[("DB_SSLMODE", "require")]).await;
     assert_down(&service, "postgresql", "does not support TLS").await;
@@ -104,7 +104,7 @@ async fn postgres_that_cannot_encrypt_is_not_used_where_it_must() {
 }
 
 #[tokio::test]
-async fn redis_is_spoken_to_encrypted_with_a_certificate_of_a_trusted_authority() {
+async fn redis_with_a_certificate_of_a_trusted_authority_is_used_encrypted() {
     let world = encrypting_redis();
     let ca = text(world.redis.ca());
     let service = redis_by(&world, &world.redis.url(), &[("REDIS_TLS_CA", ca)]).await;
@@ -136,7 +136,7 @@ async fn redis_whose_certificate_is_for_another_name_is_not_trusted() {
 }
 
 #[tokio::test]
-async fn redis_that_must_be_spoken_to_encrypted_is_not_spoken_to_otherwise() {
+async fn redis_is_down_where_only_one_side_uses_tls() {
     for (tls, scheme) in [(true, "redis"), (false, "rediss")] {
         let world = World::with_redis(RedisOptions {
             tls,
@@ -150,7 +150,7 @@ async fn redis_that_must_be_spoken_to_encrypted_is_not_spoken_to_otherwise() {
 }
 
 #[tokio::test]
-async fn commands_speak_encrypted_too() {
+async fn commands_use_tls_too() {
     let world = World::with(
         PostgresOptions {
             tls: true,
@@ -191,8 +191,8 @@ fn encrypting_redis() -> World {
     })
 }
 
-/// Time enough for a handshake on a machine that is busy with other tests: the log has the first
-/// reason why a store is down, which must not be that it was slow.
+/// Timeouts long enough for a handshake on a busy machine: the log has the first reason why a store
+/// is down, which must not be a timeout.
 const PATIENT: [(&str, &str); 3] = [
     ("REDIS_TIMEOUT", "5s"),
     ("DB_TIMEOUT", "10s"),
@@ -221,7 +221,7 @@ async fn assert_down(service: &Service, store: &str, why: &str) {
     assert!(said()[0]["error"].to_string().contains(why), "{:?}", said());
 }
 
-/// How many sessions the service has that are encrypted, or that are not.
+/// The number of the service's sessions that are encrypted, or that are not.
 async fn sessions(world: &World, encrypted: bool) -> i64 {
     sqlx::query_scalar(
         "select count(*) from pg_stat_ssl join pg_stat_activity using (pid) \

@@ -1,4 +1,4 @@
-//! A log that nobody reads: it holds up no answer and no end.
+//! A log whose reader stalls or leaves: it delays no response and no stop.
 
 use std::time::{Duration, Instant};
 
@@ -6,9 +6,10 @@ use crate::support::load::Load;
 use crate::support::{Reader, SOON, Service, Wire, World, eventually, program, settings};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn full_pipe_holds_up_no_answer_and_no_end() {
+#[ignore = "floods: make faults"]
+async fn full_pipe_delays_no_response_and_no_stop() {
     let world = World::of_its_own();
-    let service = talkative(&world, Reader::Stalls, &[]).await;
+    let service = verbose(&world, Reader::Stalls, &[]).await;
     let load = Load::start(&[&service], 64);
     until_lines_are_dropped(&service, 1.0).await;
     world.postgres.kill().unwrap();
@@ -30,8 +31,9 @@ async fn full_pipe_holds_up_no_answer_and_no_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn end_is_in_time_when_nothing_that_it_waits_for_comes() {
-    let world = World::alone();
+#[ignore = "reads a clock: make faults"]
+async fn stop_is_in_time_while_log_collector_and_client_all_stall() {
+    let world = World::of_its_own();
     let silent = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let endpoint = format!("http://{}", silent.local_addr().unwrap());
     let limit = Duration::from_secs(4);
@@ -40,13 +42,13 @@ async fn end_is_in_time_when_nothing_that_it_waits_for_comes() {
         ("SHUTDOWN_TIMEOUT", "4s"),
         ("HEADER_TIMEOUT", "1m"),
     ];
-    let service = talkative(&world, Reader::Stalls, &more).await;
+    let service = verbose(&world, Reader::Stalls, &more).await;
     let load = Load::start(&[&service], 16);
     until_lines_are_dropped(&service, 1.0).await;
     load.stop().await;
     let mut half = Wire::open(&service).await;
     half.send("GET / HTTP/1.1\r\nhost:").await;
-    eventually("it is open", SOON, async || {
+    eventually("the connection is open", SOON, async || {
         service.metric("visitas_http_connections").await >= Some(2.0)
     })
     .await;
@@ -59,17 +61,17 @@ async fn end_is_in_time_when_nothing_that_it_waits_for_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn closed_pipe_ends_nothing_and_its_lines_are_counted() {
+async fn closed_pipe_stops_nothing_and_dropped_lines_are_counted() {
     let world = World::new();
-    let service = talkative(&world, Reader::Leaves, &[]).await;
+    let service = verbose(&world, Reader::Leaves, &[]).await;
     until_lines_are_dropped(&service, 1.0).await;
     service.visit().await;
     service.stop().await;
     assert_eq!(service.printed().matches("panicked").count(), 0);
 }
 
-/// A service that writes all it can about each request.
-async fn talkative(world: &World, reader: Reader, more: &[(&str, &str)]) -> Service {
+/// A service that logs every request.
+async fn verbose(world: &World, reader: Reader, more: &[(&str, &str)]) -> Service {
     let mut all = world.settings();
     all.extend(settings(&[("RUST_LOG", "debug"), ("LOG_FORMAT", "json")]));
     all.extend(settings(more));
@@ -78,7 +80,7 @@ async fn talkative(world: &World, reader: Reader, more: &[(&str, &str)]) -> Serv
     service
 }
 
-/// Waits, asking, until so many lines are lost.
+/// Waits until this many lines have been dropped. Each scrape logs a line.
 async fn until_lines_are_dropped(service: &Service, lines: f64) {
     eventually("lines are dropped", 3 * SOON, async || {
         lines_dropped(service).await >= lines
@@ -88,5 +90,5 @@ async fn until_lines_are_dropped(service: &Service, lines: f64) {
 
 async fn lines_dropped(service: &Service) -> f64 {
     let dropped = service.metric("visitas_log_lines_dropped_total").await;
-    dropped.expect("it is there")
+    dropped.expect("the series is there")
 }

@@ -1,4 +1,4 @@
-//! Looks at processes from outside, by other means than the crate does.
+//! Processes as `ps` lists them, which is not how the crate finds them.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 /// A line of `ps`.
 #[derive(Debug)]
 pub(crate) struct Process {
-    /// Its id.
+    /// The process id.
     pub(crate) id: u32,
-    /// Its parent's id.
+    /// The id of the parent.
     pub(crate) parent: u32,
-    /// `R`, `S`, `T` for stopped, `Z` for dead and not yet waited for.
+    /// `R` or `S` for running or sleeping, `T` for stopped, `Z` for a zombie.
     pub(crate) state: char,
 }
 
-/// All processes of the machine.
+/// All processes on the machine.
 pub(crate) fn processes() -> Vec<Process> {
     let output = Command::new("ps")
         .args(["-A", "-o", "pid=", "-o", "ppid=", "-o", "state="])
@@ -51,7 +51,7 @@ pub(crate) fn family(root: u32) -> Vec<u32> {
     family
 }
 
-/// Waits until none of them runs, 20 s at most.
+/// Waits until none of these processes runs, at most 20 s.
 pub(crate) fn assert_gone(ids: &[u32]) {
     until("the processes are gone", || {
         !processes()
@@ -60,11 +60,11 @@ pub(crate) fn assert_gone(ids: &[u32]) {
     });
 }
 
-/// Waits until it is so, 20 s at most.
+/// Waits until `is_so` returns true, at most 20 s.
 pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !is_so() {
-        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        assert!(Instant::now() < deadline, "timed out waiting until {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

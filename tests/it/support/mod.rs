@@ -17,4 +17,4 @@ pub(crate) use self::ended::{Ended, settings};
 pub(crate) use self::proxy::Way;
 pub(crate) use self::service::{Answer, Reader, Service, program};
 pub(crate) use self::wire::Wire;
-pub(crate) use self::world::{HeldCount, World, execute};
+pub(crate) use self::world::{HeldCount, World, execute, without_stores};

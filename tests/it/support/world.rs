@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{LazyLock, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{LazyLock, Mutex, PoisonError, Weak};
 
 use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
 use lab::stack;
@@ -11,43 +11,22 @@ use sqlx::{ConnectOptions as _, PgConnection};
 
 use super::{SOON, Service, eventually};
 
-/// What a service needs around it. A test has one at a time: it may wait for its turn.
+/// The stores of one test.
 pub(crate) struct World {
     pub(crate) postgres: Arc<Postgres>,
     pub(crate) redis: Redis,
     pub(crate) database: String,
-    _turn: Turn,
-}
-
-/// Tests run beside each other, save those that look at a clock: these have the machine alone.
-#[expect(dead_code, reason = "held for its lock")]
-enum Turn {
-    Shared(RwLockReadGuard<'static, ()>),
-    Alone(RwLockWriteGuard<'static, ()>),
-}
-
-static TURNS: RwLock<()> = RwLock::new(());
-
-impl Turn {
-    fn shared() -> Self {
-        Self::Shared(TURNS.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn alone() -> Self {
-        Self::Alone(TURNS.write().unwrap_or_else(PoisonError::into_inner))
-    }
 }
 
 impl World {
     /// A fresh database on the Postgres that tests share, and a Redis.
     pub(crate) fn new() -> Self {
-        let turn = Turn::shared();
-        Self::beside(shared_postgres(), RedisOptions::default(), turn)
+        Self::beside(shared_postgres(), RedisOptions::default())
     }
 
     /// A fresh database on the Postgres that tests share, and a Redis with settings.
     pub(crate) fn with_redis(redis: RedisOptions) -> Self {
-        Self::beside(shared_postgres(), redis, Turn::shared())
+        Self::beside(shared_postgres(), redis)
     }
 
     /// A Postgres and a Redis of the test's own, to be stopped, paused or broken.
@@ -57,24 +36,10 @@ impl World {
 
     /// A Postgres and a Redis of the test's own, with settings.
     pub(crate) fn with(postgres: PostgresOptions, redis: RedisOptions) -> Self {
-        Self::own(postgres, redis, Turn::shared())
+        Self::beside(Arc::new(start(postgres)), redis)
     }
 
-    /// The same for a test that looks at a clock: no other test runs meanwhile.
-    pub(crate) fn alone() -> Self {
-        Self::own(
-            PostgresOptions::default(),
-            RedisOptions::default(),
-            Turn::alone(),
-        )
-    }
-
-    fn own(postgres: PostgresOptions, redis: RedisOptions, turn: Turn) -> Self {
-        let postgres = Postgres::start(postgres).expect("Postgres starts");
-        Self::beside(Arc::new(postgres), redis, turn)
-    }
-
-    fn beside(postgres: Arc<Postgres>, redis: RedisOptions, turn: Turn) -> Self {
+    fn beside(postgres: Arc<Postgres>, redis: RedisOptions) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let database = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
         postgres
@@ -84,7 +49,6 @@ impl World {
             postgres,
             redis: Redis::start(redis).expect("Redis starts"),
             database,
-            _turn: turn,
         }
     }
 
@@ -223,6 +187,21 @@ impl World {
     }
 }
 
+/// A service whose stores are both down, for tests that need no store.
+pub(crate) async fn without_stores(settings: &[(&str, &str)]) -> Service {
+    let down = [
+        ("DB_PORT", "1"),
+        ("DB_PASSWORD", "none"),
+        ("REDIS_PORT", "1"),
+    ];
+    let down = [
+        &down,
+        &[("DB_HOST", "127.0.0.1"), ("REDIS_HOST", "127.0.0.1")][..],
+    ]
+    .concat();
+    Service::start(&super::settings(&[&down, settings].concat())).await
+}
+
 /// Runs statements in a session.
 pub(crate) async fn execute(session: &mut PgConnection, statements: &str) -> sqlx::Result<()> {
     sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned()))
@@ -277,6 +256,13 @@ impl Drop for World {
     }
 }
 
+/// Starts Postgres without flushes to the disk, which make creating and dropping a database take
+/// seconds. The system outlives every server that a test kills, so no data is lost.
+fn start(mut options: PostgresOptions) -> Postgres {
+    options.config.push(("fsync".to_owned(), "off".to_owned()));
+    Postgres::start(options).expect("Postgres starts")
+}
+
 /// The Postgres of all tests that leave it alone. It ends with the last of them that runs.
 fn shared_postgres() -> Arc<Postgres> {
     static SHARED: LazyLock<Mutex<Weak<Postgres>>> = LazyLock::new(Mutex::default);
@@ -286,7 +272,7 @@ fn shared_postgres() -> Arc<Postgres> {
             config: vec![("max_connections".to_owned(), "300".to_owned())],
             ..PostgresOptions::default()
         };
-        let postgres = Arc::new(Postgres::start(options).expect("Postgres starts"));
+        let postgres = Arc::new(start(options));
         *shared = Arc::downgrade(&postgres);
         postgres
     })
