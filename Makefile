@@ -3,7 +3,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check test faults sweep bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
+.PHONY: help run check map test faults sweep bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ check: ## Check format and lints and run the unit tests, in seconds; needs no se
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo test --package visitas --lib --locked --quiet
+
+map: ## Print who imports whom in src
+	@cargo test --package visitas --test imports --locked --quiet -- rooms --nocapture | grep -e ' -> ' -e arrows
 
 # Programs that tests need in addition to the servers, each with its package.
 test faults: PACKAGES = promtool=prometheus python3:prometheus_client=python3-prometheus-client

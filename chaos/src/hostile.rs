@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use lab::client;
 use lab::measure::Mebibytes;
 use lab::paced::{self, Latency, Pace};
+use lab::stalls::{StallWatch, Stalls};
 use lab::wait::{locked, within};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
@@ -68,6 +69,10 @@ pub struct Damage {
     pub failed_probes: usize,
     /// What the attackers saw.
     pub seen: Sightings,
+    /// What the machine kept waiting before the attacks.
+    pub normal_stalls: Stalls,
+    /// The same while they lasted.
+    pub stalls: Stalls,
 }
 
 /// What attackers saw.
@@ -241,6 +246,8 @@ impl Damage {
             probe: Duration::ZERO,
             failed_probes: 0,
             seen: Sightings::default(),
+            normal_stalls: Stalls::default(),
+            stalls: Stalls::default(),
         }
     }
 
@@ -269,7 +276,10 @@ impl Damage {
     /// One round.
     fn suffer(&mut self, ground: &Ground, address: SocketAddr, duration: Duration) -> Result<()> {
         let attack = self.attack;
+        let folder = devstack::folder()?;
+        let stalls = StallWatch::start(&folder)?;
         self.normal_p99.push(good(address, duration)?.p99);
+        self.normal_stalls = self.normal_stalls.max(stalls.stop());
         let (stop, stopped) = watch::channel(false);
         let witness = Witness::default();
         let attackers: Vec<_> = (0_u32..)
@@ -291,10 +301,12 @@ impl Damage {
             })
             .collect();
         std::thread::sleep(STAGGER * u32::try_from(self.clients)?);
+        let stalls = StallWatch::start(&folder)?;
         let probes = Probes::start(address);
         let during =
             good(address, duration).with_context(|| format!("good visits beside {attack:?}"))?;
         let (probe, failed_probes) = probes.stop();
+        self.stalls = self.stalls.max(stalls.stop());
         stop.send_replace(true);
         for attacker in attackers {
             ground.runtime.block_on(attacker).ok();

@@ -47,7 +47,9 @@ const METHOD: &str = "\nSixteen clients visit all the time, each of them a rando
      asked to stop in the midst of the same fault, or while it starts where that is what the fault is about: *stop* \
      is how long that took, and *start* from when it was started again, with all of it working, to the first good \
      visit. A client that connects just as a listener closes waits a second, until TCP repeats its SYN: that is left \
-     out of the longest waits.\n";
+     out of the longest waits. *Slowest sync* and *latest wake* are what the machine itself kept waiting: a thread that \
+     did nothing else wrote 8 KiB to the same disk every 10 ms, and this is the longest that it waited until they were \
+     synced, and until it ran after it was due.\n";
 
 /// Long enough for every deadline to have passed several times.
 const HOLD: Duration = Duration::from_secs(5);

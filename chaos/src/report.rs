@@ -72,6 +72,8 @@ pub fn faults(tried: &[Tried]) -> Section {
             "longest answer",
             "stop",
             "start",
+            "slowest sync",
+            "latest wake",
         ],
         trials.iter().map(|trial| {
             [
@@ -88,6 +90,8 @@ pub fn faults(tried: &[Tried]) -> Section {
                 milliseconds(trial.longest.as_secs_f64()),
                 optional(trial.stopped_in),
                 optional(trial.back_in),
+                optional(trial.stalls.map(|stalls| stalls.sync)),
+                optional(trial.stalls.map(|stalls| stalls.wake)),
             ]
         }),
     );
@@ -309,6 +313,8 @@ pub fn hostile(hostile: &Hostile) -> Section {
             "connected",
             "cut",
             "their answers",
+            "slowest sync before",
+            "slowest sync",
         ],
         hostile.damages.iter().map(|damage| {
             let answers = damage.seen.answers.iter();
@@ -327,6 +333,8 @@ pub fn hostile(hostile: &Hostile) -> Section {
                 count(damage.seen.connected),
                 count(damage.seen.cut),
                 answers.join(", "),
+                milliseconds(damage.normal_stalls.sync.as_secs_f64()),
+                milliseconds(damage.stalls.sync.as_secs_f64()),
             ]
         }),
     );

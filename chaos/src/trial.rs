@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use lab::history::{Outcome, Verdict, Visit};
+use lab::stalls::{StallWatch, Stalls};
 
 use crate::chance;
 use crate::fault::{Fault, Harm, Kind, Repair};
@@ -61,6 +62,8 @@ pub struct Trial {
     pub stopped_in: Option<Duration>,
     /// From its next start, when all worked again, to the first good visit.
     pub back_in: Option<Duration>,
+    /// What the machine kept waiting meanwhile. Faults that are tried at the same time do not know.
+    pub stalls: Option<Stalls>,
     /// What the fault does not excuse.
     pub complaints: Vec<String>,
 }
@@ -118,6 +121,9 @@ pub fn hindrance(fault: &Fault) -> Option<String> {
 /// Tries a fault.
 pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
     let ground = Ground::start(fault.needs())?;
+    let watch = (effort.at_once == 1)
+        .then(|| StallWatch::start(&devstack::folder()?))
+        .transpose()?;
     let services = (0..fault.replicas())
         .map(|_| Service::new(&ground))
         .collect::<Result<Vec<_>>>()?;
@@ -141,7 +147,9 @@ pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
     if effort.stop && !fault.comes_first() {
         attempt.stop_in_its_midst(effort.aftermath)?;
     }
-    attempt.judge()
+    let stalls = watch.map(StallWatch::stop);
+    let trial = attempt.judge()?;
+    Ok(Trial { stalls, ..trial })
 }
 
 impl<'a> Attempt<'a> {

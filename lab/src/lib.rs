@@ -5,7 +5,8 @@
 //! `output` is read, on the stores of a `stack`. `client`, `visitor`, `rolling` and `paced` visit
 //! it; it reaches its stores by a `proxy` and a `collector` for its spans, and `metrics` reads what
 //! it exposes. The judge of the `history` compares what clients were told with what is stored.
-//! `measure`, `report` and `machine` make figures and tables; `ports` and `wait` are small tools.
+//! `measure`, `report` and `machine` make figures and tables, `stalls` says what the machine kept
+//! waiting; `ports` and `wait` are small tools.
 //!
 //! Everything is on the loopback interface. It starts no store: `devstack` does.
 
@@ -32,5 +33,6 @@ pub mod proxy;
 pub mod report;
 pub mod rolling;
 pub mod stack;
+pub mod stalls;
 pub mod visitor;
 pub mod wait;

@@ -71,6 +71,7 @@ impl Attempt<'_> {
             longest,
             stopped_in: self.stop.map(|stop| stop.ended - stop.asked),
             back_in: self.stop.and_then(|stop| stop.back_in),
+            stalls: None,
             complaints: self.complaints,
         })
     }
