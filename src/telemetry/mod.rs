@@ -84,7 +84,7 @@ impl Telemetry {
             .with(log::layer(log, writing.buffer())?)
             .with(spans)
             .try_init()?;
-        let prometheus = metrics::install()?;
+        let prometheus = crate::metrics::install()?;
         panic::install_hook();
         Ok(Self {
             writing,
@@ -102,7 +102,7 @@ impl Telemetry {
         match (&self.pipeline, &self.traces) {
             (Some(pipeline), Some(traces)) => {
                 let breaker = std::sync::Arc::clone(&pipeline.breaker);
-                Sampler::new(traces.sampler, breaker, self.trace_context)
+                Sampler::new(traces.otel_traces_sampler, breaker, self.trace_context)
             }
             _ => Sampler::off(self.trace_context),
         }
@@ -111,7 +111,7 @@ impl Telemetry {
     /// Every metric, in a format that a scraper reads.
     #[must_use]
     pub fn render_metrics(&self, format: Format) -> String {
-        metrics::render(&self.prometheus, self.writing.lines_dropped(), format)
+        crate::metrics::render(&self.prometheus, self.writing.lines_dropped(), format)
     }
 
     /// Moves samples from where they are recorded to where they are kept. Between two calls, or

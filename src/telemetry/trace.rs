@@ -49,9 +49,9 @@ impl Pipeline {
             breaker: Arc::clone(&breaker),
         };
         let batches = BatchConfigBuilder::default()
-            .with_max_queue_size(config.max_queue_size)
-            .with_max_export_batch_size(config.max_export_batch_size)
-            .with_scheduled_delay(config.schedule_delay)
+            .with_max_queue_size(config.otel_bsp_max_queue_size)
+            .with_max_export_batch_size(config.otel_bsp_max_export_batch_size)
+            .with_scheduled_delay(config.otel_bsp_schedule_delay)
             .build();
         let processor = Bounded {
             processor: BatchSpanProcessor::builder(exporter)
@@ -59,8 +59,8 @@ impl Pipeline {
                 .build(),
             queued,
             breaker: Arc::clone(&breaker),
-            capacity: config.max_queue_size,
-            value_length_limit: config.value_length_limit,
+            capacity: config.otel_bsp_max_queue_size,
+            value_length_limit: config.value_length_limit(),
         };
         let provider = SdkTracerProvider::builder()
             // What is sampled has been decided before a span is made.
@@ -80,7 +80,7 @@ impl Pipeline {
             provider,
             tracer,
             breaker,
-            value_length_limit: config.value_length_limit,
+            value_length_limit: config.value_length_limit(),
         })
     }
 
@@ -107,11 +107,13 @@ fn resource(config: &TracesConfig) -> Resource {
     // What the operator says comes last, so that it wins.
     attributes.extend(
         config
-            .resource_attributes
-            .iter()
+            .resource_attributes()
             .map(|(key, value)| KeyValue::new(key.clone(), value.clone())),
     );
-    attributes.push(KeyValue::new("service.name", config.service_name.clone()));
+    attributes.push(KeyValue::new(
+        "service.name",
+        config.otel_service_name.clone(),
+    ));
     Resource::builder_empty()
         .with_attributes(attributes)
         .build()
