@@ -1,15 +1,15 @@
-# The service in an image that holds little else. Two rules keep a rebuild short: dependencies
-# are compiled from the manifests alone, and whatever changes with the source comes after them.
+# The service in a small image. Two rules keep a rebuild short: dependencies are compiled from the
+# manifests alone, and every step that depends on the source comes after them.
 
 FROM rust:1.95-slim-bookworm AS dependencies
 WORKDIR /build
 
-# The allocator is built with it.
+# The allocator's build needs make.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends make \
  && rm -rf /var/lib/apt/lists/*
 
-# Dependencies, with empty crates in place of ours: redone only when a manifest changes.
+# Dependencies, with empty crates in place of ours: rebuilt only when a manifest changes.
 COPY Cargo.toml Cargo.lock ./
 COPY bench/Cargo.toml bench/
 COPY chaos/Cargo.toml chaos/
@@ -22,8 +22,8 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
 
 FROM dependencies AS build
 
-# The program. Cargo goes by modification times, and a checkout's may be older than what was
-# built from the empty crates: hence the touch.
+# The program. Cargo compares modification times, and a checkout's files can be older than the
+# build of the empty crates: hence the touch.
 COPY . .
 ARG VISITAS_REVISION
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
@@ -35,9 +35,9 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
 
 FROM debian:bookworm-slim
 
-# Root certificates for TLS to stores and collectors, and the challenge's ping. Debian's ping
-# carries cap_net_raw, and a file with a capability cannot be run by a process that may not gain
-# any; a plain copy can, since the Engine lets every group open ping sockets.
+# Root certificates for TLS to stores and collectors, and the challenge's ping. Debian's ping has the
+# file capability cap_net_raw, and a process that cannot gain capabilities cannot run such a file. It
+# can run a plain copy, because the Engine lets every group open ping sockets.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates iputils-ping \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log \
@@ -53,8 +53,8 @@ LABEL org.opencontainers.image.title="visitas" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${VISITAS_REVISION}"
 
-# A number, so that an orchestrator can see that it is not root; nobody on the host has it.
+# A number, so that an orchestrator can see that it is not root; no user on the host has this id.
 USER 10001:10001
 EXPOSE 5000
-# No shell in between: the program is PID 1 and gets SIGTERM itself.
+# No shell in between: the program is PID 1 and receives SIGTERM.
 ENTRYPOINT ["/usr/local/bin/visitas"]

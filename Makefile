@@ -1,17 +1,17 @@
-# What a person types. `make` alone lists it.
+# The commands for people. `make` alone lists them.
 
-# Programs are run from where they are built, whatever the environment says of that.
+# Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
 .PHONY: help run test sweep check bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
 
-help: ## List what can be made
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: # Everything that is needed and missing, installed where that is allowed
+setup: # Install missing tools, if that is allowed
 	@devstack/install.sh $(PACKAGES)
 
-run: setup ## Serve on port 8000 with a PostgreSQL and a Redis of its own
+run: setup ## Serve on port 8000 with its own PostgreSQL and Redis
 	@cargo build --release --locked --quiet --bin visitas --bin devstack --workspace
 	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
 
@@ -36,7 +36,7 @@ bench-quick: bench-ready ## Measure the essentials, two minutes
 bench-soak: bench-ready ## Watch memory at the peak, half an hour, and write bench/soak.md
 	@target/release/bench soak
 
-# The bench and what it measures, built as they are for `make run`.
+# Builds the bench and the service as `make run` does.
 bench-ready:
 	@devstack/install.sh wrk=wrk
 	@cargo build --release --locked --quiet --bin visitas --bin bench --workspace
@@ -44,14 +44,14 @@ bench-ready:
 chaos: chaos-ready ## Break everything, eleven minutes, and write docs/faults.md
 	@target/release/chaos all
 
-chaos-long: chaos-ready ## Kill each part at a hundred random moments, restart replicas as often, six minutes, and write docs/kills.md
+chaos-long: chaos-ready ## Kill each part at a hundred random moments, restart replicas a hundred times, six minutes, and write docs/kills.md
 	@target/release/chaos long
 
 chaos-ready: setup
 	@cargo build --release --locked --quiet --bin visitas --bin chaos --workspace
 
-e2e: ## Run Compose for real, and break it; needs Docker
+e2e: ## Test the Compose stack, also with outages; needs Docker
 	@tests/e2e.sh
 
-clean: ## Forget what was built and what the servers of `make run` have stored
+clean: ## Delete the build and the data of `make run`
 	rm -rf target .devstack

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Makes sure, before anything is compiled, that Rust, PostgreSQL and Redis are there, and every
-# COMMAND=PACKAGE and python3:MODULE=PACKAGE given.
+# Checks, before anything is compiled, that Rust, PostgreSQL, Redis, and each given COMMAND=PACKAGE
+# and python3:MODULE=PACKAGE are installed.
 #
 #   devstack/install.sh [promtool=prometheus python3:prometheus_client=python3-prometheus-client ...]
 #
-# As root, or with a sudo that asks nothing, it installs what is missing with apt-get. Otherwise it
-# says what to type. Rust it never installs.
+# As root, or with a sudo that asks for no password, it installs missing packages with apt-get.
+# Otherwise it prints the commands to type. It never installs Rust.
 set -eu
 . "$(dirname "$0")/src/find.sh"
 
@@ -75,7 +75,7 @@ install_packages() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@"
 }
 
-# The packages would start servers of their own, now and at every boot; nobody here uses those.
+# The packages would start their own servers, now and at every boot; this project does not use them.
 policy=/usr/sbin/policy-rc.d
 if ! [ -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
@@ -93,7 +93,7 @@ case $apt_packages in *postgresql*)
     fi
     ;;
 esac
-# shellcheck disable=SC2086 # One word a package.
+# shellcheck disable=SC2086 # One word per package.
 install_packages $apt_packages
 if [ -d /run/systemd/system ]; then
     for package in $apt_packages; do
@@ -101,6 +101,6 @@ if [ -d /run/systemd/system ]; then
     done
 fi
 
-# Says what is wrong if a package was too old.
+# Fails with a message if an installed package is too old.
 find_postgres >/dev/null
 find_redis >/dev/null

@@ -15,13 +15,14 @@ use tracing::info;
 
 use crate::config::Config;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::metrics::catalog::{CONNECTIONS, CONNECTIONS_MAX};
 use crate::recorder::{Writer, recorder};
 use crate::routes::AppState;
 use crate::server::{self, Capacity, Drained, Events, Limits, Rejections, Stop};
 use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
 use crate::telemetry::request::Observer;
-use crate::{metrics, routes, store};
+use crate::{routes, store};
 
 /// A service that has its addresses and has not begun to serve.
 pub struct App {
@@ -65,8 +66,6 @@ impl App {
             config.visit.queue_capacity,
             config.visit.visit_timeout,
         );
-        metrics::connections_max(capacity.visitors);
-        metrics::connections(0);
         let listener = server::bind(config.http.listen.bind_addr, BACKLOG)?;
         let metrics_listener = config
             .http
@@ -110,10 +109,15 @@ impl App {
         let observer = Observer::new(state.telemetry.sampler(), slow);
         let rejections = Arc::new(Rejections::default());
         let lifecycle = &state.lifecycle;
+        CONNECTIONS_MAX.with([]).set(capacity.visitors as f64);
+        let connections = CONNECTIONS.with([]);
         let with_metrics = metrics_listener.is_none();
         let mut tasks = Tasks {
             writer: tokio::spawn(writer.run()),
-            monitor: tokio::spawn(monitor(state.clone())),
+            monitor: tokio::spawn(store::watch(
+                Arc::clone(&state.postgres),
+                Arc::clone(&state.redis),
+            )),
             upkeep: tokio::spawn(upkeep(
                 state.clone(),
                 Arc::clone(&observer),
@@ -142,7 +146,7 @@ impl App {
             listener,
             routes::of_visitors(&state, Arc::clone(&observer), with_metrics),
             limits,
-            events(&rejections, metrics::connections),
+            events(&rejections, move |open| connections.set(open as f64)),
             Stop {
                 lifecycle: lifecycle.clone(),
                 leave_at: Phase::Leaving,
@@ -175,7 +179,7 @@ impl App {
         if let Some(server) = tasks.metrics_server.filter(|server| !server.is_finished()) {
             let _drained = server.await.context("serving metrics")?;
         }
-        observer.tell_left_out();
+        observer.report_suppressed();
         rejections.report();
         info!(connections.aborted = drained.aborted, "stopped");
         ensure!(exited.is_none(), "a part of the service ended unexpectedly");
@@ -282,10 +286,6 @@ async fn finish_writing(mut writer: JoinHandle<()>, deadline: Instant) {
     }
 }
 
-async fn monitor(state: AppState) {
-    store::watch(&*state.postgres, &*state.redis).await;
-}
-
 /// What a server reports goes to the metrics and, for rejected requests, to the log.
 fn events(
     rejections: &Arc<Rejections>,
@@ -309,7 +309,7 @@ async fn upkeep(state: AppState, observer: Arc<Observer>, rejections: Arc<Reject
                 state.telemetry.upkeep();
                 rejections.report();
             }
-            _ = suppressed.tick() => observer.tell_left_out(),
+            _ = suppressed.tick() => observer.report_suppressed(),
         }
     }
 }

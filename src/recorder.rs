@@ -4,16 +4,17 @@
 //! the commit that records it. So a batch holds the visits that arrived during the commit before.
 //! Must not know: HTTP.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
+use metrics::{Counter, Histogram};
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tracing::warn;
 
-use crate::metrics::{self, Outcome};
+use crate::metrics::catalog;
 use crate::store::{Batch, Error, Parent, Postgres, Redis, Store as _};
 
 /// The numbers of a recorded visit.
@@ -40,6 +41,54 @@ pub enum Refusal {
     /// It was sent to Postgres, or can have been, and whether it is recorded is not known.
     #[error("the visit is in doubt")]
     InDoubt,
+}
+
+/// What became of a visit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// In both stores.
+    Ok,
+    /// In Postgres, not counted in Redis.
+    Degraded,
+    /// Certainly not recorded: Postgres was down or refused, or its deadline passed in the queue.
+    Failed,
+    /// Not taken: the queue was full or the service stops.
+    Shed,
+    /// Its statement was sent, and its reply was not read or came too late for its client.
+    InDoubt,
+    /// Its client disconnected before it was recorded.
+    Abandoned,
+}
+
+static OUTCOMES: LazyLock<[Counter; 6]> =
+    LazyLock::new(|| Outcome::ALL.map(|outcome| catalog::VISITS.with([outcome.label()])));
+static QUEUE_WAIT: LazyLock<Histogram> = LazyLock::new(|| catalog::QUEUE_WAIT.with([]));
+static BATCH_SIZE: LazyLock<Histogram> = LazyLock::new(|| catalog::BATCH_SIZE.with([]));
+
+impl Outcome {
+    const ALL: [Self; 6] = [
+        Self::Ok,
+        Self::Degraded,
+        Self::Failed,
+        Self::Shed,
+        Self::InDoubt,
+        Self::Abandoned,
+    ];
+
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Degraded => "degraded",
+            Self::Failed => "failed",
+            Self::Shed => "shed",
+            Self::InDoubt => "in_doubt",
+            Self::Abandoned => "abandoned",
+        }
+    }
+
+    fn count(self, visits: usize) {
+        OUTCOMES[self as usize].increment(visits as u64);
+    }
 }
 
 /// Hands visits to the writer. Cheap to clone.
@@ -122,7 +171,10 @@ pub fn recorder(
     capacity: usize,
     deadline: Duration,
 ) -> (Recorder, Writer) {
-    metrics::queue_capacity(capacity);
+    LazyLock::force(&OUTCOMES);
+    LazyLock::force(&QUEUE_WAIT);
+    LazyLock::force(&BATCH_SIZE);
+    catalog::QUEUE_CAPACITY.with([]).set(capacity as f64);
     let (sender, receiver) = mpsc::channel(capacity);
     let (stop, stopped) = watch::channel(false);
     let progress = Arc::new(Progress::new());
@@ -172,7 +224,7 @@ impl Recorder {
             // The writer has ended, and the batch that it was recording is in doubt.
             Ok(Err(_)) if self.progress.still_waits(queued) => Err(shed(Refusal::Stopping)),
             Ok(Err(_)) => {
-                metrics::visits(Outcome::InDoubt, 1);
+                Outcome::InDoubt.count(1);
                 Err(Refusal::InDoubt)
             }
             // The writer drops the visit when its turn comes, and counts it.
@@ -188,16 +240,16 @@ impl Recorder {
         self.stop.send_replace(true);
     }
 
-    /// How many visits wait.
-    #[must_use]
-    pub fn depth(&self) -> usize {
-        self.queue.max_capacity() - self.queue.capacity()
+    /// Publishes how many visits wait.
+    pub fn report(&self) {
+        let depth = self.queue.max_capacity() - self.queue.capacity();
+        catalog::QUEUE_DEPTH.with([]).set(depth as f64);
     }
 }
 
 /// Counts a visit that was not taken.
 fn shed(refusal: Refusal) -> Refusal {
-    metrics::visits(Outcome::Shed, 1);
+    Outcome::Shed.count(1);
     refusal
 }
 
@@ -248,7 +300,7 @@ impl Writer {
             .map_or_else(|failure| failure.sent, |_| true)
         {
             for visit in &self.batch {
-                metrics::queue_wait(began - visit.queued);
+                QUEUE_WAIT.record(began - visit.queued);
             }
         }
         let total = match recorded {
@@ -270,7 +322,7 @@ impl Writer {
                 };
             }
         };
-        metrics::batch_size(visits);
+        BATCH_SIZE.record(visits as f64);
         if visits == self.batch_limit {
             self.batch_limit = (2 * self.batch_limit).min(BATCH_LIMIT);
         }
@@ -298,7 +350,7 @@ impl Writer {
             } else {
                 return true;
             };
-            metrics::visits(outcome, 1);
+            outcome.count(1);
             false
         });
     }
@@ -320,8 +372,8 @@ impl Writer {
             let delivered = visit.reply.send(Ok(recorded)).is_ok();
             late += usize::from(!delivered && visit.deadline <= Instant::now());
         }
-        metrics::visits(outcome, visits - late);
-        metrics::visits(Outcome::InDoubt, late);
+        outcome.count(visits - late);
+        Outcome::InDoubt.count(late);
     }
 
     fn refuse(&mut self, outcome: Outcome, refusal: Refusal) {
@@ -331,9 +383,9 @@ impl Writer {
             let delivered = visit.reply.send(Err(refusal)).is_ok();
             late += usize::from(!delivered && visit.deadline <= Instant::now());
         }
-        metrics::visits(outcome, visits - late);
+        outcome.count(visits - late);
         // Their clients were answered as in doubt when the deadline passed.
-        metrics::visits(Outcome::InDoubt, late);
+        Outcome::InDoubt.count(late);
     }
 
     /// The calls are children of the first sampled visit; the other sampled visits link to them.

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Drives `docker compose` as a user does and says, a line a fact, whether it did what it should.
+# Drives `docker compose` as a user does, and prints one line per case: whether its fact holds.
 #
 #   tests/e2e.sh              every case
-#   tests/e2e.sh CASE...      those, by the names of their functions
+#   tests/e2e.sh CASE...      these cases, by the names of their functions
 #
-# Needs Docker Engine 25 with Compose 2.24, curl, bash, tar, gzip and GNU coreutils. It works under a project name
-# and on ports of its own, ignores .env and the caller's variables, and however it ends it removes what
-# it made, and only that. A case whose image cannot be had is SKIPPED, with the reason.
+# Needs Docker Engine 25 with Compose 2.24, curl, bash, tar, gzip and GNU coreutils. It uses its own
+# project name and ports, ignores .env and the caller's variables, and removes what it made, and only
+# that, however it ends. A case whose image cannot be pulled is SKIPPED, with the reason.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# --- cases, in the order in which they run; each begins with everything up ---
+# --- cases, in the order in which they run; each begins with all three services up ---
 
 cases=(
     compose_files_are_valid_without_a_warning
@@ -20,20 +20,20 @@ cases=(
     web_pings_db_and_cache
     ps_says_that_all_three_are_healthy
     total_survives_down_and_up
-    web_tells_an_outage_of_db_and_counts_on_after_it
+    web_reports_an_outage_of_db_and_continues_its_count
     replaced_volume_of_db_is_used_without_a_restart_of_web
     web_serves_visits_without_the_cache
-    web_comes_up_beside_a_cache_that_never_becomes_healthy
-    stopped_service_resolves_to_nobody
-    killed_web_is_back_by_itself
+    web_starts_with_a_cache_that_never_becomes_healthy
+    stopped_service_does_not_resolve
+    killed_web_restarts_by_itself
     web_stops_on_sigterm_at_once
     web_runs_without_privileges
     stores_are_reached_from_inside_only_and_hold_few_capabilities
     every_service_is_bounded
-    db_and_cache_are_set_up_as_promised
+    db_and_cache_have_the_documented_settings
     image_says_what_it_is_and_holds_no_secret
-    secrets_at_hand_do_not_get_into_the_image
-    change_of_the_source_leaves_dependencies_as_they_are
+    secrets_in_the_build_folder_do_not_get_into_the_image
+    change_of_the_source_does_not_rebuild_dependencies
     every_variable_of_env_example_takes_effect
     env_example_shows_the_defaults
     passwords_come_from_files
@@ -41,7 +41,7 @@ cases=(
     unreadable_password_file_ends_web_with_a_line_that_names_it
     db_is_never_healthy_while_it_is_initialised
     volume_of_the_flask_version_is_adopted
-    absent_collector_makes_web_neither_slow_nor_loud
+    absent_collector_neither_slows_web_nor_fills_its_log
     watchers_start_without_web
     prometheus_scrapes_web_and_evaluates_every_expression
     trace_of_a_visit_shows_both_store_calls
@@ -83,7 +83,7 @@ cold_start_on_a_fresh_volume_is_healthy_five_times() {
 
 visit_answers_with_both_totals() {
     visit | grep -Eqx '\{"db_status":"ok","redis_status":"ok","total_registros_db":[0-9]+,"visitas_redis":[0-9]+\}' ||
-        fail "the answer is $(visit)"
+        fail "the response is $(visit)"
 }
 
 web_pings_db_and_cache() {
@@ -105,11 +105,11 @@ total_survives_down_and_up() {
     compose down
     compose up --detach --wait
     after=$(visit)
-    [ "$(field total_registros_db <<<"$after")" = $((before + 1)) ] || fail "after $before comes $after"
+    [ "$(field total_registros_db <<<"$after")" = $((before + 1)) ] || fail "the response after total $before is $after"
     [ "$(field visitas_redis <<<"$after")" = 1 ] || fail "the cache did not start over: $after"
 }
 
-web_tells_an_outage_of_db_and_counts_on_after_it() {
+web_reports_an_outage_of_db_and_continues_its_count() {
     local before incarnation
     before=$(total)
     incarnation=$(incarnation_of web)
@@ -120,7 +120,7 @@ web_tells_an_outage_of_db_and_counts_on_after_it() {
     within 60 health_is unhealthy web
     compose start db
     within 60 health_is healthy web
-    [ "$(total)" = $((before + 1)) ] || fail "the total did not go on from $before"
+    [ "$(total)" = $((before + 1)) ] || fail "the total did not continue from $before"
     [ "$(incarnation_of web)" = "$incarnation" ] || fail "web was restarted"
 }
 
@@ -138,7 +138,7 @@ replaced_volume_of_db_is_used_without_a_restart_of_web() {
     note "$(since "$started") s from a healthy db to a visit"
     within 5 is_healthy web || fail "web is $(health web)"
     [ "$(sql 'select count(*) from visitas')" = "$(($(total) - 1))" ] || fail "the total is not the number of rows"
-    [ "$(incarnation_of web)" = "$web_before" ] || fail "web was started again"
+    [ "$(incarnation_of web)" = "$web_before" ] || fail "web was restarted"
 }
 
 web_serves_visits_without_the_cache() {
@@ -156,7 +156,7 @@ web_serves_visits_without_the_cache() {
     [ "$(incarnation_of web)" = "$incarnation" ] || fail "web was restarted"
 }
 
-web_comes_up_beside_a_cache_that_never_becomes_healthy() {
+web_starts_with_a_cache_that_never_becomes_healthy() {
     cat >"$work/sick-cache.yml" <<'END'
 services:
   cache:
@@ -169,32 +169,32 @@ END
     visit
 }
 
-stopped_service_resolves_to_nobody() {
+stopped_service_does_not_resolve() {
     local service
     local resolver
-    compose exec -T web getent hosts db cache || fail "the names do not resolve while all is up"
+    compose exec -T web getent hosts db cache || fail "the names do not resolve while all services are up"
     for service in web db cache; do
-        [ "$(docker container inspect --format '{{.HostConfig.DnsSearch}}' "$project-$service")" = '[.]' ] || fail "$service takes the host's search domain"
+        [ "$(docker container inspect --format '{{.HostConfig.DnsSearch}}' "$project-$service")" = '[.]' ] || fail "$service uses the host's search domain"
         resolver=$(compose exec -T $service cat /etc/resolv.conf)
-        grep -q ^nameserver <<<"$resolver" || fail "$service resolves nothing: $resolver"
-        lacks "$resolver" -E ^search || fail "$service completes names"
+        grep -q ^nameserver <<<"$resolver" || fail "$service has no name server: $resolver"
+        lacks "$resolver" -E ^search || fail "$service has a search domain"
     done
     compose stop db
-    # 2 is getent's word for a name that is not found.
+    # getent exits with 2 if it does not find a name.
     ends_with 2 compose exec -T web getent hosts db || fail "db resolves although it is stopped"
     ends_with 2 compose exec -T web getent hosts jaeger || fail "jaeger resolves although it is absent"
 }
 
-killed_web_is_back_by_itself() {
+killed_web_restarts_by_itself() {
     local before incarnation process
     before=$(total)
     incarnation=$(incarnation_of web)
     process=$(docker container inspect --format '{{.State.Pid}}' "$project-web")
-    # From the host: a container's own processes cannot kill its first.
+    # From the host: a container's processes cannot kill its first process.
     docker run --rm --pid host --user 0 --entrypoint sh "$image" -c "kill -9 $process"
     within 30 incarnation_is_not "$incarnation" web
     within 60 health_is healthy web
-    [ "$(total)" = $((before + 1)) ] || fail "the total did not go on from $before"
+    [ "$(total)" = $((before + 1)) ] || fail "the total did not continue from $before"
 }
 
 web_stops_on_sigterm_at_once() {
@@ -202,8 +202,8 @@ web_stops_on_sigterm_at_once() {
     [ "$(compose exec -T web cat /proc/1/comm)" = visitas ] || fail "process 1 is not visitas"
     started=$(now)
     compose stop web
-    [ "$(docker container inspect --format '{{.State.ExitCode}}' "$project-web")" = 0 ] || fail "it did not end by itself"
-    less "$(since "$started")" 5 || fail "it took $(since "$started") s"
+    [ "$(docker container inspect --format '{{.State.ExitCode}}' "$project-web")" = 0 ] || fail "web did not exit with 0"
+    less "$(since "$started")" 5 || fail "the stop took $(since "$started") s"
 }
 
 web_runs_without_privileges() {
@@ -213,23 +213,23 @@ web_runs_without_privileges() {
     for set in CapInh CapPrm CapEff CapBnd CapAmb; do
         grep -Eq "^$set:\s0+$" <<<"$status" || fail "$(grep $set <<<"$status")"
     done
-    grep -Eq '^NoNewPrivs:\s1$' <<<"$status" || fail "it may gain privileges"
+    grep -Eq '^NoNewPrivs:\s1$' <<<"$status" || fail "web can gain privileges"
     for place in / /usr/local/bin /etc /home; do
         refuses 'Read-only file system' compose exec -T --user 0 web sh -c "touch $place/there" || fail "$place can be written to"
     done
     compose exec -T web sh -c 'touch /tmp/there && rm /tmp/there' || fail "/tmp cannot be written to"
-    [ "$(compose exec -T web sh -c 'command -v curl || command -v wget || echo none')" = none ] || fail "there is a downloader"
+    [ "$(compose exec -T web sh -c 'command -v curl || command -v wget || echo none')" = none ] || fail "the image has curl or wget"
 }
 
 stores_are_reached_from_inside_only_and_hold_few_capabilities() {
     for service in db cache; do
         [ "$(docker container inspect --format '{{len .HostConfig.PortBindings}}' "$project-$service")" = 0 ] || fail "$service publishes a port"
-        [[ $(docker container inspect --format '{{.HostConfig.SecurityOpt}}' "$project-$service") == *no-new-privileges* ]] || fail "$service may gain privileges"
+        [[ $(docker container inspect --format '{{.HostConfig.SecurityOpt}}' "$project-$service") == *no-new-privileges* ]] || fail "$service can gain privileges"
     done
-    # CHOWN, DAC_OVERRIDE, FOWNER, SETGID, SETUID for the entry point; the server itself has none.
-    [ "$(process_status db CapBnd)" = 00000000000000cb ] || fail "db may have $(process_status db CapBnd)"
-    [ "$(process_status db CapEff)" = 0000000000000000 ] || fail "db has $(process_status db CapEff)"
-    [ "$(process_status cache CapBnd)" = 0000000000000000 ] || fail "cache may have $(process_status cache CapBnd)"
+    # The entry point has CHOWN, DAC_OVERRIDE, FOWNER, SETGID and SETUID; the server has none.
+    [ "$(process_status db CapBnd)" = 00000000000000cb ] || fail "the capability bound of db is $(process_status db CapBnd)"
+    [ "$(process_status db CapEff)" = 0000000000000000 ] || fail "the capabilities of db are $(process_status db CapEff)"
+    [ "$(process_status cache CapBnd)" = 0000000000000000 ] || fail "the capability bound of cache is $(process_status cache CapBnd)"
     [ "$(process_status cache Uid)" = 999 ] || fail "cache runs as $(process_status cache Uid)"
 }
 
@@ -249,11 +249,11 @@ every_service_is_bounded() {
     done
 }
 
-db_and_cache_are_set_up_as_promised() {
+db_and_cache_have_the_documented_settings() {
     local setting
     for setting in data_checksums=on fsync=on synchronous_commit=on idle_in_transaction_session_timeout=1min \
         tcp_keepalives_idle=30 tcp_keepalives_interval=10 tcp_keepalives_count=3 client_connection_check_interval=10s; do
-        # Over TCP, since a keepalive of a socket is always 0.
+        # sql connects by TCP, because the keepalives of a Unix socket are always 0.
         [ "$(sql "show ${setting%=*}")" = "${setting#*=}" ] || fail "${setting%=*} is $(sql "show ${setting%=*}")"
     done
     for setting in save= appendonly=no maxmemory=67108864 maxmemory-policy=noeviction; do
@@ -270,24 +270,24 @@ image_says_what_it_is_and_holds_no_secret() {
     for label in title description licenses revision; do
         docker image inspect --format '{{json .Config.Labels}}' "$image" | grep -q "org.opencontainers.image.$label" || fail "no label $label"
     done
-    [ "$(docker image inspect --format '{{.Config.User}}' "$image")" = 10001:10001 ] || fail "its user is not a number"
+    [ "$(docker image inspect --format '{{.Config.User}}' "$image")" = 10001:10001 ] || fail "the image's user is not a number"
     local environment history
     environment=$(docker image inspect --format '{{json .Config.Env}}' "$image")
     history=$(docker history --no-trunc "$image")
-    grep -q PATH= <<<"$environment" || fail "its environment is not known: $environment"
-    lacks "$environment" -i passw || fail "its environment has a password"
-    grep -q visitas <<<"$history" || fail "its history is not known: $history"
-    lacks "$history" -F senha123 || fail "a layer was made with the password"
-    # What is not sent to the build cannot get into a layer.
+    grep -q PATH= <<<"$environment" || fail "the image's environment cannot be read: $environment"
+    lacks "$environment" -i passw || fail "the image's environment has a password"
+    grep -q visitas <<<"$history" || fail "the image's history cannot be read: $history"
+    lacks "$history" -F senha123 || fail "a layer's command has the password"
+    # A file that is not sent to the build cannot get into a layer.
     local files
-    # The program is named as well, so that finding nothing is told from not looking.
+    # find also looks for the program, so that an empty result means that it failed.
     files=$(docker run --rm --user 0 --entrypoint find "$image" / -xdev -newer /etc/debian_version \
         \( -name '.env*' -o -name '*secret*' -o -name '*.rs' -o -name .git -o -path /usr/local/bin/visitas \) -print)
     [ "$(grep -v ^/usr/share <<<"$files")" = /usr/local/bin/visitas ] || fail "the image holds more than the program: $files"
     note "$(docker image ls --format '{{.Size}}' "$image") is the image"
 }
 
-secrets_at_hand_do_not_get_into_the_image() {
+secrets_in_the_build_folder_do_not_get_into_the_image() {
     local canary=c4nary9Zx7Qk2 context=$work/at-hand layers=$work/layers name=$project-at-hand
     mkdir -p "$context/secrets" "$layers"
     cp -r .dockerignore Dockerfile docker-compose.yml Cargo.toml Cargo.lock build.rs src migrations "$context"
@@ -299,17 +299,17 @@ secrets_at_hand_do_not_get_into_the_image() {
         docker compose --project-name "$name" --project-directory "$context" --file "$context/docker-compose.yml" \
         build web >"$work/build.log" 2>&1 || { cat "$work/build.log"; return 1; }
     docker save "$name-web" | tar -xC "$layers"
-    # Or else it would be found nowhere because nothing can be read.
+    # Otherwise a failed search would look like an absent canary.
     [ "$(blobs_with usr/local/bin/visitas "$layers")" -gt 0 ] || fail "the layers cannot be searched"
-    [ "$(blobs_with "$canary" "$layers")" = 0 ] || fail "a layer holds it"
+    [ "$(blobs_with "$canary" "$layers")" = 0 ] || fail "a layer holds the canary"
     docker history --no-trunc "$name-web" >"$work/history" || fail "the image has no history"
-    ends_with 1 grep -F "$canary" "$work/history" || fail "the history holds it"
+    ends_with 1 grep -F "$canary" "$work/history" || fail "the history holds the canary"
     docker image inspect "$name-web" >"$work/description" || fail "the image has no description"
-    ends_with 1 grep -F "$canary" "$work/description" || fail "the image's description holds it"
-    ends_with 1 grep -F "$canary" "$work/build.log" || fail "the build's output holds it"
+    ends_with 1 grep -F "$canary" "$work/description" || fail "the image's description holds the canary"
+    ends_with 1 grep -F "$canary" "$work/build.log" || fail "the build's output holds the canary"
 }
 
-change_of_the_source_leaves_dependencies_as_they_are() {
+change_of_the_source_does_not_rebuild_dependencies() {
     local context=$work/context
     mkdir "$context"
     cp -r .dockerignore Dockerfile Cargo.toml Cargo.lock build.rs src migrations "$context"
@@ -345,20 +345,20 @@ every_variable_of_env_example_takes_effect() {
         changed=$(env_file=$work/one; with_secrets --profile '*' config && compose config) || fail "$variable is refused"
         [ "$changed" != "$plain" ] || fail "$variable changes nothing"
     done
-    # What reaches web gets into force there.
+    # Each variable that Compose gives to web takes effect there.
     listing=$(env_file=$work/all; compose run --rm --no-deps -T web config)
     for variable in $(compose config --format json | tr ',{' '\n\n' | sed -n 's/^ *"\([A-Z_]*\)": .*/\1/p' | sort -u); do
         value=${sample[$variable]:-}
         [[ $variable == DB_PASSWORD ]] && value='****'
         [[ $variable =~ ^(POSTGRES_.*|VISITAS_REVISION)$ ]] || grep -Eq "^$variable=${value//\*/\\*} +# environment$" <<<"$listing" ||
-            fail "$variable is not in force: $(grep "^$variable=" <<<"$listing")"
+            fail "$variable has no effect in web: $(grep "^$variable=" <<<"$listing")"
     done
-    # The port that is published, and a password that needs quotes.
+    # A password that needs quotes.
     [[ $(env_file=$work/all; compose config) == *"POSTGRES_PASSWORD: 's3nha \$\$x # y'"* ]] || fail "the password did not survive"
 }
 
 env_example_shows_the_defaults() {
-    # The argument contradicts the default sampler.
+    # OTEL_TRACES_SAMPLER_ARG contradicts the default sampler.
     sed -n 's/^#\([A-Z_]*=\)/\1/p' .env.example | grep -v '^OTEL_TRACES_SAMPLER_ARG=' >"$work/uncommented"
     : >"$work/empty"
     local with without
@@ -366,7 +366,7 @@ env_example_shows_the_defaults() {
         fail "config fails"
     without=$(env_file=$work/empty; compose run --rm --no-deps -T web config && with_secrets --profile '*' config | grep -v '^      [A-Z_]*:') ||
         fail "config fails"
-    diff <(sed 's/ *# .*//' <<<"$without") <(sed 's/ *# .*//' <<<"$with") || fail "a default is another one"
+    diff <(sed 's/ *# .*//' <<<"$without") <(sed 's/ *# .*//' <<<"$with") || fail "a default in .env.example differs"
 }
 
 passwords_come_from_files() {
@@ -379,12 +379,12 @@ passwords_come_from_files() {
     for service in web db cache; do
         inspected=$(docker container inspect "$project-$service")
         grep -q '"Env"' <<<"$inspected" || fail "$service cannot be inspected: $inspected"
-        lacks "$inspected" -F s3gredo || fail "the password can be seen in $service"
-        lacks "$inspected" -F senha123 || fail "$service has the plain password as well"
+        lacks "$inspected" -F s3gredo || fail "docker inspect shows the password of $service"
+        lacks "$inspected" -F senha123 || fail "$service also has the default password"
     done
-    [[ $(docker exec "$project-cache" redis-cli ping 2>&1) == *NOAUTH* ]] || fail "the cache asks for no password"
+    [[ $(docker exec "$project-cache" redis-cli ping 2>&1) == *NOAUTH* ]] || fail "the cache needs no password"
     refuses 'password authentication failed' docker exec -e PGPASSWORD=senha123 "$project-db" psql -h db -U usuario -d desafio3db -c 'select 1' ||
-        fail "the plain password still opens db"
+        fail "db still accepts the default password"
     remove_everything
 }
 
@@ -407,7 +407,7 @@ unreadable_password_file_ends_web_with_a_line_that_names_it() {
 
 db_is_never_healthy_while_it_is_initialised() {
     remove_everything
-    # Takes long enough for several probes.
+    # 4 s are enough for several probes.
     echo 'sleep 4' >"$work/slow.sh"
     cat >"$work/slow-db.yml" <<END
 services:
@@ -436,37 +436,37 @@ volume_of_the_flask_version_is_adopted() {
     compose down
     compose up --detach --wait --wait-timeout 120
     [ "$(total)" = 42 ] || fail "the total is $(total)"
-    [ "$(sql "select count(*) from visitas where data = '2024-05-01 12:00+00'")" = 41 ] || fail "the moments are lost"
+    [ "$(sql "select count(*) from visitas where data = '2024-05-01 12:00+00'")" = 41 ] || fail "the times of old visits are lost"
     remove_everything
 }
 
-absent_collector_makes_web_neither_slow_nor_loud() {
+absent_collector_neither_slows_web_nor_fills_its_log() {
     local peer lines
     peer=$(free_port)
-    # A container of `run` is none of `down`'s, and would keep the network.
+    # `down` does not remove a container of `run`, which would keep the network.
     trap 'docker rm --force "$project-peer" >/dev/null 2>&1' EXIT
     compose run --detach --name "$project-peer" --no-deps --publish "127.0.0.1:$peer:5000" -e OTEL_EXPORTER_OTLP_ENDPOINT= web
     within 30 curl -fs "http://127.0.0.1:$peer/health"
     compose up --detach --wait --force-recreate --no-deps web
-    # Until then it exports, and fails.
+    # Until then web tries to export.
     within 60 gave_up_exporting
     echo 1000 >"$work/best-without" && echo 1000 >"$work/best-with"
-    # In turns, since this machine may do something else as well; what is slow in itself stays so.
+    # In turns, because other load on this machine comes and goes; a slow exporter stays slow.
     for _ in 1 2 3 4 5; do is_half_as_fast_as_without_an_exporter "http://127.0.0.1:$peer" || true; done
     within 60 is_half_as_fast_as_without_an_exporter "http://127.0.0.1:$peer"
     note "500 visits in a row took $(cat "$work/best-without") s without an exporter, $(cat "$work/best-with") s with an absent collector"
     lines=$(docker logs "$project-web" 2>&1 | grep -c collector || true)
-    [ "$lines" = 1 ] || fail "$lines lines about the collector"
+    [ "$lines" = 1 ] || fail "$lines log lines about the collector"
     lines=$(docker logs "$project-web" 2>&1 | grep -vc '"target":"access"' || true)
-    # The line about the collector is one.
-    [ "$lines" -gt 0 ] && [ "$lines" -lt 20 ] || fail "$lines lines in all"
+    # At least the line about the collector.
+    [ "$lines" -gt 0 ] && [ "$lines" -lt 20 ] || fail "$lines log lines"
 }
 
 watchers_start_without_web() {
     need_watchers
     compose down
     compose --profile obs up --detach --wait --wait-timeout 60 "${watchers[@]}"
-    refuses 'No such container' docker container inspect "$project-web" || fail "web was started as well"
+    refuses 'No such container' docker container inspect "$project-web" || fail "web was started too"
 }
 
 prometheus_scrapes_web_and_evaluates_every_expression() {
@@ -490,12 +490,12 @@ slow_visits_lead_from_the_alert_to_the_trace_and_the_log() {
     need_watchers
     local trace found took call
     start_observed
-    # Shorter than web waits for a lock, so that every visit succeeds.
+    # Shorter than web's lock timeout, so that every visit succeeds.
     hold_the_count 0.55 50 &
     within 20 count_is_held
     for _ in $(seq 60); do visit >/dev/null; done &
     within 60 prometheus_has 'ALERTS{alertname="VisitasLatencyBurnFast"}'
-    prometheus_lacks 'ALERTS{alertname="VisitasAvailabilityBurnFast"}' || fail "slow visits are taken for failed ones"
+    prometheus_lacks 'ALERTS{alertname="VisitasAvailabilityBurnFast"}' || fail "slow visits raise the availability alert"
     within 20 exemplar_of_a_slow_visit
     trace=$(exemplar_of_a_slow_visit)
     within 20 curl -fs "http://127.0.0.1:$JAEGER_PORT/api/traces/$trace"
@@ -511,7 +511,7 @@ slow_visits_lead_from_the_alert_to_the_trace_and_the_log() {
 refused_visits_raise_the_availability_alert() {
     need_watchers
     start_observed
-    # Longer than web waits for a lock.
+    # Longer than web's lock timeout.
     hold_the_count 5 5 &
     within 20 count_is_held
     for _ in $(seq 40); do curl -s -o /dev/null "$url/"; done &
@@ -522,7 +522,7 @@ refused_visits_raise_the_availability_alert() {
 trace_of_a_visit_shows_both_store_calls() {
     need_image jaeger
     compose --profile obs up --detach --wait --wait-timeout 120 web jaeger
-    # The first visits may go untraced: it takes an export to find out that the collector is there.
+    # The first visits can go untraced: web notices the collector only by a successful export.
     within 60 some_trace_shows 'SELECT registrar_visitas' INCRBY
     curl -fs "http://127.0.0.1:$JAEGER_PORT/api/services" | grep -q '"visitas"' || fail "Jaeger does not know the service"
 }
@@ -543,7 +543,7 @@ jaeger_stays_within_its_memory_under_load() {
     for search in "${searches[@]}"; do wait "$search" || fail "a search was not answered"; done
     found=$(grep -o '"traceID":"[0-9a-f]*","spans"' "$work/search1" | wc -l)
     note "Jaeger holds $found traces in $(docker stats --no-stream --format '{{.MemUsage}}' "$project-jaeger")"
-    # All that it may hold, and so all that there is.
+    # Its maximum, so the search returned all traces.
     [ "$found" = "$most" ] || fail "Jaeger holds $found traces"
     within 60 some_trace_shows INCRBY
     [ "$(incarnation_of jaeger)" = "$incarnation" ] || fail "Jaeger was restarted"
@@ -564,13 +564,13 @@ grafana_has_its_data_sources_and_dashboards() {
 down_with_volumes_leaves_nothing() {
     compose --profile obs up --detach --wait --wait-timeout 120 web db cache "${watchers[@]}"
     print_memory
-    # A volume that an image declares has no label of the project, and outlives a plain `down`.
+    # A volume that only an image declares lacks the project's label, and `down` does not remove it.
     local containers volumes left
     containers=$(compose --profile '*' ps --quiet)
     [ -n "$containers" ] || fail "nothing runs"
     volumes=$(docker container inspect --format '{{range .Mounts}}{{if eq .Type "volume"}}{{println .Name}}{{end}}{{end}}' $containers)
-    grep -q "^${project}_" <<<"$volumes" || fail "no volume is known: $volumes"
-    # Empty lines are those of containers without a volume.
+    grep -q "^${project}_" <<<"$volumes" || fail "no volume is found: $volumes"
+    # Containers without a volume print empty lines.
     lacks "$(grep . <<<"$volumes")" -Ev "^${project}_" || fail "there is a volume without a name"
     compose --profile obs down --volumes
     left=$(remains "$project")
@@ -583,23 +583,23 @@ interrupted_run_leaves_nothing() {
     local run=$! other=visitas-e2e-$! left
     within 60 exists "$other-db"
     kill -TERM $run
-    ends_with 130 wait $run || fail "it does not tell that it was interrupted"
+    ends_with 130 wait $run || fail "the interrupted run did not exit with 130"
     left=$(remains "$other")
     [ -z "$left" ] || fail "left: $left"
 }
 
 volume_of_the_users_project_is_untouched() {
-    [ "$(users_volume)" = "$users_volume_before" ] || fail "it was $users_volume_before and is $(users_volume)"
+    [ "$(users_volume)" = "$users_volume_before" ] || fail "the volume was $users_volume_before and is $(users_volume)"
 }
 
-# --- the words that cases are made of ---
+# --- helpers of the cases ---
 
 project=visitas-e2e-$$
 image=$project-web
 watchers=()
 skipped=77
 
-# Compose with nothing from outside: no .env, no override file, no variable of the caller.
+# Compose without the user's .env, override file and variables.
 compose() {
     clean docker compose --project-name "$project" --env-file "$env_file" --file docker-compose.yml "$@"
 }
@@ -627,7 +627,7 @@ health_is() { [ "$(health "$2")" = "$1" ]; }
 
 is_healthy() { health_is healthy "$1"; }
 
-# What changes whenever a container's process is another one.
+# Changes whenever the container runs another process.
 incarnation_of() { docker container inspect --format '{{.Id}} {{.State.StartedAt}} {{.RestartCount}}' "$project-$1"; }
 
 incarnation_is_not() { [ "$(incarnation_of "$2")" != "$1" ]; }
@@ -639,11 +639,11 @@ process_status() { docker exec "$project-$1" awk -v field="$2:" '$1 == field { p
 
 sql() { compose exec -T -e PGPASSWORD=senha123 db psql -h 127.0.0.1 -U usuario -d desafio3db -Atc "$1"; }
 
-# blobs_with TEXT FOLDER: how many files of a saved image hold it, those that are compressed included.
+# blobs_with TEXT FOLDER: how many files of a saved image hold TEXT, compressed files included.
 blobs_with() {
     local blob found=0
     while IFS= read -r blob; do
-        # Counted, so that it is read to its end.
+        # grep counts, so that it reads to the end and gzip gets no SIGPIPE.
         [ "$(gzip -dcf <"$blob" | grep -acF "$1")" = 0 ] || found=$((found + 1))
     done < <(find "$2" -type f)
     echo $found
@@ -655,7 +655,7 @@ make_secrets() {
     chmod 0444 "$work/secrets/"*
 }
 
-# One more round of both, and the best of all rounds is compared.
+# Measures both once more, and compares the best rounds so far.
 is_half_as_fast_as_without_an_exporter() {
     visits_in_a_row "$1" "$work/best-without"
     visits_in_a_row "$url" "$work/best-with"
@@ -670,7 +670,7 @@ visits_in_a_row() {
     if less "$took" "$(cat "$2")"; then echo "$took" >"$2"; fi
 }
 
-# spans_exported FILTER...: the sum of what the filter lets through.
+# spans_exported FILTER...: the sum of the samples that pass the filter.
 spans_exported() {
     curl -fs "$url/metrics" | grep '^otel_sdk_exporter_span_exported_total{' | "$@" | awk '{ sum += $2 } END { printf "%d", sum }'
 }
@@ -709,8 +709,8 @@ prometheus_lacks() {
         grep -q '^{"status":"success",.*"result":\[\]'
 }
 
-# Every expression of the dashboards and of the rules, a line each. An alert's comparisons are left
-# out, since what is well does not return them.
+# Prints every expression of the dashboards and of the rules, one per line, without the comparisons of
+# alerts, which return nothing while all is well.
 expressions() {
     {
         sed -n 's/^ *"expr": \("\(\\.\|[^"\\]\)*"\).*/\1/p' observability/grafana/dashboards/*.json
@@ -719,7 +719,7 @@ expressions() {
         s/ (==|!=|<=|>=|<|>) [0-9.]+//g; s/\$__rate_interval/1m/g; s/\$instance/.*/g'
 }
 
-# All anew, so that what was measured before has no share in what is measured now; and traced.
+# Starts with fresh volumes and with tracing, so that earlier measurements have no influence.
 start_observed() {
     remove_everything
     compose --profile obs up --detach --wait --wait-timeout 120 web prometheus jaeger
@@ -727,7 +727,7 @@ start_observed() {
     within 30 prometheus_has 'up{job="visitas"} == 1'
 }
 
-# hold_the_count SECONDS TIMES: keeps every recorder waiting; in between one that waits has its turn.
+# hold_the_count SECONDS TIMES: keeps every recorder waiting; between two holds, one has its turn.
 hold_the_count() {
     for _ in $(seq "$2"); do
         printf 'begin; select travar_contagem(); select pg_sleep(%s); commit;\n' "$1"
@@ -751,7 +751,7 @@ longest_call() {
             END { print longest, call }'
 }
 
-# What is left of a project; fails where that cannot be seen.
+# Prints what is left of a project; fails if Docker cannot tell.
 remains() {
     docker ps --all --quiet --filter "label=com.docker.compose.project=$1" &&
         docker network ls --quiet --filter "label=com.docker.compose.project=$1" &&
@@ -762,24 +762,24 @@ print_memory() { note "$(docker stats --no-stream --format '{{.Name}} {{.MemUsag
 
 remove_everything() { compose --profile '*' down --volumes --remove-orphans --timeout 10; }
 
-# within SECONDS COMMAND...: until it succeeds.
+# within SECONDS COMMAND...: repeats the command until it succeeds.
 within() {
     local deadline=$((SECONDS + $1)); shift
     until "$@" >"$work/last" 2>&1; do
-        [ $SECONDS -lt $deadline ] || { cat "$work/last"; fail "in vain: $*"; }
+        [ $SECONDS -lt $deadline ] || { cat "$work/last"; fail "timed out: $*"; }
         sleep 0.2
     done
 }
 
-# ends_with STATUS COMMAND...: whether it fails as it should. A command that cannot be run has another
-# status than its own refusal.
+# ends_with STATUS COMMAND...: whether the command exits with this status. A command that cannot be run
+# exits with another status than one that refuses.
 ends_with() {
     local wanted=$1 status=0; shift
     "$@" || status=$?
     [ $status = "$wanted" ] || { echo "status $status: $*"; return 1; }
 }
 
-# refuses WORDS COMMAND...: whether it fails and says why in these words.
+# refuses WORDS COMMAND...: whether the command fails with these words.
 refuses() {
     local words=$1 said; shift
     if said=$("$@" 2>&1); then
@@ -789,7 +789,7 @@ refuses() {
     grep -F "$words" <<<"$said" || { echo "$said"; return 1; }
 }
 
-# lacks TEXT FILTER...: whether grep finds nothing in it; an error of grep is not that.
+# lacks TEXT FILTER...: whether grep finds nothing in TEXT; an error of grep does not count.
 lacks() {
     local text=$1; shift
     ends_with 1 grep "$@" <<<"$text"
@@ -805,11 +805,11 @@ note() { sed 's/^/# /' <<<"$*" >>"$work/notes"; }
 
 fail() { echo "failed: $*"; exit 1; }
 
-need_image() { [[ " ${watchers[*]} " == *" $1 "* ]] || { echo "the image of $1 cannot be had here"; exit $skipped; }; }
+need_image() { [[ " ${watchers[*]} " == *" $1 "* ]] || { echo "the image of $1 cannot be pulled"; exit $skipped; }; }
 
 need_watchers() { need_image jaeger; need_image prometheus; }
 
-# Which of the optional services have an image, here or for the asking.
+# Finds the optional services whose image is here or can be pulled.
 find_watchers() {
     local name
     for service in jaeger prometheus grafana; do
@@ -829,7 +829,7 @@ free_port() {
     echo $port
 }
 
-# --- a user's volume, real or made up, that must come out of this as it went in ---
+# --- a user's volume, real or a decoy, that the cases must leave unchanged ---
 
 users_volume=desafio3_db-data
 decoy=
@@ -842,11 +842,11 @@ make_decoy() {
     decoy=yes
 }
 
-# --- running them ---
+# --- running the cases ---
 
 clean_up() {
     trap '' INT TERM HUP
-    remove_everything >/dev/null 2>&1 || echo "could not remove all of project $project"
+    remove_everything >/dev/null 2>&1 || echo "could not remove everything of project $project"
     docker image rm --force "$image" >/dev/null 2>&1 || true
     if [ -n "$decoy" ]; then docker volume rm $users_volume >/dev/null 2>&1 || true; fi
     rm -rf "$work"
@@ -900,5 +900,5 @@ main() {
     [ $failed = 0 ]
 }
 
-# In one line, so that an edit of this file meanwhile does not change what runs.
+# In one line, so that an edit of this file during the run does not change the run.
 main "$@"; exit

@@ -12,7 +12,7 @@ use http::{Request, StatusCode};
 use serde_json::Value;
 use tower::ServiceExt as _;
 use visitas::config::{LogConfig, LogFormat};
-use visitas::metrics::openmetrics::Format;
+use visitas::metrics::Format;
 use visitas::routes;
 use visitas::telemetry::Telemetry;
 use visitas::telemetry::request::Observer;

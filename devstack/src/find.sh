@@ -1,4 +1,4 @@
-# Where the servers are: sourced by install.sh and run by find.rs, so that both find the same ones.
+# Finds the servers. install.sh sources this file and find.rs runs it, so both find the same ones.
 # shellcheck shell=sh
 
 # Prints the major version and the program folder of the newest supported PostgreSQL.
@@ -51,7 +51,7 @@ find_redis() {
         "DEVSTACK_REDIS_SERVER to the path of its redis-server"
 }
 
-# What is missing, where it was looked for if a variable said so, and how to install it. Fails.
+# Prints what is missing, where a variable said to look for it, and how to install it. Always fails.
 explain_missing() {
     sudo='sudo '
     if [ "$(id -u)" -eq 0 ]; then

@@ -1,4 +1,4 @@
-# Makes a cluster with the password already set and the database already there.
+# Creates a cluster with the password and the database.
 #
 #   initdb.sh BIN FOLDER USER PASSWORD DATABASE
 #

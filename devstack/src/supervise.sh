@@ -1,14 +1,14 @@
-# Signals a server with all its processes, and outlives the runner to do so when nobody else can.
+# Signals all processes of a server. Outlives a killed runner, to stop the servers that it started.
 #
 #   signal NAME PID    sends the signal to the process and its descendants; after KILL, waits until
 #                      they are gone
-#   watch FOLDER       kills what the runner has started once the runner is gone, then removes
-#                      FOLDER, unless that is an empty string
+#   watch FOLDER       kills what the runner started once the runner is gone, then removes FOLDER,
+#                      unless FOLDER is an empty string
 #
-# Every process of Postgres makes a session of its own, so no process group holds them all.
+# Every process of Postgres starts its own session, so no process group holds them all.
 # shellcheck shell=sh
 
-# One line a process: its id, its parent's and its state. Slim images have no `ps`, macOS no /proc.
+# Prints a line per process: its id, its parent's id and its state. Slim images have no `ps`, macOS no /proc.
 processes() {
     if [ -r /proc/self/stat ]; then
         cat /proc/[0-9]*/stat 2>/dev/null |
@@ -19,7 +19,7 @@ processes() {
 }
 
 signal() {
-    kill -STOP "$2" || return 1 # It must start no process while the others are looked up.
+    kill -STOP "$2" || return 1 # A stopped process starts no child while its descendants are listed.
     family=$(processes | awk -v root="$2" '
         { parent[$1] = $2 }
         END {
@@ -29,7 +29,7 @@ signal() {
                 if (ancestor == root) print pid
             }
         }')
-    # shellcheck disable=SC2086 # One word an id.
+    # shellcheck disable=SC2086 # One word per id.
     kill -"$1" $family
     tries=0
     while [ "$1" = KILL ] && [ $tries -lt 100 ] && any_left; do
@@ -46,9 +46,8 @@ any_left() {
         END { exit !found }'
 }
 
-# The runner alone holds the other end of standard input, so it ends when the runner does, however
-# that comes about.
-# Each line is the process to kill then, 0 when there is none.
+# Only the runner holds the other end of standard input, so the input ends when the runner ends, for
+# whatever reason. Each line is the process to kill at that point, or 0 for none.
 watch() {
     trap '' HUP INT QUIT TERM
     server=0
@@ -59,7 +58,7 @@ watch() {
         signal KILL "$server"
     fi
     if [ -n "$1" ]; then
-        # A killed Postgres leaves a shared memory segment, of which a machine has only so many.
+        # A killed Postgres leaves a shared memory segment, and a machine has few of them.
         segment=$(sed -n '7s/.* //p' "$1"/postgres-*/postmaster.pid 2>/dev/null)
         if [ -n "$segment" ]; then
             ipcrm -m "$segment" 2>/dev/null

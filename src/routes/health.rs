@@ -43,7 +43,7 @@ enum Overall {
 }
 
 /// `GET /health` and `/health/ready`: whether visits are recorded.
-pub async fn ready(State(state): State<AppState>) -> Response {
+pub(super) async fn ready(State(state): State<AppState>) -> Response {
     let migrated = state.postgres.is_migrated();
     let recount_due = state.postgres.is_recount_due();
     let postgres = check(state.postgres.availability());
@@ -81,7 +81,7 @@ pub async fn ready(State(state): State<AppState>) -> Response {
 }
 
 /// `GET /health/live`: whether the process serves at all.
-pub async fn live() -> Response {
+pub(super) async fn live() -> Response {
     Json(serde_json::json!({ "status": "ok" })).into_response()
 }
 

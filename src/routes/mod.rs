@@ -2,6 +2,7 @@
 
 mod health;
 pub mod problem;
+mod renderings;
 mod scrape;
 mod state;
 mod visit;
@@ -41,9 +42,14 @@ pub fn of_metrics(state: &AppState, observer: Arc<Observer>) -> Router {
 pub fn layered(router: Router, observer: Arc<Observer>) -> Router {
     router.layer(
         ServiceBuilder::new()
-            .layer(observer.layer())
+            .layer(observer.layer(is_traced))
             .map_response(problem::not_stored)
             .map_response(problem::problem_document)
             .layer(CatchPanicLayer::custom(problem::panicked)),
     )
+}
+
+/// Probes and scrapes are not traced: they would outnumber visits.
+fn is_traced(route: &str) -> bool {
+    route != "/metrics" && !route.starts_with("/health")
 }

@@ -3,7 +3,7 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
-use super::scrape::Scrapes;
+use super::renderings::Renderings;
 use crate::lifecycle::Lifecycle;
 use crate::recorder::Recorder;
 use crate::store::{Postgres, Redis};
@@ -24,7 +24,7 @@ pub struct Parts {
     /// Renders metrics.
     pub telemetry: Arc<Telemetry>,
     /// Lets one scrape render at a time.
-    pub scrapes: Scrapes,
+    pub renderings: Renderings,
     /// How far a stop has come.
     pub lifecycle: Lifecycle,
 }
@@ -44,7 +44,7 @@ impl AppState {
             postgres,
             redis,
             telemetry,
-            scrapes: Scrapes::default(),
+            renderings: Renderings::default(),
             lifecycle,
         }))
     }

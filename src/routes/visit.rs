@@ -31,7 +31,7 @@ struct VisitBody {
 const HEADERS: usize = 8;
 
 /// Records this request as a visit.
-pub async fn record(State(state): State<AppState>) -> Response {
+pub(super) async fn record(State(state): State<AppState>) -> Response {
     match state.recorder.record().await {
         Ok(recorded) => respond(
             StatusCode::OK,
@@ -47,7 +47,7 @@ pub async fn record(State(state): State<AppState>) -> Response {
 }
 
 /// `HEAD /` is no visit, so it is not known how long the body of a `GET` would be.
-pub async fn head() -> Response {
+pub(super) async fn head() -> Response {
     let mut response = Response::new(Body::new(UnknownLength));
     let json = HeaderValue::from_static("application/json");
     response.headers_mut().insert(CONTENT_TYPE, json);

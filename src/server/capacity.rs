@@ -1,22 +1,24 @@
-//! How many connections a process can have open, with the limit on open files that it has.
+//! How many connections the process can have open, by its limit on open files.
+//!
+//! Must not know: how connections are accepted.
 
 /// Descriptors for everything that is not a client connection.
 const OTHER_FILES: usize = 64;
-/// Connections that scrapers can have open, where `METRICS_ADDR` gives them a listener of their own.
+/// Maximum number of scrapers' connections, where `METRICS_ADDR` gives them a listener of their own.
 const SCRAPERS_MAX: usize = 64;
 
-/// How many connections each listener can have open: together no more than the limit on open files
-/// allows, since each is a file.
+/// How many connections each listener can have open. Each connection is an open file, so all together
+/// stay within the limit on open files.
 #[derive(Debug, Clone, Copy)]
 pub struct Capacity {
-    /// Those of the listener for visitors.
+    /// For visitors.
     pub visitors: usize,
-    /// Those of the listener for scrapers; 0 where there is none.
+    /// For scrapers; 0 where they have no listener of their own.
     pub scrapers: usize,
 }
 
 impl Capacity {
-    /// Raises the limit on open files as far as it is needed and allowed.
+    /// Raises the limit on open files as far as needed and allowed.
     #[must_use]
     pub fn new(max_connections: usize, with_scrapers: bool) -> Self {
         let scrapers = if with_scrapers { SCRAPERS_MAX } else { 0 };
@@ -43,7 +45,7 @@ impl Capacity {
         capacity
     }
 
-    /// Scrapers have a quarter at most, and each listener has one in any case.
+    /// Scrapers get a quarter at most, and each listener gets at least one.
     fn within(limit: usize, max_connections: usize, scrapers: usize) -> Self {
         let files = limit.saturating_sub(OTHER_FILES);
         let scrapers = scrapers.min((files / 4).max(1));

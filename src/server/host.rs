@@ -1,12 +1,18 @@
-//! Which requests name the host that they are for as HTTP demands (RFC 9112, section 3.2).
+//! Which requests name the host that they are for as HTTP demands (RFC 9112, section 3.2), and the
+//! response to the others.
 //!
 //! Must not know: which hosts lead here. Any host is served, as long as there is no doubt which
 //! one is meant: where two readers of a request can differ, one of them can be deceived.
 
 use std::net::Ipv6Addr;
 
-use http::header::HOST;
-use http::{HeaderMap, Uri, Version};
+use axum::body::Body;
+use axum::response::Response;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, HOST};
+use http::{HeaderMap, HeaderValue, StatusCode, Uri, Version};
+
+/// The body of [`bad_request`].
+const PROBLEM: &str = r#"{"type":"about:blank","title":"Bad Request","status":400}"#;
 
 /// Whether a request of HTTP/1.1 has exactly one valid `Host`, and one of HTTP/1.0 at most one.
 /// A request target in absolute form does not make up for it, and has no user information (RFC
@@ -22,6 +28,18 @@ pub(super) fn is_named(version: Version, target: &Uri, headers: &HeaderMap) -> b
         && target
             .authority()
             .is_none_or(|authority| is_valid(authority.as_str().as_bytes()))
+}
+
+/// The response to a request that does not name its host. It is made here because no layer behind
+/// the server counts, traces or logs such a request.
+pub(super) fn bad_request() -> Response {
+    let mut response = Response::new(Body::from(PROBLEM));
+    *response.status_mut() = StatusCode::BAD_REQUEST;
+    let headers = response.headers_mut();
+    let problem = HeaderValue::from_static("application/problem+json");
+    headers.insert(CONTENT_TYPE, problem);
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
 }
 
 /// `uri-host [ ":" port ]` (RFC 9110, section 7.2, and RFC 3986, section 3.2). A host can be
@@ -72,17 +90,16 @@ fn is_ip_literal(literal: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(literal) else {
         return false;
     };
-    if let Some(future) = text.strip_prefix(['v', 'V']) {
-        return future.split_once('.').is_some_and(|(version, address)| {
-            !version.is_empty()
-                && version.bytes().all(|byte| byte.is_ascii_hexdigit())
-                && !address.is_empty()
-                && address
-                    .bytes()
-                    .all(|byte| is_name_byte(byte) || byte == b':')
-        });
-    }
-    text.parse::<Ipv6Addr>().is_ok()
+    let Some(later) = text.strip_prefix(['v', 'V']) else {
+        return text.parse::<Ipv6Addr>().is_ok();
+    };
+    let is_address_byte = |byte| is_name_byte(byte) || byte == b':';
+    later.split_once('.').is_some_and(|(version, address)| {
+        !version.is_empty()
+            && version.bytes().all(|byte| byte.is_ascii_hexdigit())
+            && !address.is_empty()
+            && address.bytes().all(is_address_byte)
+    })
 }
 
 #[cfg(test)]

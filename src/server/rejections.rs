@@ -1,27 +1,81 @@
-//! Requests that were rejected before they reached a route: each is counted, and a line a second
-//! says how many there were.
+//! Requests that were rejected before they reached a route: why, and how many. Each is counted, and
+//! at most one log line a second says how many there were.
 //!
-//! Must not know: who sent them, and what they said.
+//! Must not know: which client sent them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::metrics::{self, Rejection};
+use metrics::Counter;
 
-/// Counts rejected requests since the last line about them.
-#[derive(Debug, Default)]
-pub struct Rejections([AtomicU64; Rejection::ALL.len()]);
+use crate::metrics::catalog::REJECTED;
+
+/// Why a request was rejected before it reached a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rejection {
+    /// It is no HTTP/1.
+    Malformed,
+    /// Its headers are longer, or more, than the service reads.
+    HeadersTooLarge,
+    /// Its headers did not arrive in time.
+    HeaderTimeout,
+    /// A TLS handshake; the service speaks no TLS.
+    Tls,
+    /// A preface of the PROXY protocol, which the service does not speak.
+    ProxyProtocol,
+    /// It does not name its host as HTTP demands.
+    Host,
+}
+
+impl Rejection {
+    /// Every reason.
+    pub const ALL: [Self; 6] = [
+        Self::Malformed,
+        Self::HeadersTooLarge,
+        Self::HeaderTimeout,
+        Self::Tls,
+        Self::ProxyProtocol,
+        Self::Host,
+    ];
+
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::HeadersTooLarge => "headers_too_large",
+            Self::HeaderTimeout => "header_timeout",
+            Self::Tls => "tls",
+            Self::ProxyProtocol => "proxy_protocol",
+            Self::Host => "host",
+        }
+    }
+}
+
+/// Counts rejected requests: all for the metric, and those since the last line for the next one.
+#[derive(Debug)]
+pub struct Rejections {
+    all: [Counter; Rejection::ALL.len()],
+    since_last: [AtomicU64; Rejection::ALL.len()],
+}
+
+impl Default for Rejections {
+    fn default() -> Self {
+        Self {
+            all: Rejection::ALL.map(|reason| REJECTED.with([reason.label()])),
+            since_last: Default::default(),
+        }
+    }
+}
 
 impl Rejections {
     /// Counts one.
     pub fn count(&self, reason: Rejection) {
-        metrics::rejected(reason);
-        self.0[reason as usize].fetch_add(1, Ordering::Relaxed);
+        self.all[reason as usize].increment(1);
+        self.since_last[reason as usize].fetch_add(1, Ordering::Relaxed);
     }
 
     /// Logs how many were counted since the last line, if any. Called once a second.
     pub fn report(&self) {
         let since_last = self
-            .0
+            .since_last
             .each_ref()
             .map(|count| count.swap(0, Ordering::Relaxed));
         let total: u64 = since_last.iter().sum();
@@ -40,5 +94,26 @@ impl Rejections {
             host = of(Rejection::Host),
             "requests rejected before they reached a route"
         );
+    }
+}
+
+/// A record of TLS that begins a handshake, and its major version.
+const TLS_HELLO: &[u8] = &[0x16, 3];
+/// What a PROXY preface begins with; hyper drops the line ends that version 2 begins with.
+const PROXY_V1: &[u8] = b"PROXY ";
+const PROXY_V2: &[u8] = b"\0\r\nQUIT\n";
+
+/// Why hyper rejected what it had read.
+pub(super) fn reason(error: &hyper::Error, read: &[u8]) -> Rejection {
+    if error.is_parse_too_large() {
+        Rejection::HeadersTooLarge
+    } else if read.starts_with(TLS_HELLO) || read == &TLS_HELLO[..1] {
+        Rejection::Tls
+    } else if read.starts_with(PROXY_V1)
+        || (!read.is_empty() && (read.starts_with(PROXY_V2) || PROXY_V2.starts_with(read)))
+    {
+        Rejection::ProxyProtocol
+    } else {
+        Rejection::Malformed
     }
 }

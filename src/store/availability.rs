@@ -7,17 +7,19 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use metrics::Gauge;
 use tokio::sync::Notify;
 use tracing::{info, warn};
 
-use super::error::Error;
-use crate::metrics::{self, System};
+use super::error::{Error, System};
+use crate::metrics::catalog::DEPENDENCY_UP;
 
 /// Whether one store is up. It starts as down: nothing is known to work before it has worked.
 #[derive(Debug)]
 pub struct Availability {
     system: System,
     up: AtomicBool,
+    up_gauge: Gauge,
     count: AtomicI64,
     went_down: Notify,
     details: Mutex<Details>,
@@ -47,10 +49,12 @@ const REASON_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Availability {
     pub(super) fn new(system: System) -> Self {
-        metrics::dependency_up(system, false);
+        let up_gauge = DEPENDENCY_UP.with([system.name()]);
+        up_gauge.set(0.0);
         Self {
             system,
             up: AtomicBool::new(false),
+            up_gauge,
             count: AtomicI64::new(UNKNOWN),
             went_down: Notify::new(),
             details: Mutex::new(Details {
@@ -108,7 +112,7 @@ impl Availability {
         if self.up.swap(true, Ordering::AcqRel) {
             return;
         }
-        metrics::dependency_up(self.system, true);
+        self.up_gauge.set(1.0);
         if details.reason.take().is_some() {
             info!(
                 store = self.system.name(),
@@ -135,7 +139,7 @@ impl Availability {
                 0
             };
             details.since = now;
-            metrics::dependency_up(self.system, false);
+            self.up_gauge.set(0.0);
         }
         self.went_down.notify_waiters();
         let error = error.chain();

@@ -14,9 +14,9 @@ use opentelemetry::trace::{
 use tracing::{Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-use super::error::Error;
-use crate::metrics::{CallMetrics, CallOutcome, System};
-use crate::telemetry;
+use super::call_metrics::{CallMetrics, CallOutcome};
+use super::error::{Error, System};
+use crate::telemetry::span;
 
 /// What a store is asked to do, named as the database conventions name it.
 #[derive(Debug)]
@@ -132,7 +132,7 @@ impl Operation {
         };
         let visits = self.records_visits.then_some(batch.visits);
         let span = tracing::info_span!(
-            target: telemetry::SPANS,
+            target: span::TARGET,
             parent: None,
             "call",
             otel.name = self.summary,
@@ -170,7 +170,7 @@ impl Batch {
     /// Says in the trace of another sampled visit how long it waited, with links to the calls
     /// that recorded it.
     pub fn link_wait(&self, visit: &Parent, arrived: SystemTime) {
-        let Some(tracer) = telemetry::tracer() else {
+        let Some(tracer) = span::tracer() else {
             return;
         };
         let links = self
@@ -245,9 +245,7 @@ impl Running<'_> {
     fn end<T>(mut self, result: &Result<T, Error>) {
         self.ended = true;
         match result {
-            Ok(_) => self
-                .metrics
-                .record(CallOutcome::Ok, self.started.elapsed(), None, None),
+            Ok(_) => self.metrics.succeeded(self.started.elapsed()),
             Err(error @ Error::Timeout(_)) => {
                 self.fail(CallOutcome::Timeout, error.kind(), error.code());
             }
@@ -257,7 +255,7 @@ impl Running<'_> {
 
     fn fail(&self, outcome: CallOutcome, error_type: &str, code: Option<&str>) {
         let took = self.started.elapsed();
-        self.metrics.record(outcome, took, Some(error_type), code);
+        self.metrics.failed(outcome, took, error_type, code);
         self.span.record("otel.status_code", "ERROR");
         self.span.record("error.type", error_type);
         if let Some(code) = code {

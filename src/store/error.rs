@@ -2,6 +2,27 @@
 
 use std::time::Duration;
 
+use crate::metrics::limit::OTHER;
+
+/// Which of the two stores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum System {
+    /// Postgres.
+    Postgresql,
+    /// Redis.
+    Redis,
+}
+
+impl System {
+    /// The well-known value of `db.system.name`.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Postgresql => "postgresql",
+            Self::Redis => "redis",
+        }
+    }
+}
+
 /// Why a store call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -62,7 +83,7 @@ impl Error {
         match self {
             Self::Timeout(_) => "timeout",
             Self::Connection(_) => "connection",
-            Self::Unexpected(_) => "_OTHER",
+            Self::Unexpected(_) => OTHER,
             Self::Refused { code, .. } | Self::Ended { code, .. } => code,
         }
     }

@@ -6,6 +6,7 @@
 
 mod availability;
 mod call;
+mod call_metrics;
 mod error;
 mod pool;
 mod postgres;

@@ -11,11 +11,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bb8_redis::bb8::{self, ManageConnection, PooledConnection, QueueStrategy, RunError};
+use metrics::{Counter, Gauge, Histogram};
 
 use super::availability::Availability;
 use super::call::{Batch, Operation, Target, observe};
-use super::error::{CallError, Cause, Error};
-use crate::metrics::{self, PoolMetrics};
+use super::error::{CallError, Cause, Error, System};
+use crate::metrics::catalog::{POOL_COUNT, POOL_MAX, POOL_PENDING, POOL_TIMEOUTS, POOL_WAIT};
 
 /// How to open a connection to a store and how to ask whether an old one still answers.
 pub(super) trait Connect: Send + Sync + 'static {
@@ -66,6 +67,15 @@ pub(super) struct Manager<C> {
 #[derive(Debug, Clone, Default)]
 struct LastFailure(Arc<Mutex<Option<(Instant, Error)>>>);
 
+/// The handles of a pool's metrics.
+struct PoolMetrics {
+    idle: Gauge,
+    used: Gauge,
+    pending: Gauge,
+    timeouts: Counter,
+    wait: Histogram,
+}
+
 /// A connection that has not been used for this long must answer a ping before it is used: a
 /// firewall or a load balancer can have forgotten it without a word.
 const TRUSTED_IDLE: Duration = Duration::from_secs(30);
@@ -109,7 +119,7 @@ impl<C: Connect> Pool<C> {
         Self {
             connections,
             availability: Availability::new(target.system),
-            metrics: metrics::pool(target.system, size),
+            metrics: PoolMetrics::new(target.system, size),
             target,
             outages,
             last_failure,
@@ -236,20 +246,23 @@ impl<C: Connect> Pool<C> {
     /// Publishes how many connections are in use and how many calls wait for one.
     pub(super) fn report(&self) {
         let state = self.connections.state();
+        let idle = state.idle_connections;
+        let used = state.connections.saturating_sub(idle);
+        self.metrics.idle.set(f64::from(idle));
+        self.metrics.used.set(f64::from(used));
         let pending = state.statistics.pending_gets();
-        self.metrics
-            .report(state.connections, state.idle_connections, pending);
+        self.metrics.pending.set(pending as f64);
     }
 
     /// Takes a connection, opening one if none is idle.
     async fn check_out(&self) -> Result<PooledConnection<'_, Manager<C>>, Error> {
         let started = Instant::now();
         let taken = self.connections.get().await;
-        self.metrics.waited(started.elapsed());
+        self.metrics.wait.record(started.elapsed());
         taken.map_err(|error| match error {
             RunError::User(error) => error,
             RunError::TimedOut => {
-                self.metrics.timed_out();
+                self.metrics.timeouts.increment(1);
                 let failure = self.last_failure.since(started);
                 failure.unwrap_or(Error::Timeout(self.timeout))
             }
@@ -258,6 +271,23 @@ impl<C: Connect> Pool<C> {
 
     fn forget_all(&self) {
         self.outages.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+impl PoolMetrics {
+    fn new(system: System, size: u32) -> Self {
+        let pool = match system {
+            System::Postgresql => "postgres",
+            System::Redis => "redis",
+        };
+        POOL_MAX.with([pool]).set(f64::from(size));
+        Self {
+            idle: POOL_COUNT.with([pool, "idle"]),
+            used: POOL_COUNT.with([pool, "used"]),
+            pending: POOL_PENDING.with([pool]),
+            timeouts: POOL_TIMEOUTS.with([pool]),
+            wait: POOL_WAIT.with([pool]),
+        }
     }
 }
 

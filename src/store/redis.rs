@@ -14,11 +14,10 @@ use redis::{
 
 use super::availability::Availability;
 use super::call::{Batch, Operation, Target};
-use super::error::{CallError, Error};
+use super::error::{CallError, Error, System};
 use super::pool::{Connect, Pool};
 use super::watch::Store;
 use crate::config::RedisConfig;
-use crate::metrics::System;
 
 /// The counter that starts over with the cache.
 #[derive(Debug)]

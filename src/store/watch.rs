@@ -2,13 +2,14 @@
 //! that are up have counted.
 
 use std::cmp::Ordering;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::MissedTickBehavior;
 
 use super::availability::{Availability, PROBE_PAUSE};
 use super::error::Error;
-use crate::metrics;
+use crate::metrics::catalog::{DRIFT, REDIS_VISITS, ROWS};
 
 /// A store that is watched.
 pub trait Store {
@@ -40,17 +41,28 @@ pub trait Store {
 /// How often the stores are read: what they have counted, and whether they still answer.
 const READ_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Watches both stores for as long as it is polled.
-pub async fn watch(postgres: &impl Store, redis: &impl Store) {
-    let publish = |drift| {
-        let rows = postgres.availability().count();
-        metrics::rows(rows, redis.availability().count(), drift);
-    };
-    tokio::join!(
-        recover(postgres, publish),
-        recover(redis, publish),
-        read(postgres, redis, publish)
-    );
+/// Watches both stores for as long as the future is polled. Counts and drift are `NaN` before.
+pub fn watch(postgres: Arc<impl Store>, redis: Arc<impl Store>) -> impl Future<Output = ()> {
+    publish(None, None, None);
+    async move {
+        let publish = |drift| {
+            let rows = postgres.availability().count();
+            publish(rows, redis.availability().count(), drift);
+        };
+        tokio::join!(
+            recover(&*postgres, publish),
+            recover(&*redis, publish),
+            read(&*postgres, &*redis, publish)
+        );
+    }
+}
+
+/// Sets the gauges of what the stores have counted, as far as is known.
+fn publish(rows: Option<i64>, redis: Option<i64>, drift: Option<i64>) {
+    for (gauge, count) in [(ROWS, rows), (REDIS_VISITS, redis), (DRIFT, drift)] {
+        let value = count.map_or(f64::NAN, |count| count as f64);
+        gauge.with([]).set(value);
+    }
 }
 
 /// Probes a store whenever it is down. A probe does what a visit needs, so a store is marked up

@@ -1,145 +1,240 @@
-//! The way to the collector: OTLP over HTTP, encoded as protobuf.
+//! The way of a span to the collector: queued, batched, exported and counted.
 //!
-//! The exporter of the SDK keeps three things to itself, which the client here looks at: each
-//! attempt that failed (it makes several, a while apart), why nothing came back, and how many
-//! spans the collector took only to throw them away.
+//! The SDK does not report how many spans its queue drops, nor all that an export meets. Wrappers
+//! around its processor and its exporter count both.
+//!
+//! Must not know: what a span is about, and which requests are sampled.
 
-use std::collections::HashMap;
-use std::error::Error;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
-use anyhow::Context as _;
-use http::{Request, Response};
-use opentelemetry_http::{Bytes, HttpClient, HttpError};
-use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig as _, WithHttpConfig as _};
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
-use prost::Message as _;
-use reqwest::Certificate;
+use metrics::Counter;
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry::{Array, InstrumentationScope, KeyValue, StringValue, Value};
+use opentelemetry_otlp::SpanExporter as OtlpExporter;
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
+use opentelemetry_sdk::trace::{
+    BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracerProvider, Span, SpanData,
+    SpanExporter, SpanLimits, SpanProcessor,
+};
+use tracing::warn;
 
-use super::trace::Breaker;
-use crate::config::{Compression, ExporterConfig};
+use super::collector::{self, Collector};
+use super::sampler::DrawnIds;
+use super::{otlp, span};
+use crate::config::{ExporterConfig, TracesConfig};
+use crate::metrics::catalog::SPANS_PROCESSED;
 
-/// What the last export met that its result does not say.
-#[derive(Debug, Default)]
-pub(super) struct Met {
-    /// Spans that the collector took and threw away.
-    pub(super) rejected: usize,
-    /// Why there was no answer.
-    pub(super) failure: Option<String>,
+/// The version of the semantic conventions that names and attributes follow.
+const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.44.0";
+
+static QUEUED: LazyLock<Counter> = LazyLock::new(|| spans_processed(""));
+static QUEUE_FULL: LazyLock<Counter> = LazyLock::new(|| spans_processed("queue_full"));
+
+fn spans_processed(error_type: &str) -> Counter {
+    let component = "batching_span_processor";
+    SPANS_PROCESSED.with([&format!("{component}/0"), component, error_type])
 }
 
-/// Where the client leaves what it met, for whoever asked for the export.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Meetings(Arc<Mutex<Met>>);
-
-impl Meetings {
-    /// What was met since this was asked last.
-    pub(super) fn take(&self) -> Met {
-        std::mem::take(&mut *self.met())
-    }
-
-    fn met(&self) -> MutexGuard<'_, Met> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Makes the series of spans exist, whether or not there is an exporter.
+pub(super) fn declare_metrics() {
+    LazyLock::force(&QUEUED);
+    LazyLock::force(&QUEUE_FULL);
+    collector::declare_metrics();
 }
 
-/// Must be called outside the runtime, since the HTTP client is a blocking one.
-pub(super) fn exporter(
-    config: &ExporterConfig,
-    meetings: Meetings,
-    breaker: Arc<Breaker>,
-) -> anyhow::Result<SpanExporter> {
-    let mut http = reqwest::blocking::Client::builder()
-        .timeout(config.timeout)
-        // What the environment says of proxies is no setting of ours.
-        .no_proxy();
-    if let Some(roots) = &config.roots {
-        let roots =
-            Certificate::from_pem_bundle(&roots.pem).context("reading root certificates")?;
-        http = http.tls_certs_only(roots);
-    }
-    let http = http
-        .build()
-        .context("building the exporter's HTTP client")?;
-    let headers: HashMap<_, _> = config
-        .headers
-        .iter()
-        .map(|(name, value)| (name.clone(), value.expose().to_owned()))
-        .collect();
-    let mut builder = SpanExporter::builder()
-        .with_http()
-        .with_http_client(Client {
-            http,
-            meetings,
-            breaker,
-        })
-        .with_protocol(Protocol::HttpBinary)
-        .with_endpoint(&config.endpoint)
-        .with_timeout(config.timeout)
-        .with_headers(headers);
-    if config.compression == Compression::Gzip {
-        builder = builder.with_compression(opentelemetry_otlp::Compression::Gzip);
-    }
-    builder.build().context("building the OTLP exporter")
-}
-
+/// Makes spans and sends them.
 #[derive(Debug)]
-struct Client {
-    http: reqwest::blocking::Client,
-    meetings: Meetings,
-    breaker: Arc<Breaker>,
+pub(super) struct Pipeline {
+    provider: SdkTracerProvider,
+    pub(super) collector: Arc<Collector>,
 }
 
-impl HttpClient for Client {
-    fn send_bytes<'client, 'sent>(
-        &'client self,
-        request: Request<Bytes>,
-    ) -> Pin<Box<dyn Future<Output = Result<Response<Bytes>, HttpError>> + Send + 'sent>>
-    where
-        'client: 'sent,
-        Self: 'sent,
-    {
-        Box::pin(async move {
-            let result = self.http.send_bytes(request).await;
-            if !result
-                .as_ref()
-                .is_ok_and(|response| response.status().is_success())
-            {
-                self.breaker.refused();
-            }
-            let mut met = self.meetings.met();
-            *met = match &result {
-                Ok(response) => Met {
-                    rejected: rejected(response),
-                    failure: None,
-                },
-                Err(error) => Met {
-                    rejected: 0,
-                    failure: Some(cause(&**error)),
-                },
-            };
-            result
+impl Pipeline {
+    /// Must be called outside the runtime, since the exporter's HTTP client is a blocking one.
+    pub(super) fn new(config: &TracesConfig, exporter: &ExporterConfig) -> anyhow::Result<Self> {
+        let collector = Arc::new(Collector::default());
+        let queued = Arc::new(AtomicUsize::new(0));
+        let exporter = CountingExporter {
+            exporter: otlp::exporter(exporter, Arc::clone(&collector))?,
+            queued: Arc::clone(&queued),
+            collector: Arc::clone(&collector),
+        };
+        let batches = BatchConfigBuilder::default()
+            .with_max_queue_size(config.otel_bsp_max_queue_size)
+            .with_max_export_batch_size(config.otel_bsp_max_export_batch_size)
+            .with_scheduled_delay(config.otel_bsp_schedule_delay)
+            .build();
+        let processor = CountingProcessor {
+            processor: BatchSpanProcessor::builder(exporter)
+                .with_batch_config(batches)
+                .build(),
+            queued,
+            collector: Arc::clone(&collector),
+            capacity: config.otel_bsp_max_queue_size,
+        };
+        let provider = SdkTracerProvider::builder()
+            // A request is sampled before its span is made.
+            .with_sampler(Sampler::AlwaysOn)
+            .with_id_generator(DrawnIds::default())
+            // Otherwise the SDK reads limits from variables that are not our settings.
+            .with_span_limits(SpanLimits::default())
+            .with_resource(resource(config))
+            .with_span_processor(processor)
+            .build();
+        let scope = InstrumentationScope::builder(env!("CARGO_PKG_NAME"))
+            .with_version(crate::VERSION)
+            .with_schema_url(SCHEMA_URL)
+            .build();
+        let tracer = provider.tracer_with_scope(scope);
+        span::set_tracer(tracer, config.value_length_limit());
+        Ok(Self {
+            provider,
+            collector,
         })
     }
+
+    /// Sends the remaining spans, for at most `timeout`, and logs how many were lost since the
+    /// collector last took any. Blocks. A second call does nothing.
+    pub(super) fn shut_down(&self, timeout: Duration) {
+        let result = self.provider.shutdown_with_timeout(timeout);
+        let lost = self.collector.lost();
+        if lost > 0 && !matches!(result, Err(OTelSdkError::AlreadyShutdown)) {
+            warn!(
+                spans.lost = lost,
+                error = result.err().map(|error| error.to_string()),
+                "the last spans were not exported"
+            );
+        }
+    }
 }
 
-/// How many spans a collector says that it threw away.
-fn rejected(response: &Response<Bytes>) -> usize {
-    if !response.status().is_success() {
-        return 0;
-    }
-    ExportTraceServiceResponse::decode(&response.body()[..])
-        .ok()
-        .and_then(|answer| usize::try_from(answer.partial_success?.rejected_spans).ok())
-        .unwrap_or(0)
+fn resource(config: &TracesConfig) -> Resource {
+    let own = [
+        KeyValue::new("service.version", crate::VERSION),
+        KeyValue::new("service.instance.id", uuid::Uuid::new_v4().to_string()),
+    ];
+    // The operator's attributes come after ours, so that they win.
+    let configured = config.resource_attributes();
+    let configured = configured.map(|(key, value)| KeyValue::new(key.clone(), value.clone()));
+    Resource::builder_empty()
+        .with_attributes(own.into_iter().chain(configured))
+        .with_service_name(config.otel_service_name.clone())
+        .build()
 }
 
-/// The innermost cause alone: the outer ones say no more than that the export failed.
-fn cause(error: &(dyn Error + 'static)) -> String {
-    let mut innermost = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
+/// Counts queued and dropped spans; the SDK exposes neither.
+#[derive(Debug)]
+struct CountingProcessor {
+    processor: BatchSpanProcessor,
+    /// Spans that the exporter has not taken from the queue yet.
+    queued: Arc<AtomicUsize>,
+    collector: Arc<Collector>,
+    capacity: usize,
+}
+
+impl SpanProcessor for CountingProcessor {
+    fn on_start(&self, span: &mut Span, context: &opentelemetry::Context) {
+        self.processor.on_start(span, context);
     }
-    innermost.to_string()
+
+    fn on_end(&self, mut span: SpanData) {
+        if self.queued.fetch_add(1, Ordering::Relaxed) >= self.capacity {
+            self.queued.fetch_sub(1, Ordering::Relaxed);
+            QUEUE_FULL.increment(1);
+            return;
+        }
+        for attribute in &mut span.attributes {
+            cut_value(&mut attribute.value, span::value_length_limit());
+        }
+        self.collector.queued();
+        QUEUED.increment(1);
+        self.processor.on_end(span);
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.processor.force_flush()
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.processor.shutdown_with_timeout(timeout)
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.processor.set_resource(resource);
+    }
+}
+
+/// Cuts the texts of an attribute's value. A span can wait in the queue for long, so it must not be
+/// as large as what a client or a store sends.
+fn cut_value(value: &mut Value, limit: usize) {
+    let cut_text = |text: &mut StringValue| {
+        let short = span::cut(text.as_str(), limit);
+        if short.len() < text.as_str().len() {
+            *text = StringValue::from(short.to_owned());
+        }
+    };
+    match value {
+        Value::String(text) => cut_text(text),
+        Value::Array(Array::String(texts)) => texts.iter_mut().for_each(cut_text),
+        _ => {}
+    }
+}
+
+/// Tells the collector's status how each export ended.
+#[derive(Debug)]
+struct CountingExporter {
+    exporter: OtlpExporter,
+    queued: Arc<AtomicUsize>,
+    collector: Arc<Collector>,
+}
+
+impl SpanExporter for CountingExporter {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        let spans = batch.len();
+        self.queued.fetch_sub(spans, Ordering::Relaxed);
+        let result = self.exporter.export(batch).await;
+        match &result {
+            Ok(()) => self.collector.exported(spans),
+            Err(error) => self.collector.failed(spans, error),
+        }
+        result
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.exporter.shutdown_with_timeout(timeout)
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.exporter.set_resource(resource);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn value_is_cut_between_characters() {
+        let cut_to = |limit, value: Value| {
+            let mut value = value;
+            cut_value(&mut value, limit);
+            value
+        };
+        for (limit, text, expected) in [
+            (3, "", ""),
+            (3, "abc", "abc"),
+            (3, "abcd", "abc"),
+            (3, "çãé", "çãé"),
+            (2, "çãé", "çã"),
+            (1, "\u{1f600}\u{1f600}", "\u{1f600}"),
+        ] {
+            assert_eq!(cut_to(limit, Value::from(text)), Value::from(expected));
+            let array = |text: &str| Value::Array(Array::String(vec![text.to_owned().into(); 2]));
+            assert_eq!(cut_to(limit, array(text)), array(expected));
+        }
+        assert_eq!(cut_to(1, Value::from(12)), Value::from(12));
+    }
 }

@@ -1,139 +1,134 @@
-//! The log: a line an event, written by a thread of its own, so that nobody who logs waits for
-//! whoever reads.
+//! The log: one line an event, written by a thread of its own, so that a reader that stalls delays
+//! no caller.
+//!
+//! Must not know: what a line says.
 
-use std::collections::VecDeque;
 use std::io::{self, IsTerminal as _, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use metrics::Counter;
 use tracing::Subscriber;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Layer};
 
+use super::{panic, span};
 use crate::config::{LogConfig, LogFormat};
+use crate::metrics::catalog::LOG_LINES_DROPPED;
 
-/// Lines that may wait to be written, and their bytes: a line can be as long as what a store says.
-/// What does not fit is dropped and counted.
+/// Lines and bytes that can wait to be written: a line can be as long as a store's error. Lines that
+/// do not fit are dropped and counted.
 const BUFFERED_LINES: usize = 8192;
 const BUFFERED_BYTES: usize = 8 << 20;
 
-/// The thread that writes. Dropping this waits until everything is written, though not for ever:
-/// nobody may read.
-pub(super) struct Writing {
+/// The thread that writes. Dropping this waits until everything is written, for at most `timeout`:
+/// stdout's reader can stall.
+pub(super) struct LogWriter {
     buffer: Arc<Buffer>,
-    patience: Duration,
+    /// Disconnected once the thread has ended. Only its owner uses it: the lock makes it `Sync`.
+    ended: Mutex<Receiver<()>>,
+    timeout: Duration,
 }
 
-impl Writing {
-    pub(super) fn start(patience: Duration) -> anyhow::Result<Self> {
-        let buffer = Arc::new(Buffer::default());
-        let emptied = Arc::clone(&buffer);
+impl LogWriter {
+    pub(super) fn start(timeout: Duration) -> anyhow::Result<Self> {
+        let (buffer, lines) = Buffer::new();
+        let buffer = Arc::new(buffer);
+        let written = Arc::clone(&buffer);
+        let (end, ended) = channel();
         std::thread::Builder::new()
             .name("log".to_owned())
-            .spawn(move || emptied.write_to(io::stdout()))
+            .spawn(move || {
+                written.write_lines(&lines, io::stdout());
+                drop(end);
+            })
             .context("starting the log's thread")?;
-        Ok(Self { buffer, patience })
+        Ok(Self {
+            buffer,
+            ended: Mutex::new(ended),
+            timeout,
+        })
     }
 
     pub(super) fn buffer(&self) -> Arc<Buffer> {
         Arc::clone(&self.buffer)
     }
-
-    pub(super) fn lines_dropped(&self) -> u64 {
-        self.buffer.lines().dropped
-    }
 }
 
-impl Drop for Writing {
+impl Drop for LogWriter {
     fn drop(&mut self) {
-        let lines = self.buffer.lines();
-        drop(
-            self.buffer
-                .emptied
-                .wait_timeout_while(lines, self.patience, |lines| lines.unwritten()),
-        );
+        self.buffer.close();
+        if let Ok(ended) = self.ended.get_mut() {
+            ended.recv_timeout(self.timeout).ok();
+        }
     }
 }
 
-/// Lines between those who log and the thread that writes.
-#[derive(Debug, Default)]
+/// Lines on their way to the thread that writes them.
+#[derive(Debug)]
 pub(super) struct Buffer {
-    lines: Mutex<Lines>,
-    filled: Condvar,
-    emptied: Condvar,
+    lines: SyncSender<Vec<u8>>,
+    /// The bytes of all lines that are not written yet.
+    bytes: AtomicUsize,
+    dropped: Counter,
+    closed: AtomicBool,
 }
 
-#[derive(Debug, Default)]
-struct Lines {
-    waiting: VecDeque<Vec<u8>>,
-    /// What those that wait have together.
-    bytes: usize,
-    /// Whether one more has been taken and is being written.
-    writing: bool,
-    dropped: u64,
-}
+impl Buffer {
+    fn new() -> (Self, Receiver<Vec<u8>>) {
+        let (sender, lines) = sync_channel(BUFFERED_LINES);
+        let buffer = Self {
+            lines: sender,
+            bytes: AtomicUsize::new(0),
+            dropped: LOG_LINES_DROPPED.with([]),
+            closed: AtomicBool::new(false),
+        };
+        (buffer, lines)
+    }
 
-impl Lines {
     /// Keeps a line, if there is room for it.
-    fn push(&mut self, line: &[u8]) -> bool {
-        let bytes = self.bytes + line.len();
-        let fits = self.waiting.len() < BUFFERED_LINES && bytes <= BUFFERED_BYTES;
-        if fits {
-            self.waiting.push_back(line.to_vec());
-            self.bytes = bytes;
-        } else {
-            self.dropped += 1;
+    fn push(&self, line: &[u8]) -> bool {
+        let with_line = |bytes| Some(bytes + line.len()).filter(|&bytes| bytes <= BUFFERED_BYTES);
+        let reserved = self
+            .bytes
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, with_line);
+        let fits = reserved.is_ok() && self.lines.try_send(line.to_vec()).is_ok();
+        if reserved.is_ok() && !fits {
+            self.bytes.fetch_sub(line.len(), Ordering::SeqCst);
         }
         fits
     }
 
-    fn unwritten(&self) -> bool {
-        self.writing || !self.waiting.is_empty()
-    }
-}
-
-impl Buffer {
-    /// Writes lines as they come, for ever. One that cannot be written is lost.
-    fn write_to(&self, mut output: impl Write) {
-        loop {
-            let line = self.take();
-            let written = output.write_all(&line);
-            let mut lines = self.lines();
-            lines.writing = false;
-            lines.dropped += u64::from(written.is_err());
-            if !lines.unwritten() {
-                self.emptied.notify_all();
+    /// Writes lines as they come, until the buffer is closed and empty. A line that cannot be
+    /// written is dropped.
+    fn write_lines(&self, lines: &Receiver<Vec<u8>>, mut output: impl Write) {
+        for line in lines {
+            if output.write_all(&line).is_err() {
+                self.dropped.increment(1);
+            }
+            let bytes = self.bytes.fetch_sub(line.len(), Ordering::SeqCst);
+            if bytes == line.len() && self.closed.load(Ordering::SeqCst) {
+                return;
             }
         }
     }
 
-    fn take(&self) -> Vec<u8> {
-        let mut lines = self.lines();
-        loop {
-            if let Some(line) = lines.waiting.pop_front() {
-                lines.bytes -= line.len();
-                lines.writing = true;
-                return line;
-            }
-            lines = self
-                .filled
-                .wait(lines)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// The lock is never held while anything is written.
-    fn lines(&self) -> MutexGuard<'_, Lines> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Has the thread end once everything is written.
+    fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        // An empty line wakes a thread that waits for one. With a full channel it is not waiting.
+        self.lines.try_send(Vec::new()).ok();
     }
 }
 
 impl Write for &Buffer {
     /// Takes a whole line, or drops it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if self.lines().push(line) {
-            self.filled.notify_one();
+        if !self.push(line) {
+            self.dropped.increment(1);
         }
         Ok(line.len())
     }
@@ -151,10 +146,10 @@ pub(super) fn layer<S>(
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
-    // Spans are for the collector. Here each would be formatted, though whatever belongs to a
-    // request says so in fields of its own.
-    let no_spans = format!("{}=off", super::SPANS).parse()?;
-    let panics = format!("{}=error", super::panic::TARGET).parse()?;
+    // Spans are for the collector. Here each would be formatted, although a line about a request has
+    // the request's ids in fields of its own.
+    let no_spans = format!("{}=off", span::TARGET).parse()?;
+    let panics = format!("{}=error", panic::TARGET).parse()?;
     let filter = EnvFilter::try_new(&config.rust_log)?
         .add_directive(no_spans)
         .add_directive(panics);
@@ -169,7 +164,7 @@ where
             .boxed(),
         LogFormat::Pretty => lines
             .compact()
-            .with_ansi(std::io::stdout().is_terminal())
+            .with_ansi(io::stdout().is_terminal())
             .with_target(false)
             .with_filter(filter)
             .boxed(),
@@ -180,29 +175,23 @@ where
 mod tests {
     use super::*;
 
-    fn kept_of(lines: usize, line: &[u8]) -> (usize, u64) {
-        let buffer = Buffer::default();
-        for _ in 0..lines {
-            (&buffer).write_all(line).unwrap();
-        }
-        let lines = buffer.lines();
-        (lines.waiting.len(), lines.dropped)
-    }
-
     #[test]
-    fn buffer_is_bounded_by_lines_and_by_bytes() {
-        assert_eq!(kept_of(8193, b"a line of an ordinary length\n"), (8192, 1));
-        assert_eq!(kept_of(10, &vec![b'x'; 1 << 20]), (8, 2));
-        assert_eq!(kept_of(1, &vec![b'x'; (8 << 20) + 1]), (0, 1));
-    }
-
-    #[test]
-    fn line_that_was_taken_makes_room() {
-        let buffer = Buffer::default();
-        for _ in 0..2 {
-            (&buffer).write_all(&vec![b'x'; 8 << 20]).unwrap();
-            assert_eq!(buffer.take().len(), 8 << 20);
+    fn buffer_is_bounded_by_lines_and_by_bytes_until_they_are_written() {
+        let ordinary = b"a line of an ordinary length\n".to_vec();
+        for (line, sent, kept) in [
+            (ordinary, 8193, 8192),
+            (vec![b'x'; 1 << 20], 10, 8),
+            (vec![b'x'; (8 << 20) + 1], 1, 0),
+        ] {
+            let (buffer, lines) = Buffer::new();
+            for _ in 0..sent {
+                (&buffer).write_all(&line).unwrap();
+            }
+            buffer.close();
+            let mut written = Vec::new();
+            buffer.write_lines(&lines, &mut written);
+            assert_eq!(written.len() as u64, kept * line.len() as u64);
+            assert!(buffer.push(b"there is room again"));
         }
-        assert_eq!(buffer.lines().dropped, 0);
     }
 }

@@ -1,20 +1,24 @@
-//! Panics: each is one line of the log and counted, wherever it happens.
+//! Panics: each is counted and is one line of the log, wherever it happens. The line has the ids of
+//! the request that the thread was working on, if any.
 //!
-//! The line has the ids of the request that the thread was working on, if any. Nothing here knows
-//! what becomes of the task that panicked.
+//! Must not know: what becomes of the task that panicked.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::cell::RefCell;
 use std::panic::PanicHookInfo;
+use std::sync::LazyLock;
 use std::thread;
 
 use http::HeaderValue;
+use metrics::Counter;
 use opentelemetry::{SpanId, TraceId};
 
-use crate::metrics;
+use crate::metrics::catalog;
 
 /// The target of the line. The log writes it at any `RUST_LOG`.
 pub(super) const TARGET: &str = "visitas::panic";
+
+static PANICS: LazyLock<Counter> = LazyLock::new(|| catalog::PANICS.with([]));
 
 /// What names a request in the log.
 #[derive(Debug, Clone)]
@@ -44,15 +48,16 @@ impl Drop for InRequest {
     }
 }
 
-/// From here on a panic is logged and counted instead of being printed on stderr.
+/// From now on a panic is logged and counted instead of being printed on stderr.
 pub(super) fn install_hook() {
+    LazyLock::force(&PANICS);
     std::panic::set_hook(Box::new(report));
 }
 
 fn report(panic: &PanicHookInfo<'_>) {
-    metrics::panicked();
-    // A panic is reported however the thread got into it: by `try_borrow`, since another panic
-    // would abort the process, and by `try_with`, since the thread may be ending.
+    PANICS.increment(1);
+    // A panic in this hook would abort the process: the ids can be borrowed mutably (`try_borrow`),
+    // and the thread can be ending (`try_with`).
     let ids = CURRENT
         .try_with(|ids| ids.try_borrow().ok()?.clone())
         .ok()

@@ -1,7 +1,6 @@
-//! What is seen of a request: its span, its metrics, its ids and its line in the access log.
+//! The request layer: a request's ids, its span, its metrics and its line in the access log.
 //!
-//! It sees method, matched route, status and time. It never looks at a body, a query string or
-//! the client's address.
+//! Must not know: which routes there are, bodies, query strings and client addresses.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,64 +17,71 @@ use opentelemetry_sdk::trace::{IdGenerator as _, RandomIdGenerator};
 use pin_project_lite::pin_project;
 use tower::{Layer, Service, layer::layer_fn};
 use tracing::instrument::{Instrument as _, Instrumented};
-use tracing::{Span, field};
+use tracing::{Level, Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
 use super::panic::{InRequest, RequestIds};
+use super::request_metrics::{self, Kind};
 use super::sampler::Sampler;
-use super::trace;
-use crate::metrics;
+use super::span;
+use crate::metrics::limit::OTHER;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACE_RESPONSE: HeaderName = HeaderName::from_static("traceresponse");
 
-/// What every request is observed with.
+/// Observes requests.
 #[derive(Debug)]
 pub struct Observer {
     sampler: Sampler,
     slow: Duration,
-    access: AccessCap,
+    access_limit: AccessLimit,
 }
 
 impl Observer {
-    /// Requests slower than `slow` are logged at level info.
+    /// Logs requests slower than `slow` at level info.
     #[must_use]
     pub fn new(sampler: Sampler, slow: Duration) -> Arc<Self> {
+        request_metrics::declare();
         Arc::new(Self {
             sampler,
             slow,
-            access: AccessCap::default(),
+            access_limit: AccessLimit::default(),
         })
     }
 
-    /// The layer that observes with it.
-    pub fn layer<S>(self: Arc<Self>) -> impl Layer<S, Service = Observe<S>> + Clone {
+    /// The layer. Requests of a route that is not `traced` never get a span.
+    pub fn layer<S>(
+        self: Arc<Self>,
+        traced: fn(route: &str) -> bool,
+    ) -> impl Layer<S, Service = Observe<S>> + Clone {
         layer_fn(move |inner| Observe {
             observer: Arc::clone(&self),
+            traced,
             inner,
         })
     }
 
-    /// Tells of lines that were left out and have had none after them to say so.
-    pub fn tell_left_out(&self) {
-        let left_out = self.access.left_out.swap(0, Ordering::Relaxed);
-        if left_out > 0 {
+    /// Logs how many access lines were suppressed since the last line that says so.
+    pub fn report_suppressed(&self) {
+        let suppressed = self.access_limit.take_suppressed();
+        if suppressed > 0 {
             tracing::event!(
                 target: "access",
-                tracing::Level::INFO,
-                lines.left_out = left_out,
+                Level::INFO,
+                lines.left_out = suppressed,
                 "requests without a line"
             );
         }
     }
 }
 
-/// Observes every request: the outermost layer. It adds no allocation to a request's way, which is
-/// why it is not a function of axum's `from_fn`.
+/// Observes every request: the outermost layer. It allocates nothing, unlike a function of axum's
+/// `from_fn`.
 #[derive(Debug, Clone)]
 pub struct Observe<S> {
     observer: Arc<Observer>,
+    traced: fn(&str) -> bool,
     inner: S,
 }
 
@@ -92,23 +98,23 @@ where
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let seen = Seen::begin(&self.observer, &request);
-        let _in_request = InRequest::enter(seen.ids());
-        let span = seen.span.clone();
+        let in_flight = InFlight::begin(&self.observer, self.traced, &request);
+        let _in_request = InRequest::enter(in_flight.ids());
+        let span = in_flight.span.clone();
         Observed {
-            answer: self.inner.call(request).instrument(span),
-            seen,
+            response: self.inner.call(request).instrument(span),
+            in_flight,
         }
     }
 }
 
 pin_project! {
-    /// The answer to a request that is observed.
+    /// The response to an observed request.
     #[derive(Debug)]
     pub struct Observed<F> {
         #[pin]
-        answer: Instrumented<F>,
-        seen: Seen,
+        response: Instrumented<F>,
+        in_flight: InFlight,
     }
 }
 
@@ -120,39 +126,40 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let in_request = InRequest::enter(this.seen.ids());
-        let mut response = ready!(this.answer.poll(cx))?;
+        let in_request = InRequest::enter(this.in_flight.ids());
+        let mut response = ready!(this.response.poll(cx))?;
         drop(in_request);
-        this.seen.answer(&mut response);
+        this.in_flight.respond(&mut response);
         Poll::Ready(Ok(response))
     }
 }
 
-/// A request under way. Dropped before its answer, its client has left.
+/// A request in flight. Dropped without a response when the client disconnects.
 #[derive(Debug)]
-struct Seen {
+struct InFlight {
     observer: Arc<Observer>,
     method: &'static str,
     route: Option<MatchedPath>,
     version: &'static str,
     id: HeaderValue,
     trace: Option<TraceId>,
+    /// The ids of the span, if the request is sampled.
     context: Option<SpanContext>,
     span: Span,
     started: Instant,
-    over: bool,
+    ended: bool,
 }
 
-impl Seen {
-    fn begin(observer: &Arc<Observer>, request: &Request) -> Self {
+impl InFlight {
+    fn begin(observer: &Arc<Observer>, traced: fn(&str) -> bool, request: &Request) -> Self {
         let started = Instant::now();
         let method = known_method(request.method());
         let route = request.extensions().get::<MatchedPath>().cloned();
         let id = request_id(request);
-        let decision = if is_probe_or_scrape(route.as_ref()) {
-            observer.sampler.decline(request.headers())
-        } else {
+        let decision = if route.as_ref().is_none_or(|route| traced(route.as_str())) {
             observer.sampler.decide(request.headers())
+        } else {
+            observer.sampler.decline(request.headers())
         };
         let parent = decision.parent.as_ref();
         let span = if decision.sampled {
@@ -160,12 +167,8 @@ impl Seen {
         } else {
             Span::none()
         };
-        let context = if span.is_none() {
-            None
-        } else {
-            Some(decision.start(&span))
-        };
-        metrics::request_active(method, 1.0);
+        let context = (!span.is_none()).then(|| decision.start(&span));
+        request_metrics::active(method, 1.0);
         Self {
             observer: Arc::clone(observer),
             method,
@@ -176,7 +179,7 @@ impl Seen {
             context,
             span,
             started,
-            over: false,
+            ended: false,
         }
     }
 
@@ -188,8 +191,7 @@ impl Seen {
         }
     }
 
-    fn answer(&mut self, response: &mut Response) {
-        self.over = true;
+    fn respond(&mut self, response: &mut Response) {
         let status = response.status();
         if let Some(context) = &self.context {
             let value = format!("00-{}-{}-01", context.trace_id(), context.span_id());
@@ -207,52 +209,50 @@ impl Seen {
         response.headers_mut().insert(REQUEST_ID, self.id.clone());
     }
 
-    fn end(&self, status: Option<StatusCode>) {
+    fn end(&mut self, status: Option<StatusCode>) {
+        self.ended = true;
         let took = self.started.elapsed();
-        let route = self.route.as_ref().map(MatchedPath::as_str);
         let code = status.map(|status| status.as_u16());
+        let route = self.route.as_ref().map(MatchedPath::as_str);
         let span = self.context.as_ref();
-        metrics::request(self.method, route, code, self.version, took, span);
-        metrics::request_active(self.method, -1.0);
-        let failed = status.is_some_and(|status| status.is_server_error());
-        if failed || took >= self.observer.slow {
-            if let Some(left_out) = self.observer.access.admit() {
-                self.line(tracing::Level::INFO, code, took, left_out);
-            }
-        } else {
-            self.line(tracing::Level::DEBUG, code, took, 0);
-        }
-    }
-
-    fn line(&self, level: tracing::Level, status: Option<u16>, took: Duration, left_out: u64) {
+        let kind = Kind {
+            method: self.method,
+            route,
+            status,
+            version: self.version,
+        };
+        request_metrics::record(kind, took, span);
+        request_metrics::active(self.method, -1.0);
         macro_rules! line {
-            ($level:expr) => {
+            ($level:expr, $suppressed:expr) => {
                 tracing::event!(
                     target: "access",
                     $level,
                     request_id = self.id.to_str().ok(),
                     trace_id = self.trace.map(field::display),
-                    span_id = self.context.as_ref().map(|context| field::display(context.span_id())),
+                    span_id = span.map(|span| field::display(span.span_id())),
                     http.request.method = self.method,
-                    http.route = self.route.as_ref().map(MatchedPath::as_str),
-                    http.response.status_code = status,
+                    http.route = route,
+                    http.response.status_code = code,
                     duration.seconds = took.as_secs_f64(),
-                    lines.left_out = (left_out > 0).then_some(left_out),
+                    lines.left_out = $suppressed,
                     "request"
                 )
             };
         }
-        if level == tracing::Level::INFO {
-            line!(tracing::Level::INFO);
-        } else {
-            line!(tracing::Level::DEBUG);
+        let failed = status.is_some_and(|status| status.is_server_error());
+        if !failed && took < self.observer.slow {
+            line!(Level::DEBUG, None::<u64>);
+        } else if self.observer.access_limit.admits() {
+            let suppressed = self.observer.access_limit.take_suppressed();
+            line!(Level::INFO, (suppressed > 0).then_some(suppressed));
         }
     }
 }
 
-impl Drop for Seen {
+impl Drop for InFlight {
     fn drop(&mut self) {
-        if !self.over {
+        if !self.ended {
             self.end(None);
         }
     }
@@ -265,16 +265,17 @@ fn request_span(
     id: &HeaderValue,
     parent: Option<&SpanContext>,
 ) -> Span {
-    let named = if method == OTHER { "HTTP" } else { method };
+    let verb = if method == OTHER { "HTTP" } else { method };
     let name = route.map_or_else(
-        || named.to_owned(),
-        |route| format!("{named} {}", route.as_str()),
+        || verb.to_owned(),
+        |route| format!("{verb} {}", route.as_str()),
     );
-    // Cut here as well as at the span's end, since it is held while the request is under way.
-    let cut = |value| trace::cut(value, super::value_length_limit());
+    // Cut here as well as when the span is queued, since the span is held while the request is in
+    // flight.
+    let cut = |value| span::cut(value, span::value_length_limit());
     let agent = request.headers().get(http::header::USER_AGENT);
     let span = tracing::info_span!(
-        target: super::SPANS,
+        target: span::TARGET,
         parent: None,
         "request",
         otel.name = name,
@@ -291,16 +292,14 @@ fn request_span(
         error.type = field::Empty,
     );
     if let Some(parent) = parent {
-        // This fails only once the span has started, which nothing has made it do yet.
+        // This fails only if the span has started, which nothing has made it do yet.
         span.set_parent(Context::new().with_remote_span_context(parent.clone()))
             .ok();
     }
     span
 }
 
-const OTHER: &str = "_OTHER";
-
-/// The method's name where it is one of HTTP's own: a caller must not be able to make series.
+/// The method's name if it is one of HTTP's own, so that a client cannot make series.
 fn known_method(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",
@@ -324,14 +323,7 @@ fn version(version: Version) -> &'static str {
     }
 }
 
-fn is_probe_or_scrape(route: Option<&MatchedPath>) -> bool {
-    route.is_some_and(|route| {
-        let route = route.as_str();
-        route == "/metrics" || route.starts_with("/health")
-    })
-}
-
-/// The caller's id if it is 1 to 128 visible ASCII characters, else a new one.
+/// The client's id if it is 1 to 128 visible ASCII characters, otherwise a new one.
 fn request_id(request: &Request) -> HeaderValue {
     request
         .headers()
@@ -351,46 +343,49 @@ fn request_id(request: &Request) -> HeaderValue {
         })
 }
 
-/// At most so many access lines a second at level info, the rest counted.
+/// Limits access lines at level info to ten a second, and counts the others.
 #[derive(Debug)]
-struct AccessCap {
-    began: Instant,
-    /// The second since `began` in the high half, the lines written in it in the low half.
+struct AccessLimit {
+    started: Instant,
+    /// The second since `started` in the high half, the lines written in it in the low half.
     window: AtomicU64,
-    left_out: AtomicU64,
+    suppressed: AtomicU64,
 }
 
-impl AccessCap {
+impl AccessLimit {
     const LINES_PER_SECOND: u64 = 10;
 
-    /// `Some` with the number of lines left out since the last one that was written, if one may
-    /// be written now.
-    fn admit(&self) -> Option<u64> {
-        let second = self.began.elapsed().as_secs() & u64::from(u32::MAX);
+    fn admits(&self) -> bool {
+        let second = self.started.elapsed().as_secs() & u64::from(u32::MAX);
+        let one_more = |window| {
+            if window >> 32 != second {
+                return Some(second << 32 | 1);
+            }
+            let written = window & u64::from(u32::MAX);
+            (written < Self::LINES_PER_SECOND).then_some(window + 1)
+        };
         let admitted = self
             .window
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |window| {
-                if window >> 32 != second {
-                    return Some(second << 32 | 1);
-                }
-                let written = window & u64::from(u32::MAX);
-                (written < Self::LINES_PER_SECOND).then_some(window + 1)
-            });
-        if admitted.is_ok() {
-            Some(self.left_out.swap(0, Ordering::Relaxed))
-        } else {
-            self.left_out.fetch_add(1, Ordering::Relaxed);
-            None
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
+            .is_ok();
+        if !admitted {
+            self.suppressed.fetch_add(1, Ordering::Relaxed);
         }
+        admitted
+    }
+
+    /// How many lines were suppressed since this was last called.
+    fn take_suppressed(&self) -> u64 {
+        self.suppressed.swap(0, Ordering::Relaxed)
     }
 }
 
-impl Default for AccessCap {
+impl Default for AccessLimit {
     fn default() -> Self {
         Self {
-            began: Instant::now(),
+            started: Instant::now(),
             window: AtomicU64::new(0),
-            left_out: AtomicU64::new(0),
+            suppressed: AtomicU64::new(0),
         }
     }
 }
@@ -398,46 +393,34 @@ impl Default for AccessCap {
 #[cfg(test)]
 mod tests {
     use axum::body::Body;
-    use proptest::prelude::*;
 
     use super::*;
-    use crate::property::bounded;
 
-    fn asked(id: &HeaderValue) -> HeaderValue {
+    fn id_for(sent: &[u8]) -> HeaderValue {
         let mut request = Request::new(Body::empty());
-        request.headers_mut().insert(REQUEST_ID, id.clone());
+        let sent = HeaderValue::from_bytes(sent).unwrap();
+        request.headers_mut().insert(REQUEST_ID, sent);
         request_id(&request)
     }
 
-    fn is_made(id: &HeaderValue) -> bool {
-        let digits = id.as_bytes();
-        digits.len() == 32
-            && digits
-                .iter()
-                .all(|digit| b"0123456789abcdef".contains(digit))
-    }
-
-    proptest! {
-        #![proptest_config(bounded())]
-
-        #[test]
-        fn id_is_kept_if_it_is_visible_and_short_and_made_anew_otherwise(
-            bytes in prop_oneof![
-                prop::collection::vec(b'!'..=b'~', 0..4),
-                prop::collection::vec(b'!'..=b'~', 126..=130),
-                prop::collection::vec(prop_oneof![Just(b'\t'), b' '..=b'~', 0x80..=0xff_u8], 0..20),
-            ],
-        ) {
-            let sent = HeaderValue::from_bytes(&bytes).unwrap();
-            let text = std::str::from_utf8(&bytes).unwrap_or_default();
-            let visible = text.chars().all(|character| ('!'..='~').contains(&character));
-            if (1..=128).contains(&text.len()) && visible {
-                prop_assert_eq!(asked(&sent), sent);
-            } else {
-                let (first, second) = (asked(&sent), asked(&sent));
-                prop_assert!(is_made(&first) && is_made(&second), "{first:?} {second:?}");
-                prop_assert_ne!(first, second);
-            }
+    #[test]
+    fn id_is_kept_if_it_is_visible_and_short_and_made_otherwise() {
+        let visible: Vec<_> = (b'!'..=b'~').collect();
+        for kept in [&visible[..], b"a", &[b'a'; 128]] {
+            assert_eq!(id_for(kept), kept);
+        }
+        for refused in [
+            &b""[..],
+            b"a b",
+            b"\t",
+            b"caf\xc3\xa9",
+            b"\xff",
+            &[b'a'; 129],
+        ] {
+            let (first, second) = (id_for(refused), id_for(refused));
+            let is_hex = |digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
+            assert!(first.len() == 32 && first.as_bytes().iter().copied().all(is_hex));
+            assert_ne!(first, second);
         }
     }
 }

@@ -18,7 +18,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use visitas::lifecycle::{Lifecycle, Phase};
-use visitas::metrics::Rejection;
+use visitas::server::Rejection;
 use visitas::server::{self, Drained, Events, Limits, Stop};
 
 use crate::support::until_refused;

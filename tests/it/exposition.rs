@@ -257,7 +257,7 @@ async fn slow_visit(world: &World, service: &Service) -> crate::support::Answer 
 /// calls that have failed.
 fn skeleton(exposition: &Exposition, world: &World) -> String {
     let mut lines = Vec::new();
-    let body = exposition.body.replace(&world.database, "desafio3db");
+    let body = exposition.sorted().replace(&world.database, "desafio3db");
     for line in body.lines() {
         let value = line.rfind(' ').filter(|_| !line.starts_with('#'));
         let line = value.map_or(line, |value| &line[..value]);

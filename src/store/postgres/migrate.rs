@@ -18,7 +18,7 @@ use super::statements::{
     is_adopted, is_installed, is_missing, read_count, read_ledger, rehearse, take_lock,
 };
 use super::unhurried::Unhurried;
-use crate::metrics;
+use crate::metrics::catalog::RECOUNT_DUE;
 use crate::store::call::Operation;
 use crate::store::error::{Cause, Error};
 use crate::store::pool::{Link, Pool};
@@ -55,6 +55,7 @@ pub(super) enum Rehearsal {
 
 impl Schema {
     pub(super) fn new(pool: Arc<Pool<Session>>, session: Session) -> Self {
+        RECOUNT_DUE.with([]).set(0.0);
         Self {
             pool,
             session,
@@ -80,7 +81,7 @@ impl Schema {
     }
 
     pub(super) fn note_recount_due(&self, due: bool) {
-        metrics::recount_due(due);
+        RECOUNT_DUE.with([]).set(f64::from(due));
         self.recount_due.store(due, Ordering::Relaxed);
     }
 

@@ -27,11 +27,10 @@ use self::statements::{
 use self::unhurried::Unhurried;
 use super::availability::Availability;
 use super::call::{Batch, Target};
-use super::error::{CallError, Cause, Error};
+use super::error::{CallError, Cause, Error, System};
 use super::pool::{Link, Pool};
 use super::watch::Store;
 use crate::config::PostgresConfig;
-use crate::metrics::System;
 
 /// The database of visits.
 #[derive(Debug)]

@@ -1,12 +1,12 @@
--- Removes what the migrations made, except public.visitas and its rows, so that they can run
--- again. Everything here is derived from those rows. The count's lock comes first, then the tables
--- in the order in which readings take them.
+-- Removes what the migrations created, except public.visitas and its rows, so that the migrations
+-- can run again. All of it is derived from those rows. The count's lock comes first, then the tables, in the
+-- order in which readings lock them.
 select pg_advisory_xact_lock(33329991663247731);
 drop function if exists public.anotar_ajuste() cascade;  -- with the triggers of visitas
 drop function if exists public.base_da_contagem(text);
 do $$
 begin
-    -- Its argument is of the table's row type, so it is there only with the table.
+    -- The function's argument has the table's row type, so the function exists only with the table.
     if to_regclass('public.visitas_contagem') is not null then
         drop function if exists public.faltas_da_base(public.visitas_contagem, text);
     end if;

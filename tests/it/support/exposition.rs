@@ -71,13 +71,30 @@ impl Exposition {
         }
     }
 
-    /// As the formats' reference parser reads it.
+    /// The text with families and their series in the order of names: the service has them in any
+    /// order. The samples of a series keep theirs.
+    pub(crate) fn sorted(&self) -> String {
+        let lines: Vec<_> = self.body.lines().collect();
+        let is_in_family =
+            |before: &&str, line: &&str| before.starts_with('#') || !line.starts_with('#');
+        let mut families: Vec<_> = lines.chunk_by(is_in_family).map(<[&str]>::to_vec).collect();
+        for family in &mut families {
+            family.sort_by_key(|line| (line.is_empty(), labels(line)));
+        }
+        // The last line of OpenMetrics has no name.
+        families.sort_by_key(|family| family[0].split(' ').nth(2).unwrap_or("~").to_owned());
+        families.concat().join("\n") + "\n"
+    }
+
+    /// As the formats' reference parser reads it, in the order of names.
     pub(crate) fn families(&self) -> Vec<Family> {
         let script = ["-c", include_str!("parse.py"), self.format];
         let parsed = piped(Command::new(python()).args(script), &self.body);
         let errors = String::from_utf8_lossy(&parsed.stderr);
         assert!(parsed.status.success(), "{errors} in {}", self.body);
-        serde_json::from_slice(&parsed.stdout).expect("families")
+        let mut families: Vec<Family> = serde_json::from_slice(&parsed.stdout).expect("families");
+        families.sort_by(|one, other| one.name.cmp(&other.name));
+        families
     }
 
     /// What `promtool check metrics` has against it.
@@ -88,6 +105,15 @@ impl Exposition {
         let said = String::from_utf8_lossy(&said);
         said.lines().map(str::to_owned).collect()
     }
+}
+
+/// The labels of a sample, without the bound of a bucket. A comment has none.
+fn labels(line: &str) -> String {
+    let labels = line.split_once('{').filter(|_| !line.starts_with('#'));
+    let labels = labels.and_then(|(_, rest)| rest.split_once('}'));
+    let labels = labels.map_or("", |(labels, _value)| labels).split(',');
+    let labels: Vec<_> = labels.filter(|label| !label.starts_with("le=")).collect();
+    labels.join(",")
 }
 
 /// A Python that has the reference parser.

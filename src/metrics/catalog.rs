@@ -1,0 +1,215 @@
+//! Every metric, declared once: its help text, name, type, unit, buckets and labels.
+//!
+//! Handles live in the file that changes a metric. Must not know: when or why one changes.
+
+#![expect(clippy::doc_markdown, reason = "a help text is plain text")]
+
+use std::marker::PhantomData;
+
+use metrics::{Counter, Gauge, Histogram, Key, Label, Unit};
+
+const HTTP_BUCKETS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0,
+    7.5, 10.0,
+];
+const STORE_BUCKETS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+];
+const BATCH_BUCKETS: &[f64] = &[
+    1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0,
+];
+
+/// Declares metrics: a doc comment, which is the help text, and `NAME: Type(Unit, BUCKETS)["label"]
+/// = "name"`. The unit is a count where none is given.
+macro_rules! metrics {
+    ($(
+        $(#[doc = $help:literal])+
+        $metric:ident: $type:ident $(($unit:ident $(, $buckets:ident)?))? $([$($label:literal),+])?
+            = $name:literal;
+    )+) => {
+        $(
+            $(#[doc = $help])+
+            pub const $metric: Metric<$type, { <[&str]>::len(&[$($($label),+)?]) }> = Metric {
+                description: Description {
+                    name: $name,
+                    help: concat!($($help),+).trim_ascii(),
+                    unit: metrics!(@unit $($unit)?),
+                    kind: Kind::$type $($(($buckets))?)?,
+                },
+                labels: [$($($label),+)?],
+                handle: PhantomData,
+            };
+        )+
+
+        /// Every metric.
+        pub(super) const ALL: &[Description] = &[$($metric.description),+];
+    };
+    (@unit) => { Unit::Count };
+    (@unit $unit:ident) => { Unit::$unit };
+}
+
+metrics! {
+    /// Time from a request's head to its answer.
+    HTTP_DURATION: Histogram(Seconds, HTTP_BUCKETS)[
+        "http_request_method", "url_scheme", "network_protocol_version", "http_route",
+        "http_response_status_code", "error_type"
+    ] = "http_server_request_duration_seconds";
+    /// Requests being answered.
+    HTTP_ACTIVE: Gauge["http_request_method", "url_scheme"] = "http_server_active_requests";
+    /// Open client connections.
+    CONNECTIONS: Gauge = "visitas_http_connections";
+    /// Client connections that can be open at once, as far as the file limit allows.
+    CONNECTIONS_MAX: Gauge = "visitas_http_connections_max";
+    /// Requests rejected before they reached a route, by reason.
+    REJECTED: Counter["reason"] = "visitas_http_requests_rejected_total";
+
+    /// Visits, by what became of them.
+    VISITS: Counter["outcome"] = "visitas_visits_total";
+    /// Time a visit waits before the batch that records it begins.
+    QUEUE_WAIT: Histogram(Seconds, STORE_BUCKETS) = "visitas_queue_wait_seconds";
+    /// Visits recorded by one commit.
+    BATCH_SIZE: Histogram(Count, BATCH_BUCKETS) = "visitas_batch_size";
+    /// Visits waiting to be recorded.
+    QUEUE_DEPTH: Gauge = "visitas_queue_depth";
+    /// Visits that may wait to be recorded.
+    QUEUE_CAPACITY: Gauge = "visitas_queue_capacity";
+
+    /// Time of a call to a store, the wait for a connection included.
+    CALL_DURATION: Histogram(Seconds, STORE_BUCKETS)[
+        "db_system_name", "db_namespace", "db_operation_name", "error_type",
+        "db_response_status_code"
+    ] = "db_client_operation_duration_seconds";
+    /// Calls to a store, by how they ended; one call may record many visits.
+    CALLS: Counter["db_system_name", "db_operation_name", "outcome"] = "visitas_store_calls_total";
+    /// Connections to a store, by state.
+    POOL_COUNT: Gauge["db_client_connection_pool_name", "db_client_connection_state"]
+        = "db_client_connection_count";
+    /// Connections to a store that may be open at once.
+    POOL_MAX: Gauge["db_client_connection_pool_name"] = "db_client_connection_max";
+    /// Calls waiting for a connection.
+    POOL_PENDING: Gauge["db_client_connection_pool_name"] = "db_client_connection_pending_requests";
+    /// Connection checkouts that timed out.
+    POOL_TIMEOUTS: Counter["db_client_connection_pool_name"] = "db_client_connection_timeouts_total";
+    /// Time to obtain a connection.
+    POOL_WAIT: Histogram(Seconds, STORE_BUCKETS)["db_client_connection_pool_name"]
+        = "db_client_connection_wait_time_seconds";
+    /// Whether a store does what a visit needs (1) or not (0).
+    DEPENDENCY_UP: Gauge["db_system_name"] = "visitas_dependency_up";
+    /// Rows of the table visitas; NaN while unknown.
+    ROWS: Gauge = "visitas_rows";
+    /// Value of the Redis key visitas_home; NaN while unknown.
+    REDIS_VISITS: Gauge = "visitas_redis_visits";
+    /// Rows minus the value in Redis, as far as visits in flight cannot explain it; NaN while
+    /// either is unknown.
+    DRIFT: Gauge = "visitas_store_drift";
+    /// Whether data was loaded in a way that can have led the count astray (1) or not (0).
+    RECOUNT_DUE: Gauge = "visitas_recount_due";
+
+    /// Spans that the collector took, or that were lost on the way to it.
+    SPANS_EXPORTED: Counter["otel_component_name", "otel_component_type", "error_type"]
+        = "otel_sdk_exporter_span_exported_total";
+    /// Spans handed to the exporter, or dropped because its queue was full.
+    SPANS_PROCESSED: Counter["otel_component_name", "otel_component_type", "error_type"]
+        = "otel_sdk_processor_span_processed_total";
+    /// Panics; each is a bug, and a line of the log says where.
+    PANICS: Counter = "visitas_panics_total";
+    /// Log lines dropped because stdout was blocked or closed.
+    LOG_LINES_DROPPED: Counter = "visitas_log_lines_dropped_total";
+    /// Always 1; the labels say what is running.
+    BUILD_INFO: Gauge["version", "revision", "rustc"] = "visitas_build_info";
+
+    /// CPU time of the process, user and system.
+    CPU_SECONDS: Counter(Seconds) = "process_cpu_seconds_total";
+    /// Open file descriptors.
+    OPEN_FDS: Gauge = "process_open_fds";
+    /// File descriptors that may be open.
+    MAX_FDS: Gauge = "process_max_fds";
+    /// Resident memory.
+    RESIDENT_MEMORY: Gauge(Bytes) = "process_resident_memory_bytes";
+    /// Virtual memory.
+    VIRTUAL_MEMORY: Gauge(Bytes) = "process_virtual_memory_bytes";
+    /// When the process started, in seconds since the epoch.
+    START_TIME: Gauge(Seconds) = "process_start_time_seconds";
+    /// Threads of the process.
+    THREADS: Gauge = "process_threads";
+    /// Worker threads of the runtime.
+    WORKERS: Gauge = "tokio_workers";
+    /// Tasks of the runtime that have not ended.
+    ALIVE_TASKS: Gauge = "tokio_alive_tasks";
+    /// Tasks waiting in the runtime's global queue.
+    GLOBAL_QUEUE_DEPTH: Gauge = "tokio_global_queue_depth";
+    /// Time the runtime's workers have been busy.
+    BUSY_SECONDS: Counter(Seconds) = "tokio_busy_seconds_total";
+}
+
+/// A metric of type `H`, each series of which has a value for each of its labels.
+#[derive(Debug)]
+pub struct Metric<H, const LABELS: usize> {
+    pub(super) description: Description,
+    labels: [&'static str; LABELS],
+    handle: PhantomData<H>,
+}
+
+/// What a scraper reads about a metric.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Description {
+    pub(super) name: &'static str,
+    pub(super) help: &'static str,
+    pub(super) unit: Unit,
+    pub(super) kind: Kind,
+}
+
+/// A metric's type. A histogram has the upper bounds of its buckets.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Kind {
+    Counter,
+    Gauge,
+    Histogram(&'static [f64]),
+}
+
+impl<H, const LABELS: usize> Metric<H, LABELS> {
+    /// Prometheus takes a label without a value as absent, so such a label is left out.
+    fn labels(&self, values: [&str; LABELS]) -> Vec<Label> {
+        let labels = self.labels.into_iter().zip(values);
+        labels
+            .filter(|(_, value)| !value.is_empty())
+            .map(|(label, value)| Label::new(label, value.to_owned()))
+            .collect()
+    }
+}
+
+impl<const LABELS: usize> Metric<Counter, LABELS> {
+    /// The handle of a series, which exists from here on. A label can be absent: its value is "".
+    pub fn with(&self, values: [&str; LABELS]) -> Counter {
+        metrics::counter!(self.description.name, self.labels(values))
+    }
+}
+
+impl<const LABELS: usize> Metric<Gauge, LABELS> {
+    /// The handle of a series, which exists from here on. A label can be absent: its value is "".
+    pub fn with(&self, values: [&str; LABELS]) -> Gauge {
+        metrics::gauge!(self.description.name, self.labels(values))
+    }
+}
+
+impl<const LABELS: usize> Metric<Histogram, LABELS> {
+    /// The handle of a series, which exists from here on. A label can be absent: its value is "".
+    pub fn with(&self, values: [&str; LABELS]) -> Histogram {
+        metrics::histogram!(self.description.name, self.labels(values))
+    }
+
+    /// What identifies a series.
+    #[must_use]
+    pub fn key(&self, values: [&str; LABELS]) -> Key {
+        Key::from_parts(self.description.name, self.labels(values))
+    }
+
+    /// The upper bounds of the buckets.
+    #[must_use]
+    pub const fn buckets(&self) -> &'static [f64] {
+        match self.description.kind {
+            Kind::Histogram(buckets) => buckets,
+            Kind::Counter | Kind::Gauge => &[],
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! What scrapers share, so that many cost hardly more than one.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Bytes;
+use tokio::sync::Mutex;
+use tokio::task::JoinError;
+
+use crate::metrics::Format;
+
+/// Shares renderings between scrapers. One runs at a time, and every scraper that asks before the
+/// next one begins gets that one. So scrapers take at most one thread from the visits, and wait for
+/// at most the rendering in progress and one of each format.
+#[derive(Debug, Clone, Default)]
+pub struct Renderings(Arc<Mutex<Latest>>);
+
+/// The last rendering of each format, and when it began.
+type Latest = [Option<(Instant, Bytes)>; 2];
+
+impl Renderings {
+    /// The text of a rendering that begins after this is called.
+    pub(super) async fn text(
+        &self,
+        format: Format,
+        render: impl FnOnce() -> String + Send + 'static,
+    ) -> Bytes {
+        let asked = Instant::now();
+        let mut latest = Arc::clone(&self.0).lock_owned().await;
+        if let Some((began, text)) = &latest[format as usize]
+            && *began > asked
+        {
+            return text.clone();
+        }
+        // The rendering holds the lock, so that a scraper that disconnects does not start another.
+        let rendering = tokio::task::spawn_blocking(move || {
+            let began = Instant::now();
+            let text = Bytes::from(render());
+            latest[format as usize] = Some((began, text.clone()));
+            text
+        });
+        match rendering.await.map_err(JoinError::try_into_panic) {
+            Ok(text) => text,
+            Err(Ok(panic)) => std::panic::resume_unwind(panic),
+            // The runtime ended before the rendering began, and drops this future, too.
+            Err(Err(_cancelled)) => std::future::pending().await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use tokio::task::{JoinHandle, yield_now};
+
+    use super::*;
+
+    /// Renders how many renderings have begun.
+    struct Counter {
+        renderings: Renderings,
+        begun: Arc<AtomicUsize>,
+    }
+
+    impl Counter {
+        fn new() -> Self {
+            Self {
+                renderings: Renderings::default(),
+                begun: Arc::default(),
+            }
+        }
+
+        fn ask(
+            &self,
+            format: Format,
+            meanwhile: impl FnOnce() + Send + 'static,
+        ) -> JoinHandle<Bytes> {
+            let renderings = self.renderings.clone();
+            let begun = Arc::clone(&self.begun);
+            tokio::spawn(async move {
+                let render = move || {
+                    let turn = begun.fetch_add(1, Ordering::SeqCst) + 1;
+                    meanwhile();
+                    turn.to_string()
+                };
+                renderings.text(format, render).await
+            })
+        }
+
+        /// Begins a rendering that goes on until the sender is dropped, at the latest when the test
+        /// ends.
+        async fn hold(&self) -> (JoinHandle<Bytes>, mpsc::Sender<()>) {
+            let (gate, closed) = mpsc::channel::<()>();
+            let held = self.ask(Format::Text, move || closed.recv().unwrap_or_default());
+            while self.begun.load(Ordering::SeqCst) == 0 {
+                yield_now().await;
+            }
+            (held, gate)
+        }
+    }
+
+    #[tokio::test]
+    async fn scrapers_that_ask_during_a_rendering_share_the_next() {
+        let counter = Counter::new();
+        let (first, gate) = counter.hold().await;
+        let others: Vec<_> = (0..50).map(|_| counter.ask(Format::Text, || {})).collect();
+        // The runtime has one thread, so every scraper has asked before this goes on.
+        yield_now().await;
+        drop(gate);
+        assert_eq!(first.await.unwrap(), "1");
+        for other in others {
+            assert_eq!(other.await.unwrap(), "2");
+        }
+        let later = counter.ask(Format::Text, || {});
+        assert_eq!(later.await.unwrap(), "3");
+    }
+
+    #[tokio::test]
+    async fn formats_are_told_apart() {
+        let counter = Counter::new();
+        let (first, gate) = counter.hold().await;
+        let mut others = Vec::new();
+        for _ in 0..50 {
+            for format in [Format::Text, Format::OpenMetrics] {
+                others.push((format, counter.ask(format, || {})));
+                // So that the formats wait in turns.
+                yield_now().await;
+            }
+        }
+        drop(gate);
+        assert_eq!(first.await.unwrap(), "1");
+        for (format, other) in others {
+            let turn = if format == Format::Text { "2" } else { "3" };
+            assert_eq!(other.await.unwrap(), turn);
+        }
+    }
+
+    #[tokio::test]
+    async fn scraper_that_has_left_keeps_its_turn() {
+        let counter = Counter::new();
+        let (first, gate) = counter.hold().await;
+        first.abort();
+        assert!(first.await.unwrap_err().is_cancelled());
+        let second = counter.ask(Format::Text, || {});
+        // Nothing must happen, so there is no fact to wait for.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(counter.begun.load(Ordering::SeqCst), 1);
+        drop(gate);
+        assert_eq!(second.await.unwrap(), "2");
+    }
+
+    #[tokio::test]
+    async fn rendering_that_panics_leaves_the_next_alone() {
+        let counter = Counter::new();
+        let first = counter.ask(Format::Text, || panic!("on purpose"));
+        assert!(first.await.unwrap_err().is_panic());
+        assert_eq!(counter.ask(Format::Text, || {}).await.unwrap(), "2");
+    }
+}

@@ -1,0 +1,93 @@
+//! The listening socket: how it opens, why it can fail to accept, and how it closes without
+//! resetting a client.
+//!
+//! Must not know: connections that were accepted.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::time::Instant;
+
+/// Opens a listener on `addr` that lets `backlog` connections wait to be accepted (the kernel caps
+/// it, on Linux at `net.core.somaxconn`). Must be called within a tokio runtime.
+///
+/// # Errors
+///
+/// What the system says, with the address in front.
+pub fn bind(addr: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
+    let listen = || {
+        let socket = if addr.is_ipv4() {
+            TcpSocket::new_v4()?
+        } else {
+            TcpSocket::new_v6()?
+        };
+        // Without this a restart fails while connections of the last run are in TIME_WAIT. On
+        // Windows the option means something else: sharing the port with a stranger.
+        #[cfg(unix)]
+        socket.set_reuseaddr(true)?;
+        socket.bind(addr)?;
+        socket.listen(backlog)
+    };
+    listen()
+        .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {addr}: {error}")))
+}
+
+/// Whether an accept failed because of the connection it was about to return, so that the next one
+/// can succeed at once (accept(2), "Error handling"); any other error is about this process or host.
+pub(super) fn concerns_one_client(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::Interrupted
+            | io::ErrorKind::NetworkUnreachable
+    )
+}
+
+/// Logs at most one line a second about a listener that cannot accept.
+#[derive(Default)]
+pub(super) struct Warnings {
+    last: Option<Instant>,
+    suppressed: u64,
+}
+
+impl Warnings {
+    pub(super) fn accept_failed(&mut self, error: &io::Error) {
+        let interval = Duration::from_secs(1);
+        if self.last.is_some_and(|last| last.elapsed() < interval) {
+            self.suppressed += 1;
+            return;
+        }
+        tracing::warn!(error = %error, left_out = self.suppressed, "cannot accept connections");
+        self.last = Some(Instant::now());
+        self.suppressed = 0;
+    }
+}
+
+/// Has the kernel drop every segment that begins a connection, so that none can arrive between the
+/// last accept and the listener's end: the kernel would reset it, with the request that its client
+/// has sent. A client whose segment is dropped repeats it after a second, and is then refused.
+/// Returns whether the kernel does so.
+#[cfg(target_os = "linux")]
+pub(super) fn begin_no_handshake(listener: &std::net::TcpListener) -> bool {
+    use socket2::SockFilter;
+    // Classic BPF (linux/filter.h) over the TCP header, whose byte 13 has the flags: is SYN set?
+    let program = [
+        SockFilter::new(0x30, 0, 0, 13),
+        SockFilter::new(0x45, 0, 1, 0x02),
+        SockFilter::new(0x06, 0, 0, 0),
+        SockFilter::new(0x06, 0, 0, u32::MAX),
+    ];
+    socket2::SockRef::from(listener)
+        .attach_filter(&program)
+        .is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn begin_no_handshake(_listener: &std::net::TcpListener) -> bool {
+    false
+}
