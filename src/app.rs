@@ -55,7 +55,7 @@ impl App {
     /// If an address is in use or a certificate cannot be used.
     pub fn build(config: Config, telemetry: Arc<Telemetry>) -> anyhow::Result<Self> {
         let capacity = Capacity::new(
-            config.http.max_connections,
+            config.http.http_max_connections,
             config.http.metrics_addr.is_some(),
         );
         let postgres = Arc::new(Postgres::new(&config.postgres));
@@ -64,9 +64,9 @@ impl App {
             Arc::clone(&postgres),
             Arc::clone(&redis),
             config.visit.queue_capacity,
-            config.visit.timeout,
+            config.visit.visit_timeout,
         );
-        let listener = server::bind(config.http.bind_addr, BACKLOG)?;
+        let listener = server::bind(config.http.listen.bind_addr, BACKLOG)?;
         let metrics_listener = config
             .http
             .metrics_addr
@@ -157,7 +157,7 @@ impl App {
         let writer = tasks.writer.abort_handle();
         let (exited, drained) = tokio::select! {
             stopped = async {
-                tokio::join!(leave(signal, &mut tasks, lifecycle, shutdown.delay), serving)
+                tokio::join!(leave(signal, &mut tasks, lifecycle, shutdown.shutdown_delay), serving)
             } => stopped,
             never = end_writer(writer, lifecycle, drain) => match never {},
         };

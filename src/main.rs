@@ -11,7 +11,7 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use visitas::app::App;
 use visitas::command;
-use visitas::config::{self, Command, Config, ConfigError, LogConfig};
+use visitas::config::{self, Command, Config, LogConfig};
 use visitas::telemetry::Telemetry;
 
 /// A visit allocates and frees some dozens of small pieces, and with glibc's allocator a fifth of
@@ -19,17 +19,12 @@ use visitas::telemetry::Telemetry;
 #[global_allocator]
 static ALLOCATOR: Jemalloc = Jemalloc;
 
-/// How long a command waits for whoever reads its log.
+/// How long a command waits for stdout's reader to take the log.
 const LOG_END: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    let command = match config::from_process() {
-        Ok(command) => command,
-        Err(error) => {
-            eprintln!("visitas: {error}");
-            return ExitCode::from(ConfigError::EXIT_STATUS);
-        }
-    };
+    // A bad setting is exit status 2, before anything has begun.
+    let command = config::from_process().unwrap_or_else(|error| error.exit());
     if let Err(error) = config::trust_no_other(&command) {
         eprintln!("visitas: {error:#}");
         return ExitCode::FAILURE;
@@ -50,42 +45,43 @@ fn run(command: Command) -> anyhow::Result<()> {
         .map_err(|_provider| anyhow::anyhow!("a TLS provider is installed already"))?;
     match command {
         Command::Serve(config) => serve(*config),
-        Command::Migrate { postgres, log } => say(Some(&log), command::migrate(&postgres)),
-        Command::Reconcile {
-            postgres,
-            redis,
-            log,
-        } => say(Some(&log), command::reconcile(&postgres, &redis)),
-        Command::Recount { postgres, log } => say(Some(&log), command::recount(&postgres)),
-        Command::Healthcheck { url } => say(None, command::healthcheck(&url)),
-        Command::Print(text) => {
-            print(&text);
+        Command::Migrate(config) => run_once(&config.log, command::migrate(&config.postgres)),
+        Command::Recount(config) => run_once(&config.log, command::recount(&config.postgres)),
+        Command::Reconcile(config) => {
+            let reconcile = command::reconcile(&config.postgres, &config.redis);
+            run_once(&config.log, reconcile)
+        }
+        Command::Healthcheck(config) => {
+            let answer = command::healthcheck(&config.url()?)?;
+            print(&format!("{answer}\n"));
+            Ok(())
+        }
+        Command::Config(config) => {
+            print(&config.listing);
             Ok(())
         }
     }
 }
 
 /// Runs a command that ends by itself and prints what it did.
-fn say(
-    log: Option<&LogConfig>,
+fn run_once(
+    log: &LogConfig,
     command: impl Future<Output = anyhow::Result<String>>,
 ) -> anyhow::Result<()> {
-    let telemetry = log
-        .map(|log| Telemetry::start(log, None, false, LOG_END))
-        .transpose()?;
+    let telemetry = Telemetry::start(log, None, false, LOG_END)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the runtime")?;
     let done = runtime.block_on(command);
-    // The log has a writer of its own, so without this it could go on after the result.
+    // The log has a writer of its own: without this the result could precede its last lines.
     drop(telemetry);
     let done = done?;
     print(&format!("{done}\n"));
     Ok(())
 }
 
-/// Whoever reads may have left, which is no failure of ours.
+/// Ignores a closed stdout.
 fn print(text: &str) {
     std::io::stdout().write_all(text.as_bytes()).ok();
 }
@@ -94,8 +90,8 @@ fn serve(config: Config) -> anyhow::Result<()> {
     let shutdown = config.shutdown.clone();
     let telemetry = Arc::new(Telemetry::start(
         &config.telemetry.log,
-        config.telemetry.traces.as_ref(),
-        config.telemetry.trace_context,
+        config.telemetry.traces(),
+        config.telemetry.trace_context(),
         shutdown.for_log(),
     )?);
     let runtime = Runtime::new().context("starting the runtime")?;

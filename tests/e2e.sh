@@ -402,7 +402,7 @@ unreadable_password_file_ends_web_with_a_line_that_names_it() {
     chmod 0600 "$work/secrets/db_password"
     said=$(deadline=30 with_secrets run --rm --no-deps -T web 2>&1) || status=$?
     [ $status = 2 ] || fail "it ended with $status: $said"
-    grep -q 'DB_PASSWORD_FILE="/run/secrets/db_password": cannot be read by uid 10001' <<<"$said" || fail "$said"
+    grep -q "'/run/secrets/db_password' for '--db-password-file <DB_PASSWORD_FILE>': cannot be read by uid 10001" <<<"$said" || fail "$said"
 }
 
 db_is_never_healthy_while_it_is_initialised() {

@@ -86,8 +86,8 @@ fn process_that_panics() {
         return;
     };
     let log = LogConfig {
-        format: LogFormat::Json,
-        filter,
+        log_format: LogFormat::Json,
+        rust_log: filter,
         access_slow: Duration::from_secs(1),
     };
     let telemetry = Telemetry::start(&log, None, true, Duration::from_secs(5)).expect("telemetry");

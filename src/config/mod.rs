@@ -1,38 +1,47 @@
 //! The settings and the command line: this is the only reader of the environment.
 //!
-//! Everything is read and checked before anything is done; the first thing that is wrong ends the
-//! program with one line. A command reads the settings that it uses, and no others: `healthcheck`
-//! works beside a broken database setting. This file opens no connection, binds no address and
-//! starts no logging.
+//! A setting is one field of a struct in this folder. The field's name is the variable's, and the
+//! flag's; its doc comment is the help; a field with `hide` is a secret, which has no flag and is
+//! never shown. clap reads them. What clap cannot know is in each struct's `finish`: what a URL or
+//! a file stands for, and contradictions.
 //!
-//! `setting` is the table, `kind` and `url` read one value each, `source` knows where they come
-//! from, `read` puts them together, and `cli` makes flags and help of the table. `roots` finds the
-//! system's root certificates, and hides them from the Postgres driver.
+//! Everything is read and checked before anything is done. A command reads the settings that it
+//! uses, and no others: `healthcheck` works while a database setting is wrong. This folder opens no
+//! connection, binds no address and starts no logging.
 
-mod cli;
-mod kind;
-mod read;
+#![expect(
+    clippy::doc_markdown,
+    reason = "the doc comments of settings are the help, which is no Markdown"
+)]
+
+mod http;
+mod postgres;
+mod redis;
 mod roots;
-mod setting;
-mod source;
+mod sources;
+mod telemetry;
 #[cfg(test)]
 mod tests;
 mod url;
 mod value;
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::Context as _;
-use http::Uri;
+use clap::builder::Resettable;
+use clap::error::{ContextKind, ContextValue};
+use clap::parser::ValueSource;
+use clap::{Arg, ArgMatches, Args, FromArgMatches as _, Subcommand};
 
-use self::cli::Parsed;
-pub use self::source::ConfigError;
-use self::source::Reader;
-pub use self::value::{Certificates, Compression, LogFormat, Root, Sampler, Secret, SslMode};
+pub use self::http::{HealthcheckConfig, HttpConfig, ListenConfig, ShutdownConfig, VisitConfig};
+pub use self::postgres::PostgresConfig;
+pub use self::redis::RedisConfig;
+use self::roots::Environment;
+use self::sources::{Sources, invalid, variable_of};
+pub use self::telemetry::{
+    Compression, ExporterConfig, LogConfig, LogFormat, Root, Sampler, TelemetryConfig, TracesConfig,
+};
+pub use self::value::{Certificates, Secret};
 
 /// The program's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -43,288 +52,164 @@ pub const REVISION: &str = match option_env!("VISITAS_REVISION") {
     _ => "unknown",
 };
 
-/// What to run, with the settings that it needs.
-#[derive(Clone, Debug)]
+/// What to run, with the settings that it uses.
+#[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Serve until stopped.
+    /// Run the service (the default)
     Serve(Box<Config>),
-    /// Bring the database's tables up to date.
-    Migrate {
-        /// Where they are.
-        postgres: PostgresConfig,
-        /// How to log meanwhile.
-        log: LogConfig,
-    },
-    /// Ask a running service for its health.
-    Healthcheck {
-        /// What to ask: absolute, with the scheme `http`.
-        url: Uri,
-    },
-    /// Add to Redis what it lacks of the count in Postgres.
-    Reconcile {
-        /// Where the count is.
-        postgres: PostgresConfig,
-        /// What is added to.
-        redis: RedisConfig,
-        /// How to log meanwhile.
-        log: LogConfig,
-    },
-    /// Count the rows anew.
-    Recount {
-        /// Where they are.
-        postgres: PostgresConfig,
-        /// How to log meanwhile.
-        log: LogConfig,
-    },
-    /// Print this text, which ends in a newline: the help, the version or the effective settings.
-    Print(String),
+    /// Bring the database to this version
+    Migrate(Box<DatabaseConfig>),
+    /// Ask a running service whether it records visits: exit status 0 or 1
+    Healthcheck(HealthcheckConfig),
+    /// Add to Redis what it lacks of the total, under the count's lock
+    Reconcile(Box<StoresConfig>),
+    /// Recount the rows; visits wait until it finishes
+    Recount(Box<DatabaseConfig>),
+    /// Print the effective settings, secrets masked
+    Config(Box<Config>),
+}
+
+/// The settings of a command that uses the database.
+#[derive(Args, Clone, Debug)]
+pub struct DatabaseConfig {
+    /// The database.
+    #[command(flatten)]
+    pub postgres: PostgresConfig,
+    /// Logs.
+    #[command(flatten)]
+    pub log: LogConfig,
+}
+
+/// The settings of a command that uses both stores.
+#[derive(Args, Clone, Debug)]
+pub struct StoresConfig {
+    /// The database.
+    #[command(flatten)]
+    pub postgres: PostgresConfig,
+    /// The cache.
+    #[command(flatten)]
+    pub redis: RedisConfig,
+    /// Logs.
+    #[command(flatten)]
+    pub log: LogConfig,
 }
 
 /// Every setting of the service.
-#[derive(Clone, Debug)]
+#[derive(Args, Clone, Debug)]
+#[group(skip)]
 pub struct Config {
     /// The database.
+    #[command(flatten)]
     pub postgres: PostgresConfig,
     /// The cache.
+    #[command(flatten)]
     pub redis: RedisConfig,
     /// Listening and connections.
+    #[command(flatten)]
     pub http: HttpConfig,
     /// Recording of visits.
+    #[command(flatten)]
     pub visit: VisitConfig,
     /// Stopping.
+    #[command(flatten)]
     pub shutdown: ShutdownConfig,
     /// Logs and traces.
+    #[command(flatten)]
     pub telemetry: TelemetryConfig,
-}
-
-/// The database. `DATABASE_URL` stands for all fields but the timeout.
-#[derive(Clone, Debug)]
-pub struct PostgresConfig {
-    /// `DB_HOST`: a name, an address without brackets, or the absolute path of a socket's directory.
-    pub host: String,
-    /// `DB_PORT`.
-    pub port: u16,
-    /// `DB_USER`.
-    pub user: String,
-    /// `DB_PASSWORD` or `DB_PASSWORD_FILE`.
-    pub password: Option<Secret>,
-    /// `DB_NAME`.
-    pub database: String,
-    /// `DB_SSLMODE`.
-    pub ssl_mode: SslMode,
-    /// `DB_SSLROOTCERT`; without it the system's roots hold. The file is read again for each session.
-    pub ssl_root_cert: Option<PathBuf>,
-    /// `DB_TIMEOUT`: the deadline of one call.
-    pub timeout: Duration,
-}
-
-impl PostgresConfig {
-    /// The server's `lock_timeout`, in whole milliseconds: 70 % of the call's deadline. A statement
-    /// that still waits has then certainly failed, with time left to say so.
-    #[must_use]
-    pub fn lock_timeout(&self) -> Duration {
-        self.percent_of_timeout(70)
-    }
-
-    /// The server's `statement_timeout`, in whole milliseconds: 85 % of the call's deadline, so that
-    /// a lock's own timeout fires first and its error is the one that is seen.
-    #[must_use]
-    pub fn statement_timeout(&self) -> Duration {
-        self.percent_of_timeout(85)
-    }
-
-    fn percent_of_timeout(&self, percent: u128) -> Duration {
-        let milliseconds = self.timeout.as_millis().saturating_mul(percent) / 100;
-        Duration::from_millis(u64::try_from(milliseconds).unwrap_or(u64::MAX))
-    }
-}
-
-/// The cache. `REDIS_URL` stands for all fields but the certificates and the timeout.
-#[derive(Clone, Debug)]
-pub struct RedisConfig {
-    /// `REDIS_HOST`: a name, or an address without brackets.
-    pub host: String,
-    /// `REDIS_PORT`.
-    pub port: u16,
-    /// Whether `REDIS_URL` is a `rediss://` one.
-    pub tls: bool,
-    /// The user in `REDIS_URL`.
-    pub username: Option<String>,
-    /// `REDIS_PASSWORD` or `REDIS_PASSWORD_FILE`.
-    pub password: Option<Secret>,
-    /// The database's number in `REDIS_URL`, otherwise 0.
-    pub database: i64,
-    /// `REDIS_TLS_CA`, or the system's roots where the driver does not find them; without it those
-    /// hold that it finds.
-    pub tls_ca: Option<Certificates>,
-    /// `REDIS_TIMEOUT`: the deadline of one call, checkout included.
-    pub timeout: Duration,
-}
-
-/// Listening and connections.
-#[derive(Clone, Debug)]
-pub struct HttpConfig {
-    /// `BIND_ADDR`; with port 0 the system chooses one.
-    pub bind_addr: SocketAddr,
-    /// `METRICS_ADDR`: if set, `/metrics` is served there and only there.
-    pub metrics_addr: Option<SocketAddr>,
-    /// `HTTP_MAX_CONNECTIONS`: connections open at a time; beyond it the one idle longest is closed.
-    pub max_connections: usize,
-    /// `HEADER_TIMEOUT`: to receive a request's headers, from their first byte.
-    pub header_timeout: Duration,
-    /// `IDLE_TIMEOUT`: how long a connection, a new one included, stays open without a request.
-    pub idle_timeout: Duration,
-}
-
-/// Recording of visits.
-#[derive(Clone, Debug)]
-pub struct VisitConfig {
-    /// `VISIT_TIMEOUT`: the deadline of one visit, its wait in the queue included.
-    pub timeout: Duration,
-    /// `QUEUE_CAPACITY`: visits that may wait to be recorded.
-    pub queue_capacity: usize,
-}
-
-/// Stopping.
-#[derive(Clone, Debug)]
-pub struct ShutdownConfig {
-    /// `SHUTDOWN_DELAY`: how long everything is still served; may be zero.
-    pub delay: Duration,
-    /// `SHUTDOWN_TIMEOUT`: how long the rest may take.
-    pub timeout: Duration,
-}
-
-impl ShutdownConfig {
-    /// The part of `timeout` that requests under way have. The rest is for what ends after them,
-    /// each of which may stand still; what they leave of it is for the process itself.
-    #[must_use]
-    pub fn for_requests(&self) -> Duration {
-        self.timeout.saturating_sub(self.rest())
-    }
-
-    /// The part for the last spans, whose collector can stall.
-    #[must_use]
-    pub fn for_spans(&self) -> Duration {
-        self.rest() * 6 / 10
-    }
-
-    /// The part for tasks that cannot be cancelled, such as a name being looked up.
-    #[must_use]
-    pub fn for_tasks(&self) -> Duration {
-        self.rest() / 20
-    }
-
-    /// The part for scrapers of `METRICS_ADDR`, whose listener ends last.
-    #[must_use]
-    pub fn for_scrapes(&self) -> Duration {
-        self.rest() / 20
-    }
-
-    /// The part for the last lines of the log, whose reader can stall.
-    #[must_use]
-    pub fn for_log(&self) -> Duration {
-        self.rest() * 2 / 10
-    }
-
-    fn rest(&self) -> Duration {
-        (self.timeout / 5).min(Duration::from_secs(2))
-    }
-}
-
-/// Logs and traces.
-#[derive(Clone, Debug)]
-pub struct TelemetryConfig {
-    /// Logs.
-    pub log: LogConfig,
-    /// Traces; `None` if `OTEL_SDK_DISABLED` is true.
-    pub traces: Option<TracesConfig>,
-    /// Whether `OTEL_PROPAGATORS` has W3C's trace context. It holds without traces too: log lines
-    /// have the caller's trace.
-    pub trace_context: bool,
-}
-
-/// Logs.
-#[derive(Clone, Debug)]
-pub struct LogConfig {
-    /// `LOG_FORMAT`.
-    pub format: LogFormat,
-    /// `RUST_LOG`: directives that `EnvFilter` accepts.
-    pub filter: String,
-    /// `ACCESS_SLOW`: requests that take longer have a line at level info.
-    pub access_slow: Duration,
-}
-
-/// Traces.
-#[derive(Clone, Debug)]
-pub struct TracesConfig {
-    /// `None` without an endpoint, or if `OTEL_TRACES_EXPORTER` is none.
-    pub exporter: Option<ExporterConfig>,
-    /// `OTEL_TRACES_SAMPLER` and `OTEL_TRACES_SAMPLER_ARG`.
-    pub sampler: Sampler,
-    /// `OTEL_SERVICE_NAME`, otherwise `service.name` of `OTEL_RESOURCE_ATTRIBUTES`.
-    pub service_name: String,
-    /// `OTEL_RESOURCE_ATTRIBUTES`, decoded, without `service.name`.
-    pub resource_attributes: Vec<(String, String)>,
-    /// `OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT`, otherwise `OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT`: the
-    /// most characters of an attribute's value.
-    pub value_length_limit: usize,
-    /// `OTEL_BSP_SCHEDULE_DELAY`: the pause between two exports.
-    pub schedule_delay: Duration,
-    /// `OTEL_BSP_MAX_QUEUE_SIZE`: spans that may wait for export.
-    pub max_queue_size: usize,
-    /// `OTEL_BSP_MAX_EXPORT_BATCH_SIZE`: spans of one export, at most the queue's size.
-    pub max_export_batch_size: usize,
-}
-
-/// Where spans are exported to, by OTLP over HTTP. Each variable has a `TRACES_` one that wins.
-#[derive(Clone, Debug)]
-pub struct ExporterConfig {
-    /// `OTEL_EXPORTER_OTLP_ENDPOINT`, complete with `/v1/traces`.
-    pub endpoint: String,
-    /// `OTEL_EXPORTER_OTLP_HEADERS`: valid header names and values, decoded.
-    pub headers: Vec<(String, Secret)>,
-    /// `OTEL_EXPORTER_OTLP_TIMEOUT` or `OTEL_BSP_EXPORT_TIMEOUT`, whichever is shorter.
-    pub timeout: Duration,
-    /// `OTEL_EXPORTER_OTLP_COMPRESSION`.
-    pub compression: Compression,
-    /// The system's roots, where the exporter does not find them.
-    pub roots: Option<Certificates>,
+    /// What `visitas config` prints.
+    #[arg(skip)]
+    pub listing: String,
 }
 
 impl Command {
+    fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
+        match self {
+            Self::Serve(config) | Self::Config(config) => config.finish(sources),
+            Self::Migrate(config) | Self::Recount(config) => config.postgres.finish(sources),
+            Self::Reconcile(config) => {
+                finish_stores(&mut config.postgres, &mut config.redis, sources)
+            }
+            Self::Healthcheck(config) => config.url().map(drop),
+        }
+    }
+
     /// The database that it opens sessions with.
     fn postgres(&self) -> Option<&PostgresConfig> {
         match self {
             Self::Serve(config) => Some(&config.postgres),
-            Self::Migrate { postgres, .. }
-            | Self::Reconcile { postgres, .. }
-            | Self::Recount { postgres, .. } => Some(postgres),
-            Self::Healthcheck { .. } | Self::Print(_) => None,
+            Self::Migrate(config) | Self::Recount(config) => Some(&config.postgres),
+            Self::Reconcile(config) => Some(&config.postgres),
+            Self::Healthcheck(_) | Self::Config(_) => None,
         }
     }
+}
+
+impl Config {
+    fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
+        finish_stores(&mut self.postgres, &mut self.redis, sources)?;
+        self.http.check()?;
+        // A visit waits for one call to each store, one after the other.
+        let calls = self.postgres.db_timeout + self.redis.redis_timeout;
+        if self.visit.visit_timeout < calls {
+            return Err(invalid(format!(
+                "VISIT_TIMEOUT ({}) must be at least DB_TIMEOUT + REDIS_TIMEOUT ({calls:?})",
+                sources.shown("VISIT_TIMEOUT"),
+            )));
+        }
+        self.telemetry.finish(sources)?;
+        self.listing = sources.listing(&Self::augment_args(clap::Command::default()));
+        Ok(())
+    }
+}
+
+/// A Redis call must end before Postgres gives up a lock: `reconcile` waits for the calls in flight
+/// while it holds one.
+fn finish_stores(
+    postgres: &mut PostgresConfig,
+    redis: &mut RedisConfig,
+    sources: &mut Sources<'_>,
+) -> Result<(), clap::Error> {
+    postgres.finish(sources)?;
+    redis.finish(sources)?;
+    if redis.redis_timeout >= postgres.lock_timeout() {
+        return Err(invalid(format!(
+            "REDIS_TIMEOUT ({}) must be below {:?} (70 % of DB_TIMEOUT, {})",
+            sources.shown("REDIS_TIMEOUT"),
+            postgres.lock_timeout(),
+            sources.shown("DB_TIMEOUT"),
+        )));
+    }
+    Ok(())
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "this is the one place that reads it, next to clap"
+)]
+fn process_environment(variable: &str) -> Option<OsString> {
+    std::env::var_os(variable)
 }
 
 /// Reads this process's command line and environment.
 ///
 /// # Errors
-/// As [`parse`].
-pub fn from_process() -> Result<Command, ConfigError> {
-    parse(
-        std::env::args_os(),
-        &process_environment,
-        std::io::stdout().is_terminal(),
-    )
+///
+/// The first thing that is malformed, out of range or contradictory, or a text to print: the help
+/// or the version. The error knows its exit status.
+pub fn from_process() -> Result<Command, clap::Error> {
+    parse(std::env::args_os(), &process_environment)
 }
 
-/// Sees to it that a command whose database has certificates of its own to trust trusts no others.
-/// For that the program may be executed again, so this must be called before anything is started.
+/// Keeps a command whose database has certificates of its own to trust from trusting others. For
+/// that the program can be executed again, so this must be called before anything is started.
 ///
 /// # Errors
+///
 /// If the program cannot be executed.
 pub fn trust_no_other(command: &Command) -> anyhow::Result<()> {
     let roots = command
         .postgres()
-        .and_then(|postgres| postgres.ssl_root_cert.as_ref());
+        .and_then(|postgres| postgres.db_sslrootcert.as_ref());
     if roots.is_none() {
         return Ok(());
     }
@@ -332,57 +217,152 @@ pub fn trust_no_other(command: &Command) -> anyhow::Result<()> {
         .context("keeping the system's root certificates from Postgres, as DB_SSLROOTCERT asks")
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "this is the one place that reads it"
-)]
-fn process_environment(variable: &str) -> Option<OsString> {
-    std::env::var_os(variable)
+/// Reads a command line, whose first item is the program's name. clap reads the variables that
+/// `environment` has.
+fn parse(
+    arguments: impl IntoIterator<Item = OsString>,
+    environment: Environment<'_>,
+) -> Result<Command, clap::Error> {
+    let mut arguments: Vec<OsString> = arguments.into_iter().collect();
+    let mut program = program();
+    match arguments.get(1).and_then(|first| first.to_str()) {
+        Some("-h" | "--help" | "-V" | "--version") => program = with_every_setting(program),
+        Some(first) if !first.starts_with('-') => {}
+        // clap reads the variables of a command, and of those before it: without a command of its
+        // own the service's settings would be read for every other command.
+        _ => arguments.insert(1, "serve".into()),
+    }
+    // A command's help names the empty ones, too.
+    let asks_for_help = |argument: &OsString| argument == "-h" || argument == "--help";
+    if !arguments.iter().any(asks_for_help) {
+        program = program.mut_subcommands(|command| without_empty(command, environment));
+    }
+    let command = arguments
+        .get(1)
+        .and_then(|name| program.find_subcommand(name))
+        .cloned()
+        .unwrap_or_default();
+    for variable in command.get_arguments().filter_map(Arg::get_env) {
+        let variable = variable.to_string_lossy();
+        if environment(&variable).is_some_and(|value| value.to_str().is_none()) {
+            return Err(invalid(format!("{variable} is not UTF-8: expected text")));
+        }
+    }
+    let mut matches = program.try_get_matches_from(arguments).map_err(masked)?;
+    let mut run = Command::from_arg_matches(&matches)?;
+    if let Some((_, matches)) = matches.remove_subcommand() {
+        refuse_secret_flags(&command, &matches)?;
+        run.finish(&mut Sources::new(matches, environment))?;
+    }
+    Ok(run)
 }
 
-/// Reads a command line, whose first item is the program's name, and an environment. `terminal`
-/// says whether the logs go to one, which decides how they are written unless a setting does.
-///
-/// # Errors
-/// The first thing that is malformed, out of range or contradictory.
-pub fn parse(
-    arguments: impl IntoIterator<Item = OsString>,
-    environment: &dyn Fn(&str) -> Option<OsString>,
-    terminal: bool,
-) -> Result<Command, ConfigError> {
-    let (command, flags) = match cli::parse(arguments)? {
-        Parsed::Print(text) => return Ok(Command::Print(text)),
-        Parsed::Run(command, flags) => (command, flags),
+/// The command line, with the commands and their settings.
+fn program() -> clap::Command {
+    let program = clap::Command::new("visitas")
+        .version(format!("{VERSION} ({REVISION})"))
+        .propagate_version(true)
+        .disable_help_subcommand(true)
+        .next_line_help(true)
+        .max_term_width(100);
+    Command::augment_subcommands(program)
+        .about("Counts visits, in Postgres and in Redis, and serves the count over HTTP")
+        .mut_subcommands(|command| documented(command).display_name("visitas"))
+}
+
+/// The program with each setting as a flag of its own, as its help shows it.
+fn with_every_setting(program: clap::Command) -> clap::Command {
+    let about = program.get_about().cloned().unwrap_or_default();
+    documented(Config::augment_args(program)).about(about)
+}
+
+/// Completes the help of a command: what each setting accepts, and the secrets, which have no flag.
+fn documented(command: clap::Command) -> clap::Command {
+    let command = command.mut_args(|argument| {
+        let help = argument.get_help().cloned().unwrap_or_default();
+        let accepted = argument.get_possible_values();
+        let argument = argument.hide_env_values(true).hide_possible_values(true);
+        match accepted.first() {
+            Some(accepted) => argument.help(format!("{help} [accepts: {}]", accepted.get_name())),
+            None => argument,
+        }
+    });
+    let entry = |secret: &Arg| {
+        let help = secret.get_help().cloned().unwrap_or_default();
+        let variable = variable_of(secret);
+        format!("  {variable}\n          {help} [env: {variable}]\n\n")
     };
-    let reader = &mut Reader::new(&flags, environment);
-    Ok(match command.as_str() {
-        cli::HEALTHCHECK => Command::Healthcheck {
-            url: match flags.get_one::<OsString>(cli::URL) {
-                Some(url) => read::healthcheck_url(&url.to_string_lossy())?,
-                None => read::own_health(reader)?,
-            },
-        },
-        cli::MIGRATE => Command::Migrate {
-            postgres: read::postgres(reader)?,
-            log: read::log(reader, terminal)?,
-        },
-        cli::RECONCILE => {
-            let (postgres, redis) = read::stores(reader)?;
-            let log = read::log(reader, terminal)?;
-            Command::Reconcile {
-                postgres,
-                redis,
-                log,
-            }
+    let entries: Vec<String> = secrets(&command).map(entry).collect();
+    if entries.is_empty() {
+        return command;
+    }
+    command.after_help(format!(
+        "Secrets, by environment only:\n{}\
+         A flag wins over its variable, and an empty variable counts as unset.",
+        entries.concat()
+    ))
+}
+
+/// The settings that have no flag and are never shown.
+fn secrets(command: &clap::Command) -> impl Iterator<Item = &Arg> {
+    let settings = command.get_arguments();
+    settings.filter(|setting| setting.is_hide_set())
+}
+
+/// Hides variables that are empty from clap, which would take them for values. OpenTelemetry asks
+/// for that, and Compose passes an optional variable on as an empty one.
+fn without_empty(command: clap::Command, environment: Environment<'_>) -> clap::Command {
+    command.mut_args(|argument| {
+        let value = argument
+            .get_env()
+            .and_then(|variable| environment(&variable.to_string_lossy()));
+        match value {
+            Some(value) if !value.is_empty() => argument,
+            _ => argument.env(Resettable::Reset),
         }
-        cli::RECOUNT => Command::Recount {
-            postgres: read::postgres(reader)?,
-            log: read::log(reader, terminal)?,
-        },
-        cli::CONFIG => {
-            read::service(reader, terminal)?;
-            Command::Print(reader.listing())
-        }
-        _ => Command::Serve(Box::new(read::service(reader, terminal)?)),
     })
+}
+
+/// Refuses a secret that was given by a flag, since other users can read a process's command line.
+fn refuse_secret_flags(command: &clap::Command, matches: &ArgMatches) -> Result<(), clap::Error> {
+    for secret in secrets(command) {
+        if matches.value_source(secret.get_id().as_str()) == Some(ValueSource::CommandLine) {
+            let variable = variable_of(secret);
+            return Err(invalid(format!(
+                "{variable} is a secret, and other users can read a command line: expected in the \
+                 environment"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Hides what precedes an `@` in what clap repeats of the command line and the environment: it is
+/// the password of a URL that was given where a host or an address belongs.
+fn masked(mut error: clap::Error) -> clap::Error {
+    for kind in [
+        ContextKind::InvalidArg,
+        ContextKind::InvalidValue,
+        ContextKind::InvalidSubcommand,
+    ] {
+        if let Some(ContextValue::String(text)) = error.get(kind) {
+            let text = ContextValue::String(displayed(text));
+            error.insert(kind, text);
+        }
+    }
+    error
+}
+
+/// A text without what stands before an `@`, escaped and cut to a sensible length.
+fn displayed(text: &str) -> String {
+    let text = match text.rsplit_once('@') {
+        Some((_, after)) => format!("{}@{after}", Secret::MASK),
+        None => text.to_owned(),
+    };
+    let mut characters = text.escape_debug();
+    let mut shown: String = characters.by_ref().take(100).collect();
+    if characters.next().is_some() {
+        shown.push('…');
+    }
+    shown
 }

@@ -23,7 +23,7 @@ use rustls_native_certs::load_certs_from_paths;
 use super::value::Certificates;
 
 /// Reads a variable.
-type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+pub(super) type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 /// What libraries read: a file of certificates, and directories of such files.
 const FILE: &str = "SSL_CERT_FILE";

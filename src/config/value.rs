@@ -1,35 +1,200 @@
-//! The types of values that are more than a number, a text or a duration.
+//! How the text of each kind of value is read, and the types that are more than a number or a text.
 //!
-//! They know nothing of settings or of how they are written.
+//! Must not know: any setting. No error from here repeats a value, which can be a misplaced
+//! password.
 
+use std::ffi::OsStr;
 use std::fmt;
+use std::fs::File;
+use std::io;
+use std::io::Read as _;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use clap::builder::{PossibleValue, TypedValueParser};
+use percent_encoding::percent_decode_str;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
-use super::kind::read_bounded;
+/// A value parser that says what it accepts: in errors, in `--help` and in `docs/settings.md`.
+#[derive(Clone)]
+pub(super) struct Accept<T> {
+    accepted: String,
+    read: Arc<Read<T>>,
+}
 
-/// Text that is never shown: `Debug` and `Display` write `****`.
+type Read<T> = dyn Fn(&str) -> Option<T> + Send + Sync;
+
+impl<T> Accept<T> {
+    /// Reads a text.
+    ///
+    /// # Errors
+    /// What is accepted, without the text.
+    pub(super) fn read(&self, text: &str) -> Result<T, String> {
+        (self.read)(text).ok_or_else(|| format!("expected {}", self.accepted))
+    }
+}
+
+/// Accepts what `read` can read; `accepted` follows the word "expected" in an error.
+pub(super) fn accept<T>(
+    accepted: impl Into<String>,
+    read: impl Fn(&str) -> Option<T> + Send + Sync + 'static,
+) -> Accept<T> {
+    Accept {
+        accepted: accepted.into(),
+        read: Arc::new(read),
+    }
+}
+
+/// Accepts values from `low` to `high`, both included and written as a user would write them.
+pub(super) fn within<T: PartialOrd + 'static>(
+    read: fn(&str) -> Option<T>,
+    low: &'static str,
+    high: &'static str,
+) -> Accept<T> {
+    accept(format!("{low} to {high}"), move |text| {
+        read(text)
+            .filter(|value| Some(value) >= read(low).as_ref() && Some(value) <= read(high).as_ref())
+    })
+}
+
+/// Accepts one of these words, in upper or lower case, as OpenTelemetry asks.
+pub(super) fn one_of<T: Copy + Send + Sync>(words: &'static [(&'static str, T)]) -> Accept<T> {
+    let accepted: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+    accept(accepted.join(", "), |text| {
+        let mut words = words.iter();
+        words.find_map(|(word, value)| word.eq_ignore_ascii_case(text).then_some(*value))
+    })
+}
+
+impl<T: Clone + Send + Sync + 'static> TypedValueParser for Accept<T> {
+    type Value = T;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<T, clap::Error> {
+        let accept = self.clone();
+        let parser = move |text: &str| accept.read(text);
+        parser.parse_ref(command, argument, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(std::iter::once(PossibleValue::new(
+            self.accepted.clone(),
+        ))))
+    }
+}
+
+/// Reads a value as its type does.
+pub(super) fn parsed<T: FromStr>(text: &str) -> Option<T> {
+    text.parse().ok()
+}
+
+/// Reads a duration of whole units. A bare number would leave its unit to be guessed.
+pub(super) fn duration(text: &str) -> Option<Duration> {
+    let number = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
+    let milliseconds_per_unit = match &text[number.len()..] {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return None,
+    };
+    let milliseconds = number
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(milliseconds_per_unit)?;
+    Some(Duration::from_millis(milliseconds))
+}
+
+/// Reads a duration as OpenTelemetry writes it.
+pub(super) fn milliseconds(text: &str) -> Option<Duration> {
+    parsed(text).map(Duration::from_millis)
+}
+
+/// Accepts a TCP port.
+pub(super) fn port() -> Accept<u16> {
+    within(parsed, "1", "65535")
+}
+
+/// Reads text of at most so many bytes.
+pub(super) fn text(text: &str, max_bytes: usize) -> Option<String> {
+    let accepted = (1..=max_bytes).contains(&text.len()) && !text.contains(char::is_control);
+    accepted.then(|| text.to_owned())
+}
+
+/// Reads a host name, or an IP address with or without brackets, which are dropped.
+pub(super) fn host(text: &str) -> Option<String> {
+    let bare = text
+        .strip_prefix('[')
+        .and_then(|text| text.strip_suffix(']'))
+        .unwrap_or(text);
+    let is_name = (1..=253).contains(&text.len())
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    (is_name || bare.parse::<IpAddr>().is_ok()).then(|| bare.to_owned())
+}
+
+/// Pairs of a key and a value.
+pub(super) type Pairs = Vec<(String, String)>;
+
+/// Reads `key=value,key=value`, percent-encoded, as in `OTEL_RESOURCE_ATTRIBUTES`.
+pub(super) fn pairs(text: &str) -> Result<Pairs, String> {
+    const ACCEPTED: &str = "expected key=value,key=value with other characters percent-encoded";
+    let mut pairs: Pairs = Vec::new();
+    for pair in text.split(',') {
+        let (key, value) = pair.split_once('=').ok_or(ACCEPTED)?;
+        let (key, value) = (percent_decoded(key.trim())?, percent_decoded(value.trim())?);
+        if key.is_empty() || pairs.iter().any(|(earlier, _)| *earlier == key) {
+            return Err(format!("contains a key twice or an empty one; {ACCEPTED}"));
+        }
+        pairs.push((key, value));
+    }
+    Ok(pairs)
+}
+
+/// Decodes percent-encoded UTF-8. A stray `%` is an error: it was meant to be `%25`.
+pub(super) fn percent_decoded(text: &str) -> Result<String, String> {
+    let stray = text.match_indices('%').any(|(at, _)| {
+        let digits = text.as_bytes().get(at + 1..at + 3);
+        !digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+    });
+    if stray {
+        return Err("contains a stray '%'; encode it as %25".to_owned());
+    }
+    percent_decode_str(text)
+        .decode_utf8()
+        .map(String::from)
+        .map_err(|_| "is not UTF-8 once percent-decoded".to_owned())
+}
+
+/// Text that is never shown: `Debug` writes `****`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// What stands for a secret wherever it would be shown.
+    /// Stands for a secret wherever it would be shown.
     pub(super) const MASK: &'static str = "****";
-
-    /// Takes a text that is not to be shown from here on.
-    #[must_use]
-    pub fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
-    }
 
     /// The text itself, for the one call that needs it.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
     }
 }
 
@@ -39,9 +204,28 @@ impl fmt::Debug for Secret {
     }
 }
 
-impl fmt::Display for Secret {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(Self::MASK)
+/// A file that holds a secret, and what it held when the program started.
+#[derive(Clone, Debug)]
+pub(super) struct SecretFile {
+    pub(super) secret: Secret,
+}
+
+impl FromStr for SecretFile {
+    type Err = String;
+
+    fn from_str(path: &str) -> Result<Self, String> {
+        const MAX_BYTES: u64 = 16_384;
+        let read = || {
+            let bytes = read_bounded(Path::new(path), MAX_BYTES)?;
+            let text = String::from_utf8(bytes).map_err(|_| "is not UTF-8")?;
+            match text.trim_end_matches(['\r', '\n']) {
+                "" => Err("is empty".to_owned()),
+                secret => Ok(Self {
+                    secret: secret.to_owned().into(),
+                }),
+            }
+        };
+        read().map_err(|why: String| format!("{why}; expected a file that holds a secret"))
     }
 }
 
@@ -60,7 +244,7 @@ impl Certificates {
     /// Reads a file in PEM with at least one certificate.
     ///
     /// # Errors
-    /// Why that is not what it is, to follow the file's name.
+    /// Why the file is refused, to follow its name.
     pub fn read(path: &Path) -> Result<Self, String> {
         let pem = read_bounded(path, Self::MAX_BYTES)?;
         let mut certificates = CertificateDer::pem_slice_iter(&pem).peekable();
@@ -75,9 +259,7 @@ impl Certificates {
             pem,
         })
     }
-}
 
-impl Certificates {
     /// Writes certificates in PEM (RFC 7468).
     #[must_use]
     pub fn in_pem(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
@@ -90,71 +272,37 @@ impl Certificates {
     }
 }
 
+impl FromStr for Certificates {
+    type Err = String;
+
+    fn from_str(path: &str) -> Result<Self, String> {
+        Self::read(Path::new(path))
+            .map_err(|why| format!("{why}; expected a PEM file with at least one certificate"))
+    }
+}
+
 impl fmt::Debug for Certificates {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "Certificates({})", self.path.display())
     }
 }
 
-/// Encryption of the connection to Postgres, as libpq has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SslMode {
-    /// Never encrypted.
-    Disable,
-    /// Encrypted if the server insists.
-    Allow,
-    /// Encrypted if the server can.
-    Prefer,
-    /// Always encrypted, with whatever certificate.
-    Require,
-    /// … with a certificate by a trusted authority.
-    VerifyCa,
-    /// … that is also made out to the host's name.
-    VerifyFull,
-}
-
-impl SslMode {
-    /// Whether the server's certificate is verified, so that trusted ones matter.
-    #[must_use]
-    pub fn verifies(self) -> bool {
-        matches!(self, Self::VerifyCa | Self::VerifyFull)
+/// Reads a file of at most so many bytes. The error names the user: the usual cause is a file that
+/// only another user is permitted to read.
+fn read_bounded(path: &Path, max_bytes: u64) -> Result<Vec<u8>, String> {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        File::open(path)?
+            .take(max_bytes + 1)
+            .read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().map_err(|error| {
+        let uid = rustix::process::geteuid().as_raw();
+        format!("cannot be read by uid {uid}: {error}")
+    })?;
+    if bytes.len() as u64 > max_bytes {
+        return Err(format!("is larger than {max_bytes} bytes"));
     }
-}
-
-/// How log lines are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    /// An object a line.
-    Json,
-    /// For people.
-    Pretty,
-}
-
-/// Compression of what is exported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compression {
-    /// As it is.
-    None,
-    /// RFC 1952.
-    Gzip,
-}
-
-/// Which requests are traced.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sampler {
-    /// Whether a sampled or unsampled parent decides before `root` does.
-    pub parent_based: bool,
-    /// Decides when no parent does.
-    pub root: Root,
-}
-
-/// The decision about a trace that starts here.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Root {
-    /// Every trace.
-    AlwaysOn,
-    /// No trace.
-    AlwaysOff,
-    /// This share of the traces, from 0 to 1, by trace id.
-    Ratio(f64),
+    Ok(bytes)
 }

@@ -47,14 +47,14 @@ impl Redis {
         let target = Target {
             system: System::Redis,
             namespace: config.database.to_string(),
-            address: config.host.clone(),
-            port: config.port,
+            address: config.redis_host.clone(),
+            port: config.redis_port,
         };
         Ok(Self {
             pool: Pool::new(
                 Opener::new(config)?,
                 POOL_SIZE,
-                config.timeout,
+                config.redis_timeout,
                 target,
                 &[&INCREMENT, &ADJUST],
             ),
@@ -160,26 +160,26 @@ impl Opener {
     fn new(config: &RedisConfig) -> anyhow::Result<Self> {
         let address = if config.tls {
             ConnectionAddr::TcpTls {
-                host: config.host.clone(),
-                port: config.port,
+                host: config.redis_host.clone(),
+                port: config.redis_port,
                 insecure: false,
                 tls_params: None,
             }
         } else {
-            ConnectionAddr::Tcp(config.host.clone(), config.port)
+            ConnectionAddr::Tcp(config.redis_host.clone(), config.redis_port)
         };
         let mut settings = RedisConnectionInfo::default().set_db(config.database);
         if let Some(username) = &config.username {
             settings = settings.set_username(username);
         }
-        if let Some(password) = &config.password {
+        if let Some(password) = &config.redis_password {
             settings = settings.set_password(password.expose());
         }
         let info = address
             .into_connection_info()?
             .set_tcp_settings(TcpSettings::default().set_nodelay(true))
             .set_redis_settings(settings);
-        let client = match &config.tls_ca {
+        let client = match &config.redis_tls_ca {
             None => Client::open(info)?,
             Some(certificates) => Client::build_with_tls(
                 info,

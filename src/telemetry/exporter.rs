@@ -63,9 +63,9 @@ impl Pipeline {
             collector: Arc::clone(&collector),
         };
         let batches = BatchConfigBuilder::default()
-            .with_max_queue_size(config.max_queue_size)
-            .with_max_export_batch_size(config.max_export_batch_size)
-            .with_scheduled_delay(config.schedule_delay)
+            .with_max_queue_size(config.otel_bsp_max_queue_size)
+            .with_max_export_batch_size(config.otel_bsp_max_export_batch_size)
+            .with_scheduled_delay(config.otel_bsp_schedule_delay)
             .build();
         let processor = CountingProcessor {
             processor: BatchSpanProcessor::builder(exporter)
@@ -73,7 +73,7 @@ impl Pipeline {
                 .build(),
             queued,
             collector: Arc::clone(&collector),
-            capacity: config.max_queue_size,
+            capacity: config.otel_bsp_max_queue_size,
         };
         let provider = SdkTracerProvider::builder()
             // A request is sampled before its span is made.
@@ -89,7 +89,7 @@ impl Pipeline {
             .with_schema_url(SCHEMA_URL)
             .build();
         let tracer = provider.tracer_with_scope(scope);
-        span::set_tracer(tracer, config.value_length_limit);
+        span::set_tracer(tracer, config.value_length_limit());
         Ok(Self {
             provider,
             collector,
@@ -117,11 +117,11 @@ fn resource(config: &TracesConfig) -> Resource {
         KeyValue::new("service.instance.id", uuid::Uuid::new_v4().to_string()),
     ];
     // The operator's attributes come after ours, so that they win.
-    let configured = config.resource_attributes.iter();
+    let configured = config.resource_attributes();
     let configured = configured.map(|(key, value)| KeyValue::new(key.clone(), value.clone()));
     Resource::builder_empty()
         .with_attributes(own.into_iter().chain(configured))
-        .with_service_name(config.service_name.clone())
+        .with_service_name(config.otel_service_name.clone())
         .build()
 }
 

@@ -150,11 +150,11 @@ where
     // the request's ids in fields of its own.
     let no_spans = format!("{}=off", span::TARGET).parse()?;
     let panics = format!("{}=error", panic::TARGET).parse()?;
-    let filter = EnvFilter::try_new(&config.filter)?
+    let filter = EnvFilter::try_new(&config.rust_log)?
         .add_directive(no_spans)
         .add_directive(panics);
     let lines = tracing_subscriber::fmt::layer().with_writer(buffer);
-    Ok(match config.format {
+    Ok(match config.log_format {
         LogFormat::Json => lines
             .json()
             .flatten_event(true)

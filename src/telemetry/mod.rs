@@ -66,7 +66,7 @@ impl Telemetry {
         {
             let started = Pipeline::new(traces, exporter)?;
             let collector = Arc::clone(&started.collector);
-            sampler = Sampler::new(traces.sampler, collector, trace_context);
+            sampler = Sampler::new(traces.otel_traces_sampler, collector, trace_context);
             pipeline = Some(started);
         }
         tracing_subscriber::registry()

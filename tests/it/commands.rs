@@ -53,7 +53,7 @@ async fn healthcheck_refuses_a_url_with_a_password_and_does_not_repeat_it() {
         let url = format!("http://{user}127.0.0.1:1/health");
         let ended = Ended::of(&["healthcheck", "--url", &url], &[]).await;
         assert_eq!(ended.code, Some(2), "{ended:?}");
-        assert!(ended.error().contains("without user"), "{ended:?}");
+        assert!(ended.errors.contains("without user"), "{ended:?}");
         let told = ended.output + &ended.errors;
         assert!(!told.contains("segredo"), "{told}");
     }
@@ -272,7 +272,7 @@ async fn version_has_the_revision() {
 }
 
 #[tokio::test]
-async fn unknown_command_or_flag_is_exit_2_in_one_line() {
+async fn unknown_command_or_flag_is_exit_2() {
     for argument in ["nope", "--nope", "--db-password=c4nary", "--db-port"] {
         let ended = Ended::of(&[argument], &[]).await;
         assert_eq!(
@@ -280,7 +280,44 @@ async fn unknown_command_or_flag_is_exit_2_in_one_line() {
             (Some(2), ""),
             "{argument}"
         );
-        assert!(!ended.error().contains("c4nary"), "{ended:?}");
+        assert!(ended.errors.starts_with("error: "), "{ended:?}");
+        assert!(!ended.errors.contains("c4nary"), "{ended:?}");
+    }
+}
+
+#[tokio::test]
+async fn flag_wins_over_variable() {
+    let ended = Ended::of(
+        &["config", "--db-host=flag"],
+        &settings(&[("DB_HOST", "a")]),
+    )
+    .await;
+    assert!(ended.output.starts_with("DB_HOST=flag "), "{ended:?}");
+}
+
+#[tokio::test]
+async fn command_reads_only_the_settings_that_it_uses() {
+    // With these alone a command fails by itself: nothing listens there.
+    let reachable = [("DB_PORT", "1"), ("BIND_ADDR", "127.0.0.1:1")];
+    let all = ["DB_USER", "RUST_LOG", "REDIS_PORT", "OTEL_SDK_DISABLED"];
+    for (command, used) in [
+        ("healthcheck", 0),
+        ("migrate", 2),
+        ("recount", 2),
+        ("reconcile", 3),
+        ("serve", 4),
+    ] {
+        let (used, unused) = all.split_at(used);
+        let bad = |variable: &&'static str| (*variable, "\u{7}=b");
+        for variable in used {
+            let ended = Ended::of(&[command], &settings(&[bad(variable)])).await;
+            assert_eq!(ended.code, Some(2), "{command} {variable}: {ended:?}");
+        }
+        if command != "serve" {
+            let given: Vec<_> = unused.iter().map(bad).chain(reachable).collect();
+            let ended = Ended::of(&[command], &settings(&given)).await;
+            assert_eq!(ended.code, Some(1), "{command}: {ended:?}");
+        }
     }
 }
 

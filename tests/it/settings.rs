@@ -1,16 +1,19 @@
-//! Invalid settings end the program before it binds. Secrets are tested in [`crate::canary`].
+//! Settings by variable: invalid ones end the program before it binds, empty ones are unset.
+//! Secrets are tested in [`crate::canary`].
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::io::Write as _;
 use std::net::TcpListener;
+use std::os::unix::ffi::OsStrExt as _;
 
-use crate::support::{Ended, settings};
+use crate::support::{Ended, program, settings};
 
 /// Part of every secret here, so no output must contain it.
 const CANARY: &str = "c4nary";
 
 /// Every variable, with a value that is invalid.
-const BAD: [(&str, &str); 54] = [
+const BAD: &[(&str, &str)] = &[
     ("DB_HOST", "two words"),
     ("DB_PORT", "0"),
     ("DB_USER", "bell\u{7}"),
@@ -69,14 +72,14 @@ const BAD: [(&str, &str); 54] = [
 
 /// The names of all variables.
 pub(crate) fn variables() -> BTreeSet<&'static str> {
-    BAD.into_iter().map(|(variable, _)| variable).collect()
+    BAD.iter().map(|(variable, _)| *variable).collect()
 }
 
 #[tokio::test]
 async fn bad_setting_ends_the_program_before_it_binds() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let taken = taken.local_addr().expect("an address").to_string();
-    for (variable, value) in BAD {
+    for &(variable, value) in BAD {
         // A program that got as far as binding would end with another status.
         let given = settings(&[("BIND_ADDR", &taken), (variable, value)]);
         let ended = Ended::of(&[], &given).await;
@@ -85,14 +88,40 @@ async fn bad_setting_ends_the_program_before_it_binds() {
             (Some(2), ""),
             "{ended:?}"
         );
-        let line = ended.error();
-        assert!(line.starts_with(&format!("visitas: {variable}")), "{line}");
-        assert!(line.contains("expected "), "{line}");
+        let error = ended.errors;
+        assert!(error.starts_with("error: "), "{error}");
+        assert!(error.contains(variable), "{error}");
+        assert!(error.contains("expected "), "{error}");
         if value.contains(CANARY) {
-            assert!(!line.contains(CANARY), "{line}");
+            assert!(!error.contains(CANARY), "{error}");
         } else {
-            assert!(line.contains(&format!("{variable}={value:?}")), "{line}");
+            let shown = format!("'{}' for ", value.escape_debug());
+            assert!(error.contains(&shown), "{error}");
         }
+    }
+}
+
+#[tokio::test]
+async fn empty_variable_is_unset() {
+    let empty: Vec<_> = variables().into_iter().map(|name| (name, "")).collect();
+    let with = Ended::of(&["config"], &settings(&empty)).await;
+    let without = Ended::of(&["config"], &[]).await;
+    assert_eq!((with.code, with.errors.as_str()), (Some(0), ""));
+    assert_eq!(with.output, without.output);
+    let help = Ended::of(&["serve", "--help"], &settings(&empty)).await;
+    assert!(help.output.contains("[env: DB_HOST]"), "{}", help.output);
+}
+
+#[test]
+fn variable_that_is_not_text_is_exit_2_and_named() {
+    for variable in variables() {
+        let ended = program(&["config"], &[])
+            .env(variable, OsStr::from_bytes(&[0xff]))
+            .output()
+            .expect("the program starts");
+        assert_eq!(ended.status.code(), Some(2), "{variable}");
+        let error = String::from_utf8(ended.stderr).expect("text");
+        assert!(error.contains(variable), "{error}");
     }
 }
 
@@ -131,10 +160,10 @@ async fn contradicting_settings_are_exit_2_and_both_are_named() {
             (Some(2), ""),
             "{ended:?}"
         );
-        let line = ended.error();
-        let names = given.map(|(variable, _)| line.contains(variable));
-        assert_eq!(names, [true, true], "{line}");
-        assert!(!line.contains(CANARY), "{line}");
+        let error = ended.errors;
+        let names = given.map(|(variable, _)| error.contains(variable));
+        assert_eq!(names, [true, true], "{error}");
+        assert!(!error.contains(CANARY), "{error}");
     }
 }
 
@@ -149,13 +178,13 @@ async fn unreadable_secret_file_is_exit_2_with_variable_path_and_user() {
     ] {
         let ended = Ended::of(&[], &settings(&[(variable, "/nonexistent/secret")])).await;
         assert_eq!(ended.code, Some(2), "{ended:?}");
-        let line = ended.error();
+        let error = ended.errors;
         for part in [
             variable,
-            "\"/nonexistent/secret\"",
+            "'/nonexistent/secret'",
             &format!("by uid {uid}: "),
         ] {
-            assert!(line.contains(part), "{part} in {line}");
+            assert!(error.contains(part), "{part} in {error}");
         }
     }
 }
@@ -163,8 +192,9 @@ async fn unreadable_secret_file_is_exit_2_with_variable_path_and_user() {
 #[tokio::test]
 async fn help_shows_no_value_from_the_environment() {
     let secrets: Vec<_> = BAD
-        .into_iter()
+        .iter()
         .filter(|(_, value)| value.contains(CANARY))
+        .copied()
         .collect();
     let ended = Ended::of(&["--help"], &settings(&secrets)).await;
     assert_eq!(ended.code, Some(0));

@@ -64,14 +64,14 @@ impl Postgres {
         let session = Session::new(config);
         let target = Target {
             system: System::Postgresql,
-            namespace: format!("{}|public", config.database),
-            address: config.host.clone(),
-            port: config.port,
+            namespace: format!("{}|public", config.db_name),
+            address: config.db_host.clone(),
+            port: config.db_port,
         };
         let pool = Arc::new(Pool::new(
             session.clone(),
             POOL_SIZE,
-            config.timeout,
+            config.db_timeout,
             target,
             &[&RECORD, &migrate::APPLY, &migrate::UNINSTALL_OBJECTS],
         ));

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::UnixTime;
-use sqlx::postgres::{PgConnectOptions, PgSslMode};
+use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
 use tokio::sync::Mutex;
 
 use super::error::{connect_failure, failure};
 use super::trust;
-use crate::config::{Certificates, PostgresConfig, SslMode};
+use crate::config::{Certificates, PostgresConfig};
 use crate::store::call::Operation;
 use crate::store::error::Error;
 use crate::store::pool::Connect;
@@ -41,30 +41,23 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(config: &PostgresConfig) -> Self {
         let mut options = PgConnectOptions::new_without_pgpass()
-            .host(&config.host)
-            .port(config.port)
-            .username(&config.user)
+            .host(&config.db_host)
+            .port(config.db_port)
+            .username(&config.db_user)
             // Without a password of ours sqlx would take one from the environment.
             .password(
                 config
-                    .password
+                    .db_password
                     .as_ref()
                     .map_or("", |password| password.expose()),
             )
-            .database(&config.database)
-            .ssl_mode(match config.ssl_mode {
-                SslMode::Disable => PgSslMode::Disable,
-                SslMode::Allow => PgSslMode::Allow,
-                SslMode::Prefer => PgSslMode::Prefer,
-                SslMode::Require => PgSslMode::Require,
-                SslMode::VerifyCa => PgSslMode::VerifyCa,
-                SslMode::VerifyFull => PgSslMode::VerifyFull,
-            })
+            .database(&config.db_name)
+            .ssl_mode(config.db_sslmode)
             .application_name("visitas")
             // Errors are logged once, where they are handled, and slow calls are a histogram.
             .disable_statement_logging();
-        if config.host.starts_with('/') {
-            options = options.socket(&config.host);
+        if config.db_host.starts_with('/') {
+            options = options.socket(&config.db_host);
         }
         options = options.options([
             // Each statement of the recording function must see what the lock's last holder did.
@@ -89,10 +82,10 @@ impl Session {
         ]);
         Self {
             options,
-            roots: config.ssl_root_cert.clone().map(Roots::new),
+            roots: config.db_sslrootcert.as_ref().map(Roots::new),
             lock_timeout: config.lock_timeout(),
             statement_timeout: config.statement_timeout(),
-            timeout: config.timeout,
+            timeout: config.db_timeout,
         }
     }
 
@@ -137,9 +130,9 @@ struct Roots {
 }
 
 impl Roots {
-    fn new(file: PathBuf) -> Self {
+    fn new(certificates: &Certificates) -> Self {
         Self {
-            file,
+            file: certificates.path.clone(),
             reading: Arc::default(),
         }
     }

@@ -1,0 +1,201 @@
+//! `DB_*` and `DATABASE_URL`: how to reach Postgres.
+//!
+//! Must not know: how a session is opened.
+
+use std::time::Duration;
+
+use clap::Args;
+use sqlx::postgres::PgSslMode;
+
+use super::sources::{Sources, invalid};
+use super::url::StoreUrl;
+use super::value::{
+    Accept, Certificates, Secret, SecretFile, accept, duration, host, one_of, port, text, within,
+};
+
+const SSL_MODES: &[(&str, PgSslMode)] = &[
+    ("disable", PgSslMode::Disable),
+    ("allow", PgSslMode::Allow),
+    ("prefer", PgSslMode::Prefer),
+    ("require", PgSslMode::Require),
+    ("verify-ca", PgSslMode::VerifyCa),
+    ("verify-full", PgSslMode::VerifyFull),
+];
+
+const FORM: &str = "postgres://user:password@host:port/database, percent-encoded";
+
+/// The settings that a URL stands for.
+const PARTS_OF_A_URL: [&str; 7] = [
+    "db_host",
+    "db_port",
+    "db_user",
+    "db_password",
+    "db_password_file",
+    "db_name",
+    "db_sslmode",
+];
+
+/// Variables that the Postgres driver reads by itself and cannot be told to ignore, each with what
+/// to do instead. The driver's other `PG*` variables are overridden by the settings below.
+const OBEYED_BY_THE_DRIVER: [(&str, &str); 4] = [
+    ("PGOPTIONS", "session options are not supported"),
+    ("PGSSLROOTCERT", "set DB_SSLROOTCERT instead"),
+    ("PGSSLCERT", "client certificates are not supported"),
+    ("PGSSLKEY", "client certificates are not supported"),
+];
+
+/// The database. Once [finished](Self::finish), the fields say what a URL or a file says.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Postgres")]
+pub struct PostgresConfig {
+    /// Host name or address, or the absolute path of a Unix socket's directory
+    #[arg(long, env, default_value = "localhost", value_parser = host_or_directory())]
+    pub db_host: String,
+    /// TCP port
+    #[arg(long, env, default_value = "5432", value_parser = port())]
+    pub db_port: u16,
+    /// Role to log in as
+    #[arg(long, env, default_value = "usuario", value_parser = name())]
+    pub db_user: String,
+    /// Database
+    #[arg(long, env, default_value = "desafio3db", value_parser = name())]
+    pub db_name: String,
+    /// Whether the connection is encrypted and the server's certificate verified
+    #[arg(long, env, default_value = "prefer", value_parser = one_of(SSL_MODES))]
+    pub db_sslmode: PgSslMode,
+    /// PEM file of certificates to trust instead of the system's, for DB_SSLMODE verify-ca and verify-full; read again for each session
+    #[arg(long, env)]
+    pub db_sslrootcert: Option<Certificates>,
+    /// Timeout of one call; the server gives up waiting for a lock at 70 % of it, and a statement at 85 %
+    #[arg(long, env, default_value = "1s", value_parser = within(duration, "10ms", "1m"))]
+    pub db_timeout: Duration,
+    /// Password of DB_USER
+    #[arg(long, env, hide = true, conflicts_with = "db_password_file")]
+    pub db_password: Option<Secret>,
+    /// File that holds DB_PASSWORD
+    #[arg(long, env)]
+    db_password_file: Option<SecretFile>,
+    /// postgres://user:password@host:port/database?sslmode=…&sslrootcert=…, percent-encoded, instead of the settings of its parts
+    #[arg(long, env, hide = true, conflicts_with_all = PARTS_OF_A_URL, conflicts_with = "database_url_file")]
+    database_url: Option<Secret>,
+    /// File that holds DATABASE_URL
+    #[arg(long, env, conflicts_with_all = PARTS_OF_A_URL)]
+    database_url_file: Option<SecretFile>,
+}
+
+impl PostgresConfig {
+    /// The server's `lock_timeout`, in whole milliseconds: 70 % of a call's timeout. A statement
+    /// that still waits has then certainly failed, with time left to say so.
+    #[must_use]
+    pub fn lock_timeout(&self) -> Duration {
+        self.percent_of_timeout(70)
+    }
+
+    /// The server's `statement_timeout`, in whole milliseconds: 85 % of a call's timeout, so that
+    /// a lock's own timeout fires first and its error is the one that is seen.
+    #[must_use]
+    pub fn statement_timeout(&self) -> Duration {
+        self.percent_of_timeout(85)
+    }
+
+    fn percent_of_timeout(&self, percent: u128) -> Duration {
+        let milliseconds = self.db_timeout.as_millis().saturating_mul(percent) / 100;
+        Duration::from_millis(u64::try_from(milliseconds).unwrap_or(u64::MAX))
+    }
+
+    /// Reads what the URL and the files of secrets stand for, and refuses contradictions.
+    pub(super) fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
+        for (variable, remedy) in OBEYED_BY_THE_DRIVER {
+            if sources.variable(variable).is_some() {
+                // The value stays unsaid: it can be a private key.
+                return Err(invalid(format!(
+                    "{variable} is set, and the Postgres driver would obey it: unset it; {remedy}"
+                )));
+            }
+        }
+        let file = self.db_password_file.as_ref();
+        sources.secret("DB_PASSWORD", &mut self.db_password, file)?;
+        let file = self.database_url_file.as_ref();
+        sources.secret("DATABASE_URL", &mut self.database_url, file)?;
+        if let Some(url) = self.database_url.take() {
+            self.take_url(&url, sources).map_err(|why| {
+                sources.refuse("DATABASE_URL", &format!("{why}; expected {FORM}"))
+            })?;
+        }
+        // The other modes take any certificate, so that naming one's own would only look safe.
+        let verifies = matches!(self.db_sslmode, PgSslMode::VerifyCa | PgSslMode::VerifyFull);
+        if self.db_sslrootcert.is_some() && !verifies {
+            return Err(invalid(format!(
+                "DB_SSLROOTCERT has no effect while DB_SSLMODE is {}: expected verify-ca or \
+                 verify-full",
+                sources.shown("DB_SSLMODE"),
+            )));
+        }
+        Ok(())
+    }
+
+    fn take_url(&mut self, url: &Secret, sources: &mut Sources<'_>) -> Result<(), String> {
+        let url = StoreUrl::parse(url, &["postgres", "postgresql"])?;
+        let mut parts = sources.parts_of("DATABASE_URL", url.masked);
+        parts.take(
+            "DB_HOST",
+            Some(url.host),
+            &host_or_directory(),
+            &mut self.db_host,
+        )?;
+        parts.take("DB_PORT", url.port, &port(), &mut self.db_port)?;
+        parts.take("DB_USER", url.user, &name(), &mut self.db_user)?;
+        parts.take("DB_NAME", url.path, &name(), &mut self.db_name)?;
+        if url.password.is_some() {
+            parts.note("DB_PASSWORD", Secret::MASK);
+        }
+        self.db_password = url.password;
+        for (parameter, value) in url.query {
+            match parameter.as_str() {
+                "sslmode" => {
+                    let modes = one_of(SSL_MODES);
+                    parts.take("DB_SSLMODE", Some(value), &modes, &mut self.db_sslmode)?;
+                }
+                "sslrootcert" if self.db_sslrootcert.is_some() => {
+                    return Err("has an sslrootcert, which contradicts DB_SSLROOTCERT".to_owned());
+                }
+                "sslrootcert" => {
+                    let file = value
+                        .parse()
+                        .map_err(|why| format!("has an sslrootcert that {why}"));
+                    self.db_sslrootcert = Some(file?);
+                    parts.note("DB_SSLROOTCERT", &value);
+                }
+                _ => return Err(unsupported(&parameter)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Names a parameter only if other drivers know it: an unknown one can be a piece of a password
+/// with a question mark in it.
+fn unsupported(parameter: &str) -> String {
+    const KNOWN_ELSEWHERE: &str = "application_name channel_binding connect_timeout host hostaddr \
+        options password pgbouncer sslcert sslkey statement-cache-capacity target_session_attrs";
+    if KNOWN_ELSEWHERE.split(' ').any(|known| known == parameter) {
+        format!("has the parameter {parameter}, which is not supported")
+    } else {
+        "has a parameter other than sslmode and sslrootcert".to_owned()
+    }
+}
+
+fn name() -> Accept<String> {
+    accept("1 to 63 bytes without control characters", |name| {
+        text(name, 63)
+    })
+}
+
+fn host_or_directory() -> Accept<String> {
+    accept("a host name, an IP address or an absolute path", |text| {
+        if text.starts_with('/') {
+            return (!text.contains(char::is_control)).then(|| text.to_owned());
+        }
+        host(text)
+    })
+}

@@ -1,0 +1,173 @@
+//! Where the value of each setting comes from: what clap read, and what a file, a URL or another
+//! setting stands for. It is what `visitas config` prints.
+//!
+//! Must not know: any setting by name.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt;
+
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{Arg, ArgMatches};
+
+use super::roots::Environment;
+use super::value::{Accept, Secret, SecretFile};
+
+/// The variable of a setting, whose field has its name.
+pub(super) fn variable_of(setting: &Arg) -> String {
+    setting.get_id().as_str().to_ascii_uppercase()
+}
+
+/// An error about a setting: it ends the program with exit status 2.
+pub(super) fn invalid(message: impl fmt::Display) -> clap::Error {
+    clap::Error::raw(ErrorKind::ValueValidation, format!("{message}\n"))
+}
+
+/// Shown for a setting that has no value.
+const NONE: &str = "(none)";
+
+/// The value of each setting that a command uses, and its origin.
+pub(super) struct Sources<'a> {
+    pub(super) environment: Environment<'a>,
+    matches: ArgMatches,
+    /// Values that clap did not read, each with its origin.
+    derived: BTreeMap<&'static str, (String, String)>,
+}
+
+impl<'a> Sources<'a> {
+    pub(super) fn new(matches: ArgMatches, environment: Environment<'a>) -> Self {
+        Self {
+            environment,
+            matches,
+            derived: BTreeMap::new(),
+        }
+    }
+
+    /// A variable that is no setting. An empty one counts as unset.
+    pub(super) fn variable(&self, name: &str) -> Option<OsString> {
+        (self.environment)(name).filter(|value| !value.is_empty())
+    }
+
+    /// Takes a secret from its file, unless it was given by its variable.
+    pub(super) fn secret(
+        &mut self,
+        variable: &'static str,
+        secret: &mut Option<Secret>,
+        file: Option<&SecretFile>,
+    ) -> Result<(), clap::Error> {
+        if let Some(file) = file {
+            *secret = Some(file.secret.clone());
+            let origin = format!("{variable}_FILE");
+            self.derived
+                .insert(variable, (Secret::MASK.to_owned(), origin));
+        }
+        match secret {
+            Some(secret) if secret.expose().contains(['\0', '\r', '\n']) => {
+                Err(self.refuse(variable, "expected one line of text"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// An error about a secret, without its value.
+    pub(super) fn refuse(&self, variable: &str, why: &str) -> clap::Error {
+        let (_, origin) = self.effective(variable);
+        invalid(format!("{variable} (value hidden, from {origin}): {why}"))
+    }
+
+    /// Begins to take a URL apart, which is shown as `masked` from here on.
+    pub(super) fn parts_of(&mut self, url: &'static str, masked: String) -> Parts<'_, 'a> {
+        let (_, origin) = self.effective(url);
+        self.derived.insert(url, (masked, origin));
+        Parts { url, sources: self }
+    }
+
+    /// Notes that a setting has a value that another one gave it.
+    pub(super) fn derive(&mut self, variable: &'static str, shown: &str, from: &'static str) {
+        let (_, origin) = self.effective(from);
+        self.derived.insert(variable, (shown.to_owned(), origin));
+    }
+
+    /// Whether a setting that clap read has its default.
+    pub(super) fn is_default(&self, variable: &str) -> bool {
+        self.effective(variable).1 == "default"
+    }
+
+    /// The value of a setting, as a user would write it.
+    pub(super) fn shown(&self, variable: &str) -> String {
+        self.effective(variable).0
+    }
+
+    /// The value of a setting, as a user would write it, and where it comes from.
+    fn effective(&self, variable: &str) -> (String, String) {
+        if let Some(derived) = self.derived.get(variable) {
+            return derived.clone();
+        }
+        let id = variable.to_ascii_lowercase();
+        let mut values = self.matches.get_raw(&id).into_iter().flatten();
+        let value = values.next().map(|value| value.display().to_string());
+        let origin = match self.matches.value_source(&id) {
+            Some(ValueSource::EnvVariable) => "environment",
+            Some(ValueSource::CommandLine) => "flag",
+            _ => "default",
+        };
+        (value.unwrap_or_else(|| NONE.to_owned()), origin.to_owned())
+    }
+
+    /// The effective settings in the order of the help, a line each: `VARIABLE=value`, and where
+    /// the value comes from. Secrets are masked.
+    pub(super) fn listing(&self, settings: &clap::Command) -> String {
+        let line = |setting: &Arg| {
+            let variable = variable_of(setting);
+            // OpenTelemetry's variables for traces and spans take the place of general ones.
+            let general = variable
+                .replace("OTLP_TRACES_", "OTLP_")
+                .replace("OTEL_SPAN_", "OTEL_");
+            let (mut shown, mut origin) = self.effective(&variable);
+            if shown == NONE {
+                (shown, origin) = self.effective(&general);
+            }
+            // What was derived is masked already.
+            let is_raw = shown != NONE && !self.derived.contains_key(&*variable);
+            if setting.is_hide_set() && is_raw {
+                Secret::MASK.clone_into(&mut shown);
+            }
+            let setting = format!("{variable}={}", shown.replace(char::is_control, "\u{fffd}"));
+            format!("{setting:<60} # {origin}\n")
+        };
+        settings.get_arguments().map(line).collect()
+    }
+}
+
+/// The parts of a store's URL, each of which stands for a setting.
+pub(super) struct Parts<'s, 'a> {
+    url: &'static str,
+    sources: &'s mut Sources<'a>,
+}
+
+impl Parts<'_, '_> {
+    /// Gives a part, if the URL has it, to its setting, which accepts no more here than elsewhere.
+    pub(super) fn take<T>(
+        &mut self,
+        variable: &'static str,
+        part: Option<impl ToString>,
+        accept: &Accept<T>,
+        field: &mut T,
+    ) -> Result<(), String> {
+        if let Some(part) = part {
+            let part = part.to_string();
+            *field = accept.read(&part).map_err(|expected| {
+                format!("has a part for {variable} that is not accepted: {expected}")
+            })?;
+            self.note(variable, &part);
+        }
+        Ok(())
+    }
+
+    /// Notes that a setting has this value because of the URL.
+    pub(super) fn note(&mut self, variable: &'static str, shown: &str) {
+        let noted = (shown.to_owned(), self.url.to_owned());
+        self.sources.derived.insert(variable, noted);
+    }
+}
