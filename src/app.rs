@@ -182,7 +182,7 @@ impl App {
         observer.report_suppressed();
         rejections.report();
         info!(connections.aborted = drained.aborted, "stopped");
-        ensure!(exited.is_none(), "a part of the service ended unexpectedly");
+        ensure!(exited.is_none(), "a task exited unexpectedly");
         Ok(())
     }
 }
@@ -216,7 +216,7 @@ impl Tasks {
             _ = &mut self.writer => "writer",
             _ = &mut self.monitor => "monitor",
             _ = &mut self.upkeep => "upkeep",
-            Some(_) = async { Some(self.metrics_server.as_mut()?.await) } => "metrics listener",
+            Some(_) = async { Some(self.metrics_server.as_mut()?.await) } => "metrics server",
         }
     }
 
@@ -235,8 +235,8 @@ impl Tasks {
     }
 }
 
-fn log_exit(part: &'static str) {
-    tracing::error!(part, "a part of the service ended unexpectedly");
+fn log_exit(task: &'static str) {
+    tracing::error!(task, "task exited unexpectedly");
 }
 
 /// Takes the service from serving to draining when `signal` resolves, or without delay when a task

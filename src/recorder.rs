@@ -314,7 +314,7 @@ impl Writer {
                     warn!(
                         visits,
                         error = failure.error.chain(),
-                        "visits are in doubt: their statement was sent and its end is not known"
+                        "visits in doubt: statement sent, result unknown"
                     );
                     self.refuse(Outcome::InDoubt, Refusal::InDoubt);
                 } else {

@@ -49,42 +49,42 @@ macro_rules! metrics {
 }
 
 metrics! {
-    /// Time from a request's head to its answer.
+    /// Time from a request's headers to its response.
     HTTP_DURATION: Histogram(Seconds, HTTP_BUCKETS)[
         "http_request_method", "url_scheme", "network_protocol_version", "http_route",
         "http_response_status_code", "error_type"
     ] = "http_server_request_duration_seconds";
-    /// Requests being answered.
+    /// Requests in flight.
     HTTP_ACTIVE: Gauge["http_request_method", "url_scheme"] = "http_server_active_requests";
     /// Open client connections.
     CONNECTIONS: Gauge = "visitas_http_connections";
-    /// Client connections that can be open at once, as far as the file limit allows.
+    /// Maximum number of open client connections, within the open-file limit.
     CONNECTIONS_MAX: Gauge = "visitas_http_connections_max";
     /// Requests rejected before they reached a route, by reason.
     REJECTED: Counter["reason"] = "visitas_http_requests_rejected_total";
 
-    /// Visits, by what became of them.
+    /// Visits by outcome.
     VISITS: Counter["outcome"] = "visitas_visits_total";
-    /// Time a visit waits before the batch that records it begins.
+    /// Time a visit waits in the queue before its batch is sent.
     QUEUE_WAIT: Histogram(Seconds, STORE_BUCKETS) = "visitas_queue_wait_seconds";
     /// Visits recorded by one commit.
     BATCH_SIZE: Histogram(Count, BATCH_BUCKETS) = "visitas_batch_size";
     /// Visits waiting to be recorded.
     QUEUE_DEPTH: Gauge = "visitas_queue_depth";
-    /// Visits that may wait to be recorded.
+    /// Maximum number of visits waiting to be recorded.
     QUEUE_CAPACITY: Gauge = "visitas_queue_capacity";
 
-    /// Time of a call to a store, the wait for a connection included.
+    /// Duration of a store call, including the connection checkout.
     CALL_DURATION: Histogram(Seconds, STORE_BUCKETS)[
         "db_system_name", "db_namespace", "db_operation_name", "error_type",
         "db_response_status_code"
     ] = "db_client_operation_duration_seconds";
-    /// Calls to a store, by how they ended; one call may record many visits.
+    /// Store calls by outcome; one call can record many visits.
     CALLS: Counter["db_system_name", "db_operation_name", "outcome"] = "visitas_store_calls_total";
     /// Connections to a store, by state.
     POOL_COUNT: Gauge["db_client_connection_pool_name", "db_client_connection_state"]
         = "db_client_connection_count";
-    /// Connections to a store that may be open at once.
+    /// Maximum number of open connections to a store.
     POOL_MAX: Gauge["db_client_connection_pool_name"] = "db_client_connection_max";
     /// Calls waiting for a connection.
     POOL_PENDING: Gauge["db_client_connection_pool_name"] = "db_client_connection_pending_requests";
@@ -93,7 +93,7 @@ metrics! {
     /// Time to obtain a connection.
     POOL_WAIT: Histogram(Seconds, STORE_BUCKETS)["db_client_connection_pool_name"]
         = "db_client_connection_wait_time_seconds";
-    /// Whether a store does what a visit needs (1) or not (0).
+    /// 1 if a store can do what a visit needs, otherwise 0.
     DEPENDENCY_UP: Gauge["db_system_name"] = "visitas_dependency_up";
     /// Rows of the table visitas; NaN while unknown.
     ROWS: Gauge = "visitas_rows";
@@ -102,10 +102,10 @@ metrics! {
     /// Rows minus the value in Redis, as far as visits in flight cannot explain it; NaN while
     /// either is unknown.
     DRIFT: Gauge = "visitas_store_drift";
-    /// Whether data was loaded in a way that can have led the count astray (1) or not (0).
+    /// 1 if loaded data can have made the count wrong, otherwise 0.
     RECOUNT_DUE: Gauge = "visitas_recount_due";
 
-    /// Spans that the collector took, or that were lost on the way to it.
+    /// Spans exported to the collector, or lost on the way.
     SPANS_EXPORTED: Counter["otel_component_name", "otel_component_type", "error_type"]
         = "otel_sdk_exporter_span_exported_total";
     /// Spans handed to the exporter, or dropped because its queue was full.
@@ -122,7 +122,7 @@ metrics! {
     CPU_SECONDS: Counter(Seconds) = "process_cpu_seconds_total";
     /// Open file descriptors.
     OPEN_FDS: Gauge = "process_open_fds";
-    /// File descriptors that may be open.
+    /// Maximum number of open file descriptors.
     MAX_FDS: Gauge = "process_max_fds";
     /// Resident memory.
     RESIDENT_MEMORY: Gauge(Bytes) = "process_resident_memory_bytes";
@@ -134,11 +134,11 @@ metrics! {
     THREADS: Gauge = "process_threads";
     /// Worker threads of the runtime.
     WORKERS: Gauge = "tokio_workers";
-    /// Tasks of the runtime that have not ended.
+    /// Tasks of the runtime that are alive.
     ALIVE_TASKS: Gauge = "tokio_alive_tasks";
     /// Tasks waiting in the runtime's global queue.
     GLOBAL_QUEUE_DEPTH: Gauge = "tokio_global_queue_depth";
-    /// Time the runtime's workers have been busy.
+    /// Busy time of the runtime's workers.
     BUSY_SECONDS: Counter(Seconds) = "tokio_busy_seconds_total";
 }
 

@@ -62,7 +62,7 @@ impl Warnings {
             self.suppressed += 1;
             return;
         }
-        tracing::warn!(error = %error, left_out = self.suppressed, "cannot accept connections");
+        tracing::warn!(error = %error, suppressed = self.suppressed, "cannot accept connections");
         self.last = Some(Instant::now());
         self.suppressed = 0;
     }

@@ -27,7 +27,7 @@ impl System {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The store did not answer before the call's deadline. The call can still take effect.
-    #[error("no answer within {0:?}")]
+    #[error("no response within {0:?}")]
     Timeout(Duration),
     /// The store could not be reached, or the connection broke before an answer was read.
     #[error("connection failed")]

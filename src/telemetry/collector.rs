@@ -124,7 +124,7 @@ impl Collector {
             info!(
                 down.seconds = outage.since.elapsed().as_secs_f64(),
                 spans.lost = outage.lost,
-                "the collector takes spans again"
+                "span export recovered"
             );
         }
     }
@@ -138,7 +138,7 @@ impl Collector {
         let error = error.unwrap_or_else(|| result.to_string());
         self.unexported.fetch_sub(spans, Ordering::AcqRel);
         let Some(outage) = &mut status.outage else {
-            warn!(error, "the collector does not take spans");
+            warn!(error, "span export failing");
             status.outage = Some(Outage {
                 since: now,
                 lost: spans,
@@ -149,7 +149,7 @@ impl Collector {
         };
         outage.lost += spans;
         if outage.reason != error && now - outage.logged >= REASON_INTERVAL {
-            warn!(error, "the collector still does not take spans");
+            warn!(error, "span export still failing");
             outage.reason = error;
             outage.logged = now;
         }
@@ -185,7 +185,7 @@ impl Status {
         self.rejected += spans;
         let logged = self.rejection_logged;
         if logged.is_none_or(|logged| logged.elapsed() >= REJECTION_INTERVAL) {
-            warn!(spans.lost = self.rejected, "the collector rejects spans");
+            warn!(spans.lost = self.rejected, "collector rejected spans");
             self.rejection_logged = Some(Instant::now());
             self.rejected = 0;
         }

@@ -69,7 +69,7 @@ impl Observer {
             tracing::event!(
                 target: "access",
                 Level::INFO,
-                lines.left_out = suppressed,
+                lines.suppressed = suppressed,
                 "requests without a line"
             );
         }
@@ -235,7 +235,7 @@ impl InFlight {
                     http.route = route,
                     http.response.status_code = code,
                     duration.seconds = took.as_secs_f64(),
-                    lines.left_out = $suppressed,
+                    lines.suppressed = $suppressed,
                     "request"
                 )
             };

@@ -381,7 +381,7 @@ async fn assert_no_secret_in_output(
     for answer in every_visible(service).await {
         output += &answer.text();
     }
-    let refused = "the collector does not take spans";
+    let refused = "span export failing";
     eventually(refused, SOON, async || !service.logged(refused).is_empty()).await;
     output += &command_lines(service.pid());
     let health = service.url("/health");

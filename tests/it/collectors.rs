@@ -11,8 +11,8 @@ use crate::support::load::{Load, Visit, are_one_to_n, visits};
 use crate::support::traces::traced_with;
 use crate::support::{SOON, Service, World, eventually};
 
-const DOWN: &str = "the collector does not take spans";
-const UP: &str = "the collector takes spans again";
+const DOWN: &str = "span export failing";
+const UP: &str = "span export recovered";
 const CLIENTS: usize = 64;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -102,14 +102,14 @@ async fn spans_that_the_collector_rejects_are_counted_as_lost() {
     assert_eq!(spans.made(), 3);
     assert_eq!(spans.lost, collector.exports().len() as u64);
     eventually("it is logged", SOON, async || {
-        service.logged("the collector rejects spans").len() == 1
+        service.logged("collector rejected spans").len() == 1
     })
     .await;
     for _ in 0..5 {
         service.visit().await;
         at_rest(&service).await;
     }
-    let lines = service.logged("the collector rejects spans");
+    let lines = service.logged("collector rejected spans");
     assert_eq!(lines.len(), 1, "at most one a minute: {lines:?}");
     assert_eq!(service.logged(DOWN).len(), 0);
 }

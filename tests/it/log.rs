@@ -221,7 +221,7 @@ fn suppressed(service: &Service) -> u64 {
     service
         .log()
         .iter()
-        .filter_map(|line| line["lines.left_out"].as_u64())
+        .filter_map(|line| line["lines.suppressed"].as_u64())
         .sum()
 }
 

@@ -139,7 +139,7 @@ async fn exporter_trusts_the_authorities_of_the_system_and_not_those_of_the_data
     let service = start(&refused, database, cache).await;
     service.get("/").await;
     eventually("the exporter refuses the collector", SOON, async || {
-        let lines = service.logged("the collector does not take spans");
+        let lines = service.logged("span export failing");
         lines
             .iter()
             .any(|line| line["error"].to_string().contains(REFUSED))
