@@ -1,9 +1,9 @@
-//! A chart with lines over a few places and a logarithmic axis, as SVG that goes with a light and a
-//! dark page. Knows nothing of what it shows.
+//! A line chart with a logarithmic axis, as SVG for light and dark pages. Knows nothing of the
+//! figures' meaning.
 
 use lab::measure::{Spread, grouped};
 
-/// A line, with a point at each place from the left.
+/// A line, with one point per place from the left.
 pub(crate) struct Line {
     pub(crate) name: String,
     pub(crate) points: Vec<Spread>,
@@ -12,13 +12,13 @@ pub(crate) struct Line {
 const WIDTH: f64 = 760.0;
 const HEIGHT: f64 = 420.0;
 const LEFT: f64 = 95.0;
-/// Where lines end on the right; beyond it are their names.
+/// The right end of the lines; their names follow.
 const END: f64 = 600.0;
 const TOP: f64 = 60.0;
 const BOTTOM: f64 = 50.0;
 const COLOURS: [&str; 3] = ["#0b84a5", "#d1495b", "#8d6a9f"];
 
-/// Draws the lines over the places, below a limit of which there is one figure.
+/// Draws the lines over the places, and a horizontal line for the limit.
 pub(crate) fn draw(
     title: &str,
     places: &[String],
@@ -75,7 +75,7 @@ pub(crate) fn draw(
         svg += &curve(&axis, &points, colour);
         if let Some(&(x, last)) = points.last() {
             let y = axis.y(last.median);
-            // Beside a line that ends early others go on: its label stands beneath.
+            // If a line ends early, other lines continue to its right: its label goes below.
             let (x, y) = if x < END {
                 (x - 42.0, y + 20.0)
             } else {
@@ -94,7 +94,7 @@ pub(crate) fn draw(
     svg + "</svg>\n"
 }
 
-/// A line across, with what it stands for.
+/// A horizontal grid line with its label.
 fn grid(y: f64, tick: &str) -> String {
     let (text_x, text_y) = (LEFT - 12.0, y + 4.0);
     element(&format!(
@@ -134,7 +134,7 @@ fn label(name: &str, spread: Spread) -> String {
     format!("{name} {}", grouped(spread.median))
 }
 
-/// What stands to the right of a line's end.
+/// The label at the right end of a line.
 struct Label {
     x: f64,
     y: f64,
@@ -156,7 +156,7 @@ impl Label {
     }
 }
 
-/// Moves labels that would lie on each other apart, downwards.
+/// Moves overlapping labels down.
 fn spread_out(labels: &mut [Label]) {
     labels.sort_by(|one, other| one.y.total_cmp(&other.y));
     for below in 1..labels.len() {
@@ -172,7 +172,7 @@ struct Axis {
 
 impl Axis {
     fn y(&self, figure: f64) -> f64 {
-        // What is not positive has no place, and is drawn at the bottom.
+        // Figures that are not positive are drawn at the bottom.
         let power = figure.log10().max(self.low);
         let height = (power - self.low) / (self.high - self.low).max(1.0);
         HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM)

@@ -1,4 +1,4 @@
-//! The challenge's app: where Python has what it needs, and how it is served.
+//! The challenge's app: finds a Python with its modules, and serves it.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -7,14 +7,14 @@ use std::process::{Command, Stdio};
 use lab::process;
 use lab::program::scratch;
 
-/// The app and what it needs.
+/// The folder of the app and its requirements.
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/peers/flask");
 
 /// An interpreter that can serve the app.
 pub(crate) struct Python(PathBuf);
 
-/// Takes the system's Python where it has the modules, otherwise one of the bench's own, whose
-/// modules are installed by pip where that is possible. The error is the reason to skip it.
+/// Uses the system's Python if it has the modules, otherwise a virtual environment with modules
+/// that pip installs. The error is the reason to skip the app.
 pub(crate) fn find() -> Result<Python, String> {
     let system = Path::new("python3");
     if serves(system) {
@@ -37,7 +37,7 @@ pub(crate) fn find() -> Result<Python, String> {
 }
 
 impl Python {
-    /// Serves the app as gunicorn's manual recommends: 2 workers a processor and one more.
+    /// Serves the app as gunicorn's manual recommends: 2 workers per processor plus one.
     pub(crate) fn serve(&self, address: SocketAddr) -> Command {
         let processors = std::thread::available_parallelism().map_or(2, usize::from);
         let mut command = process::command(&self.0);
@@ -68,7 +68,11 @@ fn run(command: &mut Command) -> Result<(), String> {
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let last = said.trim_end().lines().last().unwrap_or("no reason given");
+    let report = String::from_utf8_lossy(&output.stderr);
+    let last = report
+        .trim_end()
+        .lines()
+        .last()
+        .unwrap_or("no reason given");
     Err(last.to_owned())
 }

@@ -1,5 +1,5 @@
-//! What all subjects stand on: one Postgres and one Redis with durable settings, a collector, and
-//! a database for each subject and number of rows.
+//! The environment of all subjects: one Postgres and one Redis with durable settings, a collector,
+//! and a database for each subject and number of rows.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -13,33 +13,33 @@ use tokio::runtime::{Builder, Runtime};
 use crate::flask::{self, Python};
 use crate::progress;
 
-/// Servers, started for the bench and ended with it.
+/// The servers. They end with this value.
 pub(crate) struct Ground {
     pub(crate) postgres: Postgres,
     pub(crate) redis: Redis,
     pub(crate) collector: Collector,
-    /// Where the collector and clients run.
+    /// The runtime of the collector and clients.
     pub(crate) runtime: Runtime,
-    /// The interpreter for the challenge's app, or why there is none.
+    /// The interpreter for the challenge's app, or the reason to skip it.
     pub(crate) python: Result<Python, String>,
     databases: HashSet<String>,
 }
 
-/// Whose table it is: the service's has its triggers, the others are plain.
+/// The kind of table: the service's has its triggers, the peers' is plain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Owner {
     Visitas,
     Peer,
 }
 
-/// What must be on for an acknowledged commit to survive a crash.
+/// Settings that must be on so that an acknowledged commit survives a crash.
 const DURABLE: [&str; 3] = ["fsync", "synchronous_commit", "full_page_writes"];
 
-/// What the sessions of a subject that was stopped may take to end.
+/// Maximum time for the sessions of a stopped subject to end.
 const SETTLE_DEADLINE: Duration = Duration::from_mins(1);
 
 impl Ground {
-    /// Starts the servers; Python is looked for where the challenge's app is to be measured.
+    /// Starts the servers, and looks for Python if the challenge's app is measured.
     pub(crate) fn start(with_flask: bool) -> Result<Self> {
         progress!("starting PostgreSQL and Redis");
         let postgres = Postgres::start(PostgresOptions::default())?;
@@ -47,13 +47,13 @@ impl Ground {
             let value = postgres.sql(devstack::DATABASE, &format!("show {setting}"))?;
             ensure!(
                 value == "on",
-                "{setting} is {value}: figures would be worth nothing"
+                "{setting} is {value}: the figures would be meaningless"
             );
         }
         let python = if with_flask {
             flask::find().inspect_err(|reason| progress!("Flask SKIPPED: {reason}"))
         } else {
-            Err("not looked for".to_owned())
+            Err("not requested".to_owned())
         };
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)
@@ -69,8 +69,8 @@ impl Ground {
         })
     }
 
-    /// The database of a subject, with so many rows and those that it has recorded since. An empty
-    /// one is emptied again each time.
+    /// The database of a subject, with `rows` rows plus those recorded since. With 0 rows, the
+    /// table is truncated each time.
     pub(crate) fn database(&mut self, owner: Owner, rows: u64) -> Result<String> {
         let name = match owner {
             Owner::Visitas => format!("visitas_{rows}"),
@@ -82,7 +82,7 @@ impl Ground {
         } else if rows == 0 {
             self.postgres.sql(&name, "truncate visitas")?;
         }
-        // Each measurement has the same way to go until the next checkpoint.
+        // Each measurement starts just after a checkpoint.
         self.postgres.sql(&name, "checkpoint")?;
         Ok(name)
     }
@@ -109,7 +109,7 @@ impl Ground {
         }
         if rows > 0 {
             let started = Instant::now();
-            // Through the triggers, where there are any.
+            // This fires the triggers, if there are any.
             self.postgres.sql(
                 name,
                 &format!("insert into visitas (data) select now() from generate_series(1, {rows})"),
@@ -118,7 +118,7 @@ impl Ground {
                 "{name}: {rows} rows written in {:.1} s",
                 started.elapsed().as_secs_f64()
             );
-            // What autovacuum would come to do, at a time of its own.
+            // Otherwise autovacuum would do this during a measurement.
             self.postgres.sql(name, "vacuum (analyze) visitas")?;
         }
         Ok(())
@@ -136,7 +136,7 @@ impl Ground {
         Ok(())
     }
 
-    /// The number of rows.
+    /// The number of rows in the table.
     pub(crate) fn rows(&self, database: &str) -> Result<i64> {
         let rows = self
             .postgres
@@ -144,8 +144,8 @@ impl Ground {
         Ok(rows.parse()?)
     }
 
-    /// Ends what a subject has left running in its database, so that the next one has the machine
-    /// for itself.
+    /// Ends the sessions that a subject has left in its database, so that the next subject has the
+    /// machine for itself.
     pub(crate) fn settle(&self, database: &str) -> Result<()> {
         let deadline = Instant::now() + SETTLE_DEADLINE;
         let end = format!(
@@ -163,7 +163,7 @@ impl Ground {
         Ok(())
     }
 
-    /// The settings that lead to these stores, as the service and the challenge's app have them.
+    /// The settings for these stores, for the service and the challenge's app.
     pub(crate) fn settings(&self, database: &str) -> Vec<(&'static str, String)> {
         let (postgres, redis) = (&self.postgres, &self.redis);
         stack::settings(

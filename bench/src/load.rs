@@ -1,6 +1,6 @@
-//! Closed-loop load by `wrk`: every connection makes its next visit as soon as it has an answer.
-//! For throughput. Its latencies leave out whoever would have come while all were waiting, so
-//! latency is measured by `paced`.
+//! Closed-loop load by `wrk`, for throughput: every connection makes its next visit after a
+//! response. Its latencies omit the visits that a slow response delays, so `paced` measures
+//! latency.
 
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
@@ -9,12 +9,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use lab::process;
 
-/// What came of one run.
+/// The results of one run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Load {
-    /// Answers with a status of success, a second.
+    /// Successful responses per second.
     pub(crate) throughput: f64,
-    /// Other answers, and connections that failed.
+    /// Other responses and failed connections.
     pub(crate) failed: u64,
     /// Seconds.
     pub(crate) median: f64,
@@ -22,20 +22,20 @@ pub(crate) struct Load {
     pub(crate) p99: f64,
 }
 
-/// A run that is under way.
-pub(crate) struct Running(Child);
+/// A run in progress.
+pub(crate) struct LoadRun(Child);
 
-/// Makes visits over so many connections for a while.
+/// Makes visits over `connections` connections for `duration`.
 pub(crate) fn run(address: SocketAddr, connections: usize, duration: Duration) -> Result<Load> {
     start(address, connections, duration)?.finish()
 }
 
-/// The same, to be waited for later.
+/// Starts the same run without waiting for it.
 pub(crate) fn start(
     address: SocketAddr,
     connections: usize,
     duration: Duration,
-) -> Result<Running> {
+) -> Result<LoadRun> {
     let threads = connections.min(2);
     let child = process::command("wrk")
         .args(["--latency", "--timeout", "60s"])
@@ -48,48 +48,53 @@ pub(crate) fn start(
         .stderr(Stdio::piped())
         .spawn()
         .context("cannot run wrk")?;
-    Ok(Running(child))
+    Ok(LoadRun(child))
 }
 
-/// What makes the load: wrk for throughput, and a client for latency.
+/// Describes the load generators: wrk for throughput, and a client for latency.
 pub(crate) fn describe() -> Result<String> {
-    // It says its version only together with how it is used, and calls that a failure.
+    // wrk prints its version only with its usage text, and exits with a failure.
     let output = Command::new("wrk")
         .arg("-v")
         .output()
         .context("cannot run wrk")?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    let version = said.split_whitespace().take(2).collect::<Vec<_>>();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version = text.split_whitespace().take(2).collect::<Vec<_>>();
     Ok(format!(
         "{} for throughput, a client of this bench for latency",
         version.join(" ")
     ))
 }
 
-impl Running {
+impl LoadRun {
     pub(crate) fn id(&self) -> u32 {
         self.0.id()
     }
 
     pub(crate) fn finish(self) -> Result<Load> {
         let output = self.0.wait_with_output()?;
-        let said = String::from_utf8_lossy(&output.stdout);
+        let text = String::from_utf8_lossy(&output.stdout);
         ensure!(
             output.status.success(),
-            "wrk: {said}{}",
+            "wrk: {text}{}",
             String::from_utf8_lossy(&output.stderr)
         );
-        parse(&said).with_context(|| format!("wrk said\n{said}"))
+        parse(&text).with_context(|| {
+            format!(
+                "wrk printed
+{text}"
+            )
+        })
     }
 }
 
-fn parse(said: &str) -> Result<Load> {
+fn parse(text: &str) -> Result<Load> {
     let line = |start: &str| {
-        said.lines()
+        text.lines()
             .find_map(|line| line.trim_start().strip_prefix(start))
             .map(str::trim)
     };
-    let (requests, seconds) = said
+    let (requests, seconds) = text
         .lines()
         .find_map(|line| line.split_once(" requests in "))
         .context("no number of requests")?;
@@ -110,7 +115,7 @@ fn parse(said: &str) -> Result<Load> {
     })
 }
 
-/// Seconds, of how wrk writes a span of time.
+/// Parses a duration of wrk into seconds.
 fn span(text: &str) -> Result<f64> {
     let unit = text
         .find(|letter: char| letter.is_ascii_alphabetic())
@@ -132,7 +137,7 @@ mod tests {
     use super::*;
 
     const SAID: &str = "\
-Running 6s test @ http://127.0.0.1:15001/
+LoadRun 6s test @ http://127.0.0.1:15001/
   2 threads and 256 connections
   Thread Stats   Avg      Stdev     Max   +/- Stdev
     Latency     4.90ms    1.22ms  31.99ms   88.26%

@@ -1,9 +1,9 @@
-//! Measures the service beside what limits it and what it replaces: `make bench`.
+//! Compares the service with its limits and with what it replaces: `make bench`.
 //!
-//! In reading order: `subject` (what is measured) on its `ground` (stores, collector, databases),
-//! by `load` (throughput) and `lab`'s `paced` (latency), in rounds (`round`). `phase` has the
-//! questions, `chart` draws the answers. `peer` and `flask` are what the service is measured
-//! beside.
+//! In reading order: `subject` (a program to measure), `ground` (stores, collector, databases),
+//! `load` (throughput; `lab`'s `paced` measures latency), `round` (repeats measurements). `phase`
+//! has one file per section of the report, `chart` draws a chart. `peer` and `flask` are the
+//! programs that the service is compared with.
 
 mod chart;
 mod flask;
@@ -28,20 +28,20 @@ use crate::ground::Ground;
 use crate::round::Effort;
 use crate::subject::{Subject, Traces};
 
-/// Says on standard error how far it has come.
+/// Prints progress to standard error.
 macro_rules! progress {
     ($($text:tt)+) => { eprintln!("bench: {}", format_args!($($text)+)) };
 }
 use progress;
 
-/// How to read what was measured in rounds.
-const METHOD: &str = "In each round every subject is measured once, in turn; figures are medians of the rounds (lowest \
-     – highest), and ratios are taken within a round, so that the machine's own ups and downs meet \
-     both sides. Each measurement starts the subject anew and warms it up; after it the service's \
-     number is compared with `select count(*)`, and a difference ends the run. Goals are met or not \
-     by the median.";
+/// Explains the figures of measurements in rounds.
+const METHOD: &str = "Each subject is measured once per round, in turn. Figures are medians of the rounds (lowest – \
+     highest). Ratios are taken within a round, so that both sides saw the same speed of the machine. \
+     Each measurement restarts the subject and warms it up. Afterwards, the service's number is \
+     compared with `select count(*)`, and a difference ends the run. The median decides whether a goal \
+     is met.";
 
-/// Where reports are kept.
+/// The folder of the reports.
 const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
 
 fn main() -> ExitCode {
@@ -67,11 +67,11 @@ fn command() -> Command {
         .required(true)
         .value_parser(value_parser!(SocketAddr));
     Command::new("bench")
-        .about("Measures the service")
+        .about("Measure the service")
         .subcommand_required(true)
         .subcommand(
             Command::new("full")
-                .about("Asks every question and writes report.md and throughput.svg")
+                .about("Run all measurements and write report.md and throughput.svg")
                 .arg(number("rounds", "5", "Rounds of each comparison"))
                 .arg(number("seconds", "6", "Seconds of each measurement"))
                 .arg(number("large", "1000000", "Rows of the large table"))
@@ -79,27 +79,27 @@ fn command() -> Command {
         )
         .subcommand(
             Command::new("quick")
-                .about("Asks the main questions and prints the answers")
+                .about("Run the main measurements and print the results")
                 .arg(number("rounds", "3", "Rounds of each comparison"))
                 .arg(number("seconds", "4", "Seconds of each measurement")),
         )
         .subcommand(
             Command::new("soak")
-                .about("Watches memory at the peak and writes soak.md")
+                .about("Measure memory at the peak and write soak.md")
                 .arg(number(
                     "seconds",
                     "600",
-                    "Seconds of the run that is scraped; the other takes twice as long",
+                    "Seconds of the run with scrapes; the run without takes twice as long",
                 )),
         )
         .subcommand(
             Command::new("ceiling")
-                .about("Serves a constant")
+                .about("Serve a constant")
                 .arg(address.clone()),
         )
         .subcommand(
             Command::new("textbook")
-                .about("Serves visits as they are written first")
+                .about("Serve the textbook version of a visit")
                 .arg(address)
                 .arg(Arg::new("database").required(true))
                 .arg(Arg::new("redis").required(true)),
@@ -118,7 +118,11 @@ fn run(matches: &ArgMatches) -> Result<()> {
             .get_one::<SocketAddr>("address")
             .context("no address")
     };
-    let number = |name: &str| *matches.get_one::<u64>(name).expect("it has a default");
+    let number = |name: &str| {
+        *matches
+            .get_one::<u64>(name)
+            .expect("the option has a default")
+    };
     match name {
         "ceiling" => return peer::ceiling(*address()?),
         "textbook" => return peer::textbook(*address()?, text("database")?, text("redis")?),
@@ -145,7 +149,7 @@ fn run(matches: &ArgMatches) -> Result<()> {
 }
 
 fn full(effort: Effort, sizes: [u64; 3]) -> Result<()> {
-    // What no goal depends on needs no five rounds.
+    // Sections without goals need fewer rounds.
     let fewer = Effort {
         rounds: effort.rounds.min(3),
         ..effort
@@ -244,8 +248,8 @@ fn publish(
     sections: &[Section],
     file: Option<&str>,
 ) -> Result<()> {
-    let head = machine::describe(&ground.postgres, command, &load::describe()?)? + method;
-    let document = report::document("What was measured", &head, sections);
+    let introduction = machine::describe(&ground.postgres, command, &load::describe()?)? + method;
+    let document = report::document("Measurements", &introduction, sections);
     print!("{document}");
     if let Some(file) = file {
         std::fs::write(Path::new(FOLDER).join(file), document)?;

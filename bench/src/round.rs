@@ -1,5 +1,6 @@
-//! Rounds: each case is measured once a round, so that what the machine does meanwhile meets all
-//! of them alike. Each time the subject is started, warmed up, measured, checked and stopped.
+//! Rounds: each case is measured once per round, so that changes of the machine's speed affect all
+//! cases alike. For each measurement, the subject is started, warmed up, measured, checked and
+//! stopped.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,9 +12,9 @@ use lab::report::table;
 use crate::ground::Ground;
 use crate::load;
 use crate::progress;
-use crate::subject::{Running, Subject, Traces};
+use crate::subject::{Instance, Subject, Traces};
 
-/// How long and how often.
+/// Durations and repetitions.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Effort {
     pub(crate) rounds: usize,
@@ -21,12 +22,12 @@ pub(crate) struct Effort {
     pub(crate) duration: Duration,
 }
 
-/// What is measured.
+/// One case to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Case {
     pub(crate) subject: Subject,
     pub(crate) connections: usize,
-    /// In the table at the start.
+    /// Rows in the table at the start.
     pub(crate) rows: u64,
 }
 
@@ -35,18 +36,18 @@ pub(crate) struct Case {
 pub(crate) struct Sample {
     pub(crate) load: load::Load,
     pub(crate) memory: Option<Mebibytes>,
-    /// The share of visits whose span did not arrive, where each has one.
+    /// The share of visits whose span did not arrive, if every visit is traced.
     pub(crate) lost: Option<f64>,
 }
 
-/// A case, a sample a round.
+/// A case with one sample per round.
 #[derive(Clone, Debug)]
 pub(crate) struct Series {
     pub(crate) case: Case,
     pub(crate) samples: Vec<Sample>,
 }
 
-/// Measures all cases, round by round, there and back.
+/// Measures all cases round by round, every second round in reverse order.
 pub(crate) fn interleaved(
     ground: &mut Ground,
     cases: &[Case],
@@ -60,11 +61,11 @@ pub(crate) fn interleaved(
         })
         .collect();
     for round in 1..=effort.rounds {
-        let mut turn: Vec<_> = all.iter_mut().collect();
+        let mut order: Vec<_> = all.iter_mut().collect();
         if round % 2 == 0 {
-            turn.reverse();
+            order.reverse();
         }
-        for series in turn {
+        for series in order {
             let sample = measure(ground, series.case, effort)?;
             progress!(
                 "round {round} of {}: {}: {}/s",
@@ -80,11 +81,11 @@ pub(crate) fn interleaved(
 
 fn measure(ground: &mut Ground, case: Case, effort: Effort) -> Result<Sample> {
     let Some(owner) = case.subject.owner() else {
-        let running = case.subject.start(ground, "")?;
-        warm_up(&running, case.connections, effort)?;
+        let instance = case.subject.start(ground, "")?;
+        warm_up(&instance, case.connections, effort)?;
         return Ok(Sample {
-            load: load::run(running.address, case.connections, effort.duration)?,
-            memory: running.process.peak_memory(),
+            load: load::run(instance.address, case.connections, effort.duration)?,
+            memory: instance.process.peak_memory(),
             lost: None,
         });
     };
@@ -93,23 +94,23 @@ fn measure(ground: &mut Ground, case: Case, effort: Effort) -> Result<Sample> {
     let before = if traced { ground.rows(&database)? } else { 0 };
     ground.collector.take_server_spans();
 
-    let mut running = case.subject.start(ground, &database)?;
-    warm_up(&running, case.connections, effort)?;
-    let load = load::run(running.address, case.connections, case.duration(effort))?;
+    let mut instance = case.subject.start(ground, &database)?;
+    warm_up(&instance, case.connections, effort)?;
+    let load = load::run(instance.address, case.connections, case.duration(effort))?;
     let memory = match case.subject {
-        // What is seen is its first process, which serves nothing.
+        // Only the memory of gunicorn's master process is known, which serves no request.
         Subject::Flask => None,
-        _ => running.process.peak_memory(),
+        _ => instance.process.peak_memory(),
     };
     if let Subject::Visitas(_) = case.subject {
-        running.check_number(ground, &database)?;
+        instance.check_number(ground, &database)?;
     }
-    running.process.stop()?;
+    instance.process.stop()?;
     ground.settle(&database)?;
 
     let lost = if traced {
         let visits = (ground.rows(&database)? - before) as f64;
-        // Whoever left before being recorded may have a span and no row.
+        // A visit whose client disconnected early can have a span and no row.
         Some((1.0 - ground.collector.take_server_spans() as f64 / visits).max(0.0))
     } else {
         None
@@ -117,14 +118,14 @@ fn measure(ground: &mut Ground, case: Case, effort: Effort) -> Result<Sample> {
     Ok(Sample { load, memory, lost })
 }
 
-/// Over few connections: what is left unanswered at its end is the first that a slow subject does
-/// in the measurement, for nobody.
-pub(crate) fn warm_up(running: &Running, connections: usize, effort: Effort) -> Result<()> {
-    load::run(running.address, connections.min(16), effort.warmup).map(drop)
+/// Uses few connections: a slow subject still processes the warm-up's unfinished requests during
+/// the measurement.
+pub(crate) fn warm_up(instance: &Instance, connections: usize, effort: Effort) -> Result<()> {
+    load::run(instance.address, connections.min(16), effort.warmup).map(drop)
 }
 
 impl Case {
-    /// A subject that counts a large table answers so rarely that it takes longer to see how often.
+    /// A subject that counts a large table responds so rarely that its measurement must be longer.
     fn duration(self, effort: Effort) -> Duration {
         let counts = matches!(self.subject, Subject::Textbook | Subject::Flask);
         match self.rows {
@@ -150,12 +151,12 @@ impl Series {
         self.spread(|sample| sample.load.throughput)
     }
 
-    /// Its throughput against another's, round by round.
+    /// The ratio of its throughput to another's, round by round.
     pub(crate) fn ratio_to(&self, other: &Self) -> Spread {
         Spread::ratio(&self.throughputs(), &other.throughputs())
     }
 
-    /// The most memory in any round.
+    /// The maximum memory of all rounds.
     pub(crate) fn memory(&self) -> Mebibytes {
         let memory = self.spread(|sample| sample.memory.map_or(f64::NAN, |memory| memory.0));
         Mebibytes(memory.max)
@@ -171,22 +172,30 @@ pub(crate) fn find(all: &[Series], wanted: impl Fn(&Case) -> bool) -> Option<&Se
     all.iter().find(|series| wanted(&series.case))
 }
 
-/// A table of throughputs, each against the series that `reference` finds for it.
+/// A table of throughputs, each compared with the series that `reference` returns.
 pub(crate) fn throughputs<'a>(
     all: &'a [Series],
     label: impl Fn(&Case) -> String,
-    against: &str,
+    ratio_header: &str,
     reference: impl Fn(&Case) -> Option<&'a Series>,
 ) -> String {
     table(
-        &["", "visits/s", against, "median", "p99", "memory", "failed"],
+        &[
+            "",
+            "visits/s",
+            ratio_header,
+            "median",
+            "p99",
+            "memory",
+            "failed",
+        ],
         all.iter().map(|series| {
-            let of_reference = reference(&series.case)
+            let ratio_to_reference = reference(&series.case)
                 .map_or_else(|| "–".to_owned(), |other| ratio_of(&series.ratio_to(other)));
             [
                 label(&series.case),
-                series.throughput().written(grouped),
-                of_reference,
+                series.throughput().format_with(grouped),
+                ratio_to_reference,
                 milliseconds(series.spread(|sample| sample.load.median).median),
                 milliseconds(series.spread(|sample| sample.load.p99).median),
                 series.memory().to_string(),
@@ -196,12 +205,12 @@ pub(crate) fn throughputs<'a>(
     )
 }
 
-/// Small ratios would vanish behind two digits.
+/// Shows more decimals for small ratios.
 fn ratio_of(spread: &Spread) -> String {
     if spread.median < 0.095 {
-        spread.written(|number| format!("{number:.4}"))
+        spread.format_with(|number| format!("{number:.4}"))
     } else {
-        spread.written(ratio)
+        spread.format_with(ratio)
     }
 }
 
@@ -217,7 +226,7 @@ impl fmt::Display for Case {
     }
 }
 
-/// A number of rows as people say it.
+/// The number of rows in words.
 pub(crate) fn rows_in_words(rows: u64) -> String {
     match rows {
         0 => "empty".to_owned(),

@@ -1,4 +1,4 @@
-//! What is measured: how each subject is started, and when it can be said to serve.
+//! The programs that are measured: how to start each, and how to check that it is ready.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -13,36 +13,36 @@ use lab::program;
 
 use crate::ground::{Ground, Owner};
 
-/// A program that answers `GET /`.
+/// A program that responds to `GET /`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Subject {
     /// A constant, from the HTTP library alone.
     Ceiling,
     /// The service.
     Visitas(Traces),
-    /// A visit as it is written first.
+    /// The textbook version of a visit.
     Textbook,
     /// The challenge's app.
     Flask,
 }
 
-/// What the service does about traces. Logs and metrics are on, always.
+/// The service's tracing. Logs and metrics are always on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Traces {
     /// None.
     Off,
-    /// Of one visit in a hundred.
+    /// One visit in a hundred.
     Hundredth,
-    /// Of every visit.
+    /// All visits.
     All,
-    /// Of every visit, to a collector that is not there.
+    /// All visits, to a collector that does not listen.
     Nowhere,
 }
 
-/// A subject that serves. Dropping it stops it.
-pub(crate) struct Running {
+/// A instance subject. Dropping it stops the process.
+pub(crate) struct Instance {
     pub(crate) address: SocketAddr,
-    /// From its start to its first answer of readiness.
+    /// Time from the start to the first successful readiness probe.
     pub(crate) started_in: Duration,
     pub(crate) process: Process,
 }
@@ -50,7 +50,7 @@ pub(crate) struct Running {
 const START_DEADLINE: Duration = Duration::from_secs(30);
 
 impl Subject {
-    /// Whose table it works on; none if it has no stores.
+    /// The kind of table that it uses, if it has stores.
     pub(crate) fn owner(self) -> Option<Owner> {
         match self {
             Self::Ceiling => None,
@@ -60,7 +60,7 @@ impl Subject {
     }
 
     /// Starts it and waits until it serves.
-    pub(crate) fn start(self, ground: &Ground, database: &str) -> Result<Running> {
+    pub(crate) fn start(self, ground: &Ground, database: &str) -> Result<Instance> {
         let address = free_address()?;
         let log = program::scratch()?.join(format!("{}.log", address.port()));
         let command = self.command(ground, database, address)?;
@@ -69,12 +69,12 @@ impl Subject {
         while !self.is_ready(address) {
             ensure!(
                 !process.has_ended()? && started.elapsed() < START_DEADLINE,
-                "{self} does not serve; its log ends\n{}",
+                "{self} is not ready; its log ends\n{}",
                 process.log_tail()
             );
             std::thread::sleep(Duration::from_millis(1));
         }
-        Ok(Running {
+        Ok(Instance {
             address,
             started_in: started.elapsed(),
             process,
@@ -109,7 +109,7 @@ impl Subject {
         Ok(command)
     }
 
-    /// The peers are ready when they make a visit.
+    /// A peer is ready when a visit succeeds.
     fn is_ready(self, address: SocketAddr) -> bool {
         let path = if matches!(self, Self::Visitas(_)) {
             "/health/ready"
@@ -136,14 +136,14 @@ impl Traces {
     }
 }
 
-impl Running {
-    /// Makes a visit and checks what it is told against the table. Nobody else may visit.
+impl Instance {
+    /// Makes a visit and compares its number with the table. No other client must visit meanwhile.
     pub(crate) fn check_number(&self, ground: &Ground, database: &str) -> Result<()> {
         let (total, _) = client::visit(self.address).context("checking the number")?;
         let rows = ground.rows(database)?;
         ensure!(
             total == rows,
-            "the service says {total} where {rows} rows are"
+            "the service returned {total} with {rows} rows in the table"
         );
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What the service takes, as figures: file descriptors, connections, memory.
+//! Measures the service's resource use: file descriptors, connections, memory.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -7,54 +7,57 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 
 use crate::ground::{Ground, Needs};
-use crate::hostile::half_head;
+use crate::hostile::half_headers;
 use crate::ledger::Ledger;
 use crate::service::Service;
 
-/// The figures.
+/// The measured figures.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// File descriptors of a service that nobody visits.
+    /// File descriptors of an idle service.
     pub idle_files: usize,
-    /// The same with [`CONNECTIONS`] over each of which a request was made.
+    /// File descriptors with [`CONNECTIONS`] open connections, each after one request.
     pub busy_files: usize,
-    /// The same once those are gone.
+    /// File descriptors after those connections have closed.
     pub left_files: usize,
-    /// Resident memory that a connection takes over which nothing was said, in kibibytes.
+    /// Resident memory of a connection without a request, in kibibytes.
     pub memory_silent: f64,
-    /// The same where a request was made.
+    /// Resident memory of a connection after one request, in kibibytes.
     pub memory_used: f64,
-    /// The same with half a head, as long as it may be.
+    /// Resident memory of a connection with unfinished headers of nearly the maximum length, in
+    /// kibibytes.
     pub memory_half: f64,
-    /// The same where requests are made as fast as they are taken, and no answer is read.
+    /// Resident memory of a connection whose client sends requests without reading responses, in
+    /// kibibytes.
     pub memory_unread: f64,
     /// Sessions with Postgres under load.
     pub sessions: usize,
-    /// File descriptors where more than [`MAX_CONNECTIONS`] clients come and only so many may.
+    /// File descriptors with a limit of [`MAX_CONNECTIONS`] and more clients than that.
     pub capped_files: usize,
 }
 
-/// Connections that are opened.
+/// The number of opened connections.
 pub const CONNECTIONS: usize = 1000;
-/// Connections of either store that a service may have or have not, whatever its visitors do.
+/// The number of connections to the stores that the pools can open or close independently of
+/// clients.
 pub const POOLED: usize = 8;
-/// Connections that may be open where their number is looked at.
+/// The value of `HTTP_MAX_CONNECTIONS` in the test of the limit.
 pub const MAX_CONNECTIONS: usize = 100;
 
-/// Clients that come where only [`MAX_CONNECTIONS`] may.
+/// The number of clients in the test of the limit.
 const CROWD: usize = 150;
 const SETTLE: Duration = Duration::from_secs(5);
 const MOMENT: Duration = Duration::from_millis(300);
-/// Between two visits of a client.
+/// The pause between two visits of a client.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// Looks.
+/// Measures all figures.
 pub fn run() -> Result<Bounds> {
     rlimit::increase_nofile_limit(CONNECTIONS as u64 + 2000).ok();
     let ground = Ground::start(Needs::default())?;
     let mut service = Service::new(&ground)?;
     service.start()?;
-    service.until_ready()?;
+    service.wait_until_ready()?;
     let mut ledger = Ledger::start(ground.runtime.handle(), &[service.address], PAUSE);
     std::thread::sleep(Duration::from_secs(1));
     let sessions =
@@ -63,7 +66,7 @@ pub fn run() -> Result<Bounds> {
 
     let files = |service: &Service| service.open_files().context("no /proc");
     let idle_files = settled(&service)?;
-    let open = open(&service, CONNECTIONS, Speech::Request)?;
+    let open = open(&service, CONNECTIONS, Traffic::Request)?;
     let busy_files = files(&service)?;
     drop(open);
     let left_files = settled(&service)?;
@@ -72,7 +75,7 @@ pub fn run() -> Result<Bounds> {
     let mut capped = Service::new(&ground)?;
     capped.set("HTTP_MAX_CONNECTIONS", &MAX_CONNECTIONS.to_string());
     capped.start()?;
-    capped.until_ready()?;
+    capped.wait_until_ready()?;
     let crowd: Vec<_> = (0..CROWD)
         .map(|_| TcpStream::connect(capped.address))
         .collect::<Result<_, _>>()?;
@@ -82,82 +85,82 @@ pub fn run() -> Result<Bounds> {
         idle_files,
         busy_files,
         left_files,
-        memory_silent: memory_of_one(&ground, Speech::Nothing)?,
-        memory_used: memory_of_one(&ground, Speech::Request)?,
-        memory_half: memory_of_one(&ground, Speech::HalfHead)?,
-        memory_unread: memory_of_one(&ground, Speech::Requests)?,
+        memory_silent: memory_of_one(&ground, Traffic::Silence)?,
+        memory_used: memory_of_one(&ground, Traffic::Request)?,
+        memory_half: memory_of_one(&ground, Traffic::HalfHeaders)?,
+        memory_unread: memory_of_one(&ground, Traffic::Requests)?,
         sessions: sessions.parse()?,
         capped_files,
     })
 }
 
-/// What is said over a connection.
+/// What a client sends over a connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Speech {
-    Nothing,
+enum Traffic {
+    Silence,
     Request,
-    HalfHead,
+    HalfHeaders,
     Requests,
 }
 
-/// The resident memory that a connection takes, in kibibytes. The service is one of their own: what
-/// others have freed would be taken first.
-fn memory_of_one(ground: &Ground, said: Speech) -> Result<f64> {
+/// The resident memory of one connection, in kibibytes. Each measurement starts its own service:
+/// otherwise new connections would reuse freed memory.
+fn memory_of_one(ground: &Ground, traffic: Traffic) -> Result<f64> {
     let mut service = Service::new(ground)?;
     service.set("HEADER_TIMEOUT", "1m");
     service.start()?;
-    service.until_ready()?;
-    let connections = match said {
-        // Each makes some thousands.
-        Speech::Requests => CROWD,
+    service.wait_until_ready()?;
+    let connections = match traffic {
+        // Each connection sends thousands of requests.
+        Traffic::Requests => CROWD,
         _ => CONNECTIONS,
     };
     let memory = || service.memory().context("no /proc");
-    // What the first ones take, others use as well.
-    let _first = open(&service, connections / 10, said)?;
+    // The first connections also allocate memory that later ones share.
+    let _first = open(&service, connections / 10, traffic)?;
     let before = memory()?;
-    let _open = open(&service, connections, said)?;
+    let _open = open(&service, connections, traffic)?;
     Ok((memory()?.0 - before.0) * 1024.0 / connections as f64)
 }
 
-/// Opens so many and says that.
-fn open(service: &Service, connections: usize, said: Speech) -> Result<Vec<TcpStream>> {
+/// Opens connections and sends the traffic over each.
+fn open(service: &Service, connections: usize, traffic: Traffic) -> Result<Vec<TcpStream>> {
     let request = b"GET /health HTTP/1.1\r\nhost: chaos\r\n\r\n";
-    let half = half_head();
+    let half = half_headers();
     let open: Vec<_> = (0..connections)
         .map(|_| {
             let mut stream = TcpStream::connect(service.address)?;
             stream.set_read_timeout(Some(SETTLE))?;
-            match said {
-                Speech::Nothing => {}
-                Speech::Request => {
+            match traffic {
+                Traffic::Silence => {}
+                Traffic::Request => {
                     stream.write_all(request)?;
-                    ensure!(stream.read(&mut [0; 4096])? > 0, "no answer");
+                    ensure!(stream.read(&mut [0; 4096])? > 0, "no response");
                 }
-                Speech::HalfHead => stream.write_all(&half)?,
-                Speech::Requests => stream.set_nonblocking(true)?,
+                Traffic::HalfHeaders => stream.write_all(&half)?,
+                Traffic::Requests => stream.set_nonblocking(true)?,
             }
             Ok(stream)
         })
         .collect::<Result<_>>()?;
-    // What was said last is still to be read.
+    // The service needs a moment to read the last requests.
     std::thread::sleep(MOMENT);
-    if said == Speech::Requests {
+    if traffic == Traffic::Requests {
         write_until_stuck(&open, &request.repeat(1000));
     }
     Ok(open)
 }
 
-/// Until nothing more is taken over any of them for a moment, or for a while.
+/// Writes until no connection accepts more bytes for a moment, or until a deadline.
 fn write_until_stuck(open: &[TcpStream], requests: &[u8]) {
     let deadline = Instant::now() + SETTLE;
-    let mut said = vec![0; open.len()];
+    let mut traffic = vec![0; open.len()];
     let mut moved = Instant::now();
     while moved.elapsed() < MOMENT && Instant::now() < deadline {
-        for (mut stream, said) in open.iter().zip(&mut said) {
-            // Where it is stuck, it would block; nobody closes here.
-            if let Ok(more) = stream.write(&requests[*said % requests.len()..]) {
-                *said += more;
+        for (mut stream, traffic) in open.iter().zip(&mut traffic) {
+            // A full connection returns `WouldBlock`; neither side closes it.
+            if let Ok(more) = stream.write(&requests[*traffic % requests.len()..]) {
+                *traffic += more;
                 moved = Instant::now();
             }
         }
@@ -165,7 +168,7 @@ fn write_until_stuck(open: &[TcpStream], requests: &[u8]) {
     }
 }
 
-/// The number of files once it has been the same for a moment, or after a while.
+/// The number of open files once it is stable, or at a deadline.
 fn settled(service: &Service) -> Result<usize> {
     let deadline = Instant::now() + SETTLE;
     let mut before = None;

@@ -1,4 +1,4 @@
-//! The faults: what each breaks, how it is mended, and what a visitor may notice of it.
+//! The faults: how each is active and healed, and the harm that clients are allowed to notice.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,50 +16,50 @@ use crate::chance;
 use crate::ground::{Ground, Needs, REDIS_PASSWORD, Store};
 use crate::service::Service;
 
-/// Something that breaks.
+/// One fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// What it is called, in the report and by `--only`.
+    /// The name, in the report and for `--only`.
     pub name: &'static str,
-    /// The worst that a visitor may notice.
+    /// The worst harm that clients are allowed to notice.
     pub harm: Harm,
-    /// What happens.
+    /// The kind of fault.
     pub kind: Kind,
 }
 
-/// What a visitor may notice of a fault.
+/// The harm that clients are allowed to notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Harm {
-    /// Nothing but time.
+    /// Only longer responses.
     Nothing,
-    /// The counter in Redis is missing.
+    /// The number from Redis is missing.
     Count,
     /// Visits are refused.
     Visits,
 }
 
-/// What happens to whom.
+/// The kind of fault, with the store or service that it affects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// SIGKILL to all processes of a store, which is started again.
+    /// SIGKILL to all processes of a store, then a restart.
     Kill(Store),
-    /// SIGKILL to the service, which is started again.
+    /// SIGKILL to the service, then a restart.
     KillService,
     /// SIGSTOP to all processes of a store.
     Pause(Store),
-    /// Connections that are open carry nothing any more, and new ones work.
+    /// Open connections carry nothing any more; new ones work.
     SilenceEstablished(Store),
-    /// Connections are reset and new ones refused.
+    /// Open connections are reset; new ones are refused.
     Refuse(Store),
-    /// Whenever a visit is recorded, the connection is reset.
+    /// Each connection that records visits is reset.
     Cut(Store, Cut),
-    /// What passes between the service and a store is late.
+    /// Messages between the service and a store are delayed.
     Delay(Store),
-    /// Little passes between the service and a store.
+    /// The bandwidth between the service and a store is limited.
     Narrow(Store),
-    /// Others have all connections of Postgres.
+    /// Other clients hold all connections of Postgres.
     ConnectionsTaken,
-    /// Postgres takes no writes.
+    /// Postgres is read-only.
     ReadOnly,
     /// The disk of Postgres is full.
     DiskFull,
@@ -67,9 +67,9 @@ pub enum Kind {
     RestartLoop,
     /// Another session holds the count's lock.
     CountLocked,
-    /// A transaction with visits made by hand neither commits nor ends.
+    /// A transaction that has inserted rows by hand stays open and idle.
     IdleTransaction,
-    /// Another session holds the lock of migrations when the service first starts.
+    /// Another session holds the migration lock when the service first starts.
     MigrationLocked,
     /// Redis has no memory left for writes.
     OutOfMemory,
@@ -81,23 +81,23 @@ pub enum Kind {
     WrongType,
     /// The names of the stores do not resolve, and sessions have ended.
     NamesGone,
-    /// The collector takes nothing and says nothing.
+    /// The collector reads nothing and does not respond.
     CollectorSilent,
     /// Five instances start at once on an empty database.
     FiveInstances,
-    /// Clients come and leave without waiting for their answers.
+    /// Clients disconnect before their responses.
     Disconnects,
 }
 
-/// A fault in force, with what mends it.
+/// An active fault, with the data that healing it needs.
 pub struct ActiveFault {
     kind: Kind,
     cause: Cause,
-    /// Effects of the proxy that carries the fault, before the fault.
+    /// The proxy's count of effects before the fault.
     effects_before: u64,
 }
 
-/// What keeps a fault in force.
+/// The resource that keeps a fault active.
 enum Cause {
     Nothing,
     Sessions(Vec<PgConnection>),
@@ -105,12 +105,12 @@ enum Cause {
     Storm(Storm),
 }
 
-/// A mended fault.
+/// The result of healing a fault.
 #[derive(Clone, Debug)]
 pub struct Repair {
-    /// When what was broken worked again, as seen without the service.
+    /// When the broken part worked again, observed without the service.
     pub at: Instant,
-    /// Visits that others than the ledger's clients have made meanwhile.
+    /// Visits that the fault's own clients made meanwhile.
     pub others: Vec<Visit>,
 }
 
@@ -187,7 +187,7 @@ pub const ALL: [Fault; 32] = {
     ]
 };
 
-/// Another session holds them for as long as it is open.
+/// The lock lasts as long as the session.
 const COUNT_LOCK: &str = "begin; select public.travar_contagem()";
 const MIGRATION_LOCK: &str = "select pg_advisory_lock(8532477865791419136)";
 const VISITS_BY_HAND: &str =
@@ -199,7 +199,7 @@ const NARROW: u32 = 16 * 1024;
 const SHORTEST_CALL: u32 = 42;
 
 impl Fault {
-    /// What must be there for it.
+    /// The environment that the fault needs.
     pub fn needs(&self) -> Needs {
         let mut needs = Needs::default();
         match self.kind {
@@ -221,23 +221,23 @@ impl Fault {
         needs
     }
 
-    /// How many replicas of the service there are.
+    /// The number of replicas of the service.
     pub fn replicas(&self) -> usize {
         match self.kind {
             Kind::FiveInstances => 5,
-            // What strikes in a moment leaves the most time for a third one.
+            // A kill is short, which leaves processor time for a third replica.
             Kind::Kill(_) | Kind::KillService => 3,
             _ => 2,
         }
     }
 
-    /// Whether it can harm the visits to this replica.
-    pub fn strikes(&self, replica: usize) -> bool {
+    /// Whether the fault can harm visits to this replica.
+    pub fn affects(&self, replica: usize) -> bool {
         self.kind != Kind::KillService || replica == 0
     }
 
-    /// Whether Redis and the ways to it work all the time, so that a visit that is recorded has no
-    /// reason not to be counted, and a refusal none not to know the counter.
+    /// Whether Redis and its connections work all the time: then every recorded visit must be
+    /// counted, and every refusal must have the last number from Redis.
     pub fn spares_redis(&self) -> bool {
         use Store::Postgres;
         match self.kind {
@@ -265,32 +265,32 @@ impl Fault {
             | Kind::WrongPassword
             | Kind::WrongType
             | Kind::NamesGone
-            // Replicas stand still meanwhile, which can be longer than `REDIS_TIMEOUT`.
+            // The replicas are suspended meanwhile, possibly for longer than `REDIS_TIMEOUT`.
             | Kind::ConnectionsTaken
-            // A replica that starts has not read Redis yet.
+            // A starting replica has not read Redis yet.
             | Kind::KillService
             | Kind::MigrationLocked
             | Kind::FiveInstances => false,
         }
     }
 
-    /// Whether it is there before the service first starts.
-    pub fn comes_first(&self) -> bool {
+    /// Whether the fault is active before the service first starts.
+    pub fn precedes_start(&self) -> bool {
         matches!(self.kind, Kind::MigrationLocked | Kind::FiveInstances)
     }
 
-    /// Whether it strikes in a moment, so that a repetition costs no longer than the recovery.
+    /// Whether the fault is a kill: a repetition takes only as long as the recovery.
     pub fn is_a_kill(&self) -> bool {
         matches!(self.kind, Kind::Kill(_) | Kind::KillService)
     }
 
-    /// Whether the service is to get over it while it lasts.
-    pub fn is_overcome(&self) -> bool {
+    /// Whether the service must recover while the fault is still active.
+    pub fn must_recover_while_active(&self) -> bool {
         matches!(self.kind, Kind::SilenceEstablished(_))
     }
 
-    /// Whether nothing that it harms works for as long as it lasts, once it shows.
-    pub fn is_complete(&self) -> bool {
+    /// Whether the fault harms every visit from the first harmed visit to its end.
+    pub fn harms_every_visit(&self) -> bool {
         let leaves_some = matches!(
             self.kind,
             Kind::SilenceEstablished(_) | Kind::Cut(..) | Kind::DiskFull | Kind::RestartLoop
@@ -298,26 +298,26 @@ impl Fault {
         self.harm != Harm::Nothing && !leaves_some
     }
 
-    /// Whether the counter in Redis starts over.
-    pub fn counter_starts_over(&self) -> bool {
+    /// Whether the counter in Redis restarts.
+    pub fn counter_restarts(&self) -> bool {
         self.kind == Kind::Kill(Store::Redis)
     }
 
-    /// How soon visits are to be good again.
+    /// Maximum time until visits are complete again.
     pub fn recovery(&self) -> Duration {
         match self.kind {
-            // The store's deadline comes first.
+            // The store's timeout must expire first.
             Kind::SilenceEstablished(Store::Postgres) => Duration::from_millis(1250),
             Kind::SilenceEstablished(Store::Redis) => Duration::from_millis(500),
-            // The service itself starts.
+            // Includes a start of the service.
             Kind::KillService | Kind::FiveInstances => Duration::from_secs(1),
             _ => Duration::from_millis(250),
         }
     }
 
-    /// How long an answer may take: the deadlines of the stores that it harms and a tenth, and as
-    /// long as an answer takes from stores that are slow.
-    pub fn longest_answer(&self) -> Duration {
+    /// Maximum response time: the timeouts of the stores that the fault harms plus a tenth, and the
+    /// response time with slow stores.
+    pub fn longest_response(&self) -> Duration {
         const REDIS: Duration = Duration::from_millis(275);
         const POSTGRES: Duration = Duration::from_millis(1100);
         const SLOW: Duration = Duration::from_millis(100);
@@ -327,7 +327,7 @@ impl Fault {
         }
     }
 
-    /// The shortest time that a visit takes during it, where it only slows visits.
+    /// The minimum response time during a fault that only slows visits.
     pub fn shortest_visit(&self) -> Duration {
         match self.kind {
             Kind::Delay(_) => 2 * DELAY_EACH_WAY,
@@ -338,7 +338,7 @@ impl Fault {
         }
     }
 
-    /// Breaks it.
+    /// Injects the fault.
     pub fn inject(&self, ground: &Ground, services: &mut [Service]) -> Result<ActiveFault> {
         let mut cause = Cause::Nothing;
         let effects_before = self.kind.proxy(ground).map_or(0, Proxy::effects);
@@ -346,8 +346,8 @@ impl Fault {
             Kind::Kill(store) => ground.server(store).kill()?,
             Kind::KillService => services[0].kill()?,
             Kind::Pause(store) => ground.server(store).pause()?,
-            Kind::SilenceEstablished(store) => ground.way_to(store).silence_established(),
-            Kind::Refuse(store) => ground.runtime.block_on(ground.way_to(store).refuse()),
+            Kind::SilenceEstablished(store) => ground.proxy_to(store).silence_established(),
+            Kind::Refuse(store) => ground.runtime.block_on(ground.proxy_to(store).refuse()),
             Kind::Cut(store, cut) => change(ground, store, |rules| rules.cut = Some(cut)),
             Kind::Delay(store) => {
                 change(ground, store, |rules| rules.delay_each_way(DELAY_EACH_WAY));
@@ -356,7 +356,7 @@ impl Fault {
                 change(ground, store, |rules| rules.bytes_per_second = Some(NARROW));
             }
             Kind::ConnectionsTaken => {
-                // They would be quicker to connect again.
+                // Otherwise the replicas would reconnect first.
                 let mut taken = Vec::new();
                 while_paused(services, &mut || {
                     taken = take_connections(ground)?;
@@ -379,18 +379,18 @@ impl Fault {
                     "CLIENT KILL TYPE normal SKIPME yes",
                 ],
             )?,
-            // Both in one, so that no visit comes in between.
+            // One script, so that no visit comes in between.
             Kind::WrongType => redis(
                 ground,
                 &["EVAL \"redis.call('RENAME', 'visitas_home', 'guardada') \
                    return redis.call('LPUSH', 'visitas_home', 'x')\" 0"],
             )?,
             Kind::NamesGone => {
-                ground.names.as_ref().context("no names")?.take()?;
-                ground.end_sessions_of_the_service()?;
+                ground.names.as_ref().context("no names")?.remove()?;
+                ground.end_service_sessions()?;
             }
             Kind::CollectorSilent => {
-                let way = &ground.way_to_collector;
+                let way = &ground.collector_proxy;
                 way.change(|rules| rules.silent_below = u64::MAX);
             }
             Kind::FiveInstances => {}
@@ -405,43 +405,43 @@ impl Fault {
 }
 
 impl Kind {
-    /// The proxy that carries it.
+    /// The proxy that applies the fault.
     fn proxy(self, ground: &Ground) -> Option<&Proxy> {
         match self {
             Self::SilenceEstablished(store)
             | Self::Refuse(store)
             | Self::Cut(store, _)
             | Self::Delay(store)
-            | Self::Narrow(store) => Some(ground.way_to(store)),
-            Self::CollectorSilent => Some(&ground.way_to_collector),
+            | Self::Narrow(store) => Some(ground.proxy_to(store)),
+            Self::CollectorSilent => Some(&ground.collector_proxy),
             _ => None,
         }
     }
 }
 
 impl ActiveFault {
-    /// Looks for evidence that it has taken effect, while it is in force, and returns what is
-    /// missing. A fault that harms visits shows in the harm as well.
+    /// Checks, while the fault is active, that it has taken effect, and returns the missing
+    /// evidence. For faults that harm visits, the harm is further evidence.
     pub fn missing_evidence(&self, ground: &Ground) -> Result<Option<&'static str>> {
         if let Some(proxy) = self.kind.proxy(ground)
             && proxy.effects() == self.effects_before
         {
-            return Ok(Some("the proxy had nothing to break"));
+            return Ok(Some("the proxy carried nothing that it could break"));
         }
-        let open = match self.kind {
+        let is_open = match self.kind {
             Kind::IdleTransaction => ground.sql(
                 "select count(*) > 0 from pg_stat_activity \
                  where state = 'idle in transaction' and backend_xid is not null",
             )?,
             _ => return Ok(None),
         };
-        Ok((open != "t").then_some("no transaction with visits is open and idle"))
+        Ok((is_open != "t").then_some("no transaction with visits is open and idle"))
     }
 
-    /// Mends it.
+    /// Heals the fault.
     pub fn heal(self, ground: &Ground, services: &mut [Service]) -> Result<Repair> {
         let mut others = Vec::new();
-        // As most are mended: before it works again, not after.
+        // For most faults, the time before healing is the right one.
         let mut at = Instant::now();
         match (self.kind, self.cause) {
             (Kind::Kill(store), _) => at = ground.start_again(store)?,
@@ -454,17 +454,17 @@ impl ActiveFault {
                 | Kind::Delay(store)
                 | Kind::Narrow(store),
                 _,
-            ) => ground.clear(ground.way_to(store))?,
+            ) => ground.clear(ground.proxy_to(store))?,
             (Kind::ReadOnly, _) => {
                 set_read_only(ground, false)?;
-                at = ground.postgres_answers()?;
+                at = ground.wait_for_postgres()?;
             }
             (Kind::DiskFull, _) => {
                 ground.disk.as_ref().context("no disk")?.empty()?;
                 at = ground.revive_postgres()?;
             }
-            (Kind::RestartLoop, Cause::RestartLoop(restarting)) => {
-                restarting.stop()?;
+            (Kind::RestartLoop, Cause::RestartLoop(restart_loop)) => {
+                restart_loop.stop()?;
                 at = ground.start_again(Store::Postgres)?;
             }
             (_, Cause::Sessions(sessions)) => ground.end(sessions),
@@ -472,11 +472,11 @@ impl ActiveFault {
             (Kind::Replica, _) => redis(ground, &["REPLICAOF NO ONE"])?,
             (Kind::WrongPassword, _) => {
                 let mut administrator = ground.administrator_with("outra")?;
-                administrator.say(&format!("CONFIG SET requirepass {REDIS_PASSWORD}"))?;
+                administrator.command(&format!("CONFIG SET requirepass {REDIS_PASSWORD}"))?;
             }
             (Kind::WrongType, _) => redis(ground, &["RENAME guardada visitas_home"])?,
-            (Kind::NamesGone, _) => ground.names.as_ref().context("no names")?.give()?,
-            (Kind::CollectorSilent, _) => ground.clear(&ground.way_to_collector)?,
+            (Kind::NamesGone, _) => ground.names.as_ref().context("no names")?.publish()?,
+            (Kind::CollectorSilent, _) => ground.clear(&ground.collector_proxy)?,
             (Kind::Disconnects, Cause::Storm(storm)) => others = storm.stop(ground),
             _ => {}
         }
@@ -485,17 +485,17 @@ impl ActiveFault {
 }
 
 fn change(ground: &Ground, store: Store, change: impl FnOnce(&mut Rules)) {
-    ground.way_to(store).change(change);
+    ground.proxy_to(store).change(change);
 }
 
 fn redis(ground: &Ground, lines: &[&str]) -> Result<()> {
     let mut administrator = ground.administrator()?;
     lines
         .iter()
-        .try_for_each(|line| administrator.say(line).map(drop))
+        .try_for_each(|line| administrator.command(line).map(drop))
 }
 
-/// For sessions that are open, too.
+/// Applies to open sessions as well.
 fn set_read_only(ground: &Ground, on: bool) -> Result<()> {
     let value = if on { "on" } else { "off" };
     ground.sql(&format!(
@@ -505,7 +505,7 @@ fn set_read_only(ground: &Ground, on: bool) -> Result<()> {
     Ok(())
 }
 
-/// Does something while every replica stands still.
+/// Runs `work` while every replica is suspended.
 fn while_paused(services: &[Service], work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
     match services.split_first() {
         Some((first, others)) => first.while_paused(|| while_paused(others, work)),
@@ -513,7 +513,7 @@ fn while_paused(services: &[Service], work: &mut dyn FnMut() -> Result<()>) -> R
     }
 }
 
-/// Takes every connection there is, the service's too.
+/// Takes all connections of Postgres, including those of the service.
 fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
     const TRIES: usize = 50;
     let end = "select pg_terminate_backend(pid) from pg_stat_activity \
@@ -523,7 +523,7 @@ fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
     let all: i64 = ground
         .runtime
         .block_on(sqlx::query_scalar(all).fetch_one(&mut taken[0]))?;
-    // It takes a moment for a session to end.
+    // A session needs a moment to end.
     for _ in 0..TRIES {
         while let Ok(session) = ground.session("select 1") {
             taken.push(session);
@@ -539,41 +539,41 @@ fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
     bail!("the service keeps its connections")
 }
 
-/// A thread that restarts Postgres until it is told to stop, and leaves it stopped.
+/// A thread that restarts Postgres until it is stopped. It leaves Postgres stopped.
 struct RestartLoop {
-    going: Arc<AtomicBool>,
+    running: Arc<AtomicBool>,
     thread: JoinHandle<Result<()>>,
 }
 
-/// Long enough for some visits to be made.
+/// Long enough for some visits.
 const BETWEEN_RESTARTS: Duration = Duration::from_millis(300);
 
 impl RestartLoop {
     fn start(postgres: &Arc<Postgres>) -> Self {
-        let going = Arc::new(AtomicBool::new(true));
-        let (postgres, goes) = (Arc::clone(postgres), Arc::clone(&going));
+        let running = Arc::new(AtomicBool::new(true));
+        let (postgres, keeps_running) = (Arc::clone(postgres), Arc::clone(&running));
         let thread = std::thread::spawn(move || {
             loop {
                 postgres.stop()?;
-                if !goes.load(Ordering::Relaxed) {
+                if !keeps_running.load(Ordering::Relaxed) {
                     return Ok(());
                 }
                 postgres.start_again()?;
                 std::thread::sleep(BETWEEN_RESTARTS);
             }
         });
-        Self { going, thread }
+        Self { running, thread }
     }
 
     fn stop(self) -> Result<()> {
-        self.going.store(false, Ordering::Relaxed);
+        self.running.store(false, Ordering::Relaxed);
         self.thread.join().ok().context("the thread panicked")?
     }
 }
 
-/// Clients that ask for a visit and leave, at any moment.
+/// Clients that send a visit and disconnect after a random delay.
 struct Storm {
-    going: Arc<AtomicBool>,
+    running: Arc<AtomicBool>,
     clients: Vec<tokio::task::JoinHandle<Vec<Visit>>>,
 }
 
@@ -582,11 +582,11 @@ const LONGEST_STAY: Duration = Duration::from_millis(6);
 
 impl Storm {
     fn start(ground: &Ground, services: &[Service]) -> Self {
-        let going = Arc::new(AtomicBool::new(true));
+        let running = Arc::new(AtomicBool::new(true));
         let clients = (0..STORM_CLIENTS).map(|client| {
-            let going = Arc::clone(&going);
+            let running = Arc::clone(&running);
             let replicas = services.iter().enumerate();
-            // Numbers that no client of the ledger has.
+            // Client numbers that differ from those of the ledger's clients.
             let client = usize::MAX - client;
             let visitor =
                 |(replica, service): (_, &Service)| Visitor::new(client, replica, service.address);
@@ -594,9 +594,9 @@ impl Storm {
             ground.runtime.spawn(async move {
                 let some_time = || LONGEST_STAY.mul_f64(chance::fraction());
                 let mut visits = Vec::new();
-                while going.load(Ordering::Relaxed) {
+                while running.load(Ordering::Relaxed) {
                     let visitor = &visitors[chance::below(visitors.len())];
-                    visits.push(visitor.pass_by(some_time(), client % 2 == 0).await);
+                    visits.push(visitor.visit_and_leave(some_time(), client % 2 == 0).await);
                     tokio::time::sleep(some_time()).await;
                 }
                 visits
@@ -604,13 +604,13 @@ impl Storm {
         });
         Self {
             clients: clients.collect(),
-            going,
+            running,
         }
     }
 
-    /// The visits that were asked for.
+    /// Ends the clients and returns their visits.
     fn stop(self, ground: &Ground) -> Vec<Visit> {
-        self.going.store(false, Ordering::Relaxed);
+        self.running.store(false, Ordering::Relaxed);
         let clients = self.clients.into_iter();
         let visits = clients.filter_map(|client| ground.runtime.block_on(client).ok());
         visits.flatten().collect()

@@ -1,5 +1,5 @@
-//! What a service stands on while it is being broken: a Postgres and a Redis of its own, ways to them
-//! that can be cut, and, where a fault asks for them, a small disk, names and a collector.
+//! The environment of a service under test: a Postgres, a Redis, proxies to them, and, if a fault
+//! needs them, a small disk, host names and a collector.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -18,48 +18,48 @@ use lab::{stack, wait};
 use sqlx::{Connection as _, PgConnection};
 use tokio::runtime::{Builder, Runtime};
 
-/// What a fault needs to be there.
+/// The environment that a fault needs.
 #[expect(
     clippy::struct_excessive_bools,
-    reason = "each is there or not, whatever the others are"
+    reason = "each part of the environment is independent of the others"
 )]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// The service reaches its stores through proxies. Otherwise it does so directly, so that a
-    /// server that dies looks to it as servers that die do.
+    /// The service reaches its stores through proxies. Otherwise it connects directly, so that a
+    /// killed server closes its connections as usual.
     pub proxies: bool,
     /// Settings of Postgres.
     pub postgres: &'static [(&'static str, &'static str)],
-    /// Redis asks for a password, and the service has it.
+    /// Redis requires a password, and the service has it.
     pub password: bool,
     /// The data of Postgres is on a disk that can be filled.
     pub small_disk: bool,
-    /// The service knows its stores by names that can be taken away.
+    /// The service reaches its stores by host names that can be removed.
     pub names: bool,
-    /// The service sends spans.
+    /// The service exports spans.
     pub collector: bool,
 }
 
-/// Servers and ways to them. Everything ends with this value.
+/// The servers and the proxies to them. Everything ends with this value.
 pub struct Ground {
-    /// Where load and proxies run.
+    /// The runtime of the load and the proxies.
     pub runtime: Runtime,
-    /// Shared with whoever restarts it in a loop.
+    /// Shared with the thread that restarts it in a loop.
     pub postgres: Arc<Postgres>,
     /// The cache.
     pub redis: Redis,
-    /// From the service to Postgres.
-    pub way_to_postgres: Proxy,
-    /// From the service to Redis.
-    pub way_to_redis: Proxy,
-    /// From the service to the collector.
-    pub way_to_collector: Proxy,
-    /// The names of the stores.
+    /// The proxy from the service to Postgres.
+    pub postgres_proxy: Proxy,
+    /// The proxy from the service to Redis.
+    pub redis_proxy: Proxy,
+    /// The proxy from the service to the collector.
+    pub collector_proxy: Proxy,
+    /// The host names of the stores.
     pub names: Option<Names>,
-    /// The disk of Postgres. It goes after the server.
+    /// The disk of Postgres. It must be dropped after the server.
     pub disk: Option<Disk>,
     needs: Needs,
-    /// What comes through the way to it.
+    /// The collector behind the proxy.
     _collector: Collector,
 }
 
@@ -68,35 +68,35 @@ pub struct Disk {
     mount: PathBuf,
 }
 
-/// A file of hosts that the service has in place of the system's.
+/// A hosts file that the service sees in place of the system's.
 pub struct Names {
     hosts: PathBuf,
     resolver: PathBuf,
 }
 
-/// A connection to Redis that stays what it was when logins change.
+/// An administrator's connection to Redis.
 pub struct Administrator(BufReader<TcpStream>);
 
-/// The password of a Redis that has one.
+/// The password of Redis, if it requires one.
 pub const REDIS_PASSWORD: &str = "certa";
 
 const POSTGRES_NAME: &str = "db.chaos.test";
 const REDIS_NAME: &str = "cache.chaos.test";
 
-/// Puts two files in the place of the system's, for one program alone.
+/// Mounts two files over the system's, for one program only.
 const WITH_NAMES: &str = r#"mount --bind "$1" /etc/hosts &&
 mount --bind "$2" /etc/resolv.conf && shift 2 && exec "$@""#;
 
-/// What a mount is called before the process that made it.
+/// The prefix of a mount's name; the rest is the id of the process that made it.
 const DISK: &str = "disk-";
-/// Room for a cluster, its log of changes and some visits.
+/// Enough for a cluster, its write-ahead log and some visits.
 const DISK_SIZE: &str = "size=192m";
 
-/// Recovery after a kill is the longest that a store takes.
+/// Recovery after a kill is a store's longest start.
 const RETURN_DEADLINE: Duration = Duration::from_mins(1);
 
 impl Ground {
-    /// Starts what is needed.
+    /// Starts the servers that are needed.
     pub fn start(needs: Needs) -> Result<Self> {
         let runtime = Builder::new_multi_thread()
             .worker_threads(2)
@@ -122,9 +122,9 @@ impl Ground {
         let open = |server, protocol| runtime.block_on(Proxy::open(server, protocol));
         let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
         Ok(Self {
-            way_to_postgres: open(local(postgres.port()), Protocol::Postgres)?,
-            way_to_redis: open(local(redis.port()), Protocol::Redis)?,
-            way_to_collector: open(collector.address, Protocol::Other)?,
+            postgres_proxy: open(local(postgres.port()), Protocol::Postgres)?,
+            redis_proxy: open(local(redis.port()), Protocol::Redis)?,
+            collector_proxy: open(collector.address, Protocol::Other)?,
             names: needs.names.then(Names::write).transpose()?,
             postgres: Arc::new(postgres),
             redis,
@@ -135,12 +135,12 @@ impl Ground {
         })
     }
 
-    /// The settings that lead a service here.
+    /// The settings for a service in this environment.
     pub fn settings(&self) -> Vec<(&'static str, String)> {
         let (mut postgres, mut redis) = (self.postgres.port(), self.redis.port());
         if self.needs.proxies {
-            postgres = self.way_to_postgres.port();
-            redis = self.way_to_redis.port();
+            postgres = self.postgres_proxy.port();
+            redis = self.redis_proxy.port();
         }
         let host = |name| if self.needs.names { name } else { "127.0.0.1" };
         let mut settings = stack::settings(
@@ -152,22 +152,22 @@ impl Ground {
             settings.push(("REDIS_PASSWORD", REDIS_PASSWORD.to_owned()));
         }
         if self.needs.collector {
-            let port = self.way_to_collector.port();
+            let port = self.collector_proxy.port();
             let endpoint = format!("http://127.0.0.1:{port}");
             settings.push(("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint));
-            // So that spans are exported during the fault, however few visits there are.
+            // Exports spans during the fault even if there are few visits.
             settings.push(("OTEL_BSP_SCHEDULE_DELAY", "200".to_owned()));
         }
         settings
     }
 
-    /// Runs a statement in the service's database and returns what it says.
+    /// Runs a statement in the service's database and returns its rows.
     pub fn sql(&self, statement: &str) -> Result<String> {
         self.postgres.sql(devstack::DATABASE, statement)
     }
 
     /// The `data` of all rows by id, in microseconds since 1970.
-    pub fn moments(&self) -> Result<Vec<i64>> {
+    pub fn row_times(&self) -> Result<Vec<i64>> {
         stack::rows(&self.postgres, devstack::DATABASE)
     }
 
@@ -181,43 +181,44 @@ impl Ground {
         })
     }
 
-    /// Ends sessions, and with them what they hold.
+    /// Ends sessions, which releases their locks.
     pub fn end(&self, sessions: impl IntoIterator<Item = PgConnection>) {
         self.runtime.block_on(async {
             for session in sessions {
-                // Whether it says goodbye or breaks, it is over.
+                // The session ends even if the close fails.
                 session.close().await.ok();
             }
         });
     }
 
-    /// Starts a store again and returns the moment when it first answered, or why it did not.
+    /// Restarts a store and returns the time of its first response.
     pub fn start_again(&self, store: Store) -> Result<Instant> {
         match store {
             Store::Postgres => {
-                let answer = self.runtime.spawn(first_answer(self.postgres_url()));
+                let response = self.runtime.spawn(wait_until_writable(self.postgres_url()));
                 self.postgres.start_again()?;
-                self.runtime.block_on(answer)?
+                self.runtime.block_on(response)?
             }
             Store::Redis => {
                 let port = self.redis.port();
-                let answer = std::thread::spawn(move || first_pong(port));
+                let response = std::thread::spawn(move || wait_for_redis(port));
                 self.redis.start_again()?;
-                answer.join().ok().context("the watcher panicked")?
+                response.join().ok().context("the watcher panicked")?
             }
         }
     }
 
-    /// Starts Postgres again if it has ended by itself, and returns the moment when it answers.
+    /// Restarts Postgres if it has ended by itself, and returns the time when it responds.
     pub fn revive_postgres(&self) -> Result<Instant> {
-        // It refuses where the server runs.
+        // This fails if the server still runs.
         self.postgres.start_again().ok();
-        self.postgres_answers()
+        self.wait_for_postgres()
     }
 
-    /// Waits until Postgres takes a new session that may write.
-    pub fn postgres_answers(&self) -> Result<Instant> {
-        self.runtime.block_on(first_answer(self.postgres_url()))
+    /// Waits until a new session of Postgres can write.
+    pub fn wait_for_postgres(&self) -> Result<Instant> {
+        self.runtime
+            .block_on(wait_until_writable(self.postgres_url()))
     }
 
     /// One of the two servers.
@@ -228,26 +229,26 @@ impl Ground {
         }
     }
 
-    /// The way to one of the two servers.
-    pub fn way_to(&self, store: Store) -> &Proxy {
+    /// The proxy to one of the two servers.
+    pub fn proxy_to(&self, store: Store) -> &Proxy {
         match store {
-            Store::Postgres => &self.way_to_postgres,
-            Store::Redis => &self.way_to_redis,
+            Store::Postgres => &self.postgres_proxy,
+            Store::Redis => &self.redis_proxy,
         }
     }
 
-    /// Lets everything pass on a way to a server again.
-    pub fn clear(&self, way: &Proxy) -> Result<()> {
-        self.runtime.block_on(way.clear())
+    /// Removes all rules of a proxy.
+    pub fn clear(&self, proxy: &Proxy) -> Result<()> {
+        self.runtime.block_on(proxy.clear())
     }
 
-    /// Ends every session that the service has with either store.
-    pub fn end_sessions_of_the_service(&self) -> Result<()> {
+    /// Ends all sessions between the service and both stores.
+    pub fn end_service_sessions(&self) -> Result<()> {
         self.sql(
             "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'visitas'",
         )?;
         self.administrator()?
-            .say("CLIENT KILL TYPE normal SKIPME yes")?;
+            .command("CLIENT KILL TYPE normal SKIPME yes")?;
         Ok(())
     }
 
@@ -263,11 +264,11 @@ impl Ground {
     /// Logs in to Redis with a password.
     pub fn administrator_with(&self, password: &str) -> Result<Administrator> {
         let mut administrator = Administrator::connect(self.redis.port())?;
-        administrator.say(&format!("AUTH {password}"))?;
+        administrator.command(&format!("AUTH {password}"))?;
         Ok(administrator)
     }
 
-    /// What starts a service that sees the names of this ground: the program goes behind it.
+    /// The command prefix for a service that sees this environment's host names.
     pub fn wrapping(&self) -> Vec<String> {
         let Some(names) = &self.names else {
             return Vec::new();
@@ -293,19 +294,19 @@ pub enum Store {
     Redis,
 }
 
-/// Why this cannot be had on this machine, if it cannot.
-pub fn obstacle(needs: Needs) -> Option<String> {
+/// Why this machine cannot provide the environment, or `None` if it can.
+pub fn skip_reason(needs: Needs) -> Option<String> {
     if !needs.small_disk && !needs.names {
         return None;
     }
-    let tried = Command::new("unshare")
+    let result = Command::new("unshare")
         .args(["--mount", "--", "mount", "-t", "tmpfs", "tmpfs", "/mnt"])
         .output();
-    match tried {
+    match result {
         Ok(output) if output.status.success() => None,
         Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stderr);
-            Some(format!("mounting is not allowed: {}", said.trim()))
+            let reason = String::from_utf8_lossy(&output.stderr);
+            Some(format!("mounting is not allowed: {}", reason.trim()))
         }
         Err(error) => Some(format!("unshare: {error}")),
     }
@@ -329,7 +330,7 @@ impl Disk {
         Ok(Self { mount })
     }
 
-    /// Takes away what others have left that could not do so themselves.
+    /// Unmounts disks of processes that were killed.
     fn clear_abandoned(folder: &Path) -> Result<()> {
         for entry in fs::read_dir(folder)? {
             let entry = entry?;
@@ -342,7 +343,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Fills it to the last byte.
+    /// Fills the disk to the last byte.
     pub fn fill(&self) -> Result<()> {
         let mut filler = fs::File::create(self.filler())?;
         let zeros = vec![0; 64 * 1024];
@@ -350,7 +351,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Gives the room back.
+    /// Frees the space.
     pub fn empty(&self) -> Result<()> {
         Ok(fs::remove_file(self.filler())?)
     }
@@ -366,7 +367,7 @@ impl Drop for Disk {
     }
 }
 
-/// Best effort. Lazily, since what watches over the server may still be there.
+/// Best effort. Lazily, since the server's supervisor can still use the disk.
 fn unmount(mount: &Path) {
     let unmounted = Command::new("umount").arg("-l").arg(mount).status();
     if unmounted.is_ok_and(|status| status.success()) {
@@ -382,30 +383,30 @@ impl Names {
             hosts: folder.join("hosts"),
             resolver: folder.join("resolv.conf"),
         };
-        // Nobody serves names here: what the file of hosts does not have does not exist.
+        // No name server runs there: only names in the hosts file resolve.
         fs::write(
             &names.resolver,
             "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n",
         )?;
-        names.give()?;
+        names.publish()?;
         Ok(names)
     }
 
     /// Makes the names resolve.
-    pub fn give(&self) -> Result<()> {
+    pub fn publish(&self) -> Result<()> {
         write_in_place(
             &self.hosts,
             &format!("127.0.0.1 localhost {POSTGRES_NAME} {REDIS_NAME}\n"),
         )
     }
 
-    /// Takes the names away.
-    pub fn take(&self) -> Result<()> {
+    /// Removes the names.
+    pub fn remove(&self) -> Result<()> {
         write_in_place(&self.hosts, "127.0.0.1 localhost\n")
     }
 }
 
-/// The file stays the same one, since it is mounted elsewhere.
+/// Keeps the inode, since the file is mounted elsewhere.
 fn write_in_place(file: &Path, text: &str) -> Result<()> {
     Ok(fs::write(file, text)?)
 }
@@ -417,48 +418,48 @@ impl Administrator {
         Ok(Self(BufReader::new(stream)))
     }
 
-    /// Says a line and returns the first line of the answer.
-    pub fn say(&mut self, line: &str) -> Result<String> {
+    /// Sends a command and returns the first line of the reply.
+    pub fn command(&mut self, line: &str) -> Result<String> {
         self.0
             .get_mut()
             .write_all(format!("{line}\r\n").as_bytes())?;
-        let mut answer = String::new();
-        self.0.read_line(&mut answer)?;
+        let mut reply = String::new();
+        self.0.read_line(&mut reply)?;
         ensure!(
-            !answer.is_empty() && !answer.starts_with('-'),
-            "Redis answered {line:?} with {answer:?}"
+            !reply.is_empty() && !reply.starts_with('-'),
+            "Redis replied to {line:?} with {reply:?}"
         );
-        Ok(answer.trim_end().to_owned())
+        Ok(reply.trim_end().to_owned())
     }
 }
 
-/// When a new session of Postgres first may write.
-async fn first_answer(url: String) -> Result<Instant> {
+/// Waits until a new session of Postgres can write, and returns the time.
+async fn wait_until_writable(url: String) -> Result<Instant> {
     let deadline = Instant::now() + RETURN_DEADLINE;
     while Instant::now() < deadline {
-        match tokio::time::timeout(RETURN_DEADLINE, may_write(&url)).await? {
+        match tokio::time::timeout(RETURN_DEADLINE, can_write(&url)).await? {
             Ok(true) => return Ok(Instant::now()),
             Ok(false) | Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
         }
     }
-    bail!("Postgres does not answer")
+    bail!("Postgres does not respond")
 }
 
-async fn may_write(url: &str) -> sqlx::Result<bool> {
+async fn can_write(url: &str) -> sqlx::Result<bool> {
     let mut session = PgConnection::connect(url).await?;
-    let may_write = sqlx::query_scalar("select current_setting('transaction_read_only') = 'off'")
+    let result = sqlx::query_scalar("select current_setting('transaction_read_only') = 'off'")
         .fetch_one(&mut session)
         .await;
     session.close().await.ok();
-    may_write
+    result
 }
 
-/// When Redis first answers.
-fn first_pong(port: u16) -> Result<Instant> {
-    let answers = wait::within(RETURN_DEADLINE, || {
-        let pong = Administrator::connect(port).and_then(|mut redis| redis.say("PING"));
+/// Waits until Redis responds, and returns the time.
+fn wait_for_redis(port: u16) -> Result<Instant> {
+    let responds = wait::within(RETURN_DEADLINE, || {
+        let pong = Administrator::connect(port).and_then(|mut redis| redis.command("PING"));
         pong.is_ok()
     });
-    ensure!(answers, "Redis does not answer");
+    ensure!(responds, "Redis does not respond");
     Ok(Instant::now())
 }

@@ -1,4 +1,4 @@
-//! Clients that mean no good, beside some that do: what the latter notice.
+//! Hostile clients, and their effect on the visits of regular clients.
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
@@ -21,183 +21,185 @@ use tokio::time::{sleep, timeout};
 use crate::ground::{Ground, Needs};
 use crate::service::Service;
 
-/// What clients can do to a service.
+/// A kind of attack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attack {
-    /// A head that comes byte by byte.
-    SlowHead,
-    /// The first 31 KiB of a head, and no more.
-    HalfHead,
-    /// A body that comes byte by byte.
+    /// Headers that arrive byte by byte.
+    SlowHeaders,
+    /// The first 31 KiB of unfinished headers.
+    HalfHeaders,
+    /// A body that arrives byte by byte.
     SlowBody,
-    /// A body in chunks that never ends.
+    /// A chunked body that never ends.
     EndlessBody,
-    /// Many visits in one go, and no answer is read.
+    /// Many pipelined visits whose responses are not read.
     UnreadVisits,
-    /// The same with scrapes, which are longer and take more work.
+    /// Many pipelined scrapes whose responses are not read; they are longer and cost more.
     UnreadScrapes,
-    /// Nothing, after one request.
+    /// Idle after one request.
     Idle,
-    /// Heads of some hundred kilobytes.
-    LongHead,
-    /// Heads of ten thousand fields.
+    /// Headers of several hundred kilobytes.
+    LongHeaders,
+    /// Headers of ten thousand fields.
     ManyFields,
     /// Bodies of a hundred megabytes.
     LongBody,
-    /// `traceparent` and `x-request-id` that make no sense.
+    /// Invalid `traceparent` and `x-request-id` headers.
     AbsurdHeaders,
-    /// Values that are no text.
+    /// Header values that are not text.
     InvalidBytes,
 }
 
-/// What came of an attack.
+/// The result of an attack.
 #[derive(Clone, Debug)]
-pub struct Damage {
-    /// Which it was.
+pub struct AttackResult {
+    /// The kind of attack.
     pub attack: Attack,
-    /// How many clients made it.
+    /// The number of attacking clients.
     pub clients: usize,
-    /// Seconds, of each round: of a hundred visits of others, one took longer before it.
+    /// The 99th percentile of regular clients before the attack, in seconds, for each round.
     pub normal_p99: Vec<f64>,
-    /// The same while it lasted.
+    /// The 99th percentile of regular clients during the attack, in seconds, for each round.
     pub p99: Vec<f64>,
-    /// Of the visits that were due meanwhile, the share that was answered, in the worst round.
-    pub answered: f64,
-    /// The worst latency of a probe meanwhile.
+    /// The share of due regular visits that got a response, in the worst round.
+    pub responded: f64,
+    /// The longest response to a health probe during the attack.
     pub probe: Duration,
-    /// Probes that were not answered 200.
+    /// Probes without status 200.
     pub failed_probes: usize,
-    /// What the attackers saw.
-    pub seen: Sightings,
-    /// What the machine kept waiting before the attacks.
+    /// The counts of the attackers.
+    pub counts: AttackerCounts,
+    /// The machine's own delays before the attacks.
     pub normal_stalls: Stalls,
-    /// The same while they lasted.
+    /// The machine's own delays during the attacks.
     pub stalls: Stalls,
 }
 
-/// What attackers saw.
+/// The counts of the attackers.
 #[derive(Clone, Debug, Default)]
-pub struct Sightings {
-    /// How often they were connected.
+pub struct AttackerCounts {
+    /// The number of connections.
     pub connected: usize,
-    /// How often the service closed before they had said all they would.
-    pub cut: usize,
-    /// What they were answered, by status, how often.
-    pub answers: BTreeMap<u16, usize>,
+    /// How often the service closed a connection before the attacker had finished.
+    pub closed_early: usize,
+    /// The number of responses by status.
+    pub responses: BTreeMap<u16, usize>,
 }
 
-/// What came of all attacks.
+/// The results of all attacks.
 #[derive(Clone, Debug)]
 pub struct Hostile {
-    /// Each attack.
-    pub damages: Vec<Damage>,
-    /// The most memory that was resident.
+    /// The result of each attack.
+    pub attacks: Vec<AttackResult>,
+    /// The peak resident memory.
     pub memory: Option<Mebibytes>,
-    /// Memory of spans that no collector takes, of requests that are as long as they may be.
+    /// Memory of queued spans of maximum-length requests while the collector does not respond.
     pub spans: Mebibytes,
     /// Violations.
-    pub complaints: Vec<String>,
+    pub violations: Vec<String>,
 }
 
-/// Shared by the attackers.
+/// Counts that are shared by the attackers.
 #[derive(Clone, Default)]
-struct Witness(Arc<Mutex<Sightings>>);
+struct SharedCounts(Arc<Mutex<AttackerCounts>>);
 
 /// All attacks, in the report's order.
 pub const ALL: [Attack; 12] = [
-    Attack::SlowHead,
-    Attack::HalfHead,
+    Attack::SlowHeaders,
+    Attack::HalfHeaders,
     Attack::SlowBody,
     Attack::EndlessBody,
     Attack::UnreadVisits,
     Attack::UnreadScrapes,
     Attack::Idle,
-    Attack::LongHead,
+    Attack::LongHeaders,
     Attack::ManyFields,
     Attack::LongBody,
     Attack::AbsurdHeaders,
     Attack::InvalidBytes,
 ];
 
-/// Visits of those who mean well, a second, and how many connections they use.
-const GOOD_RATE: f64 = 200.0;
-const GOOD_CLIENTS: usize = 8;
-/// So that slow heads are cut while somebody watches.
+/// The visits per second of regular clients, and their connections.
+const REGULAR_RATE: f64 = 200.0;
+const REGULAR_CLIENTS: usize = 8;
+/// Short enough that slow headers time out during a round.
 const HEADER_TIMEOUT: &str = "1s";
 
-/// When to give up on calm, and how long it lasts before it counts as such.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Timeout for the attackers' connections to close, and the pause between two checks.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 const MOMENT: Duration = Duration::from_millis(200);
 
-/// Between two bytes of whoever is slow.
+/// The pause between two bytes of a slow client.
 const DRIP: Duration = Duration::from_millis(200);
-/// Between two requests of whoever is not.
+/// The pause between two connections of an attacker.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Whoever is not read for this long has said enough.
-const LONGEST_SAYING: Duration = Duration::from_secs(1);
-/// How many requests are made before an answer is read.
+/// Timeout for sending an attack's first bytes.
+const SEND_TIMEOUT: Duration = Duration::from_secs(1);
+/// The number of pipelined requests.
 const UNREAD: usize = 100;
-/// Between two connections that are opened.
+/// The delay between the starts of two attackers.
 const STAGGER: Duration = Duration::from_micros(200);
 
 /// Requests with a path and a user agent of this many bytes, each of which is sampled.
 const LONG_REQUESTS: usize = 12_800;
 const LONG: usize = 15_000;
-/// Series of the spans that the exporter's queue has no room for.
+/// The series of spans that were dropped because the exporter's queue was full.
 const QUEUE_FULL: &str = "otel_sdk_processor_span_processed_total{\
     otel_component_name=\"batching_span_processor/0\",\
     otel_component_type=\"batching_span_processor\",error_type=\"queue_full\"}";
 
-/// Makes one attack after the other, each so many times for `duration`, with so many idle
-/// connections. Others visit meanwhile, and for as long before each.
+/// Runs all attacks in sequence, each for `rounds` rounds of `duration`. Regular clients visit
+/// during each attack, and for the same time before it.
 pub fn run(rounds: usize, duration: Duration, idle: usize) -> Result<Hostile> {
-    // Where that is not enough, attackers have to wait.
+    // With a lower limit, some attackers have to wait.
     rlimit::increase_nofile_limit(idle as u64 + 2000).ok();
     let ground = Ground::start(Needs::default())?;
     let mut service = Service::new(&ground)?;
     service.set("HEADER_TIMEOUT", HEADER_TIMEOUT);
     service.start()?;
-    service.until_ready()?;
-    good(service.address, duration)?;
+    service.wait_until_ready()?;
+    regular_visits(service.address, duration)?;
 
-    let mut damages = Vec::new();
-    let mut complaints = Vec::new();
+    let mut attacks = Vec::new();
+    let mut violations = Vec::new();
     for attack in ALL {
-        let mut damage = Damage::new(attack, attack.clients(idle));
+        let mut result = AttackResult::new(attack, attack.clients(idle));
         for _ in 0..rounds {
-            damage.suffer(&ground, service.address, duration)?;
-            if !calms_down(&service) {
-                complaints.push(format!("connections of {attack:?} stay"));
+            result.run_round(&ground, service.address, duration)?;
+            if !connections_close(&service) {
+                violations.push(format!("connections of {attack:?} stay open"));
             }
         }
-        damages.push(damage);
+        attacks.push(result);
     }
 
-    complaints.extend(service.panics());
+    violations.extend(service.panics());
     let (total, _) = client::visit(service.address)?;
-    let rows = ground.moments()?.len();
+    let rows = ground.row_times()?.len();
     if usize::try_from(total).ok() != Some(rows) {
-        complaints.push(format!("the service says {total} where {rows} rows are"));
+        violations.push(format!(
+            "the service returned {total} with {rows} rows in the table"
+        ));
     }
-    complaints.extend(damages.iter().flat_map(|damage| damage.complaints(rounds)));
+    violations.extend(attacks.iter().flat_map(|result| result.violations(rounds)));
     Ok(Hostile {
-        damages,
+        attacks,
         memory: service.peak_memory(),
         spans: memory_of_spans(&ground)?,
-        complaints,
+        violations,
     })
 }
 
-/// Makes long requests of a service whose collector accepts the connection and stalls, and says how
-/// much memory that takes.
+/// Sends long requests to a service whose collector accepts connections and never responds, and
+/// returns the memory that the queued spans take.
 fn memory_of_spans(ground: &Ground) -> Result<Mebibytes> {
-    // The system accepts for it, and nothing is ever read.
+    // The system completes the connections; no data is ever read.
     let collector = TcpListener::bind("127.0.0.1:0")?;
     let mut service = Service::new(ground)?;
     let endpoint = format!("http://{}", collector.local_addr()?);
     service.set("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint);
     service.start()?;
-    service.until_ready()?;
+    service.wait_until_ready()?;
     let memory = || service.memory().context("no /proc");
     let before = memory()?;
     let (path, agent) = ("p".repeat(LONG), "a".repeat(LONG));
@@ -207,19 +209,22 @@ fn memory_of_spans(ground: &Ground) -> Result<Mebibytes> {
     for _ in 0..LONG_REQUESTS {
         let mut stream = std::net::TcpStream::connect(service.address)?;
         stream.write_all(request.as_bytes())?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        ensure!(answer.starts_with("HTTP/1.1 404"), "answered {answer}");
+        let mut response = String::new();
+        stream.read_to_string(&mut response)?;
+        ensure!(
+            response.starts_with("HTTP/1.1 404"),
+            "unexpected response {response}"
+        );
     }
     let dropped = service.metric(QUEUE_FULL);
-    ensure!(dropped > Some(0.0), "the queue of spans was never full");
+    ensure!(dropped > Some(0.0), "the span queue was never full");
     Ok(Mebibytes(memory()?.0 - before.0))
 }
 
-/// Waits until whoever attacked is gone and forgotten, and says whether that came to pass.
-fn calms_down(service: &Service) -> bool {
-    // The one that asks is one.
-    let calm = within(PATIENCE, || {
+/// Waits until the attackers' connections are closed, and returns whether they are.
+fn connections_close(service: &Service) -> bool {
+    // The scrape's own connection is the only one left.
+    let closed = within(CLOSE_TIMEOUT, || {
         let is_alone = service.metric("visitas_http_connections") == Some(1.0);
         if !is_alone {
             std::thread::sleep(MOMENT);
@@ -227,71 +232,81 @@ fn calms_down(service: &Service) -> bool {
         is_alone
     });
     std::thread::sleep(MOMENT);
-    calm
+    closed
 }
 
-/// Visits of those who mean well.
-fn good(address: SocketAddr, duration: Duration) -> Result<Latency> {
-    paced::run(address, GOOD_CLIENTS, Pace::Constant(GOOD_RATE), duration)
+/// Visits of regular clients.
+fn regular_visits(address: SocketAddr, duration: Duration) -> Result<Latency> {
+    paced::run(
+        address,
+        REGULAR_CLIENTS,
+        Pace::Constant(REGULAR_RATE),
+        duration,
+    )
 }
 
-impl Damage {
+impl AttackResult {
     fn new(attack: Attack, clients: usize) -> Self {
         Self {
             attack,
             clients,
             normal_p99: Vec::new(),
             p99: Vec::new(),
-            answered: 1.0,
+            responded: 1.0,
             probe: Duration::ZERO,
             failed_probes: 0,
-            seen: Sightings::default(),
+            counts: AttackerCounts::default(),
             normal_stalls: Stalls::default(),
             stalls: Stalls::default(),
         }
     }
 
-    /// Violations, of the service or of the attack.
-    fn complaints(&self, rounds: usize) -> Vec<String> {
-        let (attack, seen) = (self.attack, &self.seen);
-        let mut complaints = Vec::new();
-        let others = seen
-            .answers
+    /// Violations by the service, and defects of the attack itself.
+    fn violations(&self, rounds: usize) -> Vec<String> {
+        let (attack, counts) = (self.attack, &self.counts);
+        let mut violations = Vec::new();
+        let unexpected = counts
+            .responses
             .keys()
             .filter(|status| !attack.allowed().contains(status));
-        complaints.extend(others.map(|status| format!("{attack:?} was answered {status}")));
-        if seen.connected < rounds * self.clients {
-            let connected = seen.connected;
-            complaints.push(format!("{attack:?} was connected {connected} times only"));
+        violations.extend(unexpected.map(|status| format!("{attack:?} got the status {status}")));
+        if counts.connected < rounds * self.clients {
+            let connected = counts.connected;
+            violations.push(format!("{attack:?} connected only {connected} times"));
         }
-        if !attack.allowed().is_empty() && seen.answers.is_empty() {
-            complaints.push(format!("{attack:?} was not answered"));
+        if !attack.allowed().is_empty() && counts.responses.is_empty() {
+            violations.push(format!("{attack:?} got no response"));
         }
-        if matches!(attack, Attack::SlowHead | Attack::HalfHead) && seen.cut == 0 {
-            complaints.push(format!("{attack:?} was never cut"));
+        if matches!(attack, Attack::SlowHeaders | Attack::HalfHeaders) && counts.closed_early == 0 {
+            violations.push(format!("no connection of {attack:?} was closed"));
         }
-        complaints
+        violations
     }
 
-    /// One round.
-    fn suffer(&mut self, ground: &Ground, address: SocketAddr, duration: Duration) -> Result<()> {
+    /// Runs one round.
+    fn run_round(
+        &mut self,
+        ground: &Ground,
+        address: SocketAddr,
+        duration: Duration,
+    ) -> Result<()> {
         let attack = self.attack;
         let folder = devstack::folder()?;
         let stalls = StallWatch::start(&folder)?;
-        self.normal_p99.push(good(address, duration)?.p99);
+        self.normal_p99.push(regular_visits(address, duration)?.p99);
         self.normal_stalls = self.normal_stalls.max(stalls.stop());
         let (stop, stopped) = watch::channel(false);
-        let witness = Witness::default();
+        let counts = SharedCounts::default();
         let attackers: Vec<_> = (0_u32..)
             .take(self.clients)
             .map(|index| {
                 let mut stopped = stopped.clone();
-                let witness = witness.clone();
+                let counts = counts.clone();
                 ground.runtime.spawn(async move {
                     let stop = async { stopped.wait_for(|stop| *stop).await.map(drop).ok() };
                     let work = async {
                         sleep(STAGGER * index).await;
-                        attack.make(address, &witness).await;
+                        attack.make(address, &counts).await;
                     };
                     tokio::select! {
                         () = work => {}
@@ -303,8 +318,8 @@ impl Damage {
         std::thread::sleep(STAGGER * u32::try_from(self.clients)?);
         let stalls = StallWatch::start(&folder)?;
         let probes = Probes::start(address);
-        let during =
-            good(address, duration).with_context(|| format!("good visits beside {attack:?}"))?;
+        let during = regular_visits(address, duration)
+            .with_context(|| format!("regular visits during {attack:?}"))?;
         let (probe, failed_probes) = probes.stop();
         self.stalls = self.stalls.max(stalls.stop());
         stop.send_replace(true);
@@ -312,14 +327,14 @@ impl Damage {
             ground.runtime.block_on(attacker).ok();
         }
         self.p99.push(during.p99);
-        self.answered = self.answered.min(during.answered);
+        self.responded = self.responded.min(during.responded);
         self.probe = self.probe.max(probe);
         self.failed_probes += failed_probes;
-        let seen = witness.seen();
-        self.seen.connected += seen.connected;
-        self.seen.cut += seen.cut;
-        for (status, times) in &seen.answers {
-            *self.seen.answers.entry(*status).or_default() += times;
+        let counts = counts.lock();
+        self.counts.connected += counts.connected;
+        self.counts.closed_early += counts.closed_early;
+        for (status, times) in &counts.responses {
+            *self.counts.responses.entry(*status).or_default() += times;
         }
         Ok(())
     }
@@ -328,12 +343,12 @@ impl Damage {
 impl Attack {
     fn clients(self, idle: usize) -> usize {
         match self {
-            Self::SlowHead | Self::SlowBody => 500,
+            Self::SlowHeaders | Self::SlowBody => 500,
             Self::UnreadVisits | Self::UnreadScrapes => 50,
             Self::Idle => idle,
-            Self::HalfHead => idle * 2 / 5,
+            Self::HalfHeaders => idle * 2 / 5,
             Self::EndlessBody
-            | Self::LongHead
+            | Self::LongHeaders
             | Self::ManyFields
             | Self::LongBody
             | Self::AbsurdHeaders
@@ -341,68 +356,69 @@ impl Attack {
         }
     }
 
-    /// The statuses that it may be answered with.
+    /// The allowed statuses of the responses.
     fn allowed(self) -> &'static [u16] {
         match self {
-            Self::SlowHead | Self::HalfHead | Self::UnreadVisits | Self::UnreadScrapes => &[],
+            Self::SlowHeaders | Self::HalfHeaders | Self::UnreadVisits | Self::UnreadScrapes => &[],
             Self::SlowBody | Self::EndlessBody | Self::LongBody => &[405],
             Self::Idle | Self::AbsurdHeaders => &[200],
-            Self::LongHead | Self::ManyFields => &[431],
-
+            Self::LongHeaders | Self::ManyFields => &[431],
             Self::InvalidBytes => &[200, 400],
         }
     }
 
-    /// Goes on until it is dropped.
-    async fn make(self, address: SocketAddr, witness: &Witness) {
+    /// Repeats the attack until the future is dropped.
+    async fn make(self, address: SocketAddr, counts: &SharedCounts) {
         let mut turn = 0;
         loop {
-            // Whatever comes of it is answered, or is not.
-            self.strike(address, turn, witness).await.ok();
+            // Errors are expected: the service closes connections.
+            self.strike(address, turn, counts).await.ok();
             turn += 1;
             sleep(PAUSE).await;
         }
     }
 
-    async fn strike(self, address: SocketAddr, turn: usize, witness: &Witness) -> Result<()> {
+    async fn strike(self, address: SocketAddr, turn: usize, counts: &SharedCounts) -> Result<()> {
         let socket = TcpSocket::new_v4()?;
         if self.reads_nothing() {
             socket.set_recv_buffer_size(4096)?;
         }
         let mut stream = socket.connect(address).await?;
-        witness.seen().connected += 1;
-        // What is refused need not be read to its end.
-        timeout(LONGEST_SAYING, stream.write_all(&self.opening(turn)))
+        counts.lock().connected += 1;
+        // The service is allowed to respond before it has read everything.
+        timeout(SEND_TIMEOUT, stream.write_all(&self.opening(turn)))
             .await
             .ok();
         match self {
-            Self::SlowHead | Self::UnreadVisits | Self::UnreadScrapes => {
-                drip(&mut stream, b"x", witness).await;
+            Self::SlowHeaders | Self::UnreadVisits | Self::UnreadScrapes => {
+                drip(&mut stream, b"x", counts).await;
             }
-            Self::HalfHead => {
-                // It is to be cut without a word.
-                if note(&mut stream, witness).await.is_err() {
-                    witness.seen().cut += 1;
+            Self::HalfHeaders => {
+                // The service must close without a response.
+                if count_response(&mut stream, counts).await.is_err() {
+                    counts.lock().closed_early += 1;
                 }
             }
             Self::SlowBody => {
-                // It need not read the body to answer.
-                timeout(DRIP, note(&mut stream, witness)).await.ok();
-                drip(&mut stream, b"x", witness).await;
+                // The service can respond without reading the body.
+                timeout(DRIP, count_response(&mut stream, counts))
+                    .await
+                    .ok();
+                drip(&mut stream, b"x", counts).await;
             }
             Self::EndlessBody => {
-                note(&mut stream, witness).await?;
-                drip(&mut stream, b"1\r\nx\r\n", witness).await;
+                count_response(&mut stream, counts).await?;
+                drip(&mut stream, b"1\r\nx\r\n", counts).await;
             }
             Self::Idle => {
-                note(&mut stream, witness).await?;
-                until_closed(&mut stream).await?;
+                count_response(&mut stream, counts).await?;
+                read_until_closed(&mut stream).await?;
             }
-            Self::LongHead
+            Self::LongHeaders
             | Self::ManyFields
             | Self::LongBody
             | Self::AbsurdHeaders
-            | Self::InvalidBytes => note(&mut stream, witness).await?,
+            | Self::InvalidBytes => count_response(&mut stream, counts).await?,
         }
         Ok(())
     }
@@ -411,15 +427,15 @@ impl Attack {
         matches!(self, Self::UnreadVisits | Self::UnreadScrapes)
     }
 
-    /// What it begins with, by the number of its turn.
+    /// The first bytes of the attack, by the number of the turn.
     fn opening(self, turn: usize) -> Vec<u8> {
         let request = |line: &str, fields: &[u8]| {
-            let head = format!("{line} HTTP/1.1\r\nhost: chaos\r\n");
-            [head.as_bytes(), fields].concat()
+            let start = format!("{line} HTTP/1.1\r\nhost: chaos\r\n");
+            [start.as_bytes(), fields].concat()
         };
         match self {
-            Self::SlowHead => request("GET /", b"x-slow: "),
-            Self::HalfHead => half_head(),
+            Self::SlowHeaders => request("GET /", b"x-slow: "),
+            Self::HalfHeaders => half_headers(),
             Self::SlowBody => request("POST /", b"content-length: 60000\r\n\r\n"),
             Self::EndlessBody => {
                 let fields = b"transfer-encoding: chunked\r\n\r\n";
@@ -428,7 +444,7 @@ impl Attack {
             Self::UnreadVisits => request("GET /", b"\r\n").repeat(UNREAD),
             Self::UnreadScrapes => request("GET /metrics", b"\r\n").repeat(UNREAD),
             Self::Idle => request("GET /health/live", b"\r\n"),
-            Self::LongHead => {
+            Self::LongHeaders => {
                 let long = "x".repeat(300_000);
                 request("GET /", format!("x-long: {long}\r\n\r\n").as_bytes())
             }
@@ -478,14 +494,14 @@ impl Attack {
     }
 }
 
-impl Witness {
-    fn seen(&self) -> MutexGuard<'_, Sightings> {
+impl SharedCounts {
+    fn lock(&self) -> MutexGuard<'_, AttackerCounts> {
         locked(&self.0)
     }
 }
 
-/// Of a head that never ends: a little more, and it is refused.
-pub(crate) fn half_head() -> Vec<u8> {
+/// Unfinished headers, slightly below the maximum length.
+pub(crate) fn half_headers() -> Vec<u8> {
     [
         b"GET / HTTP/1.1\r\nhost: chaos\r\nx-half: ",
         &*vec![b'x'; 31 * 1024],
@@ -493,33 +509,33 @@ pub(crate) fn half_head() -> Vec<u8> {
     .concat()
 }
 
-/// A little now and then, until the service closes.
-async fn drip(stream: &mut TcpStream, drop: &[u8], witness: &Witness) {
-    while stream.write_all(drop).await.is_ok() {
+/// Sends a few bytes from time to time until the service closes.
+async fn drip(stream: &mut TcpStream, bytes: &[u8], counts: &SharedCounts) {
+    while stream.write_all(bytes).await.is_ok() {
         sleep(DRIP).await;
     }
-    witness.seen().cut += 1;
+    counts.lock().closed_early += 1;
 }
 
-/// Reads and says nothing.
-async fn until_closed(stream: &mut TcpStream) -> Result<()> {
+/// Reads until the service closes.
+async fn read_until_closed(stream: &mut TcpStream) -> Result<()> {
     let mut rest = [0; 1024];
     while stream.read(&mut rest).await? > 0 {}
     Ok(())
 }
 
-/// Writes down the status of an answer.
-async fn note(stream: &mut TcpStream, witness: &Witness) -> Result<()> {
+/// Counts the status of a response.
+async fn count_response(stream: &mut TcpStream, counts: &SharedCounts) -> Result<()> {
     let mut bytes = [0; 12];
     timeout(Duration::from_secs(5), stream.read_exact(&mut bytes)).await??;
     let status = std::str::from_utf8(&bytes[9..])?.parse()?;
-    *witness.seen().answers.entry(status).or_default() += 1;
+    *counts.lock().responses.entry(status).or_default() += 1;
     Ok(())
 }
 
-/// A thread that asks for health.
+/// A thread that sends health probes.
 struct Probes {
-    going: Arc<AtomicBool>,
+    running: Arc<AtomicBool>,
     thread: std::thread::JoinHandle<(Duration, usize)>,
 }
 
@@ -527,27 +543,27 @@ const PROBE_EVERY: Duration = Duration::from_millis(50);
 
 impl Probes {
     fn start(address: SocketAddr) -> Self {
-        let going = Arc::new(AtomicBool::new(true));
-        let goes = Arc::clone(&going);
+        let running = Arc::new(AtomicBool::new(true));
+        let keeps_running = Arc::clone(&running);
         let thread = std::thread::spawn(move || {
             let (mut worst, mut failed) = (Duration::ZERO, 0);
-            while goes.load(Ordering::Relaxed) {
+            while keeps_running.load(Ordering::Relaxed) {
                 for path in ["/health/live", "/health/ready"] {
                     let asked = Instant::now();
-                    let answer = client::get(address, path);
+                    let response = client::get(address, path);
                     worst = worst.max(asked.elapsed());
-                    failed += usize::from(!answer.is_ok_and(|answer| answer.status == 200));
+                    failed += usize::from(!response.is_ok_and(|response| response.status == 200));
                 }
                 std::thread::sleep(PROBE_EVERY);
             }
             (worst, failed)
         });
-        Self { going, thread }
+        Self { running, thread }
     }
 
-    /// The worst latency, and how many failed.
+    /// Returns the longest response and the number of failed probes.
     fn stop(self) -> (Duration, usize) {
-        self.going.store(false, Ordering::Relaxed);
+        self.running.store(false, Ordering::Relaxed);
         self.thread.join().unwrap_or((Duration::MAX, usize::MAX))
     }
 }

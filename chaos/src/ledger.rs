@@ -1,4 +1,4 @@
-//! Clients that visit until they are stopped, and every visit of theirs.
+//! Clients that visit until they are stopped, and a record of all their visits.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,57 +13,58 @@ use tokio::task::JoinHandle;
 
 use crate::chance;
 
-/// Clients under way. Each makes its next visit shortly after the one before.
+/// Running clients. Each makes its next visit shortly after the previous one.
 pub struct Ledger {
     visits: Arc<Mutex<Vec<Visit>>>,
-    going: Arc<AtomicBool>,
+    running: Arc<AtomicBool>,
     clients: Vec<JoinHandle<()>>,
     runtime: Handle,
 }
 
-/// Enough that a batch is on its way at almost any moment.
+/// Enough that a batch is in flight almost always.
 const CLIENTS: usize = 16;
 
-/// The least pause after a refusal, which is quick: retrying at once would only heat the machine.
+/// The minimum pause after a refusal. Refusals are quick: retrying at once would only load the
+/// processors.
 const PAUSE_AFTER_REFUSAL: Duration = Duration::from_millis(5);
 
 impl Ledger {
-    /// Starts clients, each of which asks a random replica for each of its visits, keeps a connection
-    /// to each, and pauses this long between two visits.
+    /// Starts the clients. Each client sends each visit to a random replica, keeps a connection to
+    /// each replica, and pauses for `pause` between visits.
     #[must_use]
     pub fn start(runtime: &Handle, addresses: &[SocketAddr], pause: Duration) -> Self {
         let visits = Arc::new(Mutex::new(Vec::new()));
-        let going = Arc::new(AtomicBool::new(true));
+        let running = Arc::new(AtomicBool::new(true));
         let clients = (0..CLIENTS).map(|client| {
             let visits = Arc::clone(&visits);
-            let going = Arc::clone(&going);
+            let running = Arc::clone(&running);
             let replicas = addresses.iter().enumerate();
             let visitor = |(replica, &address)| Visitor::new(client, replica, address);
             let mut visitors: Vec<_> = replicas.map(visitor).collect();
             runtime.spawn(async move {
-                while going.load(Ordering::Relaxed) {
+                while running.load(Ordering::Relaxed) {
                     let replica = chance::below(visitors.len());
                     let visit = visitors[replica].visit().await;
                     lock(&visits).push(visit);
-                    let least = if visit.is_recorded() {
+                    let min_pause = if visit.is_recorded() {
                         Duration::ZERO
                     } else {
                         PAUSE_AFTER_REFUSAL
                     };
-                    tokio::time::sleep(pause.max(least)).await;
+                    tokio::time::sleep(pause.max(min_pause)).await;
                 }
             })
         });
         Self {
             clients: clients.collect(),
             visits,
-            going,
+            running,
             runtime: runtime.clone(),
         }
     }
 
-    /// How many visits have been made.
-    pub fn made(&self) -> usize {
+    /// The number of visits so far.
+    pub fn count(&self) -> usize {
         lock(&self.visits).len()
     }
 
@@ -72,8 +73,7 @@ impl Ledger {
         lock(&self.visits)[from..].to_vec()
     }
 
-    /// Waits for a visit, of those made after the first `from`, that is as wanted; nothing if none
-    /// is soon enough.
+    /// Waits up to `timeout` for a visit, after the first `from`, that satisfies `wanted`.
     pub fn find(
         &self,
         from: usize,
@@ -81,14 +81,14 @@ impl Ledger {
         wanted: impl Fn(&Visit) -> bool,
     ) -> Option<Visit> {
         let deadline = Instant::now() + timeout;
-        let mut seen = from;
+        let mut checked = from;
         loop {
             {
                 let visits = lock(&self.visits);
-                if let Some(visit) = visits[seen..].iter().find(|visit| wanted(visit)) {
+                if let Some(visit) = visits[checked..].iter().find(|visit| wanted(visit)) {
                     return Some(*visit);
                 }
-                seen = visits.len();
+                checked = visits.len();
             }
             if Instant::now() > deadline {
                 return None;
@@ -97,11 +97,12 @@ impl Ledger {
         }
     }
 
-    /// Lets every client finish its last visit and returns all of them, in the order of their ends.
+    /// Lets every client finish its current visit and returns all visits, in the order of their
+    /// ends.
     pub fn stop(&mut self) -> Vec<Visit> {
-        self.going.store(false, Ordering::Relaxed);
+        self.running.store(false, Ordering::Relaxed);
         for client in std::mem::take(&mut self.clients) {
-            // A client does not panic; what it had written down before is there in any case.
+            // A client does not panic; its earlier visits are file in any case.
             self.runtime.block_on(client).ok();
         }
         std::mem::take(&mut lock(&self.visits))
@@ -110,6 +111,6 @@ impl Ledger {
 
 impl Drop for Ledger {
     fn drop(&mut self) {
-        self.going.store(false, Ordering::Relaxed);
+        self.running.store(false, Ordering::Relaxed);
     }
 }

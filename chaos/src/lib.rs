@@ -1,10 +1,10 @@
-//! Breaks what the service stands on, and sees what became of what it had acknowledged.
+//! Breaks the service's dependencies under load and checks that every acknowledged visit is file.
 //!
-//! In reading order: a `fault` is tried on its `ground` by a `trial`, while the clients of the
-//! `ledger` write down what they are told; the judge of histories (`lab`) compares. `overload` and
-//! `hostile` are about visitors instead of stores, `bounds` about what the service takes, `rolling`
-//! about replicas that restart; `report` writes it all down. Everything here is on the loopback
-//! interface, ends with this program, and is bounded in time.
+//! In reading order: a `trial` injects a `fault` into its `ground` (the environment), while the
+//! clients of the `ledger` record their responses; the judge of histories (`lab`) compares them
+//! with the rows. `overload` and `hostile` test the service with clients instead of store faults,
+//! `bounds` measures its resource use, `rolling` restarts replicas; `report` writes the results.
+//! Everything runs on the loopback interface, ends with this program, and is bounded in time.
 
 #![expect(
     clippy::missing_errors_doc,
@@ -31,11 +31,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::fault::Fault;
-use crate::report::Tried;
+use crate::report::FaultResult;
 use crate::trial::Effort;
 
-/// Each fault once, as short as it still shows, four at a time. All 16 clients stay: each replica must
-/// have visits in flight when a fault strikes. They pause so that four faults fit on two cores.
+/// Each fault once, as short as possible, four at a time. All 16 clients stay: each replica needs
+/// visits in flight when a fault begins. They pause so that four faults fit on two cores.
 pub const SHORT: Effort = Effort {
     repetitions: 1,
     kills: 1,
@@ -47,9 +47,13 @@ pub const SHORT: Effort = Effort {
     visit_pause: Duration::from_millis(20),
 };
 
-/// Tries faults, those whose name contains `only` where it is given, and reports each as it ends. The
-/// results are in the order of the faults.
-pub fn faults(only: Option<&str>, effort: Effort, report: impl Fn(&Tried) + Sync) -> Vec<Tried> {
+/// Tests all faults, or those whose name contains `only`, and reports each result as it comes. The
+/// returned results are in the order of the faults.
+pub fn faults(
+    only: Option<&str>,
+    effort: Effort,
+    report: impl Fn(&FaultResult) + Sync,
+) -> Vec<FaultResult> {
     let wanted = |fault: &&Fault| only.is_none_or(|only| fault.name.contains(only));
     let faults: Vec<_> = fault::ALL.iter().filter(wanted).collect();
     let next = AtomicUsize::new(0);
@@ -62,10 +66,10 @@ pub fn faults(only: Option<&str>, effort: Effort, report: impl Fn(&Tried) + Sync
                     let Some(fault) = faults.get(index) else {
                         return;
                     };
-                    let tried = try_fault(fault, effort);
-                    report(&tried);
+                    let result = test_fault(fault, effort);
+                    report(&result);
                     let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
-                    all.insert(index, tried);
+                    all.insert(index, result);
                 }
             });
         }
@@ -74,13 +78,13 @@ pub fn faults(only: Option<&str>, effort: Effort, report: impl Fn(&Tried) + Sync
     all.into_values().collect()
 }
 
-fn try_fault(fault: &Fault, effort: Effort) -> Tried {
-    match trial::hindrance(fault) {
-        Some(why) => Tried::Skipped(fault.name, why),
+fn test_fault(fault: &Fault, effort: Effort) -> FaultResult {
+    match ground::skip_reason(fault.needs()) {
+        Some(why) => FaultResult::Skipped(fault.name, why),
         None => match trial::run(fault, effort) {
-            Ok(trial) => Tried::Ran(Box::new(trial)),
-            // The other faults are tried all the same.
-            Err(error) => Tried::Failed(fault.name, format!("{error:#}")),
+            Ok(trial) => FaultResult::Completed(Box::new(trial)),
+            // The other faults are still tested.
+            Err(error) => FaultResult::Failed(fault.name, format!("{error:#}")),
         },
     }
 }

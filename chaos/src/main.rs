@@ -6,56 +6,67 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use chaos::fault;
-use chaos::report::{self, Tried};
+use chaos::report::{self, FaultResult};
 use chaos::trial::Effort;
 use clap::{Arg, ArgMatches, Command, value_parser};
 use lab::machine;
 use lab::report::{Section, document};
 
-/// A report that is kept.
-struct Kept {
-    /// Its name in `docs`.
+/// A report that is written to a file.
+struct ReportFile {
+    /// The file's name in `docs`.
     file: &'static str,
-    /// What writes it.
+    /// The command that writes it.
     command: &'static str,
 }
 
-const FAULTS: Kept = Kept {
+const FAULTS: ReportFile = ReportFile {
     file: "faults.md",
     command: "make chaos",
 };
-const KILLS: Kept = Kept {
+const KILLS: ReportFile = ReportFile {
     file: "kills.md",
     command: "make chaos-long",
 };
 
-/// Where they are kept.
+/// The folder of the reports.
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
 
-/// How to read it.
-const METHOD: &str = "\nSixteen clients visit all the time, each of them a random one of two replicas (three where \
-     a process is killed, five where five start at once), and write down what they are told; at the end every \
-     number that was acknowledged is looked for in the table, in a row of its own whose moment lies \
-     between the visit's beginning and its answer. *Duplicated* are numbers that were told twice (in Redis, \
-     within one of its lives), and numbers and rows that no visit explains. *Out of order* are visits that were \
-     sent after a visit with the same or a higher number had been answered, in either store. A visit is *in doubt* \
-     if its client got no answer, or one that says so. *First error* is from the fault's beginning; *recovery* from \
-     the moment when what was broken works again, as seen without the service, until every replica has made a visit \
-     that both stores have counted (for connections that fall silent, which the service has to get over by \
-     itself, from the beginning); where several times are given it is their median (lowest – \
-     highest). A fault of which there is no evidence that it took effect is itself a violation. Then one replica is \
-     asked to stop in the midst of the same fault, or while it starts where that is what the fault is about: *stop* \
-     is how long that took, and *start* from when it was started again, with all of it working, to the first good \
-     visit. A client that connects just as a listener closes waits a second, until TCP repeats its SYN: that is left \
-     out of the longest waits. *Slowest sync* and *latest wake* are what the machine itself kept waiting: a thread that \
-     did nothing else wrote 8 KiB to the same disk every 10 ms, and this is the longest that it waited until they were \
-     synced, and until it ran after it was due.\n";
+/// Explains the columns.
+const METHOD: &str = "
+Sixteen clients visit all the time. Each visit goes to a random one of two replicas (three where a \
+process is killed, five where five start at once). The clients record every response. At the end, \
+every acknowledged number must have its own row in the table, with a time between the visit's start \
+and its response. The columns:
 
-/// Long enough for every deadline to have passed several times.
+- *duplicated*: numbers that more than one visit got (in Redis, between two restarts), and numbers and \
+rows that no visit explains.
+- *out of order*: visits sent after a visit with the same or a higher number had a response, in either \
+store.
+- *in doubt*: visits whose client got no response, or a response that says so.
+- *first error*: time from the start of the fault to the first harmed visit.
+- *recovery*: time from when the broken part works again, observed without the service, until every \
+replica has made a visit that both stores have counted. If open connections fall silent, the service \
+must recover by itself, so the time runs from the start of the fault.
+- *longest acknowledged*, *longest response*: the longest acknowledged visit and the longest response. \
+A client that connects just as a listener closes waits a second until TCP repeats its SYN; both \
+columns leave that out.
+- *stop*: one replica is stopped during the same fault, or during the start if the fault concerns the \
+start. This is the time until it has exited.
+- *start*: time from its restart, with everything working, to its first complete visit.
+- *slowest sync*, *latest wake*: the machine's own delays. A thread that does nothing else writes 8 KiB \
+to the same disk every 10 ms. These are the longest sync, and the longest delay until the sleeping \
+thread ran.
+
+Several times are shown as median (lowest – highest). A fault without evidence that it took effect \
+counts as a violation. A *complete* visit is recorded in PostgreSQL and counted in Redis.
+";
+
+/// Long enough for every timeout to expire several times.
 const HOLD: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_secs(30);
 const AFTERMATH: Duration = Duration::from_millis(2500);
-/// So that a batch is in flight at almost any moment, and the machine has time for the fault.
+/// A batch is in flight almost always, and the fault still gets processor time.
 const VISIT_PAUSE: Duration = Duration::from_millis(1);
 const STEP: Duration = Duration::from_secs(5);
 const HOSTILE_ROUNDS: usize = 3;
@@ -85,48 +96,50 @@ fn command() -> Command {
     };
     let only = Arg::new("only")
         .long("only")
-        .help("Nothing but the faults whose name contains this; writes no report");
+        .help("Test only faults whose name contains this; writes no report");
     Command::new("chaos")
-        .about("Breaks what the service stands on. Exit status 1: a goal is not met")
+        .about("Tests the service under faults, overload and attacks. Exit status 1: a goal is not met")
         .subcommand_required(true)
         .subcommand(
             Command::new("all")
-                .about("Tries everything and writes docs/faults.md")
+                .about("Run all tests and write docs/faults.md")
                 .arg(number(
                     "repeat",
                     "1",
-                    "How often a fault that lasts strikes",
+                    "Repetitions of each fault that lasts",
                 ))
-                .arg(number("kills", "10", "How often a kill strikes"))
+                .arg(number("kills", "10", "Repetitions of each kill"))
                 .arg(only.clone()),
         )
         .subcommand(
             Command::new("short")
-                .about("Tries each fault once, shortened, and prints what came of it")
+                .about("Test each fault once, shortened, and print the results")
                 .arg(only),
         )
-        .subcommand(Command::new("overload").about("Overloads it and prints what came of it"))
-        .subcommand(Command::new("hostile").about("Attacks it and prints what came of it"))
-        .subcommand(Command::new("bounds").about("Prints what it takes"))
+        .subcommand(Command::new("overload").about("Overload the service and print the results"))
+        .subcommand(Command::new("hostile").about("Attack the service and print the results"))
+        .subcommand(Command::new("bounds").about("Measure the resource use and print it"))
         .subcommand(
             Command::new("rolling")
-                .about("Restarts replicas in turn and prints what came of it")
-                .arg(number("restarts", "100", "How often")),
+                .about("Restart replicas in turn and print the results")
+                .arg(number("restarts", "100", "Number of restarts")),
         )
         .subcommand(
             Command::new("long")
                 .about(
-                    "Kills each part at random moments, restarts replicas and writes docs/kills.md",
+                    "Kill each part at random times, restart replicas and write docs/kills.md",
                 )
-                .arg(number("kills", "100", "How often, and how many restarts")),
+                .arg(number("kills", "100", "Repetitions of each kill, and number of restarts")),
         )
-        .subcommand(Command::new("list").about("Names the faults"))
+        .subcommand(Command::new("list").about("List the faults"))
 }
 
 fn run(matches: &ArgMatches) -> Result<bool> {
     let (name, matches) = matches.subcommand().context("no subcommand")?;
     let number = |name: &str| -> Result<usize> {
-        let number = matches.get_one::<u64>(name).context("it has a default")?;
+        let number = matches
+            .get_one::<u64>(name)
+            .context("the option has a default")?;
         Ok(usize::try_from(*number)?)
     };
     match name {
@@ -142,8 +155,8 @@ fn run(matches: &ArgMatches) -> Result<bool> {
                 visit_pause: VISIT_PAUSE,
             };
             let only = matches.get_one::<String>("only").map(String::as_str);
-            let tried = faults(only, effort)?;
-            let mut sections = vec![report::faults(&tried)];
+            let results = faults(only, effort)?;
+            let mut sections = vec![report::faults(&results)];
             if only.is_some() {
                 return publish(&sections, None);
             }
@@ -165,8 +178,8 @@ fn run(matches: &ArgMatches) -> Result<bool> {
                 visit_pause: VISIT_PAUSE,
                 ..chaos::SHORT
             };
-            let killed = report::faults(&faults(Some("killed"), effort)?);
-            publish(&[killed, rolling(number("kills")?)?], Some(&KILLS))
+            let kills = report::faults(&faults(Some("killed"), effort)?);
+            publish(&[kills, rolling(number("kills")?)?], Some(&KILLS))
         }
         _ => {
             for fault in fault::ALL {
@@ -177,11 +190,11 @@ fn run(matches: &ArgMatches) -> Result<bool> {
     }
 }
 
-fn faults(only: Option<&str>, effort: Effort) -> Result<Vec<Tried>> {
-    let tried = chaos::faults(only, effort, |tried| match tried {
-        Tried::Skipped(name, why) => eprintln!("chaos: {name}: SKIPPED: {why}"),
-        Tried::Failed(name, why) => eprintln!("chaos: {name}: could not be tried: {why}"),
-        Tried::Ran(trial) => {
+fn faults(only: Option<&str>, effort: Effort) -> Result<Vec<FaultResult>> {
+    let results = chaos::faults(only, effort, |result| match result {
+        FaultResult::Skipped(name, why) => eprintln!("chaos: {name}: SKIPPED: {why}"),
+        FaultResult::Failed(name, why) => eprintln!("chaos: {name}: could not be tested: {why}"),
+        FaultResult::Completed(trial) => {
             let verdict = trial.verdict;
             eprintln!(
                 "chaos: {}: {} acknowledged, {} lost, {} duplicated, {} out of order, {} in doubt, \
@@ -194,13 +207,13 @@ fn faults(only: Option<&str>, effort: Effort) -> Result<Vec<Tried>> {
                 verdict.in_doubt,
                 trial.recoveries
             );
-            for complaint in &trial.complaints {
-                eprintln!("chaos: {}: {complaint}", trial.fault.name);
+            for violation in &trial.violations {
+                eprintln!("chaos: {}: {violation}", trial.fault.name);
             }
         }
     });
-    ensure!(!tried.is_empty(), "no fault has such a name");
-    Ok(tried)
+    ensure!(!results.is_empty(), "no fault's name contains this");
+    Ok(results)
 }
 
 fn overload() -> Result<Section> {
@@ -221,21 +234,21 @@ fn bounds() -> Result<Section> {
 
 fn rolling(restarts: usize) -> Result<Section> {
     eprintln!("chaos: rolling restarts");
-    let rolled = chaos::rolling::run(restarts)?;
-    Ok(chaos::rolling::section(restarts, &rolled))
+    let results = chaos::rolling::run(restarts)?;
+    Ok(chaos::rolling::section(restarts, &results))
 }
 
-/// Prints and writes, and says whether all goals are met.
-fn publish(sections: &[Section], kept: Option<&Kept>) -> Result<bool> {
-    let mut head = String::new();
-    if let Some(Kept { command, .. }) = kept {
+/// Prints the report, writes it to its file, and returns whether all goals are met.
+fn publish(sections: &[Section], file: Option<&ReportFile>) -> Result<bool> {
+    let mut introduction = String::new();
+    if let Some(ReportFile { command, .. }) = file {
         let postgres = devstack::Postgres::start(devstack::PostgresOptions::default())?;
         let load = "sixteen clients of this program";
-        head = machine::describe(&postgres, command, load)? + METHOD;
+        introduction = machine::describe(&postgres, command, load)? + METHOD;
     }
-    let document = document("What was broken", &head, sections);
+    let document = document("Fault tests", &introduction, sections);
     print!("{document}");
-    if let Some(Kept { file, .. }) = kept {
+    if let Some(ReportFile { file, .. }) = file {
         std::fs::create_dir_all(FOLDER)?;
         std::fs::write(Path::new(FOLDER).join(file), &document)?;
         eprintln!("chaos: written to docs/{file}");

@@ -1,9 +1,9 @@
-//! More visits than can be recorded: what still is, how soon the others are refused, and what it
-//! costs.
+//! Sends more visits than the service can record: measures the recorded ones, the time to refuse
+//! the others, and the memory.
 //!
-//! Visits come at a constant rate, whether or not earlier ones have been answered. So that client
-//! and service both keep up with ten times what can be recorded, Postgres is made slow: it is some
-//! way off, and few visits may wait.
+//! Visits are sent at a constant rate, whether or not earlier ones have a response. Postgres is
+//! slowed by a delay and the queue is small, so that client and service can both handle ten times
+//! the peak rate.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -17,67 +17,67 @@ use tokio::task::JoinHandle;
 use crate::ground::{Ground, Needs};
 use crate::service::Service;
 
-/// What came of it.
+/// The results.
 #[derive(Clone, Debug)]
 pub struct Overload {
-    /// Visits recorded in a second, when as many come as can be.
+    /// The peak rate of recorded visits.
     pub peak: f64,
-    /// Each with more than that.
+    /// The steps above the peak rate.
     pub steps: Vec<Step>,
-    /// From the end of the last step to the first good visit.
+    /// Time from the end of the last step to the first complete visit.
     pub recovery: Option<Duration>,
-    /// The worst latency of the visits in the second after it.
+    /// The longest visit in the second after the last step.
     pub aftermath: Duration,
-    /// The worst latency of as many visits before anything.
+    /// The longest visit in a second before the overload.
     pub normal: Duration,
-    /// Resident memory before, and the most of it.
+    /// Resident memory before the overload, and its peak.
     pub memory: (Option<Mebibytes>, Option<Mebibytes>),
 }
 
-/// One rate of visits.
+/// The results of one rate.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
-    /// What was to come, as a multiple of the peak.
+    /// The intended rate, as a multiple of the peak.
     pub factor: f64,
-    /// Visits that came in a second.
+    /// Visits sent per second.
     pub offered: f64,
-    /// Visits that were recorded in a second.
+    /// Visits recorded per second.
     pub goodput: f64,
-    /// Of a hundred refusals one took longer.
+    /// The 99th percentile of refusals.
     pub refusal_p99: Duration,
-    /// Of a hundred visits that were recorded one took longer, from when it was due.
+    /// The 99th percentile of recorded visits, timed from when they were due.
     pub accepted_p99: Duration,
-    /// The most visits that were seen to wait.
-    pub deepest: f64,
-    /// Visits that were refused.
+    /// The highest observed queue depth.
+    pub max_queue_depth: f64,
+    /// Refused visits.
     pub refused: usize,
-    /// Neither recorded nor refused.
+    /// Visits neither recorded nor refused.
     pub broken: usize,
 }
 
-/// Each way.
+/// The delay to and from Postgres, in each direction.
 const DISTANCE: Duration = Duration::from_millis(10);
-/// How many visits may wait.
+/// The queue's capacity.
 pub const CAPACITY: usize = 16;
-/// A batch on its way and one that waits: nobody is refused.
+/// One batch in flight and one in the queue: no visit is refused.
 const CLOSED_CLIENTS: usize = 2 * CAPACITY;
-/// Enough that one is free for each visit that is due.
+/// Enough that each due visit finds a free connection.
 const CONNECTIONS: usize = 512;
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Offers each of these multiples of the peak for so long.
+/// Sends each of these multiples of the peak rate for `duration`.
 pub fn run(factors: &[f64], duration: Duration) -> Result<Overload> {
     let ground = Ground::start(Needs {
         proxies: true,
         ..Needs::default()
     })?;
     ground
-        .way_to_postgres
+        .postgres_proxy
         .change(|rules| rules.delay_each_way(DISTANCE));
     let mut service = Service::new(&ground)?;
     service.set("QUEUE_CAPACITY", &CAPACITY.to_string());
     service.start()?;
-    service.until_ready()?;
+    service.wait_until_ready()?;
 
     let visit_in_turn = |clients, duration| {
         let visits = closed(service.address, clients, duration);
@@ -85,9 +85,10 @@ pub fn run(factors: &[f64], duration: Duration) -> Result<Overload> {
     };
     visit_in_turn(CLOSED_CLIENTS, SECOND);
     let normal = longest(&visit_in_turn(1, SECOND));
-    let good = |visits: &[Visit]| visits.iter().filter(|visit| visit.is_good()).count() as f64;
+    let complete =
+        |visits: &[Visit]| visits.iter().filter(|visit| visit.is_complete()).count() as f64;
     let at_peak = visit_in_turn(CLOSED_CLIENTS, duration);
-    let peak = good(&at_peak) / duration.as_secs_f64();
+    let peak = complete(&at_peak) / duration.as_secs_f64();
     let before = service.memory();
 
     let mut steps = Vec::new();
@@ -96,21 +97,21 @@ pub fn run(factors: &[f64], duration: Duration) -> Result<Overload> {
         let flood = ground
             .runtime
             .spawn(open(service.address, offered, duration));
-        let mut deepest = 0_f64;
+        let mut max_queue_depth = 0_f64;
         while !flood.is_finished() {
             let depth = service
                 .metric("visitas_queue_depth")
                 .unwrap_or(f64::INFINITY);
-            deepest = deepest.max(depth);
+            max_queue_depth = max_queue_depth.max(depth);
             std::thread::sleep(Duration::from_millis(50));
         }
         let visits = ground.runtime.block_on(flood)?;
-        steps.push(Step::new(factor, &visits, duration, deepest));
+        steps.push(Step::new(factor, &visits, duration, max_queue_depth));
     }
 
     let ended = Instant::now();
     let after = visit_in_turn(1, SECOND);
-    let first = after.iter().find(|visit| visit.is_good());
+    let first = after.iter().find(|visit| visit.is_complete());
     Ok(Overload {
         peak,
         steps,
@@ -122,7 +123,12 @@ pub fn run(factors: &[f64], duration: Duration) -> Result<Overload> {
 }
 
 impl Step {
-    fn new(factor: f64, visits: &[(Instant, Visit)], duration: Duration, deepest: f64) -> Self {
+    fn new(
+        factor: f64,
+        visits: &[(Instant, Visit)],
+        duration: Duration,
+        max_queue_depth: f64,
+    ) -> Self {
         let took = |wanted: fn(&Visit) -> bool, since_due: bool| {
             let wanted = visits.iter().filter(|(_, visit)| wanted(visit));
             let mut took: Vec<_> = wanted
@@ -143,10 +149,10 @@ impl Step {
             .min()
             .map(|start| start + duration);
         let in_time = |visit: &Visit| end.is_some_and(|end| visit.ended <= end);
-        let good = visits
+        let complete = visits
             .iter()
-            .filter(|(_, visit)| visit.is_good() && in_time(visit));
-        let goodput = good.count();
+            .filter(|(_, visit)| visit.is_complete() && in_time(visit));
+        let goodput = complete.count();
         let refused = took(|visit| visit.outcome == Outcome::Refused, false);
         let accepted = took(Visit::is_recorded, true);
         let a_second = |number: usize| number as f64 / duration.as_secs_f64();
@@ -156,14 +162,14 @@ impl Step {
             goodput: a_second(goodput),
             refusal_p99: p99(&refused),
             accepted_p99: p99(&accepted),
-            deepest,
+            max_queue_depth,
             refused: refused.len(),
             broken: visits.len() - refused.len() - accepted.len(),
         }
     }
 }
 
-/// Of sorted durations.
+/// The 99th percentile of sorted durations.
 fn p99(sorted: &[Duration]) -> Duration {
     let index = (sorted.len() * 99).div_ceil(100).saturating_sub(1);
     sorted.get(index).copied().unwrap_or_default()
@@ -173,7 +179,7 @@ fn longest(visits: &[Visit]) -> Duration {
     visits.iter().map(Visit::took).max().unwrap_or_default()
 }
 
-/// Each client visits again once it is answered.
+/// Closed loop: each client sends its next visit after a response.
 async fn closed(address: SocketAddr, clients: usize, duration: Duration) -> Vec<Visit> {
     let end = Instant::now() + duration;
     let clients: Vec<_> = (0..clients)
@@ -191,7 +197,8 @@ async fn closed(address: SocketAddr, clients: usize, duration: Duration) -> Vec<
     all(clients).await
 }
 
-/// So many visits a second, each with the moment when it was due. The connections take turns.
+/// Open loop: sends visits at a constant rate and returns each with the time when it was due. The
+/// connections take turns.
 async fn open(address: SocketAddr, rate: f64, duration: Duration) -> Vec<(Instant, Visit)> {
     let start = Instant::now();
     let end = start + duration;
@@ -214,7 +221,7 @@ async fn open(address: SocketAddr, rate: f64, duration: Duration) -> Vec<(Instan
     all(clients).await
 }
 
-/// What all clients made, once the last has ended.
+/// The visits of all clients, once the last client has ended.
 async fn all<T>(clients: Vec<JoinHandle<Vec<T>>>) -> Vec<T> {
     let mut all = Vec::new();
     for client in clients {

@@ -1,4 +1,4 @@
-//! The report: what came of every fault, of overload and of hostile clients, beside the goals.
+//! The report: the results of every fault, of overload and of hostile clients, with the goals.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,49 +12,50 @@ use crate::hostile::Hostile;
 use crate::overload::{CAPACITY, Overload};
 use crate::trial::{LONGEST_STOP, Trial};
 
-/// A fault, whether it could be tried here or not.
+/// The result of one fault.
 #[derive(Clone, Debug)]
-pub enum Tried {
-    /// What came of it.
-    Ran(Box<Trial>),
-    /// Its name, and why this machine does not allow it.
+pub enum FaultResult {
+    /// The fault was tested.
+    Completed(Box<Trial>),
+    /// The fault's name, and why this machine cannot test it.
     Skipped(&'static str, String),
-    /// Its name, and why it could not be tried although the machine allows it.
+    /// The fault's name, and the error that prevented the test.
     Failed(&'static str, String),
 }
 
-/// Whoever is refused is refused within this.
+/// Maximum p99 of a refusal under overload.
 const REFUSAL: Duration = Duration::from_millis(5);
-/// What an overloaded service answers well, it answers within this.
+/// Maximum p99 of a recorded visit under overload.
 const ACCEPTED: Duration = Duration::from_millis(250);
-/// As soon as that it is as it was before.
+/// Maximum response in the second after overload.
 const AFTERMATH: Duration = Duration::from_millis(250);
-/// Whoever asks for health waits no longer.
+/// Maximum response to a health probe during an attack.
 const PROBE: Duration = Duration::from_millis(100);
-/// A service that starts where all works makes good visits within this.
+/// Maximum time from a service's start to its first complete visit, with both stores working.
 const BACK: Duration = Duration::from_secs(1);
-/// Of a hundred visits of those who mean well, one may take longer, whoever else is there.
-const OTHERS: Duration = Duration::from_millis(100);
-/// A crowd may cost so much memory, in mebibytes.
+/// Maximum p99 of regular clients during an attack.
+const REGULAR_P99: Duration = Duration::from_millis(100);
+/// Maximum memory growth under overload, in mebibytes.
 const MEMORY: f64 = 64.0;
-/// What Compose lets the service have, in mebibytes, whatever anybody does.
+/// The service's memory limit in Compose, in mebibytes.
 const MEMORY_LIMIT: f64 = 512.0;
-/// What spans may take of that while no collector takes them, in mebibytes.
+/// Maximum memory of queued spans while the collector does not respond, in mebibytes.
 const MEMORY_OF_SPANS: f64 = 32.0;
-/// Of a connection, in kibibytes.
+/// Maximum memory of a used connection, in kibibytes.
 const MEMORY_USED: f64 = 24.0;
-/// As many of these as Compose allows, 4 096, leave a tenth of that limit to the service itself.
+/// Maximum memory of a hostile connection, in kibibytes. Compose allows 4 096 connections; they
+/// must leave a tenth of the memory limit to the service itself.
 const MEMORY_AT_WORST: f64 = 0.9 * MEMORY_LIMIT * 1024.0 / 4096.0;
-/// Sessions of the pool.
+/// Maximum sessions of the pool.
 const SESSIONS: f64 = 4.0;
 
-/// Of every fault.
-pub fn faults(tried: &[Tried]) -> Section {
-    let trials: Vec<_> = tried
+/// The section on faults.
+pub fn faults(results: &[FaultResult]) -> Section {
+    let trials: Vec<_> = results
         .iter()
-        .filter_map(|tried| match tried {
-            Tried::Ran(trial) => Some(&**trial),
-            Tried::Skipped(..) | Tried::Failed(..) => None,
+        .filter_map(|result| match result {
+            FaultResult::Completed(trial) => Some(&**trial),
+            FaultResult::Skipped(..) | FaultResult::Failed(..) => None,
         })
         .collect();
     let mut text = table(
@@ -68,8 +69,8 @@ pub fn faults(tried: &[Tried]) -> Section {
             "in doubt",
             "first error",
             "recovery",
-            "worst good answer",
-            "longest answer",
+            "longest acknowledged",
+            "longest response",
             "stop",
             "start",
             "slowest sync",
@@ -86,40 +87,42 @@ pub fn faults(tried: &[Tried]) -> Section {
                 count(trial.verdict.in_doubt),
                 spread(&trial.first_errors),
                 spread(&trial.recoveries),
-                milliseconds(trial.worst_good.as_secs_f64()),
+                milliseconds(trial.longest_recorded.as_secs_f64()),
                 milliseconds(trial.longest.as_secs_f64()),
-                optional(trial.stopped_in),
-                optional(trial.back_in),
+                optional(trial.time_to_stop),
+                optional(trial.time_to_start),
                 optional(trial.stalls.map(|stalls| stalls.sync)),
                 optional(trial.stalls.map(|stalls| stalls.wake)),
             ]
         }),
     );
-    for tried in tried {
-        match tried {
-            Tried::Skipped(name, why) => write!(text, "\nSKIPPED: {name}: {why}.\n"),
-            Tried::Failed(name, why) => write!(text, "\n**{name}** could not be tried: {why}.\n"),
-            Tried::Ran(trial) => trial.complaints.iter().try_for_each(|complaint| {
-                write!(text, "\n**{}**: {complaint}.\n", trial.fault.name)
+    for result in results {
+        match result {
+            FaultResult::Skipped(name, why) => write!(text, "\nSKIPPED: {name}: {why}.\n"),
+            FaultResult::Failed(name, why) => {
+                write!(text, "\n**{name}** could not be tested: {why}.\n")
+            }
+            FaultResult::Completed(trial) => trial.violations.iter().try_for_each(|violation| {
+                write!(text, "\n**{}**: {violation}.\n", trial.fault.name)
             }),
         }
-        .expect("a string takes all");
+        .expect("writing to a string succeeds");
     }
     Section {
         title: "Faults",
         text,
-        goals: goals_of_faults(tried, &trials),
+        goals: goals_of_faults(results, &trials),
     }
 }
 
-fn goals_of_faults(tried: &[Tried], trials: &[&Trial]) -> Vec<Goal> {
-    let failed = tried
+fn goals_of_faults(results: &[FaultResult], trials: &[&Trial]) -> Vec<Goal> {
+    let failed = results
         .iter()
-        .filter(|tried| matches!(tried, Tried::Failed(..)))
+        .filter(|result| matches!(result, FaultResult::Failed(..)))
         .count();
-    let skipped = tried
+    let skipped = results
         .iter()
-        .filter(|tried| matches!(tried, Tried::Skipped(..)))
+        .filter(|result| matches!(result, FaultResult::Skipped(..)))
         .count();
     let sum = |figure: fn(&Trial) -> usize| {
         let sum: usize = trials.iter().map(|trial| figure(trial)).sum();
@@ -131,19 +134,19 @@ fn goals_of_faults(tried: &[Tried], trials: &[&Trial]) -> Vec<Goal> {
     };
     let mut goals = vec![
         Goal::at_most(
-            "acknowledged and lost",
+            "acknowledged visits lost",
             0.0,
             sum(|trial| trial.verdict.lost),
             number,
         ),
         Goal::at_most(
-            "duplicated",
+            "duplicated numbers",
             0.0,
             sum(|trial| trial.verdict.duplicated()),
             number,
         ),
         Goal::at_most(
-            "out of order",
+            "visits out of order",
             0.0,
             sum(|trial| trial.verdict.out_of_order()),
             number,
@@ -151,26 +154,31 @@ fn goals_of_faults(tried: &[Tried], trials: &[&Trial]) -> Vec<Goal> {
         Goal::at_most(
             "longest stop",
             LONGEST_STOP.as_secs_f64(),
-            longest(|trial| trial.stopped_in.unwrap_or_default()),
+            longest(|trial| trial.time_to_stop.unwrap_or_default()),
             milliseconds,
         ),
         Goal::at_most(
             "longest start after a stop",
             BACK.as_secs_f64(),
-            longest(|trial| trial.back_in.unwrap_or_default()),
+            longest(|trial| trial.time_to_start.unwrap_or_default()),
             milliseconds,
         ),
         Goal::at_most(
-            "what must not be",
+            "invariant violations",
             0.0,
-            sum(|trial| trial.complaints.len()) + failed as f64,
+            sum(|trial| trial.violations.len()) + failed as f64,
             number,
         ),
-        Goal::at_most("could not be tried here", 0.0, skipped as f64, number),
+        Goal::at_most(
+            "faults skipped on this machine",
+            0.0,
+            skipped as f64,
+            number,
+        ),
     ];
-    goals.extend(worst_by_limit("wait for an answer", trials, |trial| {
+    goals.extend(worst_by_limit("response", trials, |trial| {
         (
-            trial.fault.longest_answer(),
+            trial.fault.longest_response(),
             vec![trial.longest.as_secs_f64()],
         )
     }));
@@ -180,7 +188,7 @@ fn goals_of_faults(tried: &[Tried], trials: &[&Trial]) -> Vec<Goal> {
     goals
 }
 
-/// The longest of a kind, in seconds, of all trials that have the same limit.
+/// The longest figure, in seconds, of all trials with the same limit.
 fn worst_by_limit(
     what: &str,
     trials: &[&Trial],
@@ -202,22 +210,23 @@ fn worst_by_limit(
     };
     worst.into_iter().map(goal).collect()
 }
-/// Of overload.
+
+/// The section on overload.
 pub fn overload(overload: &Overload) -> Section {
     let text = format!(
-        "As many as can be recorded: {} a second, with {CAPACITY} that may wait and Postgres 20 ms \
-         away. Refusals are timed from when they were asked for, visits from when they were due.\n\n{}\n\
-         Before: a visit at a time takes {} at worst. In the second after: {}.\n",
+        "Peak rate: {} recorded visits per second, with a queue of {CAPACITY} and 20 ms to Postgres and back. \
+         Refusals are timed from when they were sent, visits from when they were due.\n\n{}\n\
+         Longest visit of a lone client before the overload: {}. In the second after: {}.\n",
         grouped(overload.peak),
         table(
             &[
-                "visits that come",
-                "a second",
-                "recorded a second",
-                "of the peak",
+                "offered load",
+                "offered per second",
+                "recorded per second",
+                "share of the peak",
                 "p99 of a refusal",
                 "p99 of a visit",
-                "waiting at most",
+                "deepest queue",
                 "broken",
             ],
             overload.steps.iter().map(|step| {
@@ -228,7 +237,7 @@ pub fn overload(overload: &Overload) -> Section {
                     ratio(step.goodput / overload.peak),
                     milliseconds(step.refusal_p99.as_secs_f64()),
                     milliseconds(step.accepted_p99.as_secs_f64()),
-                    grouped(step.deepest),
+                    grouped(step.max_queue_depth),
                     count(step.broken),
                 ]
             }),
@@ -251,7 +260,7 @@ pub fn overload(overload: &Overload) -> Section {
         text,
         goals: vec![
             Goal::at_least(
-                "overload: recorded, of the peak",
+                "overload: recorded share of the peak",
                 0.9,
                 Spread::new([lowest]),
             ),
@@ -268,20 +277,20 @@ pub fn overload(overload: &Overload) -> Section {
                 milliseconds,
             ),
             Goal::at_most(
-                "overload: visits that wait",
+                "overload: queue depth",
                 CAPACITY as f64,
-                Spread::new(steps().map(|step| step.deepest)).max,
+                Spread::new(steps().map(|step| step.max_queue_depth)).max,
                 number,
             ),
-            Goal::at_most("overload: memory", MEMORY, memory, mebibytes),
+            Goal::at_most("overload: memory growth", MEMORY, memory, mebibytes),
             Goal::at_most("overload: broken visits", 0.0, broken as f64, number),
             Goal::at_least(
-                "overload: visits refused in each",
+                "overload: visits refused in each step",
                 1.0,
                 Spread::new([Spread::new(steps().map(|step| step.refused as f64)).min]),
             ),
             Goal::at_most(
-                "overload: the longest visit in the second after it",
+                "overload: longest visit in the second after",
                 AFTERMATH.as_secs_f64(),
                 overload.aftermath.as_secs_f64(),
                 milliseconds,
@@ -298,76 +307,76 @@ pub fn overload(overload: &Overload) -> Section {
     }
 }
 
-/// Of hostile clients.
+/// The section on hostile clients.
 pub fn hostile(hostile: &Hostile) -> Section {
     let mut text = table(
         &[
+            "attack",
             "clients",
-            "how many",
             "p99 before",
-            "p99 beside them",
+            "p99 during the attack",
             "ratio",
-            "answered",
-            "worst probe",
+            "responses / due",
+            "longest probe",
             "failed probes",
-            "connected",
-            "cut",
-            "their answers",
+            "connections",
+            "closed early",
+            "responses",
             "slowest sync before",
             "slowest sync",
         ],
-        hostile.damages.iter().map(|damage| {
-            let answers = damage.seen.answers.iter();
-            let answers: Vec<_> = answers
+        hostile.attacks.iter().map(|result| {
+            let responses = result.counts.responses.iter();
+            let responses: Vec<_> = responses
                 .map(|(status, times)| format!("{status} × {}", count(*times)))
                 .collect();
             [
-                format!("{:?}", damage.attack),
-                count(damage.clients),
-                spread(&damage.normal_p99),
-                spread(&damage.p99),
-                ratio(Spread::ratio(&damage.p99, &damage.normal_p99).median),
-                ratio(damage.answered),
-                milliseconds(damage.probe.as_secs_f64()),
-                count(damage.failed_probes),
-                count(damage.seen.connected),
-                count(damage.seen.cut),
-                answers.join(", "),
-                milliseconds(damage.normal_stalls.sync.as_secs_f64()),
-                milliseconds(damage.stalls.sync.as_secs_f64()),
+                format!("{:?}", result.attack),
+                count(result.clients),
+                spread(&result.normal_p99),
+                spread(&result.p99),
+                ratio(Spread::ratio(&result.p99, &result.normal_p99).median),
+                ratio(result.responded),
+                milliseconds(result.probe.as_secs_f64()),
+                count(result.failed_probes),
+                count(result.counts.connected),
+                count(result.counts.closed_early),
+                responses.join(", "),
+                milliseconds(result.normal_stalls.sync.as_secs_f64()),
+                milliseconds(result.stalls.sync.as_secs_f64()),
             ]
         }),
     );
-    for complaint in &hostile.complaints {
-        write!(text, "\n**{complaint}**\n").expect("a string takes all");
+    for violation in &hostile.violations {
+        write!(text, "\n**{violation}**\n").expect("writing to a string succeeds");
     }
     let worst = hostile
-        .damages
+        .attacks
         .iter()
-        .map(|damage| {
-            let ratio = Spread::ratio(&damage.p99, &damage.normal_p99);
-            (ratio.median, damage.attack)
+        .map(|result| {
+            let ratio = Spread::ratio(&result.p99, &result.normal_p99);
+            (ratio.median, result.attack)
         })
         .max_by(|one, other| one.0.total_cmp(&other.0));
-    let damages = || hostile.damages.iter();
-    let failed: usize = damages().map(|damage| damage.failed_probes).sum();
+    let attacks = || hostile.attacks.iter();
+    let failed: usize = attacks().map(|result| result.failed_probes).sum();
     let mut goals = vec![
         Goal::at_least(
-            "hostile clients: visits of others that were answered",
+            "hostile clients: share of regular visits with a response",
             0.99,
-            Spread::new([Spread::new(damages().map(|damage| damage.answered)).min]),
+            Spread::new([Spread::new(attacks().map(|result| result.responded)).min]),
         ),
         Goal::at_most("hostile clients: failed probes", 0.0, failed as f64, number),
         Goal::at_most(
-            "hostile clients: the longest probe",
+            "hostile clients: longest probe",
             PROBE.as_secs_f64(),
-            Spread::new(damages().map(|damage| damage.probe.as_secs_f64())).max,
+            Spread::new(attacks().map(|result| result.probe.as_secs_f64())).max,
             milliseconds,
         ),
         Goal::at_most(
-            "hostile clients: p99 of others in the worst round",
-            OTHERS.as_secs_f64(),
-            Spread::new(damages().flat_map(|damage| damage.p99.iter().copied())).max,
+            "hostile clients: p99 of regular clients in the worst round",
+            REGULAR_P99.as_secs_f64(),
+            Spread::new(attacks().flat_map(|result| result.p99.iter().copied())).max,
             milliseconds,
         ),
         Goal::at_most(
@@ -377,20 +386,20 @@ pub fn hostile(hostile: &Hostile) -> Section {
             mebibytes,
         ),
         Goal::at_most(
-            "hostile clients: memory of spans that no collector takes",
+            "hostile clients: memory of queued spans",
             MEMORY_OF_SPANS,
             hostile.spans.0,
             mebibytes,
         ),
         Goal::at_most(
-            "hostile clients: what must not be",
+            "hostile clients: invariant violations",
             0.0,
-            hostile.complaints.len() as f64,
+            hostile.violations.len() as f64,
             number,
         ),
     ];
     if let Some((worst, attack)) = worst {
-        let what = format!("hostile clients: p99 of others, of what it was before ({attack:?})");
+        let what = format!("hostile clients: p99 of regular clients, against before ({attack:?})");
         goals.push(Goal::at_most(&what, 2.0, worst, ratio));
     }
     Section {
@@ -400,28 +409,40 @@ pub fn hostile(hostile: &Hostile) -> Section {
     }
 }
 
-/// Of what the service takes.
+/// The section on resource use.
 pub fn bounds(bounds: &Bounds) -> Section {
     let with = |connections| (bounds.idle_files + POOLED + connections) as f64;
     let rows = [
         ("file descriptors, idle", count(bounds.idle_files)),
-        ("with 1 000 connections", count(bounds.busy_files)),
-        ("once they are gone", count(bounds.left_files)),
         (
-            "where 100 connections may be and 150 come",
+            "file descriptors with 1 000 open connections",
+            count(bounds.busy_files),
+        ),
+        (
+            "file descriptors after they have closed",
+            count(bounds.left_files),
+        ),
+        (
+            "file descriptors with 150 clients and a limit of 100",
             count(bounds.capped_files),
         ),
         (
-            "memory of a connection over which nothing was said",
+            "memory of a connection without a request",
             kibibytes(bounds.memory_silent),
         ),
-        ("that has been used", kibibytes(bounds.memory_used)),
-        ("that has 31 KiB of a head", kibibytes(bounds.memory_half)),
         (
-            "whose answers nobody reads",
+            "memory of a connection after a request",
+            kibibytes(bounds.memory_used),
+        ),
+        (
+            "memory of a connection with 31 KiB of unfinished headers",
+            kibibytes(bounds.memory_half),
+        ),
+        (
+            "memory of a connection with unread responses",
             kibibytes(bounds.memory_unread),
         ),
-        ("sessions with Postgres under load", count(bounds.sessions)),
+        ("Postgres sessions under load", count(bounds.sessions)),
     ];
     Section {
         title: "Bounds",
@@ -431,43 +452,43 @@ pub fn bounds(bounds: &Bounds) -> Section {
         ),
         goals: vec![
             Goal::at_most(
-                "descriptors with 1 000 connections",
+                "file descriptors with 1 000 connections",
                 with(CONNECTIONS),
                 bounds.busy_files as f64,
                 number,
             ),
             Goal::at_most(
-                "descriptors where 100 connections may be",
+                "file descriptors with a limit of 100 connections",
                 with(MAX_CONNECTIONS),
                 bounds.capped_files as f64,
                 number,
             ),
             Goal::at_most(
-                "descriptors once all are gone",
+                "file descriptors after all have closed",
                 with(0),
                 bounds.left_files as f64,
                 number,
             ),
             Goal::at_most(
-                "memory of a connection that has been used",
+                "memory of a connection after a request",
                 MEMORY_USED,
                 bounds.memory_used,
                 kibibytes,
             ),
             Goal::at_most(
-                "memory of a connection that has half a head",
+                "memory of a connection with unfinished headers",
                 MEMORY_AT_WORST,
                 bounds.memory_half,
                 kibibytes,
             ),
             Goal::at_most(
-                "memory of a connection whose answers nobody reads",
+                "memory of a connection with unread responses",
                 MEMORY_AT_WORST,
                 bounds.memory_unread,
                 kibibytes,
             ),
             Goal::at_most(
-                "sessions with Postgres",
+                "Postgres sessions",
                 SESSIONS,
                 bounds.sessions as f64,
                 number,
@@ -480,7 +501,7 @@ fn count(number: usize) -> String {
     grouped(number as f64)
 }
 
-/// In whole numbers.
+/// Formats a whole number.
 fn number(number: f64) -> String {
     grouped(number.round())
 }
@@ -497,11 +518,11 @@ fn optional(took: Option<Duration>) -> String {
     took.map_or_else(|| "–".to_owned(), |took| milliseconds(took.as_secs_f64()))
 }
 
-/// Of seconds.
+/// Formats one or several durations in seconds.
 fn spread(seconds: &[f64]) -> String {
     match seconds {
         [] => "–".to_owned(),
         [one] => milliseconds(*one),
-        several => Spread::new(several.iter().copied()).written(milliseconds),
+        several => Spread::new(several.iter().copied()).format_with(milliseconds),
     }
 }

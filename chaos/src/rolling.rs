@@ -1,4 +1,4 @@
-//! Replicas that restart in turn, many times, under clients that keep their connections.
+//! Restarts replicas in turn, many times, under clients that keep their connections.
 
 use std::time::Duration;
 
@@ -10,37 +10,37 @@ use lab::rolling::{Crowd, Relay, Replicas, Tally};
 use crate::ground::{Ground, Needs};
 use crate::service::Service;
 
-/// What came of it.
+/// The results.
 #[derive(Clone, Debug)]
 pub struct Rolling {
-    /// How clients find a replica.
+    /// How clients choose a replica.
     pub way: &'static str,
-    /// What they saw.
-    pub seen: Tally,
-    /// Rows at the end that no client was told of, or that are missing.
+    /// The counts of the clients.
+    pub tally: Tally,
+    /// The difference between the number of rows and of acknowledged visits.
     pub rows_off: usize,
 }
 
 const REPLICAS: usize = 3;
-/// Clients that keep their connections, and clients that open one for each visit.
+/// The numbers of clients that keep their connections, and of clients that open one for each visit.
 const KEEPING: usize = 16;
 const OPENING: usize = 4;
-/// How long a replica that was asked to stop serves on, for balancers to notice.
+/// How long a stopping replica keeps serving, so that balancers notice.
 const DELAY: &str = "500ms";
-/// A disk that stalls for a second is no restart: visits wait for it.
+/// Long timeouts, so that a disk that stalls for a second fails no visit.
 const SETTINGS: [(&str, &str); 4] = [
     ("SHUTDOWN_DELAY", DELAY),
     ("SHUTDOWN_TIMEOUT", "20s"),
     ("DB_TIMEOUT", "8s"),
     ("VISIT_TIMEOUT", "9s"),
 ];
-/// Between two restarts, so that clients have come back to the replica that has started.
+/// The pause between two restarts, so that clients return to the started replica.
 const PAUSE: Duration = Duration::from_millis(300);
-/// The delay, the service's own limit, and a moment.
+/// `SHUTDOWN_DELAY`, `SHUTDOWN_TIMEOUT` and a margin.
 const STOP_TIMEOUT: Duration = Duration::from_secs(21);
 
-/// Restarts replicas so many times, half of them under clients that choose among the addresses and
-/// half under clients behind a balancer.
+/// Restarts replicas `restarts` times, half of them under clients that choose an address and half
+/// under clients behind a balancer.
 pub fn run(restarts: usize) -> Result<Vec<Rolling>> {
     let direct = Replicas::default();
     let chosen = roll(
@@ -76,7 +76,7 @@ fn roll(
             service.set(name, value);
         }
         service.start()?;
-        service.until_ready()?;
+        service.wait_until_ready()?;
         replicas.add(service.address);
         services.push(service);
     }
@@ -85,44 +85,50 @@ fn roll(
         std::thread::sleep(PAUSE);
         let service = &mut services[restart % REPLICAS];
         service.terminate()?;
-        let ended = service.ended_within(STOP_TIMEOUT)?;
-        ensure!(ended == Some(true), "a stop ended like this: {ended:?}");
+        let ended = service.wait_for_exit(STOP_TIMEOUT)?;
+        ensure!(
+            ended == Some(true),
+            "a replica did not stop successfully: {ended:?}"
+        );
         replicas.remove(service.address);
         service.start()?;
-        service.until_ready()?;
+        service.wait_until_ready()?;
         replicas.add(service.address);
     }
     std::thread::sleep(PAUSE);
-    let seen = crowd.leave();
+    let tally = crowd.leave();
     let rows: usize = ground.sql("select count(*) from visitas")?.parse()?;
     Ok(Rolling {
         way,
-        rows_off: rows.abs_diff(seen.visits),
-        seen,
+        rows_off: rows.abs_diff(tally.visits),
+        tally,
     })
 }
 
-/// What to write of it.
-pub fn section(restarts: usize, rolled: &[Rolling]) -> Section {
+/// The report's section.
+pub fn section(restarts: usize, results: &[Rolling]) -> Section {
     let count = |number: usize| grouped(number as f64);
-    let rows = rolled.iter().map(
+    let rows = results.iter().map(
         |Rolling {
              way,
-             seen,
+             tally,
              rows_off,
          }| {
             [
                 (*way).to_owned(),
-                count(seen.visits),
-                count(seen.connections),
-                count(seen.refused),
-                count(seen.failures.len()),
+                count(tally.visits),
+                count(tally.connections),
+                count(tally.refused),
+                count(tally.failures.len()),
                 count(*rows_off),
             ]
         },
     );
-    let failures: usize = rolled.iter().map(|rolled| rolled.seen.failures.len()).sum();
-    let rows_off: usize = rolled.iter().map(|rolled| rolled.rows_off).sum();
+    let failures: usize = results
+        .iter()
+        .map(|results| results.tally.failures.len())
+        .sum();
+    let rows_off: usize = results.iter().map(|results| results.rows_off).sum();
     let mut text = format!(
         "Three replicas restart in turn, {restarts} times in all, with `SHUTDOWN_DELAY={DELAY}`, \
          under {KEEPING} clients that keep their connections and {OPENING} that open one for each \
@@ -140,7 +146,7 @@ pub fn section(restarts: usize, rolled: &[Rolling]) -> Section {
         ],
         rows,
     );
-    for failure in rolled.iter().flat_map(|rolled| &rolled.seen.failures) {
+    for failure in results.iter().flat_map(|results| &results.tally.failures) {
         text.push_str("\n- ");
         text.push_str(failure);
     }

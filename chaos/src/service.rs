@@ -1,5 +1,4 @@
-//! The service, as a supervisor has it: started, killed, asked to stop, started again at the same
-//! address.
+//! The service under a supervisor: starts, kills, stops and restarts it at the same address.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -15,32 +14,32 @@ use lab::{client, wait};
 
 use crate::ground::Ground;
 
-/// A service, whether it runs or not. Dropping it stops it.
+/// A service, running or not. Dropping it stops the process.
 pub struct Service {
     /// Where it listens.
     pub address: SocketAddr,
     settings: Vec<(&'static str, String)>,
     wrapping: Vec<String>,
-    /// Of every process so far.
+    /// The log files of all processes so far.
     logs: Vec<PathBuf>,
     process: Option<Process>,
-    /// Of the processes that have ended.
-    counted_before: Counters,
+    /// The counters of the processes that have ended.
+    saved_counters: Counters,
 }
 
-/// Counters of a service.
+/// The service's counters of visits.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters {
-    /// Visits that are recorded.
+    /// Recorded visits.
     pub recorded: usize,
-    /// Visits that are in doubt.
+    /// Visits in doubt.
     pub in_doubt: usize,
 }
 
 const READY_DEADLINE: Duration = Duration::from_secs(30);
 
 impl Service {
-    /// A service on this ground that is not started yet.
+    /// A service in this environment, not started yet.
     pub fn new(ground: &Ground) -> Result<Self> {
         Ok(Self {
             address: free_address()?,
@@ -48,16 +47,16 @@ impl Service {
             wrapping: ground.wrapping(),
             logs: Vec::new(),
             process: None,
-            counted_before: Counters::default(),
+            saved_counters: Counters::default(),
         })
     }
 
-    /// Adds a setting, for when it is next started.
+    /// Adds a setting for the next start.
     pub fn set(&mut self, name: &'static str, value: &str) {
         self.settings.push((name, value.to_owned()));
     }
 
-    /// Starts it.
+    /// Starts the service.
     pub fn start(&mut self) -> Result<()> {
         let program = visitas()?.display().to_string();
         let mut words = self
@@ -78,13 +77,13 @@ impl Service {
         Ok(())
     }
 
-    /// Waits until both stores are in use.
-    pub fn until_ready(&mut self) -> Result<()> {
+    /// Waits until both stores are up.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
         self.wait_for(|health| health == Some("ok"))
     }
 
-    /// Waits until it says anything of its health.
-    pub fn until_it_answers(&mut self) -> Result<()> {
+    /// Waits until `/health` responds.
+    pub fn wait_until_it_responds(&mut self) -> Result<()> {
         self.wait_for(|health| health.is_some())
     }
 
@@ -99,41 +98,48 @@ impl Service {
         Ok(())
     }
 
-    /// What it says of its health, where it says anything.
+    /// The status in the response of `/health`, if there is a response.
     pub fn health(&self) -> Option<String> {
         let response = client::get(self.address, "/health").ok()?;
         let json: serde_json::Value = serde_json::from_str(&response.body).ok()?;
         Some(json["status"].as_str()?.to_owned())
     }
 
-    /// Kills it, as the system would. Its counters go with it.
+    /// Kills the process, and saves its counters first.
     pub fn kill(&mut self) -> Result<()> {
-        self.counted_before = self.counted()?;
-        let mut process = self.process.take().context("it does not run")?;
+        self.saved_counters = self.counters()?;
+        let mut process = self.process.take().context("the service is not running")?;
         process.kill()
     }
 
-    /// Asks it to stop and says when. Its counters go with it.
+    /// Saves the counters, sends SIGTERM, and returns the time of the signal.
     pub fn terminate(&mut self) -> Result<Instant> {
-        self.counted_before = self.counted()?;
-        let process = self.process.as_ref().context("it does not run")?;
+        self.saved_counters = self.counters()?;
+        let process = self
+            .process
+            .as_ref()
+            .context("the service is not running")?;
         let asked = Instant::now();
         process.terminate()?;
         Ok(asked)
     }
 
-    /// Does something while it is suspended.
+    /// Runs `work` while the process is suspended.
     pub fn while_paused<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let process = self.process.as_ref().context("it does not run")?;
+        let process = self
+            .process
+            .as_ref()
+            .context("the service is not running")?;
         process.pause()?;
-        let done = work();
+        let result = work();
         process.resume()?;
-        done
+        result
     }
 
-    /// Whether it has ended with success, where it ends soon enough; it is killed otherwise.
-    pub fn ended_within(&mut self, timeout: Duration) -> Result<Option<bool>> {
-        let mut process = self.process.take().context("it does not run")?;
+    /// Waits for the process to exit and returns whether it succeeded. Kills it after `timeout` and
+    /// returns `None`.
+    pub fn wait_for_exit(&mut self, timeout: Duration) -> Result<Option<bool>> {
+        let mut process = self.process.take().context("the service is not running")?;
         let status = process.wait(timeout)?;
         if status.is_none() {
             process.kill()?;
@@ -141,39 +147,39 @@ impl Service {
         Ok(status.map(|status| status.success()))
     }
 
-    /// What it has counted, over all its processes.
-    pub fn counted(&self) -> Result<Counters> {
-        let mut counted = self.counted_before;
+    /// The sum of the counters of all processes so far.
+    pub fn counters(&self) -> Result<Counters> {
+        let mut counters = self.saved_counters;
         if self.process.is_some() {
             let metrics = Metrics::scrape(self.address)?;
             let number = |outcome| anyhow::Ok(usize::try_from(metrics.visits(outcome)?)?);
-            counted.recorded += number("ok")? + number("degraded")?;
-            counted.in_doubt += number("in_doubt")?;
+            counters.recorded += number("ok")? + number("degraded")?;
+            counters.in_doubt += number("in_doubt")?;
         }
-        Ok(counted)
+        Ok(counters)
     }
 
-    /// The value of a series of its metrics, by its name and labels as they are written there.
+    /// The value of a series of the metrics, by its name and labels as written there.
     pub fn metric(&self, series: &str) -> Option<f64> {
         Metrics::scrape(self.address).ok()?.value(series)
     }
 
-    /// The memory that it has resident, where the system says so.
+    /// The resident memory, where the system reports it.
     pub fn memory(&self) -> Option<Mebibytes> {
         self.process.as_ref()?.resident_memory()
     }
 
-    /// The most memory that it has had resident, where the system says so.
+    /// The peak resident memory, where the system reports it.
     pub fn peak_memory(&self) -> Option<Mebibytes> {
         self.process.as_ref()?.peak_memory()
     }
 
-    /// The file descriptors that it has open, where the system says so.
+    /// The number of open file descriptors, where the system reports it.
     pub fn open_files(&self) -> Option<usize> {
         self.process.as_ref()?.open_files()
     }
 
-    /// The lines of all its logs that tell of a panic.
+    /// The lines about a panic in all logs.
     pub fn panics(&self) -> Vec<String> {
         let logs = self
             .logs

@@ -1,5 +1,5 @@
-//! One fault: load, the fault, its end, how soon visits are good again, and a stop in the midst of
-//! it. What became of what had been acknowledged is for `judge`.
+//! Tests one fault: starts the load, injects and heals the fault, measures the recovery, and stops
+//! a replica during the fault. `judge` then checks the acknowledged visits.
 
 mod judge;
 
@@ -12,113 +12,109 @@ use lab::stalls::{StallWatch, Stalls};
 
 use crate::chance;
 use crate::fault::{Fault, Harm, Kind, Repair};
-use crate::ground::{Ground, Store, obstacle};
+use crate::ground::{Ground, Store};
 use crate::ledger::Ledger;
 use crate::service::Service;
 
-/// How long and how often.
+/// Durations and repetitions of a trial.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    /// Of a fault that lasts.
+    /// Repetitions of a fault that lasts.
     pub repetitions: usize,
-    /// Of a kill.
+    /// Repetitions of a kill.
     pub kills: usize,
     /// How long a fault lasts.
     pub hold: Duration,
-    /// How long a paused store stands still.
+    /// How long a paused store stays suspended.
     pub pause: Duration,
-    /// How long visits are to stay good after a fault that lasts; the service looks at its stores
+    /// How long visits must stay complete after a fault that lasts; the service checks its stores
     /// every second.
     pub aftermath: Duration,
-    /// Whether the service is asked to stop during the fault, too.
+    /// Whether to stop a replica during the fault.
     pub stop: bool,
-    /// How many faults are tried at the same time.
+    /// The number of faults that are tested at the same time.
     pub at_once: usize,
     /// How long a client pauses between two visits.
     pub visit_pause: Duration,
 }
 
-/// What came of a fault.
+/// The result of a tested fault.
 #[derive(Clone, Debug)]
 pub struct Trial {
-    /// Which it was.
+    /// The fault.
     pub fault: Fault,
-    /// How often it struck.
+    /// The number of repetitions.
     pub repetitions: usize,
-    /// The table beside the clients' numbers.
+    /// The judge's comparison of the table with the clients' numbers.
     pub verdict: Verdict,
-    /// Visits that were answered 503.
+    /// Visits with status 503.
     pub refused: usize,
-    /// From each strike to the first visit that was not good, in seconds; none where there was none.
+    /// Time from each start of the fault to the first harmed visit, in seconds, if there was one.
     pub first_errors: Vec<f64>,
-    /// From when it worked again until every replica had made a good visit, in seconds, where there
-    /// had been an error.
+    /// Time from when the broken part worked again until every replica had made a complete visit,
+    /// in seconds, if a visit was harmed.
     pub recoveries: Vec<f64>,
-    /// The worst latency of a visit that was acknowledged.
-    pub worst_good: Duration,
-    /// The worst latency of any answer.
+    /// The longest acknowledged visit.
+    pub longest_recorded: Duration,
+    /// The longest response.
     pub longest: Duration,
-    /// How long the service took to stop in the midst of it.
-    pub stopped_in: Option<Duration>,
-    /// From its next start, when all worked again, to the first good visit.
-    pub back_in: Option<Duration>,
-    /// What the machine kept waiting meanwhile. Faults that are tried at the same time do not know.
+    /// How long a replica took to stop during the fault.
+    pub time_to_stop: Option<Duration>,
+    /// Time from the replica's next start, with both stores working, to its first complete visit.
+    pub time_to_start: Option<Duration>,
+    /// The machine's own delays meanwhile. Not measured if several faults are tested at the same
+    /// time.
     pub stalls: Option<Stalls>,
-    /// What the fault does not excuse.
-    pub complaints: Vec<String>,
+    /// Violations that the fault does not excuse.
+    pub violations: Vec<String>,
 }
 
-/// `VISIT_TIMEOUT` and a tenth: nobody waits longer.
-pub const LONGEST_ANSWER: Duration = Duration::from_millis(2200);
-/// `SHUTDOWN_TIMEOUT` and a tenth.
+/// Maximum response time: `VISIT_TIMEOUT` plus a tenth.
+pub const LONGEST_RESPONSE: Duration = Duration::from_millis(2200);
+/// Maximum time to stop: `SHUTDOWN_TIMEOUT` plus a tenth.
 pub const LONGEST_STOP: Duration = Duration::from_secs(11);
 
-/// Visits that are made before anything breaks.
+/// The number of visits before the first fault.
 const WARM: usize = 200;
-/// When to give up on good visits.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Between two kills, and before a stop.
+/// Timeout for complete visits after a fault.
+const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
+/// The pause between two kills, and before a stop.
 const MOMENT: Duration = Duration::from_millis(300);
-/// What is to be overcome lasts longer than it may take.
-const OVERCOME: Duration = Duration::from_secs(3);
-/// A strike comes after a random delay of up to this.
+/// A fault that the service must recover from while active lasts longer than the allowed recovery.
+const MIN_HOLD_TO_RECOVER: Duration = Duration::from_secs(3);
+/// The maximum random delay before a fault is active.
 const RANDOM_DELAY: Duration = Duration::from_millis(60);
 
-/// A fault that is being tried.
+/// A fault under test.
 struct Attempt<'a> {
     fault: &'a Fault,
     ground: &'a Ground,
     services: Vec<Service>,
     ledger: Ledger,
-    /// Visits of others than the ledger's clients.
+    /// Visits of clients other than the ledger's.
     others: Vec<Visit>,
     stop: Option<Stop>,
-    /// When services ended whose counters went with them.
+    /// The periods in which a service ended, with visits that its saved counters can miss.
     gaps: Vec<Range<Instant>>,
-    /// When Redis was certainly down between two of its lives.
+    /// The periods in which Redis was certainly down.
     redis_outages: Vec<Range<Instant>>,
     strikes: usize,
     first_errors: Vec<f64>,
     recoveries: Vec<f64>,
-    complaints: Vec<String>,
+    violations: Vec<String>,
 }
 
-/// A stop in the midst of a fault.
+/// A stop during a fault.
 #[derive(Clone, Copy, Debug)]
 struct Stop {
     asked: Instant,
     ended: Instant,
-    /// When the service that was started again was good, or everything ended.
+    /// When the restarted service made complete visits again, or a later bound.
     back: Instant,
-    back_in: Option<Duration>,
+    time_to_start: Option<Duration>,
 }
 
-/// Why it cannot be tried here, if it cannot.
-pub fn hindrance(fault: &Fault) -> Option<String> {
-    obstacle(fault.needs())
-}
-
-/// Tries a fault.
+/// Tests a fault.
 pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
     let ground = Ground::start(fault.needs())?;
     let watch = (effort.at_once == 1)
@@ -132,20 +128,20 @@ pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
     } else {
         effort.repetitions
     };
-    let mut attempt = if fault.comes_first() {
-        Attempt::broken(fault, &ground, services, effort)?
+    let mut attempt = if fault.precedes_start() {
+        Attempt::start_broken(fault, &ground, services, effort)?
     } else {
-        let mut attempt = Attempt::whole(fault, &ground, services, effort)?;
+        let mut attempt = Attempt::start_healthy(fault, &ground, services, effort)?;
         for _ in 0..repetitions {
             attempt.strike(effort)?;
-            if !attempt.complaints.is_empty() {
+            if !attempt.violations.is_empty() {
                 break;
             }
         }
         attempt
     };
-    if effort.stop && !fault.comes_first() {
-        attempt.stop_in_its_midst(effort.aftermath)?;
+    if effort.stop && !fault.precedes_start() {
+        attempt.stop_during_fault(effort.aftermath)?;
     }
     let stalls = watch.map(StallWatch::stop);
     let trial = attempt.judge()?;
@@ -153,8 +149,8 @@ pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
 }
 
 impl<'a> Attempt<'a> {
-    /// Everything works, and visits are made.
-    fn whole(
+    /// Starts the replicas and the load without the fault.
+    fn start_healthy(
         fault: &'a Fault,
         ground: &'a Ground,
         mut services: Vec<Service>,
@@ -162,29 +158,29 @@ impl<'a> Attempt<'a> {
     ) -> Result<Self> {
         for service in &mut services {
             service.start()?;
-            service.until_ready()?;
+            service.wait_until_ready()?;
         }
-        let attempt = Self::of(fault, ground, services, effort.visit_pause);
-        let deadline = Instant::now() + PATIENCE;
-        while attempt.ledger.made() < WARM && Instant::now() < deadline {
+        let attempt = Self::new(fault, ground, services, effort.visit_pause);
+        let deadline = Instant::now() + RECOVERY_TIMEOUT;
+        while attempt.ledger.count() < WARM && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(attempt)
     }
 
-    /// The service starts while the fault is there already.
-    fn broken(
+    /// Starts the replicas while the fault is active.
+    fn start_broken(
         fault: &'a Fault,
         ground: &'a Ground,
         mut services: Vec<Service>,
         effort: Effort,
     ) -> Result<Self> {
-        let injected = fault.inject(ground, &mut services)?;
+        let active = fault.inject(ground, &mut services)?;
         let began = Instant::now();
         for service in &mut services {
             service.start()?;
         }
-        let mut attempt = Self::of(fault, ground, services, effort.visit_pause);
+        let mut attempt = Self::new(fault, ground, services, effort.visit_pause);
         attempt.strikes = 1;
         if fault.kind == Kind::MigrationLocked {
             std::thread::sleep(effort.hold);
@@ -193,34 +189,34 @@ impl<'a> Attempt<'a> {
                 attempt.services[0].start()?;
                 std::thread::sleep(MOMENT);
             }
-            let mended = Instant::now();
-            let healed = injected.heal(ground, &mut attempt.services)?;
-            attempt.recover(0, began, began..mended, healed.at, effort.aftermath);
+            let healed_at = Instant::now();
+            let repair = active.heal(ground, &mut attempt.services)?;
+            attempt.recover(0, began, began..healed_at, repair.at, effort.aftermath);
             attempt.mark_back(None);
         } else {
             if effort.stop {
-                // One of them, as soon as it can be asked, while all of them start.
-                attempt.services[0].until_it_answers()?;
+                // Stops one replica as soon as it responds, while all of them start.
+                attempt.services[0].wait_until_it_responds()?;
                 attempt.stop()?;
             }
             let stays = usize::from(effort.stop);
             for service in &mut attempt.services[stays..] {
-                service.until_ready()?;
+                service.wait_until_ready()?;
             }
             let ready = Instant::now();
             attempt.recoveries.push((ready - began).as_secs_f64());
             if effort.stop {
                 attempt.services[0].start()?;
                 let started = Instant::now();
-                attempt.services[0].until_ready()?;
+                attempt.services[0].wait_until_ready()?;
                 attempt.mark_back(Some(started.elapsed()));
             }
-            attempt.see_to_the_aftermath(0, Instant::now(), effort.aftermath);
+            attempt.check_aftermath(0, Instant::now(), effort.aftermath);
         }
         Ok(attempt)
     }
 
-    fn of(
+    fn new(
         fault: &'a Fault,
         ground: &'a Ground,
         services: Vec<Service>,
@@ -239,50 +235,55 @@ impl<'a> Attempt<'a> {
             strikes: 0,
             first_errors: Vec::new(),
             recoveries: Vec::new(),
-            complaints: Vec::new(),
+            violations: Vec::new(),
         }
     }
 
-    /// One repetition.
+    /// Runs one repetition.
     fn strike(&mut self, effort: Effort) -> Result<()> {
         self.strikes += 1;
-        let from = self.ledger.made();
+        let from = self.ledger.count();
         std::thread::sleep(RANDOM_DELAY.mul_f64(chance::fraction()));
         let began = Instant::now();
-        let injected = self.fault.inject(self.ground, &mut self.services)?;
-        let whole = Instant::now();
+        let active = self.fault.inject(self.ground, &mut self.services)?;
+        let injected_at = Instant::now();
         if self.fault.kind == Kind::KillService {
-            self.gaps.push(began..whole);
+            self.gaps.push(began..injected_at);
         }
-        // What is killed many times is away for a moment only, and soon killed again.
+        // A part that is killed many times stays down only briefly.
         let is_killed_again = self.fault.is_a_kill() && effort.kills > 1;
         let hold = match self.fault.kind {
             Kind::Pause(_) => effort.pause,
             _ if is_killed_again => effort.hold.min(MOMENT),
-            _ if self.fault.is_overcome() => effort.hold.max(OVERCOME),
+            _ if self.fault.must_recover_while_active() => effort.hold.max(MIN_HOLD_TO_RECOVER),
             _ => effort.hold,
         };
         std::thread::sleep(hold);
-        if let Some(missing) = injected.missing_evidence(self.ground)? {
-            self.complain(format!("it took no effect: {missing}"));
+        if let Some(missing) = active.missing_evidence(self.ground)? {
+            self.report_violation(format!("the fault took no effect: {missing}"));
         }
-        let mended = Instant::now();
-        let Repair { at, others } = injected.heal(self.ground, &mut self.services)?;
-        self.note_redis_outage(whole..mended);
-        self.look_for_effects(from, &(whole..mended), &others);
+        let healed_at = Instant::now();
+        let Repair { at, others } = active.heal(self.ground, &mut self.services)?;
+        self.note_redis_outage(injected_at..healed_at);
+        self.check_effects(from, &(injected_at..healed_at), &others);
         self.others.extend(others);
-        let due = if self.fault.is_overcome() { began } else { at };
+        let due = if self.fault.must_recover_while_active() {
+            began
+        } else {
+            at
+        };
         let aftermath = if is_killed_again {
             MOMENT
         } else {
             effort.aftermath
         };
-        self.recover(from, began, whole..mended, due, aftermath);
+        self.recover(from, began, injected_at..healed_at, due, aftermath);
         Ok(())
     }
 
-    /// A fault that harms no visit shows in how long visits take, or in what other clients did.
-    fn look_for_effects(&mut self, from: usize, meanwhile: &Range<Instant>, others: &[Visit]) {
+    /// Checks that a fault without harm took effect: by the duration of visits, or by the visits of
+    /// other clients.
+    fn check_effects(&mut self, from: usize, meanwhile: &Range<Instant>, others: &[Visit]) {
         let shortest = self.fault.shortest_visit();
         let visits = self.ledger.since(from);
         let mut visits = visits
@@ -290,57 +291,57 @@ impl<'a> Attempt<'a> {
             .filter(|visit| visit.sent > meanwhile.start && visit.ended < meanwhile.end)
             .peekable();
         if visits.peek().is_none() && self.fault.harm == Harm::Nothing {
-            self.complain("no visit was made meanwhile".to_owned());
+            self.report_violation("no visit was made during the fault".to_owned());
         }
         if let Some(quick) = visits.find(|visit| visit.took() < shortest) {
             let took = quick.took();
-            self.complain(format!("it took no effect: a visit took {took:?}"));
+            self.report_violation(format!("the fault took no effect: a visit took {took:?}"));
         }
         let left = |visit: &Visit| visit.outcome == Outcome::Left;
         if self.fault.kind == Kind::Disconnects && !others.iter().any(left) {
-            self.complain("it took no effect: no client left".to_owned());
+            self.report_violation("the fault took no effect: no client disconnected".to_owned());
         }
     }
 
-    /// Redis has been killed and started again: its counter starts over.
+    /// Notes that Redis was killed and restarted, which restarts its counter.
     fn note_redis_outage(&mut self, down: Range<Instant>) {
         if self.fault.kind == Kind::Kill(Store::Redis) {
             self.redis_outages.push(down);
         }
     }
 
-    /// Waits until every replica has made a good visit after `due`, and looks whether visits stay
-    /// good. The fault has taken from `began` on to become `whole`.
+    /// Waits until every replica has made a complete visit after `due`, and checks that visits stay
+    /// complete. The injection began at `began`; the fault was fully active during `active`.
     fn recover(
         &mut self,
         from: usize,
         began: Instant,
-        whole: Range<Instant>,
+        active: Range<Instant>,
         due: Instant,
         aftermath: Duration,
     ) {
         let mut errors = Vec::new();
         let mut recovered = due;
         for replica in 0..self.services.len() {
-            let is_struck = self.fault.strikes(replica);
+            let is_struck = self.fault.affects(replica);
             let error = if is_struck {
-                self.first_error(replica, from, began, &whole)
+                self.first_error(replica, from, began, &active)
             } else {
                 None
             };
             let since = error.map_or(due, |error| error.ended.max(due));
-            let good = self.ledger.find(from, PATIENCE, |visit| {
-                visit.replica == replica && visit.is_good() && visit.ended > since
+            let complete = self.ledger.find(from, RECOVERY_TIMEOUT, |visit| {
+                visit.replica == replica && visit.is_complete() && visit.ended > since
             });
-            let Some(good) = good else {
-                self.complain(format!(
-                    "no good visit to replica {replica} within {PATIENCE:?}"
+            let Some(complete) = complete else {
+                self.report_violation(format!(
+                    "no complete visit to replica {replica} within {RECOVERY_TIMEOUT:?}"
                 ));
                 return;
             };
-            recovered = recovered.max(good.ended);
+            recovered = recovered.max(complete.ended);
             if let Some(error) = error {
-                errors.push((error.ended - began, good.ended - due));
+                errors.push((error.ended - began, complete.ended - due));
             }
         }
         let first_error = errors.iter().map(|(error, _)| error.as_secs_f64());
@@ -349,121 +350,127 @@ impl<'a> Attempt<'a> {
             let recoveries = errors.iter().map(|(_, recovery)| recovery.as_secs_f64());
             self.recoveries.extend(recoveries.max_by(f64::total_cmp));
         }
-        self.see_to_the_aftermath(from, recovered, aftermath);
+        self.check_aftermath(from, recovered, aftermath);
     }
 
-    /// The first visit to a replica that the fault has harmed. Complains if there is none, or if a
-    /// later one was spared by a fault that spares none.
+    /// The first harmed visit to a replica. Reports a violation if there is none, or if a fault
+    /// that harms every visit spared a later one.
     fn first_error(
         &mut self,
         replica: usize,
         from: usize,
         began: Instant,
-        whole: &Range<Instant>,
+        active: &Range<Instant>,
     ) -> Option<Visit> {
         let harm = self.fault.harm;
         let is_harmed = |visit: &Visit| match harm {
             Harm::Visits => !visit.is_recorded(),
-            Harm::Nothing | Harm::Count => !visit.is_good(),
+            Harm::Nothing | Harm::Count => !visit.is_complete(),
         };
         let error = self.ledger.find(from, Duration::ZERO, |visit| {
             visit.replica == replica && is_harmed(visit) && visit.ended > began
         });
         match error {
-            Some(error) if self.fault.is_complete() => {
+            Some(error) if self.fault.harms_every_visit() => {
                 let spared = self.ledger.find(from, Duration::ZERO, |visit| {
                     visit.replica == replica
-                        && visit.sent > error.ended.max(whole.start)
-                        && visit.ended < whole.end
+                        && visit.sent > error.ended.max(active.start)
+                        && visit.ended < active.end
                         && !is_harmed(visit)
                 });
                 if let Some(spared) = spared {
                     let after = spared.sent - began;
-                    self.complain(format!("a visit {after:?} after it began was spared"));
+                    self.report_violation(format!(
+                        "a visit {after:?} after the fault began was not harmed"
+                    ));
                 }
             }
             None if harm != Harm::Nothing => {
-                self.complain(format!("no visit to replica {replica} noticed it"));
+                self.report_violation(format!("no visit to replica {replica} was harmed"));
             }
             _ => {}
         }
         error
     }
 
-    /// After `recovered` visits are to stay good.
-    fn see_to_the_aftermath(&mut self, from: usize, recovered: Instant, aftermath: Duration) {
+    /// Checks that visits stay complete after `recovered`.
+    fn check_aftermath(&mut self, from: usize, recovered: Instant, aftermath: Duration) {
         std::thread::sleep(aftermath);
         let relapse = self.ledger.find(from, Duration::ZERO, |visit| {
-            !visit.is_good() && visit.sent > recovered
+            !visit.is_complete() && visit.sent > recovered
         });
         if let Some(relapse) = relapse {
-            self.complain(format!(
-                "a visit {:?} after the recovery came to {:?}",
+            self.report_violation(format!(
+                "a visit {:?} after the recovery had the outcome {:?}",
                 relapse.sent - recovered,
                 relapse.outcome
             ));
         }
     }
 
-    /// Asks the service to stop while the fault is there, and starts it again after it.
-    fn stop_in_its_midst(&mut self, aftermath: Duration) -> Result<()> {
-        let from = self.ledger.made();
+    /// Stops a replica during the fault, and restarts it afterwards.
+    fn stop_during_fault(&mut self, aftermath: Duration) -> Result<()> {
+        let from = self.ledger.count();
         let began = Instant::now();
-        let injected = self.fault.inject(self.ground, &mut self.services)?;
-        let whole = Instant::now();
+        let active = self.fault.inject(self.ground, &mut self.services)?;
+        let injected_at = Instant::now();
         std::thread::sleep(MOMENT);
         if self.fault.kind == Kind::KillService {
-            self.gaps.push(began..whole);
-            // There is nobody to ask before it starts again.
-            injected.heal(self.ground, &mut self.services)?;
-            self.services[0].until_it_answers()?;
+            self.gaps.push(began..injected_at);
+            // A killed service must be restarted before it can be stopped.
+            active.heal(self.ground, &mut self.services)?;
+            self.services[0].wait_until_it_responds()?;
             self.stop()?;
         } else {
             self.stop()?;
-            let mended = Instant::now();
-            let healed = injected.heal(self.ground, &mut self.services)?;
-            self.note_redis_outage(whole..mended);
-            self.others.extend(healed.others);
+            let healed_at = Instant::now();
+            let repair = active.heal(self.ground, &mut self.services)?;
+            self.note_redis_outage(injected_at..healed_at);
+            self.others.extend(repair.others);
         }
         self.services[0].start()?;
         let started = Instant::now();
         let mut recovered = started;
         for replica in 0..self.services.len() {
-            let good = self.ledger.find(from, PATIENCE, |visit| {
-                visit.replica == replica && visit.is_good() && visit.sent > started
+            let complete = self.ledger.find(from, RECOVERY_TIMEOUT, |visit| {
+                visit.replica == replica && visit.is_complete() && visit.sent > started
             });
-            let Some(good) = good else {
-                self.complain(format!(
-                    "no good visit to replica {replica} within {PATIENCE:?} after a stop"
+            let Some(complete) = complete else {
+                self.report_violation(format!(
+                    "no complete visit to replica {replica} within {RECOVERY_TIMEOUT:?} after a stop"
                 ));
                 return Ok(());
             };
             if replica == 0 {
-                self.mark_back(Some(good.ended - started));
+                self.mark_back(Some(complete.ended - started));
             }
-            recovered = recovered.max(good.ended);
+            recovered = recovered.max(complete.ended);
         }
-        self.see_to_the_aftermath(from, recovered, aftermath);
-        self.services.iter_mut().try_for_each(Service::until_ready)
+        self.check_aftermath(from, recovered, aftermath);
+        self.services
+            .iter_mut()
+            .try_for_each(Service::wait_until_ready)
     }
 
-    /// The service that was asked to stop works again.
-    fn mark_back(&mut self, back_in: Option<Duration>) {
+    /// Notes that the stopped replica works again.
+    fn mark_back(&mut self, time_to_start: Option<Duration>) {
         if let Some(stop) = &mut self.stop {
             stop.back = Instant::now();
-            stop.back_in = back_in;
+            stop.time_to_start = time_to_start;
         }
     }
 
     fn stop(&mut self) -> Result<()> {
         let counted = Instant::now();
         let asked = self.services[0].terminate()?;
-        let ended = self.services[0].ended_within(LONGEST_STOP + Duration::from_secs(1))?;
+        let ended = self.services[0].wait_for_exit(LONGEST_STOP + Duration::from_secs(1))?;
         let took = asked.elapsed();
         match ended {
-            None => self.complain("it did not stop, and was killed".to_owned()),
-            Some(false) => self.complain("it stopped with a failure".to_owned()),
-            Some(true) if took > LONGEST_STOP => self.complain(format!("it stopped in {took:?}")),
+            None => self.report_violation("the replica did not stop and was killed".to_owned()),
+            Some(false) => self.report_violation("the replica stopped with a failure".to_owned()),
+            Some(true) if took > LONGEST_STOP => {
+                self.report_violation(format!("the replica took {took:?} to stop"));
+            }
             Some(true) => {}
         }
         let ended = asked + took;
@@ -471,13 +478,13 @@ impl<'a> Attempt<'a> {
         self.stop = Some(Stop {
             asked,
             ended,
-            back: ended + PATIENCE,
-            back_in: None,
+            back: ended + RECOVERY_TIMEOUT,
+            time_to_start: None,
         });
         Ok(())
     }
 
-    fn complain(&mut self, complaint: String) {
-        self.complaints.push(complaint);
+    fn report_violation(&mut self, violation: String) {
+        self.violations.push(violation);
     }
 }

@@ -1,41 +1,44 @@
-//! Each fault once, shortened: nothing acknowledged is lost, and everything recovers. Overload and
-//! hostile clients judge speed and need the machine, so `make faults` runs them.
+//! Each fault once, shortened: no acknowledged visit is lost, and the service recovers. Overload
+//! and hostile clients measure speed and need an idle machine, so `make faults` runs them.
 //!
-//! `make chaos` measures with the program as it is shipped; the bounds here hold on a busy machine.
+//! `make chaos` measures the release build; the bounds here hold on a busy machine.
 
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use chaos::bounds::{MAX_CONNECTIONS, POOLED};
-use chaos::report::{self, Tried};
+use chaos::report::{self, FaultResult};
 
 const RECOVERY: f64 = 3.0;
 const START: Duration = Duration::from_secs(3);
-/// All faults together.
+/// Maximum duration of all faults together.
 const ALL: Duration = Duration::from_mins(5);
 
 #[test]
 fn no_fault_loses_or_repeats_what_was_acknowledged() {
     let started = Instant::now();
-    let tried = chaos::faults(None, chaos::SHORT, |_tried| {});
-    let text = report::faults(&tried).text;
-    for tried in &tried {
-        let trial = match tried {
-            Tried::Ran(trial) => trial,
-            Tried::Skipped(name, why) => {
-                // Not by `eprintln!`, whose output is hidden where a test passes.
+    let results = chaos::faults(None, chaos::SHORT, |_result| {});
+    let text = report::faults(&results).text;
+    for result in &results {
+        let trial = match result {
+            FaultResult::Completed(trial) => trial,
+            FaultResult::Skipped(name, why) => {
+                // Not by `eprintln!`: a passing test hides its output.
                 writeln!(std::io::stderr(), "{name}: SKIPPED: {why}").unwrap();
                 continue;
             }
-            Tried::Failed(name, why) => panic!("{name}: {why}"),
+            FaultResult::Failed(name, why) => panic!("{name}: {why}"),
         };
         let verdict = trial.verdict;
         assert_eq!(verdict.violations(), 0, "{verdict:?}\n{text}");
         assert!(verdict.recorded > 0, "{text}");
-        assert!(trial.complaints.is_empty(), "{text}");
+        assert!(trial.violations.is_empty(), "{text}");
         let late = trial.recoveries.iter().filter(|took| **took > RECOVERY);
         assert_eq!(late.count(), 0, "{text}");
-        assert!(trial.back_in.is_none_or(|took| took < START), "{text}");
+        assert!(
+            trial.time_to_start.is_none_or(|took| took < START),
+            "{text}"
+        );
     }
     let took = started.elapsed();
     assert!(took < ALL, "{took:?}");
@@ -59,11 +62,11 @@ fn overload_refuses_what_it_cannot_record_and_breaks_nothing() {
 fn hostile_clients_keep_no_other_client_from_its_response() {
     let hostile = chaos::hostile::run(1, Duration::from_secs(2), 2000).unwrap();
     let text = report::hostile(&hostile).text;
-    assert!(hostile.complaints.is_empty(), "{text}");
+    assert!(hostile.violations.is_empty(), "{text}");
     assert!(hostile.spans.0 < 32.0, "{:?}", hostile.spans);
-    for damage in &hostile.damages {
-        assert_eq!(damage.failed_probes, 0, "{text}");
-        assert!(damage.answered > 0.99, "{text}");
+    for result in &hostile.attacks {
+        assert_eq!(result.failed_probes, 0, "{text}");
+        assert!(result.responded > 0.99, "{text}");
     }
 }
 

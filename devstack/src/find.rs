@@ -1,4 +1,4 @@
-//! Which installed programs are used. Knows nothing of running them.
+//! Finds the installed servers. Knows nothing of running them.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -6,27 +6,27 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 /// An installed server.
-pub(crate) struct Found {
+pub(crate) struct Installation {
     pub(crate) major: u32,
     /// Postgres' folder of programs, or the path of `redis-server`.
     pub(crate) path: PathBuf,
 }
 
 /// The newest installed Postgres from 14 to 18, or the one in `DEVSTACK_PG_BIN`.
-pub(crate) fn postgres() -> Result<Found> {
+pub(crate) fn postgres() -> Result<Installation> {
     find("find_postgres")
 }
 
 /// The installed Redis, at least 6, or the one that `DEVSTACK_REDIS_SERVER` names.
-pub(crate) fn redis() -> Result<Found> {
+pub(crate) fn redis() -> Result<Installation> {
     find("find_redis")
 }
 
-/// Says which servers would be used, one a line.
+/// Describes the servers that would be used, one per line.
 ///
 /// # Errors
 ///
-/// When one is missing. The error holds the commands that install it.
+/// When a server is missing. The error contains the commands that install it.
 pub fn check() -> Result<String> {
     match (postgres(), redis()) {
         (Ok(postgres), Ok(redis)) => Ok(format!(
@@ -41,7 +41,7 @@ pub fn check() -> Result<String> {
     }
 }
 
-fn find(function: &str) -> Result<Found> {
+fn find(function: &str) -> Result<Installation> {
     let output = Command::new("/bin/sh")
         .args([
             "-c",
@@ -59,7 +59,7 @@ fn find(function: &str) -> Result<Found> {
         .trim_end()
         .split_once(' ')
         .context("find.sh printed no path")?;
-    Ok(Found {
+    Ok(Installation {
         major: major.parse()?,
         path: path.into(),
     })

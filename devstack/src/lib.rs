@@ -11,16 +11,16 @@
 //! ```
 //!
 //! No server outlives the process that started it, however that process ends: see [`Server`]. Every
-//! call blocks, for a second at most as a rule, so in an async test wrap a long one in
-//! `spawn_blocking` if other tasks must go on.
+//! call blocks, usually for a second at most. In an async test, wrap long calls in `spawn_blocking`
+//! if other tasks must continue.
 //!
-//! The crate `postgresql_embedded` does not serve here: it downloads its own server instead of
-//! using the installed one, does not start it under another account when run as root, and leaves it
+//! The crate `postgresql_embedded` is not suitable: it downloads its own server instead of using
+//! the installed one, does not start it under another account when run as root, and leaves it
 //! running when the runner is killed.
 //!
-//! In reading order: `find` (which programs), `place` (where, and as whom), `supervise` (nothing is
-//! left behind), `server` (what both have in common), `postgres`, `redis`, `tls`, and `run` for the
-//! command `devstack run`.
+//! In reading order: `find` (installed servers), `place` (folders, ports and account), `supervise`
+//! (no process is left behind), `server` (common to both), `postgres`, `redis`, `tls`, and `run`
+//! for the command `devstack run`.
 
 mod find;
 mod place;

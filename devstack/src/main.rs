@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "\
 usage: devstack run -- COMMAND [ARGUMENT...]   run a command with PostgreSQL and Redis up
-       devstack check                          say which PostgreSQL and Redis would be used";
+       devstack check                          show which PostgreSQL and Redis would be used";
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();

@@ -1,5 +1,5 @@
-//! Where servers keep their files and ports, and the account they run under. Knows nothing of which
-//! server it is.
+//! The folders and ports of servers, and the account that runs them. Knows nothing of the kind of
+//! server.
 
 use std::fs::{self, File, TryLockError};
 use std::hash::{BuildHasher, RandomState};
@@ -16,10 +16,10 @@ use anyhow::{Context, Result, bail, ensure};
 /// Where a server keeps its files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Data {
-    /// In a folder of its own, removed when the server is dropped or the runner ends.
+    /// In a temporary folder, removed when the server is dropped or the runner ends.
     #[default]
     Temporary,
-    /// In this folder, which is made if missing, given to the servers' account, and used by one
+    /// In this folder, which is created if missing, owned by the servers' account, and used by one
     /// runner at a time.
     Kept(PathBuf),
 }
@@ -40,14 +40,14 @@ impl Home {
             Data::Temporary => folder()?.join("tmp").join(format!("{:016x}", random())),
             Data::Kept(path) => std::path::absolute(path)?,
         };
-        give(&path)?;
+        create_owned(&path)?;
         ensure!(
             reachable(&path),
             "the servers' account cannot reach {}",
             path.display()
         );
         let lock = File::create(path.join("lock"))?;
-        // A supervisor whose runner was just killed needs a moment to let go.
+        // The supervisor of a just killed runner needs a moment to release the lock.
         let deadline = Instant::now() + Duration::from_secs(2);
         loop {
             match lock.try_lock() {
@@ -83,16 +83,15 @@ impl Home {
 /// A port of 127.0.0.1, reserved among all devstacks of this clone while this value lives.
 pub(crate) struct Port {
     pub(crate) number: u16,
-    /// Its lock is the reservation.
+    /// The lock on this file is the reservation.
     _reservation: Option<File>,
 }
 
 impl Port {
     /// Takes the port `wanted`, or any free one if that is 0.
     ///
-    /// A free one is chosen below the range that systems take client ports from: a client that
-    /// keeps trying the port of a killed server from within that range may be given this very port,
-    /// and connect to itself.
+    /// A free port is chosen below the system's range of client ports: a client that retries the
+    /// port of a killed server from that range could get this port itself and connect to itself.
     pub(crate) fn reserve(wanted: u16) -> Result<Self> {
         if wanted != 0 {
             return Ok(Self {
@@ -101,7 +100,7 @@ impl Port {
             });
         }
         let reservations = folder()?.join("ports");
-        give(&reservations)?;
+        create_owned(&reservations)?;
         for _ in 0..100 {
             let number = 20_000 + u16::try_from(random() % 12_000)?;
             let reservation = File::create(reservations.join(number.to_string()))?;
@@ -116,9 +115,9 @@ impl Port {
     }
 }
 
-/// The folder of everything that is kept: `.devstack` in the clone, where git ignores it, or one in
-/// `/var/lib` that belongs to the clone when the servers' account cannot reach the clone.
-/// `DEVSTACK_DIR` overrides both.
+/// The folder of all kept files: `.devstack` in the clone, where git ignores it, or a folder for
+/// this clone in `/var/lib` if the servers' account cannot reach the clone. `DEVSTACK_DIR`
+/// overrides both.
 ///
 /// # Errors
 ///
@@ -126,7 +125,7 @@ impl Port {
 pub fn folder() -> Result<PathBuf> {
     if let Some(chosen) = std::env::var_os("DEVSTACK_DIR") {
         let chosen = std::path::absolute(chosen)?;
-        give(&chosen)?;
+        create_owned(&chosen)?;
         ensure!(
             reachable(&chosen),
             "the servers' account cannot reach {}",
@@ -135,27 +134,27 @@ pub fn folder() -> Result<PathBuf> {
         return Ok(chosen);
     }
     let devstack = Path::new(env!("CARGO_MANIFEST_DIR"));
-    folder_of(devstack.parent().unwrap_or(devstack))
+    folder_for(devstack.parent().unwrap_or(devstack))
 }
 
-fn folder_of(clone: &Path) -> Result<PathBuf> {
+fn folder_for(clone: &Path) -> Result<PathBuf> {
     let inside = clone.join(".devstack");
-    if give(&inside).is_ok() && reachable(&inside) {
+    if create_owned(&inside).is_ok() && reachable(&inside) {
         let ignore = inside.join(".gitignore");
         if !ignore.exists() {
             fs::write(ignore, "*\n")?;
         }
         return Ok(inside);
     }
-    // Goes only if empty.
+    // Removes the folder only if it is empty.
     let _ = fs::remove_dir(&inside);
     let outside = Path::new("/var/lib/visitas-devstack").join(format!(
         "{:016x}",
         hash(clone.as_os_str().as_encoded_bytes())
     ));
-    give(&outside).with_context(|| {
+    create_owned(&outside).with_context(|| {
         format!(
-            "the servers need a folder, and neither {} nor this one serves",
+            "the servers need a folder, and neither {} nor this one is usable",
             inside.display()
         )
     })?;
@@ -167,7 +166,7 @@ fn folder_of(clone: &Path) -> Result<PathBuf> {
     Ok(outside)
 }
 
-/// FNV-1a: unlike the standard hashers, the same in every version of Rust.
+/// FNV-1a: unlike the standard hashers, stable across versions of Rust.
 pub(crate) fn hash(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
@@ -178,8 +177,8 @@ fn random() -> u64 {
     RandomState::new().hash_one(())
 }
 
-/// A command that runs as the servers' account, with none of the runner's settings (`PGPORT` and
-/// the like).
+/// A command that runs as the servers' account, without the runner's environment (`PGPORT` and
+/// similar).
 pub(crate) fn as_servers_account(program: impl AsRef<std::ffi::OsStr>) -> Result<Command> {
     let mut command = without_settings(program);
     if let Some((user, group)) = servers_account()? {
@@ -191,7 +190,7 @@ pub(crate) fn as_servers_account(program: impl AsRef<std::ffi::OsStr>) -> Result
     Ok(command)
 }
 
-/// A command that runs as ourselves, with none of the runner's settings.
+/// A command that runs as the current user, without the runner's environment.
 pub(crate) fn without_settings(program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new(program);
     command
@@ -205,32 +204,32 @@ pub(crate) fn without_settings(program: impl AsRef<std::ffi::OsStr>) -> Command 
     command
 }
 
-/// Makes the folder if missing, and the servers' account its owner.
-pub(crate) fn give(folder: &Path) -> Result<()> {
+/// Creates the folder if missing, and makes the servers' account its owner.
+pub(crate) fn create_owned(folder: &Path) -> Result<()> {
     let made = match folder.parent().map(fs::create_dir_all) {
         Some(Err(error)) => Err(error),
         _ => fs::DirBuilder::new().mode(0o755).create(folder),
     };
     match made {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(error).with_context(|| format!("cannot make {}", folder.display()));
+            return Err(error).with_context(|| format!("cannot create {}", folder.display()));
         }
         _ => {}
     }
-    give_file(folder)
+    change_owner(folder)
 }
 
 /// Makes the servers' account the owner of a file.
-pub(crate) fn give_file(file: &Path) -> Result<()> {
+pub(crate) fn change_owner(file: &Path) -> Result<()> {
     if let Some((user, group)) = servers_account()? {
         chown(file, Some(user), Some(group))
-            .with_context(|| format!("cannot give away {}", file.display()))?;
+            .with_context(|| format!("cannot change the owner of {}", file.display()))?;
     }
     Ok(())
 }
 
-/// Whether the servers' account can write there; only trying tells, for every folder above it has a
-/// say.
+/// Whether the servers' account can write to the folder. Only an attempt shows this, since the
+/// permissions of all parent folders matter.
 fn reachable(folder: &Path) -> bool {
     as_servers_account("/bin/sh").is_ok_and(|mut shell| {
         shell
@@ -246,7 +245,7 @@ fn reachable(folder: &Path) -> bool {
     })
 }
 
-/// User and group to run servers under, `None` for our own: Postgres refuses to run as root.
+/// User and group of the servers, `None` for the current user: Postgres refuses to run as root.
 fn servers_account() -> Result<Option<(u32, u32)>> {
     static ACCOUNT: OnceLock<Option<(u32, u32)>> = OnceLock::new();
     if !rustix::process::geteuid().is_root() {
@@ -267,7 +266,7 @@ fn servers_account() -> Result<Option<(u32, u32)>> {
     });
     ensure!(
         account.is_some(),
-        "as root, the servers run as the user postgres or nobody, and there is neither"
+        "as root, the servers run as the user postgres or nobody, but neither exists"
     );
     Ok(account)
 }
@@ -282,7 +281,7 @@ mod tests {
     fn clone_closed_to_the_servers_account_moves_its_data_to_var_lib() {
         let clone = tempfile::tempdir().unwrap();
         fs::set_permissions(clone.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        let folder = folder_of(clone.path()).unwrap();
+        let folder = folder_for(clone.path()).unwrap();
         if rustix::process::geteuid().is_root() {
             assert!(
                 folder.starts_with("/var/lib/visitas-devstack"),
@@ -301,7 +300,7 @@ mod tests {
         let clone = tempfile::tempdir().unwrap();
         fs::set_permissions(clone.path(), fs::Permissions::from_mode(0o755)).unwrap();
         assert_eq!(
-            folder_of(clone.path()).unwrap(),
+            folder_for(clone.path()).unwrap(),
             clone.path().join(".devstack")
         );
         assert_eq!(
@@ -312,7 +311,7 @@ mod tests {
 
     #[test]
     fn reserved_ports_differ() {
-        // By chance alone some ten of so many would be the same.
+        // Random ports alone would collide about ten times.
         let ports: Vec<_> = (0..500).map(|_| Port::reserve(0).unwrap()).collect();
         let distinct: std::collections::HashSet<_> = ports.iter().map(|port| port.number).collect();
         assert_eq!(distinct.len(), 500);

@@ -1,4 +1,4 @@
-//! A Postgres with its user, password and database, and the SQL that tests ask of it.
+//! A Postgres with its user, password and database, and a way for tests to run SQL.
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -7,28 +7,28 @@ use std::process::Stdio;
 use anyhow::{Context, Result, bail};
 use rustix::process::Signal;
 
-use crate::find::{self, Found};
+use crate::find::{self, Installation};
 use crate::place::{self, Data, Home, Port};
 use crate::server::{Definition, Server};
 use crate::supervise::Supervisor;
 use crate::{DATABASE, PASSWORD, USER, tls};
 
-/// How a Postgres is to be started. The default is temporary, on a free port, without TLS.
+/// The options of a Postgres. The default is temporary, on a free port, without TLS.
 #[derive(Clone, Debug, Default)]
 pub struct PostgresOptions {
-    /// Where its data is. Kept data lies in a folder of its own for each major version.
+    /// The location of the data. Kept data has a separate folder for each major version.
     pub data: Data,
-    /// Its port; 0 is a free one.
+    /// The port; 0 chooses a free one.
     pub port: u16,
-    /// Settings of `postgresql.conf`, as `("log_statement", "all")`. The last of a name wins, also
-    /// over ours.
+    /// Settings of `postgresql.conf`, such as `("log_statement", "all")`. The last value of a name
+    /// wins, also over the defaults here.
     pub config: Vec<(String, String)>,
-    /// Whether it offers TLS. It goes on to accept clients without.
+    /// Whether it offers TLS. Clients without TLS are still accepted.
     pub tls: bool,
 }
 
 /// A Postgres on 127.0.0.1 with the superuser [`USER`] and the database [`DATABASE`]. See
-/// [`Server`] for its life.
+/// [`Server`] for its lifetime.
 pub struct Postgres {
     server: Server,
     programs: PathBuf,
@@ -36,22 +36,22 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts one and returns once it accepts connections.
+    /// Starts a Postgres and returns once it accepts connections.
     ///
     /// # Errors
     ///
-    /// When none is installed (the error says how to install one), the data is in use, or it does
-    /// not start (the error holds the end of its log).
+    /// When no server is installed (the error says how to install one), the data is in use, or the
+    /// server does not start (the error contains the end of its log).
     pub fn start(options: PostgresOptions) -> Result<Self> {
-        let Found {
+        let Installation {
             major,
             path: programs,
         } = find::postgres()?;
         let home = Home::open(options.data)?;
-        let mut supervisor = Supervisor::of_home(&home)?;
+        let mut supervisor = Supervisor::for_home(&home)?;
         let data = home.path.join(format!("postgres-{major}"));
         if data.exists() {
-            forget_a_dead_postmaster(&data)?;
+            remove_stale_pid_file(&data)?;
         } else {
             let template = template(&programs)?;
             let copy = data.with_extension("new");
@@ -71,7 +71,7 @@ impl Postgres {
             ("port".into(), port.number.to_string()),
             ("listen_addresses".into(), "127.0.0.1".into()),
             ("unix_socket_directories".into(), String::new()),
-            // Its shared memory then lies in the data folder, and goes with it after a kill.
+            // The shared memory is then in the data folder, and is removed with it after a kill.
             ("dynamic_shared_memory_type".into(), "mmap".into()),
         ];
         let mut ca = None;
@@ -102,8 +102,8 @@ impl Postgres {
         let pg_isready = programs.join("pg_isready");
         let number = port.number;
         let is_ready = move |pid| {
-            // Its own word first: on its port another server may answer.
-            says_ready(&data, pid)
+            // Checks the pid file first: another server could respond on the port.
+            is_ready_by_pid_file(&data, pid)
                 && place::without_settings(&pg_isready)
                     .args([
                         "-h",
@@ -152,11 +152,11 @@ impl Postgres {
         &self.programs
     }
 
-    /// Makes an empty database.
+    /// Creates an empty database.
     ///
     /// # Errors
     ///
-    /// When it exists, or the server does not answer.
+    /// When it exists, or the server does not respond.
     pub fn create_database(&self, name: &str) -> Result<()> {
         self.sql("postgres", &format!("create database {}", quote(name)))
             .map(drop)
@@ -166,7 +166,7 @@ impl Postgres {
     ///
     /// # Errors
     ///
-    /// When the server does not answer.
+    /// When the server does not respond.
     pub fn drop_database(&self, name: &str) -> Result<()> {
         self.sql(
             "postgres",
@@ -175,12 +175,12 @@ impl Postgres {
         .map(drop)
     }
 
-    /// Runs one statement through `psql` and returns its rows, one a line, with `|` between the
+    /// Runs one statement through `psql` and returns its rows, one per line, with `|` between the
     /// columns.
     ///
     /// # Errors
     ///
-    /// When the statement fails, or the server does not answer.
+    /// When the statement fails, or the server does not respond.
     pub fn sql(&self, database: &str, statement: &str) -> Result<String> {
         let output = place::without_settings(self.programs.join("psql"))
             .env("PGPASSWORD", PASSWORD)
@@ -217,8 +217,8 @@ impl Deref for Postgres {
     }
 }
 
-/// A cluster to copy, made once for each installed version, since `initdb` takes a second and a
-/// copy a tenth of it.
+/// A cluster to copy, created once for each installed version: `initdb` takes a second, a copy a
+/// tenth of that.
 fn template(programs: &Path) -> Result<PathBuf> {
     const INITDB: &str = include_str!("initdb.sh");
     let version = place::without_settings(programs.join("postgres"))
@@ -231,9 +231,9 @@ fn template(programs: &Path) -> Result<PathBuf> {
     if template.exists() {
         return Ok(template);
     }
-    place::give(&templates)?;
+    place::create_owned(&templates)?;
     let home = Home::open(Data::Temporary)?;
-    let mut supervisor = Supervisor::of_home(&home)?;
+    let mut supervisor = Supervisor::for_home(&home)?;
     let cluster = home.path.join("cluster");
     let programs = programs.display().to_string();
     let path = cluster.display().to_string();
@@ -243,7 +243,7 @@ fn template(programs: &Path) -> Result<PathBuf> {
         ],
         &home.log(),
     )?;
-    // Whoever renames first wins; the others' clusters are as good, and go with their temporary
+    // The first process to rename wins; the clusters of the others are removed with their temporary
     // folders.
     if let Err(error) = std::fs::rename(&cluster, &template)
         && !template.exists()
@@ -253,8 +253,8 @@ fn template(programs: &Path) -> Result<PathBuf> {
     Ok(template)
 }
 
-/// Whether `postmaster.pid` is of this process and says that it accepts connections.
-fn says_ready(data: &Path, pid: u32) -> bool {
+/// Whether `postmaster.pid` belongs to this process and states that it accepts connections.
+fn is_ready_by_pid_file(data: &Path, pid: u32) -> bool {
     let file = std::fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
     let mut lines = file.lines();
     lines.next() == Some(pid.to_string().as_str())
@@ -264,10 +264,10 @@ fn says_ready(data: &Path, pid: u32) -> bool {
 /// Removes the `postmaster.pid` of a killed server whose id now belongs to another process, or to a
 /// zombie.
 ///
-/// Postgres itself would take any process of its own account for a server on this data, and not
-/// start. The lock on the data says that no devstack runs one; a postmaster that somebody else
-/// started has the data in its command.
-fn forget_a_dead_postmaster(data: &Path) -> Result<()> {
+/// Postgres itself would mistake any process of its account for a server on this data, and not
+/// start. The lock on the data shows that no devstack runs one; a postmaster started otherwise has
+/// the data folder in its command.
+fn remove_stale_pid_file(data: &Path) -> Result<()> {
     let file = data.join("postmaster.pid");
     let Ok(content) = std::fs::read_to_string(&file) else {
         return Ok(());

@@ -1,4 +1,4 @@
-//! A Redis that keeps nothing on disk, unless its settings say so.
+//! A Redis without persistence, unless its settings enable it.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -14,45 +14,44 @@ use crate::server::{Definition, Server};
 use crate::supervise::Supervisor;
 use crate::{find, tls};
 
-/// How a Redis is to be started. The default is temporary, on a free port, without password and
-/// TLS.
+/// The options of a Redis. The default is temporary, on a free port, without password or TLS.
 #[derive(Clone, Debug, Default)]
 pub struct RedisOptions {
-    /// Where its files are, if its settings make it write any.
+    /// The location of its files, if its settings make it write any.
     pub data: Data,
-    /// Its port; 0 is a free one.
+    /// The port; 0 chooses a free one.
     pub port: u16,
-    /// Settings of `redis.conf`, as `("maxmemory", "10mb")`. The last of a name wins, also over
-    /// ours.
+    /// Settings of `redis.conf`, such as `("maxmemory", "10mb")`. The last value of a name wins,
+    /// also over the defaults here.
     pub config: Vec<(String, String)>,
-    /// What clients must authenticate with.
+    /// The password that clients must send.
     pub password: Option<String>,
-    /// Whether its port speaks TLS, and nothing else.
+    /// Whether its port accepts TLS only.
     pub tls: bool,
 }
 
-/// A Redis on 127.0.0.1. See [`Server`] for its life.
+/// A Redis on 127.0.0.1. See [`Server`] for its lifetime.
 pub struct Redis {
     server: Server,
     password: Option<String>,
     ca: Option<PathBuf>,
-    /// Held for its reservation.
+    /// Keeps the port reserved.
     _plain: Port,
 }
 
 impl Redis {
-    /// Starts one and returns once it answers.
+    /// Starts a Redis and returns once it responds.
     ///
     /// # Errors
     ///
-    /// When none is installed (the error says how to install one), the data is in use, or it does
-    /// not start (the error holds the end of its log).
+    /// When no server is installed (the error says how to install one), the data is in use, or the
+    /// server does not start (the error contains the end of its log).
     pub fn start(options: RedisOptions) -> Result<Self> {
         let program = find::redis()?.path;
         let home = Home::open(options.data)?;
-        let supervisor = Supervisor::of_home(&home)?;
+        let supervisor = Supervisor::for_home(&home)?;
         let data = home.path.join("redis");
-        place::give(&data)?;
+        place::create_owned(&data)?;
         let port = Port::reserve(options.port)?;
         let mut settings: Vec<(String, String)> = vec![
             ("bind".into(), "127.0.0.1".into()),
@@ -61,8 +60,7 @@ impl Redis {
             ("dir".into(), data.display().to_string()),
         ];
         let mut ca = None;
-        // A port without TLS stays beside the one with it, for us to ask whether the server is
-        // ready.
+        // A second port without TLS serves the readiness check.
         let plain = Port::reserve(if options.tls { 0 } else { port.number })?;
         settings.push(("port".into(), plain.number.to_string()));
         if options.tls {
@@ -136,7 +134,7 @@ impl Deref for Redis {
     }
 }
 
-/// The id of the Redis process that answers on this port.
+/// The id of the Redis process that responds on this port.
 fn process_behind(port: u16, password: Option<&str>) -> Option<u32> {
     let authenticate = password
         .map(|password| format!("*2\r\n$4\r\nAUTH\r\n${}\r\n{password}\r\n", password.len()))
@@ -145,9 +143,9 @@ fn process_behind(port: u16, password: Option<&str>) -> Option<u32> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(1))).ok()?;
     stream.write_all(requests.as_bytes()).ok()?;
-    let mut answers = String::new();
-    stream.read_to_string(&mut answers).ok()?;
-    answers
+    let mut replies = String::new();
+    stream.read_to_string(&mut replies).ok()?;
+    replies
         .lines()
         .find_map(|line| line.strip_prefix("process_id:"))?
         .parse()

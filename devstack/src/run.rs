@@ -1,4 +1,4 @@
-//! `devstack run`: a command with both servers, on kept data.
+//! `devstack run`: runs a command with both servers, on kept data.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
@@ -15,7 +15,7 @@ use crate::{
     DATABASE, Data, PASSWORD, Postgres, PostgresOptions, Redis, RedisOptions, USER, folder,
 };
 
-/// How far `run` has come, for the thread that receives signals.
+/// The phase of `run`, for the thread that receives signals.
 enum Phase {
     Starting,
     Running(u32),
@@ -26,8 +26,8 @@ enum Phase {
 /// `DB_PORT`, `DB_USER`, `DB_PASSWORD`, `DB_NAME`, `REDIS_HOST`, `REDIS_PORT`), and returns its
 /// exit status, 128 + N for death by signal N.
 ///
-/// The command is in a process group of its own, so that it receives every signal once, through us.
-/// It has no standard input, therefore. Like the servers, it does not outlive us.
+/// The command has its own process group, so that it receives every signal once, from this process.
+/// It therefore has no standard input. Like the servers, it does not outlive this process.
 ///
 /// # Errors
 ///
@@ -56,7 +56,7 @@ pub fn run(command: &[std::ffi::OsString]) -> Result<u8> {
         );
     }
 
-    let mut supervisor = Supervisor::of_process()?;
+    let mut supervisor = Supervisor::for_process()?;
     let mut shell = Command::new("/bin/sh");
     shell
         .envs([
@@ -72,7 +72,7 @@ pub fn run(command: &[std::ffi::OsString]) -> Result<u8> {
             ("REDIS_HOST", redis.host()),
             ("REDIS_PORT", &redis.port().to_string()),
         ]);
-    // A signal that comes meanwhile waits, and is then the command's.
+    // A signal during the start waits for this lock and then goes to the command.
     let mut starting = phase();
     let mut child = supervisor.spawn(shell, command)?;
     *starting = Phase::Running(child.id());
@@ -92,10 +92,10 @@ fn forward_signals(phase: Arc<Mutex<Phase>>) -> Result<()> {
     std::thread::spawn(move || {
         for signal in &mut signals {
             match *phase.lock().unwrap_or_else(PoisonError::into_inner) {
-                // The supervisors see to the servers.
+                // The supervisors stop the servers.
                 Phase::Starting => std::process::exit(128 + signal),
-                // As a terminal and a process manager would: the keys reach the whole group,
-                // SIGTERM the process.
+                // Like a terminal and a process manager: keys reach the whole group, SIGTERM the
+                // process.
                 Phase::Running(pid) => {
                     let _ = pid_of(pid).map(|pid| match signal {
                         SIGINT => kill_process_group(pid, Signal::INT),

@@ -1,5 +1,4 @@
-//! What Postgres and Redis have in common: starting, ending, pausing. Knows nothing of what they
-//! serve.
+//! Common to Postgres and Redis: start, stop, pause. Knows nothing of their protocols.
 
 use std::path::Path;
 use std::process::Child;
@@ -64,13 +63,13 @@ impl Server {
         Ok(server)
     }
 
-    /// Where it listens: 127.0.0.1.
+    /// The address that it listens on: 127.0.0.1.
     #[must_use]
     pub fn host(&self) -> &'static str {
         "127.0.0.1"
     }
 
-    /// The port it listens on, the same over kills and restarts.
+    /// The port it listens on, unchanged by kills and restarts.
     #[must_use]
     pub fn port(&self) -> u16 {
         self.port.number
@@ -88,8 +87,8 @@ impl Server {
         &self.home.path
     }
 
-    /// Kills all its processes with SIGKILL and returns once they are gone. Nothing to do if it
-    /// does not run.
+    /// Kills all its processes with SIGKILL and returns once they are gone. Does nothing if the
+    /// server is not running.
     ///
     /// # Errors
     ///
@@ -99,15 +98,15 @@ impl Server {
         if let Some(pid) = state.child.as_ref().map(Child::id) {
             signal_all("KILL", pid)?;
         }
-        state.forget()
+        state.reap()
     }
 
-    /// Suspends all its processes with SIGSTOP: connections stay open, new ones are accepted by the
-    /// system, and none is answered.
+    /// Suspends all its processes with SIGSTOP: connections stay open, the system accepts new ones,
+    /// and none gets a response.
     ///
     /// # Errors
     ///
-    /// When it does not run.
+    /// When the server is not running.
     pub fn pause(&self) -> Result<()> {
         let mut state = self.state();
         signal_all("STOP", state.running()?)?;
@@ -115,11 +114,11 @@ impl Server {
         Ok(())
     }
 
-    /// Lets a paused server go on.
+    /// Resumes a paused server.
     ///
     /// # Errors
     ///
-    /// When it does not run.
+    /// When the server is not running.
     pub fn resume(&self) -> Result<()> {
         let mut state = self.state();
         signal_all("CONT", state.running()?)?;
@@ -127,8 +126,8 @@ impl Server {
         Ok(())
     }
 
-    /// Stops it in order, as an administrator would, and kills it if that takes over 10 s. Nothing
-    /// to do if it does not run.
+    /// Stops the server in an orderly way, and kills it after 10 s. Does nothing if the server is
+    /// not running.
     ///
     /// # Errors
     ///
@@ -150,7 +149,7 @@ impl Server {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        state.forget()
+        state.reap()
     }
 
     /// Starts it after a kill or a stop, on the same port and data, and returns once it serves
@@ -158,12 +157,13 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// When it runs already, or does not serve within a minute. The error holds the end of its log.
+    /// When the server is already running, or does not serve within a minute. The error contains
+    /// the end of its log.
     pub fn start_again(&self) -> Result<()> {
         let mut state = self.state();
         ensure!(
             state.child.is_none() || state.has_ended()?,
-            "the server on port {} runs already",
+            "the server on port {} is already running",
             self.port()
         );
         let child = state
@@ -179,11 +179,11 @@ impl Server {
                 if !ended {
                     signal_all("KILL", pid)?;
                 }
-                state.forget()?;
+                state.reap()?;
                 let why = if ended {
                     "ended"
                 } else {
-                    "did not answer in time"
+                    "did not respond in time"
                 };
                 let log = self.home.log();
                 bail!(
@@ -201,14 +201,14 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// Those of both.
+    /// The errors of both.
     pub fn restart(&self) -> Result<()> {
         self.stop()?;
         self.start_again()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // After a panic elsewhere, it must still be possible to stop the server.
+        // The server must be stoppable even after a panic elsewhere.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -228,9 +228,9 @@ impl State {
         })
     }
 
-    /// Lets go of a process that has ended.
-    fn forget(&mut self) -> Result<()> {
-        // Until it has been waited for, its id can belong to no other process.
+    /// Reaps a process that has ended.
+    fn reap(&mut self) -> Result<()> {
+        // Until `wait`, its id cannot belong to another process.
         self.supervisor.watch(0)?;
         if let Some(mut child) = self.child.take() {
             child.wait()?;

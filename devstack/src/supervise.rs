@@ -1,11 +1,11 @@
-//! Leaves no process behind: a shell that outlives the runner, long enough to kill what the runner
-//! started.
+//! Leaves no process behind: a shell that outlives the runner for long enough to kill its
+//! processes.
 //!
 //! The shell waits at the read end of a pipe whose write end only the runner holds. When the runner
-//! ends, by a panic, an abort or `kill -9` too, the pipe closes, and the shell kills the server and
-//! removes its temporary data. It is in a process group of its own, so a terminal's Ctrl-C is the
-//! runner's business alone. A process that dies with its parent (`PR_SET_PDEATHSIG`) would not do:
-//! Linux only, tied to the thread that started it, and lost on a change of user.
+//! ends, even by a panic, an abort or `kill -9`, the pipe closes, and the shell kills the server
+//! and removes its temporary data. It has its own process group, so a terminal's Ctrl-C reaches
+//! only the runner. `PR_SET_PDEATHSIG` is not sufficient: it is Linux only, tied to the thread that
+//! started the process, and lost on a change of user.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -28,18 +28,18 @@ pub(crate) struct Supervisor {
 
 impl Supervisor {
     /// Watches over the server of `home`.
-    pub(crate) fn of_home(home: &Home) -> Result<Self> {
+    pub(crate) fn for_home(home: &Home) -> Result<Self> {
         let remove = if home.temporary {
             home.path.as_path()
         } else {
             Path::new("")
         };
-        // The shell never writes: its standard output is only how it holds the lock.
+        // The shell never writes: its standard output only holds the lock.
         Self::start(remove, home.lock.try_clone()?.into())
     }
 
-    /// Watches over a process without files of its own.
-    pub(crate) fn of_process() -> Result<Self> {
+    /// Watches over a process without temporary files.
+    pub(crate) fn for_process() -> Result<Self> {
         Self::start(Path::new(""), Stdio::null())
     }
 
@@ -55,9 +55,9 @@ impl Supervisor {
         Ok(Self { shell, pipe })
     }
 
-    /// Says which process to kill when the runner ends, instead of the one said before; 0 is none.
+    /// Sets the process to kill when the runner ends; 0 is none. Replaces the previous one.
     pub(crate) fn watch(&mut self, pid: u32) -> Result<()> {
-        // One write, which a pipe takes whole or not at all.
+        // One write: a pipe accepts it entirely or not at all.
         self.pipe
             .as_mut()
             .context("the supervisor has ended")?
@@ -65,8 +65,9 @@ impl Supervisor {
             .context("the supervisor was killed")
     }
 
-    /// Starts a program by way of `shell`, a `/bin/sh` whose user, environment and output it gets, in
-    /// a process group of its own and without input. It is watched over before its first instruction.
+    /// Starts a program through `shell`, a `/bin/sh` whose user, environment and output it
+    /// inherits, in its own process group and without input. The supervisor knows it before its
+    /// first instruction.
     pub(crate) fn spawn(
         &mut self,
         mut shell: Command,
@@ -96,7 +97,7 @@ impl Supervisor {
         self.spawn(shell, program)
     }
 
-    /// Runs a program as the servers' account to its end.
+    /// Runs a program as the servers' account and waits for its end.
     pub(crate) fn finish(&mut self, program: &[impl AsRef<OsStr>], log: &Path) -> Result<()> {
         let status = self.spawn_server(program, log)?.wait()?;
         self.watch(0)?;
@@ -107,7 +108,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Has everything killed and removed at once, as if the runner were gone.
+    /// Kills and removes everything at once, as if the runner had ended.
     pub(crate) fn end(&mut self) {
         drop(self.pipe.take());
         let _ = self.shell.wait();

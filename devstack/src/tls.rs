@@ -1,5 +1,4 @@
-//! Certificates for servers on this machine, from an authority that is forgotten as soon as it has
-//! signed.
+//! Certificates for local servers, from an authority whose key is discarded after signing.
 
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
@@ -15,7 +14,7 @@ pub(crate) struct Files {
     pub(crate) ca: PathBuf,
     /// For `localhost` and 127.0.0.1.
     pub(crate) certificate: PathBuf,
-    /// The servers' account alone can read it, or Postgres would not start.
+    /// Only the servers' account can read the key; otherwise Postgres would not start.
     pub(crate) key: PathBuf,
 }
 
@@ -50,7 +49,7 @@ impl Files {
             .mode(0o600)
             .open(&files.key)?;
         std::io::Write::write_all(&mut file, key.serialize_pem().as_bytes())?;
-        place::give_file(&files.key)?;
+        place::change_owner(&files.key)?;
         Ok(files)
     }
 }

@@ -9,7 +9,7 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Once};
 
 use devstack::{DATABASE, Postgres, PostgresOptions, Redis, RedisOptions};
-use processes::{assert_gone, family, until};
+use processes::{assert_gone, family, wait_until};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tempfile::TempDir;
 
@@ -84,7 +84,7 @@ fn interrupt_while_the_servers_start_leaves_no_server() {
     let folder = scratch();
     let mut process = devstack(folder.path(), &["sleep", "60"]);
     let mut family = Vec::new();
-    until("a server starts", || {
+    wait_until("a server starts", || {
         family = processes::family(process.id());
         family.len() > 2
     });
@@ -118,7 +118,7 @@ fn exit_status_of_the_runner_is_that_of_the_command() {
 fn aborting_runner_leaves_no_server_and_no_data() {
     let Some((status, servers)) = again_as_runner("aborting_runner_leaves_no_server_and_no_data")
     else {
-        let _servers = Servers::start_and_tell();
+        let _servers = Servers::start_and_print();
         std::process::abort();
     };
     assert_eq!(status.signal(), Some(6));
@@ -129,7 +129,7 @@ fn aborting_runner_leaves_no_server_and_no_data() {
 fn panicking_runner_leaves_no_server_and_no_data() {
     let Some((status, servers)) = again_as_runner("panicking_runner_leaves_no_server_and_no_data")
     else {
-        let _servers = Servers::start_and_tell();
+        let _servers = Servers::start_and_print();
         panic!("on purpose");
     };
     assert_eq!(status.code(), Some(101));
@@ -141,7 +141,7 @@ fn runner_that_exits_without_a_drop_leaves_no_server_and_no_data() {
     let Some((status, servers)) =
         again_as_runner("runner_that_exits_without_a_drop_leaves_no_server_and_no_data")
     else {
-        std::mem::forget(Servers::start_and_tell());
+        std::mem::forget(Servers::start_and_print());
         std::process::exit(3);
     };
     assert_eq!(status.code(), Some(3));
@@ -211,7 +211,7 @@ impl Runner {
     /// The processes of the runner, once the command runs.
     fn family(&self) -> Vec<u32> {
         let mut family = Vec::new();
-        until("the command runs", || {
+        wait_until("the command runs", || {
             family = processes::family(self.process.id());
             let sleeps = Command::new("ps")
                 .args(["-A", "-o", "pid=", "-o", "comm="])
@@ -259,14 +259,14 @@ struct Servers {
 }
 
 impl Servers {
-    fn start_and_tell() -> (Arc<Postgres>, Redis) {
+    fn start_and_print() -> (Arc<Postgres>, Redis) {
         let postgres = Arc::new(Postgres::start(PostgresOptions::default()).unwrap());
         let redis = Redis::start(RedisOptions::default()).unwrap();
         let client = Arc::clone(&postgres);
         std::thread::spawn(move || {
             client.sql(DATABASE, "select count(*) from generate_series(1, 1e10)")
         });
-        until("the query runs", || {
+        wait_until("the query runs", || {
             let busy = "select count(*) from pg_stat_activity
                 where query like '%1e10%' and pid <> pg_backend_pid()";
             postgres.sql(DATABASE, busy).unwrap() == "1"
@@ -278,14 +278,14 @@ impl Servers {
                 println!("pid {pid}");
             }
         }
-        println!("segment {}", segment_of(&postgres));
+        println!("segment {}", shared_memory_segment(&postgres));
         (postgres, redis)
     }
 
     fn assert_gone(&self) {
         assert!(self.pids.len() > 6 && self.folders.len() == 2 && !self.segment.is_empty());
         assert_gone(&self.pids);
-        until("the data is gone", || {
+        wait_until("the data is gone", || {
             self.folders.iter().all(|folder| !folder.exists())
         });
         let segments = std::fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
@@ -299,7 +299,7 @@ impl Servers {
 }
 
 /// The id of the server's System V shared memory segment; a machine has a limited number of them.
-fn segment_of(postgres: &Postgres) -> String {
+fn shared_memory_segment(postgres: &Postgres) -> String {
     let mut data = std::fs::read_dir(postgres.folder())
         .unwrap()
         .map(|entry| entry.unwrap().path());
@@ -316,7 +316,8 @@ fn segment_of(postgres: &Postgres) -> String {
         .to_owned()
 }
 
-/// Runs one test of this file in a second process, as a runner. Returns `None` in that process.
+/// Runs one test of this file in a second process, which is the runner. Returns `None` in that
+/// process.
 fn again_as_runner(test: &str) -> Option<(std::process::ExitStatus, Servers)> {
     if std::env::var_os("DEVSTACK_TEST_RUNNER").is_some() {
         return None;

@@ -9,7 +9,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use devstack::{DATABASE, Data, Postgres, PostgresOptions, Redis, RedisOptions};
-use processes::{assert_gone, family, processes, until};
+use processes::{assert_gone, family, processes, wait_until};
 
 #[test]
 fn postgres_keeps_its_rows_and_its_port_over_a_kill() {
@@ -83,13 +83,13 @@ fn dropped_server_leaves_neither_process_nor_data() {
 fn query_to_a_paused_postgres_hangs_until_it_is_resumed() {
     let postgres = Arc::new(Postgres::start(PostgresOptions::default()).unwrap());
     postgres.pause().unwrap();
-    let answer = in_background({
+    let response = in_background({
         let postgres = Arc::clone(&postgres);
         move || postgres.sql(DATABASE, "select 42").unwrap()
     });
-    assert!(answer.recv_timeout(Duration::from_millis(300)).is_err());
+    assert!(response.recv_timeout(Duration::from_millis(300)).is_err());
     postgres.resume().unwrap();
-    assert_eq!(answer.recv_timeout(Duration::from_secs(9)).unwrap(), "42");
+    assert_eq!(response.recv_timeout(Duration::from_secs(9)).unwrap(), "42");
 }
 
 #[test]
@@ -106,14 +106,14 @@ fn pause_stops_connected_backends() {
     let busy =
         "select pid from pg_stat_activity where query like '%1e10%' and pid <> pg_backend_pid()";
     let mut backend = String::new();
-    until("the query runs", || {
+    wait_until("the query runs", || {
         backend = postgres.sql(DATABASE, busy).unwrap();
         !backend.is_empty()
     });
     postgres.pause().unwrap();
     let family = family(postgres.pid().unwrap());
     assert!(family.contains(&backend.parse().unwrap()));
-    until("all are stopped", || {
+    wait_until("all are stopped", || {
         processes()
             .iter()
             .filter(|process| family.contains(&process.id))
@@ -127,7 +127,7 @@ fn pause_stops_connected_backends() {
 }
 
 #[test]
-fn paused_redis_answers_once_resumed() {
+fn paused_redis_responds_once_resumed() {
     let redis = Redis::start(RedisOptions::default()).unwrap();
     redis.pause().unwrap();
     let mut client = TcpStream::connect((redis.host(), redis.port())).unwrap();
@@ -140,9 +140,9 @@ fn paused_redis_answers_once_resumed() {
     client
         .set_read_timeout(Some(Duration::from_secs(9)))
         .unwrap();
-    let mut answer = [0; 7];
-    client.read_exact(&mut answer).unwrap();
-    assert_eq!(&answer, b"+PONG\r\n");
+    let mut response = [0; 7];
+    client.read_exact(&mut response).unwrap();
+    assert_eq!(&response, b"+PONG\r\n");
 }
 
 #[test]

@@ -1,7 +1,7 @@
-//! Clients of the service, as plain as can be: they share the processors with what they visit.
+//! Minimal HTTP clients: they share the processors with the service that they visit.
 //!
-//! [`Connection`] blocks. `visitor` has the client that does not, and that knows what its visit came
-//! to.
+//! [`Connection`] blocks. `visitor` has the asynchronous client, which also classifies the outcome
+//! of a visit.
 
 use std::fmt;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -14,16 +14,16 @@ use serde_json::Value;
 /// A visit.
 pub(crate) const VISIT: &[u8] = b"GET / HTTP/1.1\r\nhost: visitas.test\r\n\r\n";
 
-/// Longer than any response takes that is still of interest.
+/// Longer than any response that a measurement waits for.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// A connection that is kept alive. Everything blocks.
+/// A keep-alive connection. Every call blocks.
 pub struct Connection {
     stream: TcpStream,
     buffer: Vec<u8>,
 }
 
-/// A response, read to its end.
+/// A complete response.
 #[derive(Debug, PartialEq)]
 pub struct Response {
     /// Such as 200.
@@ -44,12 +44,12 @@ impl Connection {
         })
     }
 
-    /// Gives up on a response after this.
+    /// Sets how long to wait for a response.
     pub fn set_timeout(&self, timeout: Duration) -> std::io::Result<()> {
         self.stream.set_read_timeout(Some(timeout))
     }
 
-    /// Whether the other side has not closed a connection on which nothing is due.
+    /// Whether the server has kept this idle connection open.
     pub fn is_open(&self) -> bool {
         let peeked = self
             .stream
@@ -60,22 +60,22 @@ impl Connection {
     }
 
     /// Makes a visit.
-    pub fn visit(&mut self) -> Result<Head> {
+    pub fn visit(&mut self) -> Result<ResponseHeaders> {
         self.exchange(VISIT)
     }
 
-    /// Asks for a path.
+    /// Requests a path.
     pub fn get(&mut self, path: &str) -> Result<Response> {
         let request = format!("GET {path} HTTP/1.1\r\nhost: visitas.test\r\n\r\n");
-        let head = self.exchange(request.as_bytes())?;
+        let headers = self.exchange(request.as_bytes())?;
         Ok(Response {
-            status: head.status,
-            body: String::from_utf8(self.buffer[head.length..].to_vec())?,
+            status: headers.status,
+            body: String::from_utf8(self.buffer[headers.length..].to_vec())?,
         })
     }
 
     /// Sends a request and reads its response into the buffer.
-    fn exchange(&mut self, request: &[u8]) -> Result<Head> {
+    fn exchange(&mut self, request: &[u8]) -> Result<ResponseHeaders> {
         self.stream.write_all(request).context("sending")?;
         self.buffer.clear();
         let mut chunk = [0; 4096];
@@ -87,10 +87,10 @@ impl Connection {
                 self.buffer.len()
             );
             self.buffer.extend_from_slice(&chunk[..read]);
-            if let Some(head) = Head::parse(&self.buffer)?
-                && self.buffer.len() >= head.length + head.body
+            if let Some(headers) = ResponseHeaders::parse(&self.buffer)?
+                && self.buffer.len() >= headers.length + headers.body
             {
-                return Ok(head);
+                return Ok(headers);
             }
         }
     }
@@ -103,17 +103,17 @@ impl fmt::Display for Connection {
     }
 }
 
-/// Asks for a path over a connection of its own.
+/// Requests a path over a new connection.
 pub fn get(address: SocketAddr, path: &str) -> Result<Response> {
     Connection::open(address)?.get(path)
 }
 
-/// Makes one visit and returns its two numbers; it is an error if it is not acknowledged.
+/// Makes one visit and returns its two numbers. An unacknowledged visit is an error.
 pub fn visit(address: SocketAddr) -> Result<(i64, Option<i64>)> {
     let response = get(address, "/")?;
     ensure!(
         response.status == 200,
-        "a visit was answered with {response:?}"
+        "the response to a visit was {response:?}"
     );
     numbers_in(&response.body)
 }
@@ -126,36 +126,38 @@ pub fn numbers_in(body: &str) -> Result<(i64, Option<i64>)> {
     Ok((total.with_context(|| format!("no total in {body}"))?, redis))
 }
 
-/// What a client needs to know of a response's headers.
+/// The parts of a response's headers that a client uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Head {
+pub struct ResponseHeaders {
     /// Such as 200.
     pub status: u16,
     /// Bytes of the status line and the headers.
     pub length: usize,
-    /// Bytes of the body, which follow.
+    /// Bytes of the body after the headers.
     pub body: usize,
-    /// Whether no other response will come over this connection.
+    /// Whether the server closes the connection after this response.
     pub closes: bool,
-    /// Whether the client is asked to try again (`Retry-After`).
+    /// Whether the response has `Retry-After`.
     pub retry_after: bool,
-    /// Whether it names a trace (`traceresponse`).
+    /// Whether the response names a trace (`traceresponse`).
     pub sampled: bool,
 }
 
-impl Head {
-    /// Reads a head at the beginning of `bytes`; `None` while it is not complete. It is an error if
-    /// it is no head, or has no length of a body.
+impl ResponseHeaders {
+    /// Parses the headers at the beginning of `bytes`; `None` while they are incomplete. Headers
+    /// without `Content-Length` are an error.
     pub fn parse(bytes: &[u8]) -> Result<Option<Self>> {
-        let mut headers = [httparse::EMPTY_HEADER; 32];
-        let mut response = httparse::Response::new(&mut headers);
+        let mut fields = [httparse::EMPTY_HEADER; 32];
+        let mut response = httparse::Response::new(&mut fields);
         let httparse::Status::Complete(length) = response.parse(bytes)? else {
             return Ok(None);
         };
         let status = response.code.context("a response without a status")?;
         let header = |name: &str| {
-            let mut headers = response.headers.iter();
-            headers.find(|header| header.name.eq_ignore_ascii_case(name))
+            response
+                .headers
+                .iter()
+                .find(|header| header.name.eq_ignore_ascii_case(name))
         };
         let body = header("content-length").context("a response without a length")?;
         Ok(Some(Self {
@@ -188,12 +190,12 @@ mod tests {
     #[test]
     fn response_ends_where_its_length_says() {
         let response = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 12\r\n\r\n";
-        let head = Head::parse(response).unwrap().unwrap();
+        let headers = ResponseHeaders::parse(response).unwrap().unwrap();
         assert_eq!(
-            (head.status, head.length, head.body),
+            (headers.status, headers.length, headers.body),
             (503, response.len(), 12)
         );
-        assert!(Head::parse(&response[..30]).unwrap().is_none());
-        assert!(Head::parse(b"HTTP/1.1 200 OK\r\n\r\n").is_err());
+        assert!(ResponseHeaders::parse(&response[..30]).unwrap().is_none());
+        assert!(ResponseHeaders::parse(b"HTTP/1.1 200 OK\r\n\r\n").is_err());
     }
 }

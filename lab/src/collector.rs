@@ -1,8 +1,8 @@
-//! A collector that keeps the spans it is sent, and can be told to behave badly: OTLP over HTTP,
+//! A collector that keeps the spans that it receives and can misbehave on request: OTLP over HTTP,
 //! encoded as protobuf.
 //!
-//! It keeps what arrives as it came and decodes it when it is asked: its work is done on the same
-//! processors as the service's. It panics where the machine fails it, as a test does.
+//! It stores requests undecoded and decodes them when a test reads them, because it shares the
+//! processors with the service. It panics if the machine fails, as a test does.
 
 use std::io::Read as _;
 use std::net::SocketAddr;
@@ -33,7 +33,7 @@ use tokio::time::timeout;
 
 use crate::wait::{SOON, eventually, locked};
 
-/// A collector, which ends with the runtime that it was started on.
+/// A collector. It ends with the runtime that started it.
 #[derive(Debug)]
 pub struct Collector {
     /// Where it listens.
@@ -42,20 +42,20 @@ pub struct Collector {
     serving: Mutex<JoinHandle<()>>,
 }
 
-/// What a collector does with what it is sent.
+/// How a collector handles requests.
 #[derive(Debug, Clone, Copy)]
 pub enum Manner {
-    /// Keeps it.
+    /// Keeps the spans.
     Takes,
-    /// Keeps it, and says so after a while.
+    /// Keeps the spans, and responds after a delay.
     Slow(Duration),
-    /// Keeps it, and says that it has thrown away so many spans of each request.
+    /// Keeps the spans, and reports this many of each request as rejected.
     Rejects(i64),
-    /// Answers with this status.
+    /// Responds with this status.
     Refuses(StatusCode),
-    /// Reads it and never answers.
+    /// Reads the request and never responds.
     Silent,
-    /// Lets no client connect, without saying so.
+    /// Drops connection attempts without a reply.
     Swallows,
     /// Resets each connection.
     Resets,
@@ -63,9 +63,9 @@ pub enum Manner {
     Absent,
 }
 
-/// A span with what it was sent beneath.
+/// A span with its resource and scope.
 #[derive(Clone, Debug)]
-pub struct Exported {
+pub struct ExportedSpan {
     /// The span itself.
     pub span: Span,
     /// The attributes of its resource.
@@ -74,14 +74,14 @@ pub struct Exported {
     pub schema_url: String,
 }
 
-/// A request that was taken.
+/// A request that the collector kept.
 #[derive(Clone, Debug)]
 pub struct Export {
     /// The path of the request.
     pub path: String,
     /// The headers of the request.
     pub headers: HeaderMap,
-    /// How many spans it had.
+    /// The number of spans in the request.
     pub spans: usize,
 }
 
@@ -90,11 +90,11 @@ struct Inbox {
     manner: Mutex<Manner>,
     /// Requests that have not been decoded yet.
     unread: Mutex<Vec<(String, HeaderMap, Bytes)>>,
-    read: Mutex<(Vec<Export>, Vec<Exported>)>,
+    read: Mutex<(Vec<Export>, Vec<ExportedSpan>)>,
 }
 
 impl Collector {
-    /// Starts one that takes spans, on a free port.
+    /// Starts a collector that keeps spans, on a free port.
     pub async fn start() -> Self {
         let inbox = Arc::new(Inbox {
             manner: Mutex::new(Manner::Takes),
@@ -117,7 +117,7 @@ impl Collector {
         format!("http://{}", self.address)
     }
 
-    /// Closes all connections and behaves like this from now on.
+    /// Closes all connections and changes the collector's behaviour.
     pub async fn becomes(&self, manner: Manner) {
         *locked(&self.inbox.manner) = manner;
         let nothing = tokio::spawn(std::future::ready(()));
@@ -136,20 +136,20 @@ impl Collector {
         *locked(&self.serving) = serving;
     }
 
-    /// Every request that was taken so far.
+    /// All requests that the collector has kept so far.
     pub fn exports(&self) -> Vec<Export> {
         self.inbox.read_all();
         locked(&self.inbox.read).0.clone()
     }
 
-    /// Everything that has come so far.
-    pub fn spans(&self) -> Vec<Exported> {
+    /// All spans that have arrived so far.
+    pub fn spans(&self) -> Vec<ExportedSpan> {
         self.inbox.read_all();
         locked(&self.inbox.read).1.clone()
     }
 
-    /// Counts the spans of requests that have come and were not looked at, one a visit, and forgets
-    /// everything that has come.
+    /// Counts the server spans (one per visit) of the requests that no test has read, and discards
+    /// all requests.
     pub fn take_server_spans(&self) -> usize {
         let unread = std::mem::take(&mut *locked(&self.inbox.unread));
         *locked(&self.inbox.read) = (Vec::new(), Vec::new());
@@ -177,13 +177,13 @@ impl Inbox {
     }
 }
 
-impl Exported {
-    /// An attribute that is a text.
+impl ExportedSpan {
+    /// The value of a text attribute.
     pub fn text(&self, key: &str) -> Option<&str> {
         text(&self.span.attributes, key)
     }
 
-    /// An attribute that is an integer.
+    /// The value of an integer attribute.
     pub fn integer(&self, key: &str) -> Option<i64> {
         match value(&self.span.attributes, key)? {
             Value::IntValue(integer) => Some(*integer),
@@ -200,16 +200,16 @@ impl Exported {
     }
 }
 
-/// The one span with this name.
-pub fn named<'a>(spans: &'a [Exported], name: &str) -> &'a Exported {
+/// The only span with this name.
+pub fn named<'a>(spans: &'a [ExportedSpan], name: &str) -> &'a ExportedSpan {
     let mut found = spans.iter().filter(|exported| exported.span.name == name);
     match (found.next(), found.next()) {
         (Some(one), None) => one,
-        _ => panic!("not one {name:?} in {spans:?}"),
+        _ => panic!("not exactly one {name:?} in {spans:?}"),
     }
 }
 
-/// An attribute that is a text.
+/// The value of a text attribute.
 pub fn text<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a str> {
     match value(attributes, key)? {
         Value::StringValue(text) => Some(text),
@@ -217,7 +217,7 @@ pub fn text<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a str> {
     }
 }
 
-/// An id as it is written.
+/// An id in hexadecimal.
 pub fn hex(id: &[u8]) -> String {
     id.iter()
         .fold(String::new(), |hex, byte| format!("{hex}{byte:02x}"))
@@ -228,7 +228,8 @@ fn value<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a Value> {
     attribute.value.as_ref()?.value.as_ref()
 }
 
-/// Takes the port again, once no process that is just starting has a copy of the listener.
+/// Binds the port again. A process that is just starting can hold a copy of the old listener for a
+/// moment.
 async fn bind_again(address: SocketAddr) -> TcpSocket {
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_reuseaddr(true).expect("a socket's option");
@@ -239,7 +240,7 @@ async fn bind_again(address: SocketAddr) -> TcpSocket {
     socket
 }
 
-/// Serves until it is aborted, and then closes every connection.
+/// Serves until the task is aborted, which closes every connection.
 async fn serve(listener: TcpListener, inbox: Arc<Inbox>) {
     let router = Router::new()
         .fallback(receive)
@@ -255,8 +256,7 @@ async fn serve(listener: TcpListener, inbox: Arc<Inbox>) {
     }
 }
 
-/// Fills the queue of connections that wait to be accepted, and accepts none. A client that comes
-/// then has no answer to its first packet.
+/// Fills the accept queue and accepts no connection. A later client gets no reply to its SYN.
 async fn swallow(socket: TcpSocket) {
     let full = socket.listen(0).expect("a queue");
     let address = full.local_addr().expect("an address");
@@ -276,11 +276,11 @@ async fn receive(State(inbox): State<Arc<Inbox>>, request: Request) -> Response 
         Manner::Refuses(status) => return status.into_response(),
         _ => {}
     }
-    let (head, body) = request.into_parts();
+    let (parts, body) = request.into_parts();
     let body = axum::body::to_bytes(body, usize::MAX).await;
     let export = (
-        head.uri.path().to_owned(),
-        head.headers,
+        parts.uri.path().to_owned(),
+        parts.headers,
         body.expect("a body"),
     );
     locked(&inbox.unread).push(export);
@@ -295,13 +295,13 @@ async fn receive(State(inbox): State<Arc<Inbox>>, request: Request) -> Response 
         }
         _ => {}
     }
-    // An empty message says that all was taken.
+    // An empty message acknowledges all spans.
     let content_type = [(CONTENT_TYPE, "application/x-protobuf")];
     (content_type, response.encode_to_vec()).into_response()
 }
 
 /// The spans of a request.
-fn decode(headers: &HeaderMap, body: Bytes) -> impl Iterator<Item = Exported> + use<> {
+fn decode(headers: &HeaderMap, body: Bytes) -> impl Iterator<Item = ExportedSpan> + use<> {
     let encoding = headers.get(CONTENT_ENCODING);
     let body = if encoding.is_some_and(|encoding| encoding == "gzip") {
         let mut plain = Vec::new();
@@ -312,12 +312,12 @@ fn decode(headers: &HeaderMap, body: Bytes) -> impl Iterator<Item = Exported> + 
         body
     };
     let request = ExportTraceServiceRequest::decode(body).expect("spans in protobuf");
-    let of_resources = request.resource_spans.into_iter();
-    of_resources.flat_map(|of_resource| {
-        let resource = Arc::new(of_resource.resource.unwrap_or_default().attributes);
-        of_resource.scope_spans.into_iter().flat_map(move |scope| {
+    let resource_spans = request.resource_spans.into_iter();
+    resource_spans.flat_map(|group| {
+        let resource = Arc::new(group.resource.unwrap_or_default().attributes);
+        group.scope_spans.into_iter().flat_map(move |scope| {
             let resource = Arc::clone(&resource);
-            scope.spans.into_iter().map(move |span| Exported {
+            scope.spans.into_iter().map(move |span| ExportedSpan {
                 span,
                 resource: Arc::clone(&resource),
                 schema_url: scope.schema_url.clone(),
@@ -353,11 +353,11 @@ mod tests {
         let collector = Collector::start().await;
         let body = request.encode_to_vec();
         let mut stream = TcpStream::connect(collector.address).await.unwrap();
-        let head = format!(
+        let request_headers = format!(
             "POST /v1/traces HTTP/1.1\r\nhost: lab\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
             body.len()
         );
-        let request = [head.as_bytes(), &body].concat();
+        let request = [request_headers.as_bytes(), &body].concat();
         stream.write_all(&request).await.unwrap();
         let mut response = String::new();
         stream.read_to_string(&mut response).await.unwrap();

@@ -1,7 +1,7 @@
-//! The judge of histories: what clients were told about their visits, checked against the table's
-//! rows and against itself.
+//! The judge of histories: checks the responses that clients got against the table's rows and
+//! against each other.
 //!
-//! A history is a list of visits, the moment of every row in the order of the rows' ids, and the
+//! A history is a list of visits, the time of every row in the order of the rows' ids, and the
 //! outages of Redis that emptied its counter. The n-th row belongs to the visit whose number is n,
 //! as long as no row is deleted. The judge knows no fault, no process, no connection and no clock.
 
@@ -10,22 +10,22 @@ use std::collections::HashSet;
 use std::ops::{Range, RangeInclusive};
 use std::time::{Duration, Instant};
 
-/// One visit as its client saw it.
+/// One visit, as recorded by its client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Visit {
     /// The client that made it.
     pub client: usize,
-    /// The replica that was asked.
+    /// The replica that got the request.
     pub replica: usize,
-    /// Just before the request was sent.
+    /// The time just before the request was sent.
     pub sent: Instant,
-    /// The same moment by the system's clock, in microseconds since 1970.
+    /// The same time by the system's clock, in microseconds since 1970.
     pub sent_at: i64,
-    /// When the response was read, or when the client gave up.
+    /// When the client read the response or gave up.
     pub ended: Instant,
     /// What the client knows of the visit.
     pub outcome: Outcome,
-    /// The number in Postgres; recorded visits have one.
+    /// The visit's number in Postgres, if it is recorded.
     pub total: Option<i64>,
     /// The number in Redis of a recorded visit; the last reading of Redis in a refusal.
     pub redis: Option<i64>,
@@ -34,63 +34,62 @@ pub struct Visit {
 /// What a client knows of its visit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It is recorded.
+    /// The visit is recorded.
     Recorded,
-    /// It is certainly not recorded: `503` with `Retry-After`.
+    /// The visit is certainly not recorded: `503` with `Retry-After`.
     Refused,
-    /// It might be recorded: `503` without `Retry-After`.
+    /// The visit might be recorded: `503` without `Retry-After`.
     InDoubt,
-    /// It was sent, and no response came.
-    Unanswered,
-    /// There was no connection to send it over.
+    /// The request was sent, and no response came.
+    NoResponse,
+    /// No connection could be opened.
     NotSent,
-    /// It was sent, and its client left before a response.
+    /// The client disconnected before a response.
     Left,
-    /// A response that no visit can have, by its status.
+    /// A response with a status that no visit can have.
     Wrong(u16),
 }
 
-/// What the judge is given.
+/// The input of the judge.
 #[derive(Clone, Copy, Debug)]
 pub struct History<'a> {
-    /// All visits that were made, in any order.
+    /// All visits, in any order.
     pub visits: &'a [Visit],
     /// `data` of all rows in the order of their ids, in microseconds since 1970.
     pub rows: &'a [i64],
-    /// When Redis was certainly down between two of its lives, in order. Its counter starts over
-    /// after each.
+    /// The periods in which Redis was certainly down, in order. Its counter restarts after each.
     pub redis_outages: &'a [Range<Instant>],
 }
 
-/// What the judge found.
+/// The result of the judge.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// Visits that their clients know to be recorded.
+    /// Visits whose clients know that they are recorded.
     pub recorded: usize,
-    /// Recorded visits that have no row of their own.
+    /// Recorded visits that have no matching row.
     pub lost: usize,
-    /// Visits that might be recorded although their clients, which waited, were not told so.
+    /// Visits that might be recorded although their clients waited and got no confirmation.
     pub in_doubt: usize,
     /// Rows in the table.
     pub rows: usize,
-    /// Violations by the numbers in Postgres.
+    /// Violations in the numbers from Postgres.
     pub postgres: Numbers,
-    /// Violations by the numbers in Redis.
+    /// Violations in the numbers from Redis.
     pub redis: Numbers,
 }
 
-/// Violations by the numbers of one store. All are zero in a correct history.
+/// Violations in the numbers of one store. All are zero in a correct history.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Numbers {
-    /// Numbers that were told to more than one visit; in Redis, within one of its lives.
+    /// Numbers that more than one visit got; in Redis, between two restarts.
     pub repeated: usize,
-    /// Numbers that no visit was told and no visit in doubt explains: skipped, or recorded twice.
+    /// Numbers that no visit got and no visit in doubt explains: skipped, or recorded twice.
     pub unexplained: usize,
-    /// Visits that were sent after a visit with the same or a higher number had ended.
+    /// Visits sent after a visit with the same or a higher number had ended.
     pub out_of_order: usize,
 }
 
-/// Between the service's reading of the clock and the client's, in microseconds.
+/// Maximum difference between the service's and the client's clock readings, in microseconds.
 const TOLERANCE: i64 = 10_000;
 
 impl Visit {
@@ -99,58 +98,60 @@ impl Visit {
         self.ended - self.sent
     }
 
-    /// Whether it is recorded and counted in Redis.
-    pub fn is_good(&self) -> bool {
+    /// Whether the visit is recorded in Postgres and counted in Redis.
+    pub fn is_complete(&self) -> bool {
         self.is_recorded() && self.redis.is_some()
     }
 
-    /// Whether its client knows that it is recorded.
+    /// Whether the client knows that the visit is recorded.
     pub fn is_recorded(&self) -> bool {
         self.outcome == Outcome::Recorded
     }
 
-    /// Whether it might be recorded although its client was not told so.
+    /// Whether the visit might be recorded although its client got no confirmation.
     pub fn is_in_doubt(&self) -> bool {
         match self.outcome {
-            Outcome::InDoubt | Outcome::Unanswered | Outcome::Left | Outcome::Wrong(_) => true,
+            Outcome::InDoubt | Outcome::NoResponse | Outcome::Left | Outcome::Wrong(_) => true,
             Outcome::Recorded | Outcome::Refused | Outcome::NotSent => false,
         }
     }
 
-    /// Which row a recorded visit was told of, from 0.
+    /// The index of a recorded visit's row, from 0.
     fn row(&self) -> Option<usize> {
         usize::try_from(self.total? - 1).ok()
     }
 
-    /// When the service can have taken it.
+    /// The period in which the service can have received the visit.
     fn arrival(&self) -> RangeInclusive<i64> {
         let took = i64::try_from(self.took().as_micros()).unwrap_or(i64::MAX);
         let latest = self.sent_at.saturating_add(took).saturating_add(TOLERANCE);
         self.sent_at - TOLERANCE..=latest
     }
 
-    /// The lives of Redis, from 0, in which it can have been counted: none if Redis was down from
-    /// before it was sent until after it ended.
+    /// The lives of Redis (periods between restarts, from 0) in which the visit can have been
+    /// counted. Empty if Redis was down for the whole visit.
     fn redis_lives(&self, outages: &[Range<Instant>]) -> RangeInclusive<usize> {
-        let begun = outages.iter().filter(|outage| outage.start <= self.sent);
+        let started = outages.iter().filter(|outage| outage.start <= self.sent);
         let over = outages.iter().filter(|outage| outage.end <= self.ended);
-        begun.count()..=over.count()
+        started.count()..=over.count()
     }
 }
 
 impl Verdict {
-    /// How many violations there are.
+    /// The number of violations.
     pub fn violations(&self) -> usize {
         self.lost + self.duplicated() + self.out_of_order()
     }
 
-    /// Numbers of both stores that were told twice or that no visit explains.
+    /// Numbers of both stores that occurred twice or that no visit explains.
     pub fn duplicated(&self) -> usize {
         let both = [self.postgres, self.redis];
-        both.iter().map(|of| of.repeated + of.unexplained).sum()
+        both.iter()
+            .map(|numbers| numbers.repeated + numbers.unexplained)
+            .sum()
     }
 
-    /// Visits whose number in either store contradicts the order in which visits were made.
+    /// Visits whose number in either store contradicts the order of the visits.
     pub fn out_of_order(&self) -> usize {
         self.postgres.out_of_order + self.redis.out_of_order
     }
@@ -186,20 +187,20 @@ fn has_row(visit: &Visit, rows: &[i64]) -> bool {
         .is_some_and(|moment| visit.arrival().contains(moment))
 }
 
-/// How many rows that no visit was told of cannot be matched with a visit in doubt, each of which
-/// has made one row at most.
+/// The number of rows that belong to no recorded visit and cannot be matched with a visit in doubt.
+/// A visit in doubt made at most one row.
 fn unexplained_rows(visits: &[Visit], rows: &[i64]) -> usize {
-    let told: HashSet<_> = visits.iter().filter_map(Visit::row).collect();
-    let untold = rows.iter().enumerate();
-    let untold = untold.filter(|(row, _)| !told.contains(row));
-    let mut untold: Vec<_> = untold.map(|(_, moment)| *moment).collect();
-    untold.sort_unstable();
+    let known: HashSet<_> = visits.iter().filter_map(Visit::row).collect();
+    let unknown = rows.iter().enumerate();
+    let unknown = unknown.filter(|(row, _)| !known.contains(row));
+    let mut unknown: Vec<_> = unknown.map(|(_, moment)| *moment).collect();
+    unknown.sort_unstable();
     let makers = visits.iter().filter(|visit| visit.is_in_doubt());
     let mut makers: Vec<_> = makers.map(Visit::arrival).collect();
     // A row goes to the visit that can explain the fewest later rows.
     makers.sort_unstable_by_key(|arrival| *arrival.end());
     let mut unexplained = 0;
-    for moment in untold {
+    for moment in unknown {
         match makers.iter().position(|arrival| arrival.contains(&moment)) {
             Some(maker) => drop(makers.remove(maker)),
             None => unexplained += 1,
@@ -208,12 +209,13 @@ fn unexplained_rows(visits: &[Visit], rows: &[i64]) -> usize {
     unexplained
 }
 
-/// Judges the numbers in Redis, each of its lives for itself. A visit that spans two lives has a
-/// number of either: it is not compared, but it can explain a missing number of both.
+/// Judges the numbers in Redis, separately for each life. A visit that spans two lives can have a
+/// number of either: it is not compared, but it can explain a missing number in both.
 fn judge_redis(visits: &[Visit], outages: &[Range<Instant>]) -> Numbers {
-    let from_nowhere = |visit: &&Visit| visit.is_good() && visit.redis_lives(outages).is_empty();
+    let counted_while_down =
+        |visit: &&Visit| visit.is_complete() && visit.redis_lives(outages).is_empty();
     let mut found = Numbers {
-        unexplained: visits.iter().filter(from_nowhere).count(),
+        unexplained: visits.iter().filter(counted_while_down).count(),
         ..Numbers::default()
     };
     for life in 0..=outages.len() {
@@ -223,7 +225,7 @@ fn judge_redis(visits: &[Visit], outages: &[Range<Instant>]) -> Numbers {
             if !lives.contains(&life) {
                 continue;
             }
-            if visit.is_good() && lives.start() == lives.end() {
+            if visit.is_complete() && lives.start() == lives.end() {
                 counted.push(visit);
             } else if visit.is_recorded() || visit.is_in_doubt() {
                 explain += 1;
@@ -239,8 +241,8 @@ fn judge_redis(visits: &[Visit], outages: &[Range<Instant>]) -> Numbers {
     found
 }
 
-/// How many visits were sent after a visit with the same or a higher number had ended. Walks down
-/// from the highest number and keeps the earliest end of the visits above.
+/// The number of visits sent after a visit with the same or a higher number had ended. Goes from
+/// the highest number down and keeps the earliest end of the visits above.
 fn out_of_order<'a>(
     visits: impl Iterator<Item = &'a Visit>,
     number: impl Fn(&Visit) -> Option<i64>,
@@ -259,7 +261,7 @@ fn out_of_order<'a>(
     out_of_order
 }
 
-/// How many numbers occurred before.
+/// The number of values that occurred before.
 fn repeated(numbers: impl Iterator<Item = i64>) -> usize {
     let mut seen = HashSet::new();
     numbers.filter(|&number| !seen.insert(number)).count()

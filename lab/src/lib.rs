@@ -1,20 +1,20 @@
-//! What the tests, bench and chaos share: the service under test, what it runs on, and how it is
-//! visited, broken, watched and judged.
+//! Shared by the tests, bench and chaos: starts the service under test, visits it, breaks its
+//! connections, and judges its responses.
 //!
-//! In reading order: `program` (which one, and whether it is current) runs as a `process`, whose
-//! `output` is read, on the stores of a `stack`. `client`, `visitor`, `rolling` and `paced` visit
-//! it; it reaches its stores by a `proxy` and a `collector` for its spans, and `metrics` reads what
-//! it exposes. The judge of the `history` compares what clients were told with what is stored.
-//! `measure`, `report` and `machine` make figures and tables, `stalls` says what the machine kept
-//! waiting; `ports` and `wait` are small tools.
+//! In reading order: `program` finds the service's executable, `process` runs it, `output` reads
+//! what it prints, `stack` has the settings of its stores. `client`, `visitor`, `rolling` and
+//! `paced` visit it. `proxy` breaks its connections, `collector` receives its spans, `metrics`
+//! reads its metrics. `history` judges the clients' responses against the rows. `measure`, `report`
+//! and `machine` produce figures and tables; `stalls` measures the machine's own delays; `ports`
+//! and `wait` are small tools.
 //!
-//! Everything is on the loopback interface. It starts no store: `devstack` does.
+//! Everything runs on the loopback interface. `devstack` starts the stores.
 
 #![expect(
     clippy::missing_errors_doc,
     clippy::missing_panics_doc,
     clippy::must_use_candidate,
-    reason = "tools of tests: an error or a panic ends the run and says why"
+    reason = "tools of tests: an error or a panic ends the run with its reason"
 )]
 
 pub mod client;

@@ -1,4 +1,4 @@
-//! Where it is measured: the processors that everything shares, and the versions of what runs.
+//! The machine of a measurement: its processors, and the versions of the software.
 
 use std::fmt::Write as _;
 use std::process::Command;
@@ -9,12 +9,12 @@ use devstack::Postgres;
 use crate::measure::grouped;
 use crate::program::visitas;
 
-/// Load, subject and stores share so many processors, on every machine.
+/// The number of processors that load, subject and stores share, on every machine.
 const PROCESSORS: usize = 2;
 
-/// Confines this process, and with it every process that it starts, to the first two processors. Must be
-/// called before there are other threads. Returns whether that is how it is now; where it cannot be
-/// done, the report says so.
+/// Confines this process, and with it every process that it starts, to the first two processors.
+/// Must be called before other threads start. Returns whether the limit holds now; the report shows
+/// the number of processors.
 pub fn confine() -> bool {
     let Some(allowed) = allowed() else {
         return false;
@@ -33,7 +33,7 @@ pub fn confine() -> bool {
     confined.is_ok_and(|output| output.status.success())
 }
 
-/// The machine, the versions, the command and what makes the load, a line each.
+/// Describes the machine, the versions, the command and the load generator, one line each.
 pub fn describe(postgres: &Postgres, command: &str, load: &str) -> Result<String> {
     let processor = field("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".to_owned());
     let memory = field("/proc/meminfo", "MemTotal")
@@ -43,11 +43,11 @@ pub fn describe(postgres: &Postgres, command: &str, load: &str) -> Result<String
             |kibibytes| format!("{} GiB", grouped((kibibytes / 1024.0 / 1024.0).round())),
         );
     let processors = std::thread::available_parallelism()?;
-    let files = said(
+    let files = stdout_of(
         "stat",
         &["-f", "-c", "%T", &postgres.folder().display().to_string()],
     );
-    let visitas = said(&visitas()?.display().to_string(), &["--version"])?;
+    let visitas = stdout_of(&visitas()?.display().to_string(), &["--version"])?;
     let lines = [
         ("date", time::OffsetDateTime::now_utc().date().to_string()),
         ("command", format!("`{command}`")),
@@ -68,7 +68,7 @@ pub fn describe(postgres: &Postgres, command: &str, load: &str) -> Result<String
             "service",
             format!(
                 "{visitas}, {}",
-                said("rustc", &["--version"]).unwrap_or_default()
+                stdout_of("rustc", &["--version"]).unwrap_or_default()
             ),
         ),
         (
@@ -76,7 +76,7 @@ pub fn describe(postgres: &Postgres, command: &str, load: &str) -> Result<String
             format!(
                 "PostgreSQL {} with `fsync` and `synchronous_commit` on and its default settings, {}",
                 postgres.sql(devstack::DATABASE, "show server_version")?,
-                said("redis-server", &["--version"])
+                stdout_of("redis-server", &["--version"])
                     .unwrap_or_default()
                     .split(" sha=")
                     .next()
@@ -85,20 +85,20 @@ pub fn describe(postgres: &Postgres, command: &str, load: &str) -> Result<String
         ),
         ("load", load.to_owned()),
     ];
-    let mut head = String::new();
+    let mut text = String::new();
     for (name, value) in lines {
-        writeln!(head, "- {name}: {value}")?;
+        writeln!(text, "- {name}: {value}")?;
     }
-    Ok(head)
+    Ok(text)
 }
 
-fn said(program: &str, arguments: &[&str]) -> Result<String> {
+fn stdout_of(program: &str, arguments: &[&str]) -> Result<String> {
     let output = Command::new(program).args(arguments).output()?;
     ensure!(output.status.success(), "{program} failed");
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-/// The processors that this process may use, where the system says so.
+/// The processors that this process is allowed to use, where the system reports them.
 fn allowed() -> Option<Vec<u32>> {
     parse_list(&field("/proc/self/status", "Cpus_allowed_list")?)
 }
@@ -113,7 +113,7 @@ fn parse_list(list: &str) -> Option<Vec<u32>> {
     Some(all)
 }
 
-/// The value of a line `name : value`, where there is such a file.
+/// The value of a line `name : value`, if the file exists.
 fn field(file: &str, name: &str) -> Option<String> {
     let text = std::fs::read_to_string(file).ok()?;
     text.lines()

@@ -14,7 +14,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of no rounds it is not a number.
+    /// Without rounds, all three are not a number.
     pub fn new(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
@@ -31,14 +31,14 @@ impl Spread {
         }
     }
 
-    /// Each round against the same round of another figure, which the machine slowed down or
-    /// not just as much.
+    /// The ratio of two figures in each round. Both figures of a round saw the same speed of the
+    /// machine.
     pub fn ratio(of: &[f64], to: &[f64]) -> Self {
         Self::new(of.iter().zip(to).map(|(of, to)| of / to))
     }
 
-    /// With a unit's own way of writing each number.
-    pub fn written(&self, write: impl Fn(f64) -> String) -> String {
+    /// Formats median, lowest and highest with the unit's function.
+    pub fn format_with(&self, write: impl Fn(f64) -> String) -> String {
         format!(
             "{} ({} – {})",
             write(self.median),
@@ -48,7 +48,7 @@ impl Spread {
     }
 }
 
-/// A number without fractions, its thousands apart: `46 123`. Below ten it keeps one digit.
+/// Formats a whole number with separated thousands: `46 123`. Below ten it keeps one decimal.
 pub fn grouped(number: f64) -> String {
     if !number.is_finite() {
         return "–".to_owned();
@@ -67,7 +67,7 @@ pub fn grouped(number: f64) -> String {
     text
 }
 
-/// A ratio: two digits below a hundred, none above.
+/// Formats a ratio: two decimals below a hundred, none above.
 pub fn ratio(number: f64) -> String {
     if number < 100.0 {
         format!("{number:.2}")
@@ -76,7 +76,7 @@ pub fn ratio(number: f64) -> String {
     }
 }
 
-/// Seconds, in milliseconds.
+/// Formats seconds as milliseconds.
 pub fn milliseconds(seconds: f64) -> String {
     let milliseconds = seconds * 1e3;
     match milliseconds {
@@ -89,12 +89,12 @@ pub fn milliseconds(seconds: f64) -> String {
 /// Bytes, in units of 2^20.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mebibytes(
-    /// How many.
+    /// The number of mebibytes.
     pub f64,
 );
 
 impl Mebibytes {
-    /// Of units of 2^10.
+    /// Converts from units of 2^10 bytes.
     pub fn from_kibibytes(kibibytes: u64) -> Self {
         Self(kibibytes as f64 / 1024.0)
     }

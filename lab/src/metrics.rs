@@ -1,6 +1,6 @@
-//! A reader of the metrics that the service exposes, in Prometheus' text format.
+//! Reads the service's metrics in Prometheus' text format.
 //!
-//! It looks for series as they are written: it knows no type, no exemplar and no escape.
+//! It compares series names and labels as text: it knows no type, no exemplar and no escape.
 
 use std::net::SocketAddr;
 
@@ -24,7 +24,7 @@ impl Metrics {
             .find_map(|(name, value)| (name == series).then_some(value))
     }
 
-    /// How many visits had this outcome.
+    /// The number of visits with this outcome.
     pub fn visits(&self, outcome: &str) -> Result<u64> {
         let series = format!("visitas_visits_total{{outcome=\"{outcome}\"}}");
         let count = self.value(&series);
@@ -32,7 +32,7 @@ impl Metrics {
         whole(count)
     }
 
-    /// The series whose names begin like this, with their labels and values.
+    /// The series whose names begin with `start`, with their labels and values.
     pub fn series(&self, start: &str) -> impl Iterator<Item = (&str, f64)> {
         self.0.lines().filter_map(move |line| {
             let (series, value) = line.rsplit_once(' ')?;
@@ -42,7 +42,7 @@ impl Metrics {
     }
 }
 
-/// The value of a counter that counts by one.
+/// The value of a counter as a whole number.
 pub fn whole(value: f64) -> Result<u64> {
     Ok(format!("{value:.0}").parse()?)
 }

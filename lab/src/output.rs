@@ -1,14 +1,14 @@
-//! What a process prints, line by line, by a reader with manners.
+//! Reads a process's output line by line; the reader can stall or leave.
 
 use std::io::{BufRead as _, BufReader, Read};
 use std::sync::{Arc, Mutex};
 
 use crate::wait::locked;
 
-/// What the reader of a service's log does once the service listens.
+/// The behaviour of a log's reader once the service listens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reader {
-    /// Reads on.
+    /// Continues to read.
     Stays,
     /// Keeps the pipe and reads no more.
     Stalls,
@@ -16,7 +16,7 @@ pub enum Reader {
     Leaves,
 }
 
-/// What a process has printed to one pipe so far.
+/// The lines that a process has printed to one pipe.
 #[derive(Clone, Default)]
 pub struct Output(Arc<Lines>);
 
@@ -28,7 +28,7 @@ struct Lines {
 }
 
 impl Output {
-    /// Reads a pipe from now on.
+    /// Starts to read a pipe.
     pub fn read(pipe: impl Read + Send + 'static, reader: Reader) -> Self {
         let output = Self::default();
         let read = output.clone();

@@ -1,9 +1,9 @@
-//! Latency. Either visits come at a constant rate, whether or not earlier ones have been answered,
-//! and each counts from when it was to begin: what waits behind a slow one is not left out. Or
-//! each connection goes on when it has an answer, as pgbench does.
+//! Measures latency. With a constant rate, visits are sent whether or not earlier ones have a
+//! response, and each is timed from when it was due: delays behind a slow visit count. In a closed
+//! loop, each connection sends its next visit after a response, as pgbench does.
 //!
-//! A thread a connection: a sleep then ends within some 60 µs, where a timer of a runtime ends
-//! with the millisecond.
+//! One thread per connection: a thread's sleep ends within about 60 µs, a runtime's timer only at
+//! the next millisecond.
 
 use std::net::SocketAddr;
 use std::sync::Barrier;
@@ -14,38 +14,38 @@ use hdrhistogram::Histogram;
 
 use crate::client::Connection;
 
-/// How long after its end a run may go on with visits that were due.
+/// How long after its end a run still sends visits that were due.
 const OVERTIME: Duration = Duration::from_secs(2);
 
-/// How visits come.
+/// The rate of visits.
 #[derive(Clone, Copy, Debug)]
 pub enum Pace {
-    /// So many a second, over all connections.
+    /// This many per second, over all connections.
     Constant(f64),
-    /// As fast as they are answered.
+    /// The next visit follows a response.
     Closed,
 }
 
-/// What came of a run; times are in seconds.
+/// The result of a run; times are in seconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Latency {
-    /// Visits a second that succeeded.
+    /// Successful visits per second.
     pub throughput: f64,
-    /// The mean of all that succeeded.
+    /// The mean of the successful visits.
     pub mean: f64,
-    /// Half of them took no longer.
+    /// The 50th percentile.
     pub median: f64,
-    /// Of a hundred, one took longer.
+    /// The 99th percentile.
     pub p99: f64,
-    /// Of a thousand, one took longer.
+    /// The 99.9th percentile.
     pub p999: f64,
     /// The longest.
     pub max: f64,
-    /// The visits that were answered, of those that were due.
-    pub answered: f64,
+    /// The share of the due visits that got a response.
+    pub responded: f64,
 }
 
-/// Makes visits for a while and says how long each took.
+/// Makes visits for `duration` and returns their latencies.
 pub fn run(
     address: SocketAddr,
     connections: usize,
@@ -61,7 +61,7 @@ pub fn run(
                     .stack_size(128 * 1024)
                     .spawn_scoped(scope, move || {
                         let connection = Connection::open(address);
-                        // One that has none must not keep the others waiting.
+                        // A thread without a connection must not block the others.
                         barrier.wait();
                         let schedule = Schedule::new(pace, connections, index, duration);
                         drive(connection?, &schedule)
@@ -88,14 +88,14 @@ pub fn run(
         p99: at(0.99),
         p999: at(0.999),
         max: seconds(whole.latencies.max()),
-        answered: whole.latencies.len() as f64 / whole.due as f64,
+        responded: whole.latencies.len() as f64 / whole.due as f64,
     })
 }
 
 /// When the visits of one connection are due.
 struct Schedule {
     first: Instant,
-    /// None: when the one before is answered.
+    /// `None`: the next visit is due after the response to the previous one.
     interval: Option<Duration>,
     end: Instant,
 }
@@ -120,7 +120,7 @@ impl Schedule {
     }
 }
 
-/// What one connection has seen.
+/// The results of one connection.
 struct Part {
     /// In microseconds.
     latencies: Histogram<u32>,
@@ -145,7 +145,7 @@ fn drive(mut connection: Connection, schedule: &Schedule) -> Result<Part> {
         if due > now {
             std::thread::sleep(due - now);
         } else if now > schedule.end + OVERTIME {
-            // It is not made any more, but was due.
+            // The visit was due but is no longer sent.
             due += schedule.interval.unwrap_or_default();
             continue;
         }
@@ -167,7 +167,7 @@ mod tests {
 
     use super::*;
 
-    /// Answers one connection's visits, of which the second takes a while.
+    /// Responds to the visits of one connection, to the second after a pause.
     fn slow_at_the_second(pause: Duration) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();

@@ -5,16 +5,16 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use anyhow::{Context as _, Result};
 
-/// The first port, and how many there are. They lie below the range that systems take client ports
-/// from, so that a client that waits for one to be served cannot connect to itself, and below those
-/// of the stores (`devstack`).
+/// The first port and the number of ports. They lie below the system's range of client ports, so
+/// that a client that retries one of them cannot connect to itself, and below the stores' ports
+/// (`devstack`).
 const FIRST: u16 = 15_000;
 const COUNT: u16 = 5_000;
 
-/// An address that no process listens on. Each is returned once.
+/// Returns an address that no process listens on, each only once.
 pub fn free_address() -> Result<SocketAddr> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Processes that look at the same time begin at different ports.
+    // Concurrent processes begin at different ports.
     let first = std::process::id() * 97 % u32::from(COUNT);
     let first = u16::try_from(first)?;
     (0..COUNT)

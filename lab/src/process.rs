@@ -1,4 +1,4 @@
-//! Processes that do not outlive this program, and what the system says of them.
+//! Processes that do not outlive this program, and their resource use.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -15,7 +15,7 @@ use crate::measure::Mebibytes;
 use crate::output::{Output, Reader};
 use crate::wait;
 
-/// The service takes 10 s at most.
+/// The service's own limit is 10 s.
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
 
 /// A process that is stopped when this is dropped.
@@ -24,24 +24,24 @@ pub struct Process {
     log: Log,
 }
 
-/// Where what it prints goes.
+/// The destination of the process's output.
 enum Log {
     File(PathBuf),
     /// Standard output and standard error.
     Pipes(Output, Output),
 }
 
-/// A command whose process is killed when the thread that started it ends, however that happens,
-/// where the system can do so: a Ctrl-C reaches all, a `kill -9` only this program.
+/// A command whose process is killed when the thread that started it ends, if the system supports
+/// it. This covers `kill -9`, which reaches only this program.
 pub fn command(program: impl AsRef<OsStr>) -> Command {
-    static BOUND: LazyLock<bool> = LazyLock::new(|| {
+    static HAS_SETPRIV: LazyLock<bool> = LazyLock::new(|| {
         Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "true"])
             .stderr(Stdio::null())
             .status()
             .is_ok_and(|status| status.success())
     });
-    if !*BOUND {
+    if !*HAS_SETPRIV {
         return Command::new(program);
     }
     let mut command = Command::new("setpriv");
@@ -62,7 +62,7 @@ impl Process {
         })
     }
 
-    /// Starts a command whose standard output is read like this.
+    /// Starts a command whose standard output has this reader.
     pub fn start_read_by(reader: Reader, mut command: Command) -> Result<Self> {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = spawn(command)?;
@@ -77,17 +77,17 @@ impl Process {
         })
     }
 
-    /// Whether it runs no more.
+    /// Whether the process has ended.
     pub fn has_ended(&mut self) -> Result<bool> {
         Ok(self.status()?.is_some())
     }
 
-    /// How it ended, if it has.
+    /// The exit status, if the process has ended.
     pub fn status(&mut self) -> Result<Option<ExitStatus>> {
         Ok(self.child.try_wait()?)
     }
 
-    /// The lines of its standard output so far, if it is read; otherwise of all that it printed.
+    /// The lines of standard output so far; of both outputs if they go to a file.
     pub fn output(&self) -> Vec<String> {
         match &self.log {
             Log::File(log) => {
@@ -99,7 +99,7 @@ impl Process {
         }
     }
 
-    /// The lines of all that it printed so far.
+    /// The lines of standard output and standard error so far.
     pub fn printed(&self) -> Vec<String> {
         let mut lines = self.output();
         if let Log::Pipes(_, errors) = &self.log {
@@ -119,17 +119,17 @@ impl Process {
         self.child.id()
     }
 
-    /// The most memory that it has had resident; where the system says so.
+    /// The peak resident memory, where the system reports it.
     pub fn peak_memory(&self) -> Option<Mebibytes> {
         self.memory("VmHWM:")
     }
 
-    /// The memory that it has resident now.
+    /// The resident memory, where the system reports it.
     pub fn resident_memory(&self) -> Option<Mebibytes> {
         self.memory("VmRSS:")
     }
 
-    /// The file descriptors that it has open; where the system says so.
+    /// The number of open file descriptors, where the system reports it.
     pub fn open_files(&self) -> Option<usize> {
         let files = std::fs::read_dir(format!("/proc/{}/fd", self.child.id()));
         Some(files.ok()?.count())
@@ -144,7 +144,7 @@ impl Process {
             .map(Mebibytes::from_kibibytes)
     }
 
-    /// Asks it to stop and waits until it has; kills it if that takes too long.
+    /// Sends SIGTERM and waits; kills the process if it takes too long.
     pub fn stop(&mut self) -> Result<()> {
         if self.has_ended()? {
             return Ok(());
@@ -156,36 +156,36 @@ impl Process {
         Ok(())
     }
 
-    /// Asks it to stop.
+    /// Sends SIGTERM.
     pub fn terminate(&self) -> Result<()> {
         self.signal(Signal::TERM)
     }
 
-    /// Suspends it, until [`Self::resume`].
+    /// Suspends the process until [`Self::resume`].
     pub fn pause(&self) -> Result<()> {
         self.signal(Signal::STOP)
     }
 
-    /// Lets it go on.
+    /// Resumes the process.
     pub fn resume(&self) -> Result<()> {
         self.signal(Signal::CONT)
     }
 
-    /// Sends it a signal.
+    /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id())?;
         let pid = Pid::from_raw(pid).context("no process has the id 0")?;
         Ok(kill_process(pid, signal)?)
     }
 
-    /// Kills it and returns once it is gone.
+    /// Kills the process and waits for its end.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// How it ended, or nothing if it has not after `timeout`.
+    /// Waits up to `timeout` for the exit status; `None` if the process still runs.
     pub fn wait(&mut self, timeout: Duration) -> Result<Option<ExitStatus>> {
         wait::within(timeout, || !matches!(self.status(), Ok(None)));
         self.status()
@@ -201,7 +201,7 @@ fn spawn(mut command: Command) -> Result<Child> {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Best effort: it may have ended.
+        // Best effort: the process can have ended already.
         self.stop().ok();
     }
 }

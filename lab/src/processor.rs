@@ -1,4 +1,4 @@
-//! Processor time that processes have used, as the kernel says in `/proc`.
+//! The processor time of processes, from `/proc`.
 
 use std::collections::HashMap;
 use std::process::Command;
@@ -16,18 +16,18 @@ pub struct ProcessorTime {
 }
 
 impl ProcessorTime {
-    /// What a process and those that descend from it have used so far; none that has ended.
+    /// The time that a process and its living descendants have used so far.
     pub fn read(root: u32) -> Result<Self> {
         static TICKS: LazyLock<f64> = LazyLock::new(|| {
-            let said = Command::new("getconf").arg("CLK_TCK").output();
-            let said = said.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-            // What Linux has everywhere.
-            said.map_or(100.0, |ticks| ticks.trim().parse().unwrap_or(100.0))
+            let output = Command::new("getconf").arg("CLK_TCK").output();
+            let output = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+            // The value on every common Linux.
+            output.map_or(100.0, |ticks| ticks.trim().parse().unwrap_or(100.0))
         });
         let mut all = HashMap::new();
         for entry in std::fs::read_dir("/proc").context("no /proc: processor time is not known")? {
             let path = entry?.path();
-            // An entry that is no process, or one that just ended, has none.
+            // Entries that are no process and processes that just ended have no `stat`.
             if let Ok(stat) = std::fs::read_to_string(path.join("stat"))
                 && let Some(process) = Stat::parse(&stat)
             {
@@ -49,7 +49,7 @@ impl ProcessorTime {
         Ok(sum)
     }
 
-    /// What was used between two readings.
+    /// The time used between two readings.
     #[must_use]
     pub fn since(self, before: Self) -> Self {
         Self {
@@ -59,7 +59,7 @@ impl ProcessorTime {
     }
 }
 
-/// What is of interest in a process's `stat`; times are in ticks.
+/// The used fields of a process's `stat`; times are in ticks.
 #[derive(Debug, PartialEq)]
 struct Stat {
     id: u32,
@@ -69,7 +69,7 @@ struct Stat {
 }
 
 impl Stat {
-    /// The name, in parentheses, may have spaces and parentheses of its own.
+    /// The name, in parentheses, can contain spaces and parentheses.
     fn parse(stat: &str) -> Option<Self> {
         let (id, rest) = stat.split_once(' ')?;
         let (_name, rest) = rest.rsplit_once(") ")?;

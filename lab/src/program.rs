@@ -1,5 +1,5 @@
-//! The program that is measured and broken: where it is built, whether it is current, and what
-//! starts it. Where logs are left.
+//! The service's executable: where it is built, whether it is current, and how to start it. Also
+//! the folder for logs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::process;
 
-/// The folder that cargo builds into, of the profile that this program was built with.
+/// Cargo's output folder for the profile of this program.
 fn built() -> Result<PathBuf> {
     let program = std::env::current_exe()?;
     let folder = program.parent().context("a program without a folder")?;
@@ -22,8 +22,8 @@ fn built() -> Result<PathBuf> {
     Ok(folder.to_owned())
 }
 
-/// The program: next to this one, and built from the sources as they are now. It is an error if it
-/// is not built, or was built before its sources were changed.
+/// The service's executable, next to this one. It is an error if it does not exist or is older than
+/// its sources.
 pub fn visitas() -> Result<PathBuf> {
     let program = built()?.join("visitas");
     let advice = "make builds it, or cargo build --bin visitas";
@@ -39,8 +39,8 @@ pub fn visitas() -> Result<PathBuf> {
     Ok(program)
 }
 
-/// A source of the service that has changed since the program was built. The compiler lists the
-/// sources of the library, paths from the workspace on, next to each library that it builds.
+/// A source of the service that is newer than the program. Next to each library, the compiler lists
+/// its sources, as paths relative to the workspace.
 fn newer_source(program: &Path) -> Result<Option<PathBuf>> {
     const WORKSPACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
     let built = fs::metadata(program)?.modified()?;
@@ -54,13 +54,13 @@ fn newer_source(program: &Path) -> Result<Option<PathBuf>> {
             let mut rules = rules.lines().filter_map(|rule| rule.split_once(": "));
             let library =
                 rules.find(|(target, _)| Path::new(target).extension() == Some("rlib".as_ref()));
-            if let Some((_, of_library)) = library {
+            if let Some((_, sources_of_library)) = library {
                 // A space within a path is escaped.
-                let of_library = of_library.replace("\\ ", "\0");
-                let of_library = of_library
+                let sources_of_library = sources_of_library.replace("\\ ", "\0");
+                let sources_of_library = sources_of_library
                     .split(' ')
                     .map(|source| source.replace('\0', " "));
-                sources.extend(of_library);
+                sources.extend(sources_of_library);
             }
         }
     }
@@ -70,7 +70,7 @@ fn newer_source(program: &Path) -> Result<Option<PathBuf>> {
         folder.display()
     );
     let is_newer = |source: &PathBuf| {
-        // A list of an older build can name a source that is gone.
+        // A list from an older build can name a deleted source.
         let modified = fs::metadata(source).and_then(|source| source.modified());
         modified.is_ok_and(|modified| modified > built)
     };
@@ -80,14 +80,14 @@ fn newer_source(program: &Path) -> Result<Option<PathBuf>> {
     Ok(sources.find(is_newer))
 }
 
-/// What runs the program with nothing in its environment but these settings.
+/// A command that runs the service with only these settings in its environment.
 pub fn command(settings: impl IntoIterator<Item = (&'static str, String)>) -> Result<Command> {
     let mut command = process::command(visitas()?);
     command.env_clear().envs(settings);
     Ok(command)
 }
 
-/// Where logs and other files are left: next to what was built.
+/// The folder for logs and other files, in cargo's target folder.
 pub fn scratch() -> Result<PathBuf> {
     let built = built()?;
     let target = built.parent().context("no target folder")?;

@@ -1,8 +1,8 @@
-//! A way to a server that can be broken: slow, narrow, silent, closed, or cut at a chosen word; and
-//! on which one can listen.
+//! A TCP proxy that can fail: slow, narrow, silent, closed, or reset at a chosen message. It can
+//! also record what clients send.
 //!
-//! Of its own, since those that exist (Toxiproxy and its ports) treat all connections alike and know
-//! no protocol: they can neither silence the established ones while new ones work, nor tell a
+//! Existing proxies (Toxiproxy and its ports) treat all connections alike and know no protocol:
+//! they can neither silence established connections while new ones work, nor distinguish a
 //! statement from its reply. It knows nothing of the service.
 
 use std::net::SocketAddr;
@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use crate::ports::free_address;
 use crate::wait::locked;
 
-/// A port that leads to another one here, for as long as the runtime runs that it was opened on.
+/// A proxy to a local server. It lives as long as the runtime that opened it.
 pub struct Proxy {
     address: SocketAddr,
     lane: Lane,
@@ -28,46 +28,47 @@ pub struct Proxy {
     accepting: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// What is done to what passes. The default is nothing.
+/// The faults that the proxy applies. The default is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
-    /// Connections whose number is lower say and hear nothing, until it no longer is.
+    /// Connections with a lower number carry nothing in either direction until the rule changes.
     pub silent_below: u64,
-    /// What the clients of connections say whose number is lower is lost; they still hear.
+    /// The proxy discards what clients send over connections with a lower number; replies still
+    /// pass.
     pub lost_below: u64,
-    /// Connections whose number is lower are reset.
+    /// Connections with a lower number are reset.
     pub reset_below: u64,
-    /// Added to everything that passes to the server.
+    /// Delay of everything sent to the server.
     pub delay_to_server: Duration,
-    /// Added to everything that passes to the client.
+    /// Delay of everything sent to the client.
     pub delay_to_client: Duration,
-    /// What passes in a second, in each direction of each connection.
+    /// Bandwidth in each direction of each connection.
     pub bytes_per_second: Option<u32>,
-    /// At which word a connection that records a visit is reset.
+    /// Where to reset a connection that records a visit.
     pub cut: Option<Cut>,
 }
 
-/// Where a connection breaks that records visits.
+/// The point at which a connection that records visits is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
-    /// When the server has half of the statement.
+    /// After half of the statement has reached the server.
     Statement,
-    /// When the server has answered, before the client hears it.
+    /// After the server has replied, before the reply reaches the client.
     Reply,
 }
 
-/// What is spoken.
+/// The protocol of the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
-    /// As sqlx speaks it.
+    /// As sqlx uses it.
     Postgres,
     /// RESP.
     Redis,
-    /// Any other; there is nothing in it to be cut.
+    /// Any other; `Cut` has no effect.
     Other,
 }
 
-/// What every connection of a proxy needs.
+/// Shared by all connections of a proxy.
 #[derive(Clone)]
 struct Lane {
     server: SocketAddr,
@@ -75,7 +76,8 @@ struct Lane {
     rules: watch::Sender<Rules>,
     next: Arc<AtomicU64>,
     effects: Arc<AtomicU64>,
-    /// Where somebody listens: what each client has said, in the order of their connections.
+    /// If the proxy records: the bytes that each client has sent, in the order of their
+    /// connections.
     record: Option<Arc<Mutex<Vec<Vec<u8>>>>>,
 }
 
@@ -85,7 +87,7 @@ enum Direction {
     ToClient,
 }
 
-/// How a connection comes to its end.
+/// How a connection ends.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
     Closed,
@@ -94,16 +96,16 @@ enum End {
 
 const CHUNK: usize = 16 * 1024;
 
-/// A statement of Postgres that binds more than this records visits: the others bind nothing.
+/// A Postgres statement with longer bound values records visits: the other statements bind none.
 const LONGEST_OTHER_BIND: usize = 80;
 
 impl Proxy {
-    /// Opens a way to a server.
+    /// Opens a proxy to a server.
     pub async fn open(server: SocketAddr, protocol: Protocol) -> Result<Self> {
         Self::start(server, protocol, None).await
     }
 
-    /// Opens a way that keeps what clients say.
+    /// Opens a proxy that records what clients send.
     pub async fn recording(server: SocketAddr, protocol: Protocol) -> Result<Self> {
         Self::start(server, protocol, Some(Arc::default())).await
     }
@@ -129,54 +131,54 @@ impl Proxy {
         Ok(proxy)
     }
 
-    /// The port that leads to the server.
+    /// The proxy's port.
     pub fn port(&self) -> u16 {
         self.address.port()
     }
 
-    /// How often a rule has changed what passes: bytes that were held back or late, and connections
+    /// How often a rule has taken effect: messages that were withheld or delayed, and connections
     /// that were reset.
     pub fn effects(&self) -> u64 {
         self.lane.effects.load(Ordering::Relaxed)
     }
 
-    /// Changes what is done to what passes, at once and for open connections too.
+    /// Changes the rules at once, for open connections as well.
     pub fn change(&self, change: impl FnOnce(&mut Rules)) {
         self.lane.rules.send_modify(change);
     }
 
-    /// Lets the connections that are open say and hear nothing; new ones work.
+    /// Silences the open connections; new ones work.
     pub fn silence_established(&self) {
         let next = self.lane.next.load(Ordering::Acquire);
         self.change(|rules| rules.silent_below = next);
     }
 
-    /// Loses what clients say over the connections that are open; new ones work.
+    /// Discards what clients send over the open connections; new ones work.
     pub fn lose_established(&self) {
         let next = self.lane.next.load(Ordering::Acquire);
         self.change(|rules| rules.lost_below = next);
     }
 
-    /// What each client has said so far, in the order of their connections; nothing unless the proxy
-    /// was opened by [`Self::recording`].
+    /// The bytes that each client has sent, in the order of their connections. Empty unless the
+    /// proxy was opened by [`Self::recording`].
     pub fn record(&self) -> Vec<Vec<u8>> {
         let record = self.lane.record.as_ref();
         record.map_or_else(Vec::new, |record| locked(record).clone())
     }
 
-    /// Resets the connections that are open and refuses new ones.
+    /// Resets the open connections and refuses new ones.
     pub async fn refuse(&self) {
         let accepting = locked(&self.accepting).take();
         if let Some(accepting) = accepting {
             accepting.abort();
-            // It ends by having been aborted: the port is closed once that is so.
+            // The port is closed once the aborted task has ended.
             accepting.await.ok();
         }
         let next = self.lane.next.load(Ordering::Acquire);
         self.change(|rules| rules.reset_below = next);
     }
 
-    /// Lets everything pass as it comes, new connections too.
+    /// Removes all rules and accepts new connections.
     pub async fn clear(&self) -> Result<()> {
         self.change(|rules| {
             *rules = Rules {
@@ -218,13 +220,13 @@ impl Drop for Proxy {
 }
 
 impl Lane {
-    /// Carries one connection to its end.
+    /// Carries one connection until it ends.
     async fn carry(self, mut client: TcpStream, number: u64) {
         let Ok(mut server) = TcpStream::connect(self.server).await else {
             return;
         };
         for stream in [&client, &server] {
-            // Delays are to be ours alone.
+            // The rules must be the only source of delay.
             stream.set_nodelay(true).ok();
         }
         let mut rules = self.rules.subscribe();
@@ -275,8 +277,8 @@ impl Lane {
             if number < rules.borrow().silent_below {
                 self.count_effect();
             }
-            let heard = rules.wait_for(|rules| number >= rules.silent_below).await;
-            let Ok(now) = heard.map(|rules| *rules) else {
+            let received = rules.wait_for(|rules| number >= rules.silent_below).await;
+            let Ok(now) = received.map(|rules| *rules) else {
                 return End::Closed;
             };
             match direction {
@@ -323,7 +325,7 @@ impl Rules {
         (self.delay_to_server, self.delay_to_client) = (delay, delay);
     }
 
-    /// How long so many bytes are under way.
+    /// The delay of this many bytes.
     fn delay(&self, direction: Direction, bytes: usize) -> Duration {
         let delay = match direction {
             Direction::ToServer => self.delay_to_server,
@@ -337,7 +339,7 @@ impl Rules {
 }
 
 impl Protocol {
-    /// Whether this is a statement that records visits.
+    /// Whether these bytes are a statement that records visits.
     fn records(self, bytes: &[u8]) -> bool {
         match self {
             Self::Postgres => bytes.first() == Some(&b'B') && bytes.len() > LONGEST_OTHER_BIND,
@@ -368,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn rule_without_effect_is_told_from_one_with_an_effect() {
+    fn only_rules_that_take_effect_are_counted() {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let open = Proxy::open(server.local_addr().unwrap(), Protocol::Other);
@@ -376,20 +378,20 @@ mod tests {
         let client = || std::net::TcpStream::connect(("127.0.0.1", proxy.port())).unwrap();
         let mut stream = client();
         let (mut accepted, _) = server.accept().unwrap();
-        let mut say = |byte: u8| {
+        let mut send = |byte: u8| {
             stream.write_all(&[byte]).unwrap();
-            let mut heard = [0];
-            accepted.read_exact(&mut heard).unwrap();
-            assert_eq!(heard, [byte]);
+            let mut received = [0];
+            accepted.read_exact(&mut received).unwrap();
+            assert_eq!(received, [byte]);
         };
-        say(1);
+        send(1);
         assert_eq!(proxy.effects(), 0);
         proxy.change(|rules| rules.bytes_per_second = Some(1000));
         assert_eq!(proxy.effects(), 0, "nothing has passed since");
-        say(2);
+        send(2);
         assert_eq!(proxy.effects(), 1);
         runtime.block_on(proxy.clear()).unwrap();
-        say(3);
+        send(3);
         assert_eq!(proxy.effects(), 1);
 
         proxy.silence_established();
@@ -408,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_take_their_time_where_it_is_narrow() {
+    fn limited_bandwidth_delays_bytes() {
         let rules = Rules {
             delay_to_server: Duration::from_millis(10),
             bytes_per_second: Some(1000),

@@ -4,18 +4,18 @@ use std::fmt::Write as _;
 
 use crate::measure::{Spread, ratio};
 
-/// What was asked, and what came of it.
+/// One topic of a report, with its results.
 #[derive(Debug, Default)]
 pub struct Section {
-    /// Its heading.
+    /// The heading.
     pub title: &'static str,
     /// Markdown.
     pub text: String,
-    /// What was promised about it.
+    /// The goals of this topic.
     pub goals: Vec<Goal>,
 }
 
-/// A figure that has been promised.
+/// A figure with a required bound.
 #[derive(Clone, Debug)]
 pub struct Goal {
     what: String,
@@ -25,17 +25,17 @@ pub struct Goal {
 }
 
 impl Goal {
-    /// A ratio whose median is to be no lower.
+    /// A ratio whose median must not be lower.
     pub fn at_least(what: &str, wanted: f64, measured: Spread) -> Self {
         Self {
             what: what.to_owned(),
             wanted: format!("at least {}", ratio(wanted)),
-            measured: measured.written(ratio),
+            measured: measured.format_with(ratio),
             is_met: measured.median >= wanted,
         }
     }
 
-    /// A figure that is to be no higher. Both numbers are written with their unit.
+    /// A figure that must not be higher. `write` formats both numbers with their unit.
     pub fn at_most(what: &str, wanted: f64, measured: f64, write: impl Fn(f64) -> String) -> Self {
         Self {
             what: what.to_owned(),
@@ -45,14 +45,14 @@ impl Goal {
         }
     }
 
-    /// Whether it was kept.
+    /// Whether the goal is met.
     pub fn is_met(&self) -> bool {
         self.is_met
     }
 }
 
-/// All of it, below a title. `head` says where and how it was measured.
-pub fn document(title: &str, head: &str, sections: &[Section]) -> String {
+/// The whole document. `introduction` describes the machine and the method.
+pub fn document(title: &str, introduction: &str, sections: &[Section]) -> String {
     let goals = sections.iter().flat_map(|section| &section.goals);
     let goals = table(
         &["goal", "wanted", "measured", ""],
@@ -61,14 +61,15 @@ pub fn document(title: &str, head: &str, sections: &[Section]) -> String {
             [&*goal.what, &goal.wanted, &goal.measured, verdict].map(str::to_owned)
         }),
     );
-    let mut text = format!("# {title}\n\n{head}\n## Goals\n\n{goals}");
+    let mut text = format!("# {title}\n\n{introduction}\n## Goals\n\n{goals}");
     for section in sections {
-        write!(text, "\n## {}\n\n{}", section.title, section.text).expect("a string takes all");
+        write!(text, "\n## {}\n\n{}", section.title, section.text)
+            .expect("writing to a string succeeds");
     }
     text
 }
 
-/// A table whose first column is text and whose others are figures.
+/// A table with text in the first column and figures in the others.
 pub fn table<const N: usize>(
     header: &[&str; N],
     rows: impl IntoIterator<Item = [String; N]>,
@@ -77,7 +78,7 @@ pub fn table<const N: usize>(
     text.push_str(&" ---: |".repeat(N - 1));
     text.push('\n');
     for row in rows {
-        writeln!(text, "| {} |", row.join(" | ")).expect("a string takes all");
+        writeln!(text, "| {} |", row.join(" | ")).expect("writing to a string succeeds");
     }
     text
 }
@@ -105,7 +106,7 @@ mod tests {
             })],
         };
         let expected = "\
-# What was measured
+# Measurements
 
 Here.
 
@@ -119,9 +120,6 @@ Here.
 
 Little.
 ";
-        assert_eq!(
-            document("What was measured", "Here.\n", &[section]),
-            expected
-        );
+        assert_eq!(document("Measurements", "Here.\n", &[section]), expected);
     }
 }

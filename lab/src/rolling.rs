@@ -1,9 +1,9 @@
-//! Clients that keep their connections while the replicas of a service restart in turn, and what
-//! they saw.
+//! Clients that keep their connections while the replicas of a service restart in turn, and the
+//! failures that they count.
 //!
-//! A client is as strict as the least patient one out there: it makes a request again only where no
-//! byte of it was sent, because the connection had been closed before, or a connect was refused.
-//! Must not know: how replicas are started and stopped.
+//! A client is as strict as any real one: it repeats a request only if no byte of it was sent,
+//! because the connection had been closed before or a connect was refused. Must not know: how
+//! replicas are started and stopped.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -22,28 +22,28 @@ use crate::wait::locked;
 pub struct Replicas(Arc<Mutex<Vec<SocketAddr>>>);
 
 impl Replicas {
-    /// Adds one, which is ready.
+    /// Adds a ready replica.
     pub fn add(&self, address: SocketAddr) {
         locked(&self.0).push(address);
     }
 
-    /// Takes one away, which has ended. One that is about to stop stays, as it does in a registry
-    /// that has not noticed yet.
+    /// Removes a replica that has ended. A draining replica stays listed, as in a registry that has
+    /// not noticed yet.
     pub fn remove(&self, address: SocketAddr) {
         locked(&self.0).retain(|&known| known != address);
     }
 
-    /// One of them, another one at each turn.
+    /// Chooses a replica by the number of the turn.
     fn choose(&self, turn: usize) -> Option<SocketAddr> {
         let known = locked(&self.0);
         (!known.is_empty()).then(|| known[turn % known.len()])
     }
 }
 
-/// What clients saw.
+/// The counts of all clients.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
-    /// Visits answered 200.
+    /// Visits with status 200.
     pub visits: usize,
     /// Connections that were opened.
     pub connections: usize,
@@ -53,7 +53,8 @@ pub struct Tally {
     pub failures: Vec<String>,
 }
 
-/// The clients. Dropping it leaves them to end by themselves; [`Crowd::leave`] says what they saw.
+/// The running clients. [`Crowd::leave`] ends them and returns their counts; after a drop they keep
+/// running until the process ends.
 #[derive(Debug)]
 pub struct Crowd {
     leaving: Arc<AtomicBool>,
@@ -61,17 +62,16 @@ pub struct Crowd {
     visits: Arc<AtomicUsize>,
 }
 
-/// How long clients wait between two visits, in turn: from those that are always busy to those whose
-/// connection is idle most of the time. All of them are shorter than the second for which a service
-/// that drains leaves an idle connection open.
+/// The pauses between two visits, by client: from always busy to mostly idle. All are shorter than
+/// the second for which a draining service leaves an idle connection open.
 const PAUSES: [u64; 8] = [1, 1, 2, 5, 20, 100, 300, 700];
 
-/// A response takes no longer, and neither does it to find a replica.
+/// Maximum time for a response, and for finding a replica.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Crowd {
-    /// Starts so many clients that keep their connections, and so many that open one for each visit.
-    /// At each connect they choose among the replicas.
+    /// Starts `keeping` clients that keep their connections and `opening` clients that open one for
+    /// each visit. At each connect they choose a replica.
     pub fn start(keeping: usize, opening: usize, replicas: &Replicas) -> Self {
         let leaving = Arc::<AtomicBool>::default();
         let visits = Arc::<AtomicUsize>::default();
@@ -83,12 +83,12 @@ impl Crowd {
                     pause: Duration::from_millis(PAUSES[number % PAUSES.len()]),
                     keeps: number < keeping,
                     visits: Arc::clone(&visits),
-                    seen: Tally::default(),
+                    tally: Tally::default(),
                 };
                 let leaving = Arc::clone(&leaving);
                 thread::spawn(move || {
                     client.visit_until(&leaving);
-                    client.seen
+                    client.tally
                 })
             })
             .collect();
@@ -99,22 +99,22 @@ impl Crowd {
         }
     }
 
-    /// How many visits have been answered 200 so far.
+    /// The number of visits with status 200 so far.
     pub fn visits(&self) -> usize {
         self.visits.load(Ordering::Relaxed)
     }
 
-    /// Ends them, each after its visit, and says what they saw.
+    /// Ends the clients, each after its current visit, and returns their counts.
     pub fn leave(self) -> Tally {
         self.leaving.store(true, Ordering::Relaxed);
         let mut all = Tally::default();
         for client in self.clients {
             match client.join() {
-                Ok(seen) => {
-                    all.visits += seen.visits;
-                    all.connections += seen.connections;
-                    all.refused += seen.refused;
-                    all.failures.extend(seen.failures);
+                Ok(tally) => {
+                    all.visits += tally.visits;
+                    all.connections += tally.connections;
+                    all.refused += tally.refused;
+                    all.failures.extend(tally.failures);
                 }
                 Err(_panic) => all.failures.push("a client panicked".to_owned()),
             }
@@ -127,10 +127,10 @@ struct Client {
     replicas: Replicas,
     turn: usize,
     pause: Duration,
-    /// Its connections, for as long as they stay open.
+    /// Whether the client keeps its connection open between visits.
     keeps: bool,
     visits: Arc<AtomicUsize>,
-    seen: Tally,
+    tally: Tally,
 }
 
 impl Client {
@@ -139,13 +139,13 @@ impl Client {
         while !leaving.load(Ordering::Relaxed) {
             match self.visit(kept.take()) {
                 Ok(connection) => kept = connection,
-                Err(error) => self.seen.failures.push(format!("{error:#}")),
+                Err(error) => self.tally.failures.push(format!("{error:#}")),
             }
             thread::sleep(self.pause);
         }
     }
 
-    /// Visits over a connection, and returns it if it stays open.
+    /// Makes a visit over a connection, and returns the connection if it stays open.
     fn visit(&mut self, kept: Option<Connection>) -> Result<Option<Connection>> {
         let began = Instant::now();
         let mut connection = match kept.filter(Connection::is_open) {
@@ -153,19 +153,19 @@ impl Client {
             None => self.connect()?,
         };
         let whose = format!("{connection}, idle for {:?}", self.pause);
-        let head = connection
+        let headers = connection
             .visit()
             .with_context(|| format!("after {:?} with {whose}", began.elapsed()))?;
-        ensure!(head.status == 200, "{} from {whose}", head.status);
-        self.seen.visits += 1;
+        ensure!(headers.status == 200, "{} from {whose}", headers.status);
+        self.tally.visits += 1;
         self.visits.fetch_add(1, Ordering::Relaxed);
-        Ok((self.keeps && !head.closes).then_some(connection))
+        Ok((self.keeps && !headers.closes).then_some(connection))
     }
 
     fn connect(&mut self) -> Result<Connection> {
         let deadline = Instant::now() + TIMEOUT;
         while Instant::now() < deadline {
-            // Neighbours in the list must not see the same clients, and in the same order.
+            // Adjacent replicas must not get the same clients in the same order.
             self.turn = self.turn.wrapping_mul(31).wrapping_add(7);
             let Some(address) = self.replicas.choose(self.turn >> 8) else {
                 thread::sleep(Duration::from_millis(1));
@@ -174,23 +174,23 @@ impl Client {
             match Connection::open(address) {
                 Ok(connection) => {
                     connection.set_timeout(TIMEOUT)?;
-                    self.seen.connections += 1;
+                    self.tally.connections += 1;
                     return Ok(connection);
                 }
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                    self.seen.refused += 1;
+                    self.tally.refused += 1;
                 }
                 Err(error) => {
                     return Err(error).with_context(|| format!("connecting to {address}"));
                 }
             }
         }
-        bail!("no replica takes a connection")
+        bail!("no replica accepts a connection")
     }
 }
 
-/// A balancer that chooses a replica for each connection once, and keeps it. It asks none for its
-/// health: a replica is out once it refuses connections.
+/// A balancer that assigns each connection to one replica. It makes no health checks: it skips
+/// replicas that refuse connections.
 #[derive(Debug)]
 pub struct Relay {
     /// Where it listens.
@@ -199,7 +199,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Opens one before these replicas.
+    /// Starts a balancer for these replicas.
     pub fn start(replicas: &Replicas) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let address = listener.local_addr()?;
@@ -223,12 +223,12 @@ impl Relay {
 impl Drop for Relay {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::Relaxed);
-        // It waits in accept.
+        // The connection wakes the thread from `accept`.
         TcpStream::connect(self.address).ok();
     }
 }
 
-/// Passes on what either side says until both have said all.
+/// Forwards both directions until both are closed.
 fn relay(client: &TcpStream, replicas: &Replicas, turn: usize) -> std::io::Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     let mut chosen = None;
@@ -254,7 +254,7 @@ fn relay(client: &TcpStream, replicas: &Replicas, turn: usize) -> std::io::Resul
 }
 
 fn pass(mut from: &TcpStream, mut to: &TcpStream) {
-    // A reset ends it as an end does: the other side learns that nothing more comes.
+    // After a reset or an end, the other side gets a FIN.
     std::io::copy(&mut from, &mut to).ok();
     to.shutdown(Shutdown::Write).ok();
 }

@@ -1,9 +1,9 @@
-//! The stores of the service: what leads it there, and what is in the table.
+//! The stores of the service: its settings for them, and the rows of its table.
 
 use anyhow::Result;
 use devstack::Postgres;
 
-/// The settings that lead the program to a database of Postgres and to Redis.
+/// The service's settings for a Postgres database and Redis.
 pub fn settings(
     (postgres_host, postgres_port): (&str, u16),
     database: &str,
@@ -20,8 +20,8 @@ pub fn settings(
     ]
 }
 
-/// The `data` of all rows in the order of their ids, in microseconds since 1970, as the judge of
-/// histories needs it.
+/// The `data` of all rows in the order of their ids, in microseconds since 1970, for the judge of
+/// histories.
 pub fn rows(postgres: &Postgres, database: &str) -> Result<Vec<i64>> {
     let query = "select (extract(epoch from data) * 1000000)::bigint from visitas order by id";
     let rows = postgres.sql(database, query)?;

@@ -1,7 +1,7 @@
-//! What the machine itself keeps waiting while something is measured on it.
+//! Measures the machine's own delays during a measurement.
 //!
-//! A disk or a virtual processor that stands still makes every service on it slow. A figure next to
-//! what a thread met that did nothing else shows which of the two was slow.
+//! A stalled disk or virtual processor slows every service on the machine. The delays of a thread
+//! that does nothing else show whether a slow response is the machine's fault.
 
 use std::fs::OpenOptions;
 use std::io::{Seek as _, Write as _};
@@ -12,33 +12,33 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-/// The longest waits that were met.
+/// The longest delays.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stalls {
-    /// Until 8 KiB were synced to the disk.
+    /// Time to sync 8 KiB to the disk.
     pub sync: Duration,
-    /// From when a sleeping thread was due until it ran.
+    /// Time from when a sleeping thread was due until it ran.
     pub wake: Duration,
 }
 
-/// A thread that meets them. It ends when this is dropped, too.
+/// A thread that measures the delays. It also ends when this value is dropped.
 #[derive(Debug)]
 pub struct StallWatch {
-    /// The thread ends once this is dropped.
+    /// The thread ends once this `Arc` is dropped.
     alive: Arc<()>,
     thread: JoinHandle<Stalls>,
 }
 
-/// Between two syncs.
+/// The pause between two syncs.
 const PAUSE: Duration = Duration::from_millis(10);
 const BLOCK: [u8; 8192] = [0; 8192];
 
 impl StallWatch {
-    /// Starts to write to a file of its own in `folder`.
+    /// Starts a thread that writes to a file in `folder`.
     ///
     /// # Errors
     ///
-    /// If the file cannot be made.
+    /// If the file cannot be created.
     pub fn start(folder: &Path) -> Result<Self> {
         let path = folder.join(format!("stalls-{}", std::process::id()));
         let mut file = OpenOptions::new()
@@ -47,7 +47,7 @@ impl StallWatch {
             .truncate(false)
             .open(&path)
             .with_context(|| format!("opening {}", path.display()))?;
-        // Nothing else opens it, and it goes with its last descriptor.
+        // The file stays usable until its descriptor is closed.
         std::fs::remove_file(&path).ok();
         let alive = Arc::new(());
         let watched = Arc::downgrade(&alive);
@@ -62,7 +62,7 @@ impl StallWatch {
                     .rewind()
                     .and_then(|()| file.write_all(&BLOCK))
                     .and_then(|()| file.sync_data());
-                // A full disk takes nothing, which is no stall.
+                // A full disk fails at once: that is no stall.
                 if synced.is_ok() {
                     stalls.sync = stalls.sync.max(woke.elapsed());
                 }
@@ -72,7 +72,7 @@ impl StallWatch {
         Ok(Self { alive, thread })
     }
 
-    /// Ends the thread and returns what it met.
+    /// Ends the thread and returns the longest delays.
     #[must_use]
     pub fn stop(self) -> Stalls {
         drop(self.alive);
@@ -81,7 +81,7 @@ impl StallWatch {
 }
 
 impl Stalls {
-    /// The longer of each wait.
+    /// The longer of each delay.
     #[must_use]
     pub fn max(self, other: Self) -> Self {
         Self {

@@ -1,4 +1,4 @@
-//! One client that makes visits over a connection that it keeps, and what it was told.
+//! An asynchronous client that makes visits over one connection and classifies their outcomes.
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -10,10 +10,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-use crate::client::{Head, VISIT};
+use crate::client::{ResponseHeaders, VISIT};
 use crate::history::{Outcome, Visit};
 
-/// A client with one connection, which it opens again when it has ended.
+/// A client with one connection, which it reopens after it has closed.
 pub struct Visitor {
     client: usize,
     replica: usize,
@@ -21,13 +21,13 @@ pub struct Visitor {
     timeout: Duration,
     stream: Option<TcpStream>,
     buffer: Vec<u8>,
-    response: Option<(Head, Value)>,
+    response: Option<(ResponseHeaders, Value)>,
 }
 
 /// More than twice as long as a response can take by the default settings.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A visit can be taken for so long after its client has left.
+/// How long after a client's disconnect the service can still record its visit.
 const TAKEN_AFTER: Duration = Duration::from_millis(250);
 
 /// The beginning of a visit.
@@ -54,7 +54,7 @@ impl Start {
 }
 
 impl Visitor {
-    /// A client, by its number, of a replica, by its number and address. It has not connected yet.
+    /// Client number `client` of replica number `replica`. It is not connected yet.
     pub fn new(client: usize, replica: usize, address: SocketAddr) -> Self {
         Self {
             client,
@@ -67,7 +67,7 @@ impl Visitor {
         }
     }
 
-    /// Gives up on a response after this, instead of 5 s.
+    /// Sets the response timeout; the default is 5 s.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
@@ -77,21 +77,21 @@ impl Visitor {
     /// Makes a visit.
     pub async fn visit(&mut self) -> Visit {
         let start = self.start();
-        let (outcome, numbers) = self.ask().await;
-        if matches!(outcome, Outcome::Unanswered | Outcome::Wrong(_)) {
+        let (outcome, numbers) = self.send_visit().await;
+        if matches!(outcome, Outcome::NoResponse | Outcome::Wrong(_)) {
             self.stream = None;
         }
         start.end(outcome, numbers)
     }
 
-    /// The response to the last visit, if one came, and its body.
-    pub fn response(&self) -> Option<&(Head, Value)> {
+    /// The headers and body of the last visit's response, if one came.
+    pub fn response(&self) -> Option<&(ResponseHeaders, Value)> {
         self.response.as_ref()
     }
 
-    /// Asks for a visit over a connection of its own and leaves after `stay`: by a reset or with a
-    /// goodbye.
-    pub async fn pass_by(&self, stay: Duration, reset: bool) -> Visit {
+    /// Sends a visit over a new connection and disconnects after `stay`, by a reset or an orderly
+    /// close.
+    pub async fn visit_and_leave(&self, stay: Duration, reset: bool) -> Visit {
         let start = self.start();
         let Ok(mut stream) = TcpStream::connect(self.address).await else {
             return start.end(Outcome::NotSent, (None, None));
@@ -119,7 +119,7 @@ impl Visitor {
         }
     }
 
-    async fn ask(&mut self) -> (Outcome, (Option<i64>, Option<i64>)) {
+    async fn send_visit(&mut self) -> (Outcome, (Option<i64>, Option<i64>)) {
         self.response = None;
         let stream = match self.stream.take() {
             Some(stream) if !is_closed(&stream) => stream,
@@ -128,44 +128,44 @@ impl Visitor {
                 _ => return (Outcome::NotSent, (None, None)),
             },
         };
-        let Ok(Ok(head)) = timeout(self.timeout, self.exchange(stream)).await else {
-            return (Outcome::Unanswered, (None, None));
+        let Ok(Ok(headers)) = timeout(self.timeout, self.exchange(stream)).await else {
+            return (Outcome::NoResponse, (None, None));
         };
-        let body = serde_json::from_slice(&self.buffer[head.length..]).unwrap_or_default();
-        let (_, body) = self.response.insert((head, body));
+        let body = serde_json::from_slice(&self.buffer[headers.length..]).unwrap_or_default();
+        let (_, body) = self.response.insert((headers, body));
         let number = |field: &str| body[field].as_i64();
         let numbers = (number("total_registros_db"), number("visitas_redis"));
-        let outcome = match (head.status, numbers.0) {
+        let outcome = match (headers.status, numbers.0) {
             (200, Some(_)) => Outcome::Recorded,
-            (503, None) if body.is_object() && head.retry_after => Outcome::Refused,
+            (503, None) if body.is_object() && headers.retry_after => Outcome::Refused,
             (503, None) if body.is_object() => Outcome::InDoubt,
             (status, _) => Outcome::Wrong(status),
         };
         (outcome, numbers)
     }
 
-    /// Leaves the response in the buffer, and keeps the connection if it can be used again.
-    async fn exchange(&mut self, mut stream: TcpStream) -> Result<Head> {
+    /// Reads the response into the buffer, and keeps the connection if it is reusable.
+    async fn exchange(&mut self, mut stream: TcpStream) -> Result<ResponseHeaders> {
         stream.set_nodelay(true)?;
         stream.write_all(VISIT).await?;
         self.buffer.clear();
         loop {
             let read = stream.read_buf(&mut self.buffer).await?;
             ensure!(read > 0, "closed before the response");
-            if let Some(head) = Head::parse(&self.buffer)?
-                && self.buffer.len() >= head.length + head.body
+            if let Some(headers) = ResponseHeaders::parse(&self.buffer)?
+                && self.buffer.len() >= headers.length + headers.body
             {
-                if !head.closes {
+                if !headers.closes {
                     self.stream = Some(stream);
                 }
-                return Ok(head);
+                return Ok(headers);
             }
         }
     }
 }
 
-/// Whether the service has closed a connection over which nothing is under way, as it is free to: a
-/// client then opens another one, like every pool of connections.
+/// Whether the service has closed an idle connection, as HTTP allows: a client then opens another
+/// one, like every connection pool.
 fn is_closed(idle: &TcpStream) -> bool {
     let read = idle.try_read(&mut [0]);
     !read.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 
-/// How long to wait for what should happen soon, on a machine that is busy with other things.
+/// Timeout for events that should happen soon, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(10);
 
-/// Polls until `is_so` holds, and panics after `timeout`: often at first, since most facts are soon
-/// there, and then less often, since a poll costs time that other tests need.
+/// Polls until `is_so` holds, and panics after `timeout`. It polls often at first, since most facts
+/// hold soon, and then less often, to leave time for other tests.
 pub async fn eventually(what: &str, timeout: Duration, mut is_so: impl AsyncFnMut() -> bool) {
     let deadline = tokio::time::Instant::now() + timeout;
     let mut pause = Duration::from_millis(2);
@@ -24,7 +24,7 @@ pub async fn eventually(what: &str, timeout: Duration, mut is_so: impl AsyncFnMu
     }
 }
 
-/// Polls until `is_so` holds, and returns whether that was before `timeout`. It blocks.
+/// Polls until `is_so` holds, and returns whether it did before `timeout`. It blocks.
 pub fn within(timeout: Duration, mut is_so: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + timeout;
     while !is_so() {
@@ -36,8 +36,8 @@ pub fn within(timeout: Duration, mut is_so: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// Waits until a connection is refused. A process that is just being started has a copy of a
-/// listener that was closed here, until it becomes the program that it is to be.
+/// Waits until a connection is refused. A child process holds a copy of a closed listener between
+/// `fork` and `exec`.
 pub async fn until_refused(address: SocketAddr) {
     eventually("connections are refused", SOON, async || {
         TcpStream::connect(address).await.is_err()
@@ -45,7 +45,7 @@ pub async fn until_refused(address: SocketAddr) {
     .await;
 }
 
-/// What a mutex guards. It is whole even where another task has panicked.
+/// Locks a mutex, also after a task has panicked while it held the lock.
 pub fn locked<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

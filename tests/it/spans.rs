@@ -7,7 +7,7 @@ use prost::Message as _;
 use reqwest::StatusCode;
 use tokio::task::JoinHandle;
 
-use crate::support::collector::{Collector, Exported, hex, named, text};
+use crate::support::collector::{Collector, ExportedSpan, hex, named, text};
 use crate::support::traces::{PARENT, UNSAMPLED, ask, traced, traced_with};
 use crate::support::{Answer, HeldCount, SOON, Service, Wire, World, eventually};
 
@@ -528,12 +528,12 @@ async fn with_a_visit_waiting(
     (service, count, alone)
 }
 
-fn status(exported: &Exported) -> SpanStatus {
+fn status(exported: &ExportedSpan) -> SpanStatus {
     exported.span.status.clone().unwrap_or_default().code()
 }
 
 /// Expects that a call's span has these attributes, this port, a batch of one, and nothing else.
-fn assert_call(call: &Exported, texts: &[(&str, &str)], port: u16) {
+fn assert_call(call: &ExportedSpan, texts: &[(&str, &str)], port: u16) {
     for &(key, value) in texts {
         assert_eq!(call.text(key), Some(value), "{key}");
     }

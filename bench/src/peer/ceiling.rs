@@ -1,5 +1,5 @@
-//! The ceiling: a constant of a visit's size, from the HTTP library's own server and router, with
-//! nothing else around it.
+//! The ceiling: a constant of a response's size, from the HTTP library's own server and router
+//! alone.
 
 use axum::Router;
 use axum::http::header::CONTENT_TYPE;

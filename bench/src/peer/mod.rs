@@ -1,5 +1,5 @@
-//! What the service is measured beside: this program under another subcommand, so that a peer is
-//! built as the service is.
+//! The peers that the service is compared with: subcommands of this program, so that a peer is
+//! built like the service.
 
 mod ceiling;
 mod textbook;
@@ -11,12 +11,12 @@ use axum::Router;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
-/// Serves a constant: what the HTTP library can do at most. Does not return.
+/// Serves a constant: the maximum of the HTTP library. Does not return.
 pub(crate) fn ceiling(address: SocketAddr) -> Result<()> {
     runtime()?.block_on(serve(address, ceiling::router()))
 }
 
-/// Serves visits as they are written first. Does not return.
+/// Serves the textbook version of a visit. Does not return.
 pub(crate) fn textbook(address: SocketAddr, database: &str, redis: &str) -> Result<()> {
     runtime()?.block_on(async {
         let router = textbook::router(database, redis).await?;

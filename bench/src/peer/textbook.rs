@@ -1,6 +1,6 @@
 //! The textbook: a visit as a competent engineer first writes it, with the same libraries as the
-//! service. A pool for each store in its default size, and for each visit an `INSERT`, a
-//! `SELECT count(*)` and an `INCR`, one after the other.
+//! service. A pool for each store in its default size, and for each visit an `INSERT`, a `SELECT
+//! count(*)` and an `INCR`, in sequence.
 
 use anyhow::Result;
 use axum::extract::State;
@@ -20,7 +20,7 @@ struct Stores {
 }
 
 #[derive(Serialize)]
-struct Answer {
+struct Response {
     db_status: &'static str,
     redis_status: &'static str,
     total_registros_db: i64,
@@ -37,9 +37,9 @@ pub(super) async fn router(database: &str, redis: &str) -> Result<Router> {
     Ok(Router::new().route("/", get(visit)).with_state(stores))
 }
 
-async fn visit(State(stores): State<Stores>) -> Result<Json<Answer>, StatusCode> {
+async fn visit(State(stores): State<Stores>) -> Result<Json<Response>, StatusCode> {
     match record(&stores).await {
-        Ok((total, redis)) => Ok(Json(Answer {
+        Ok((total, redis)) => Ok(Json(Response {
             db_status: "ok",
             redis_status: "ok",
             total_registros_db: total,

@@ -1,4 +1,4 @@
-//! What more or fewer connections change, and what they cost in memory.
+//! Throughput and memory by the number of connections.
 
 use anyhow::{Context as _, Result};
 use lab::measure::Mebibytes;
@@ -23,7 +23,7 @@ pub(crate) fn connections(ground: &mut Ground, effort: Effort) -> Result<Section
     let text = throughputs(
         &all,
         |case| format!("{}, {}", case.connections, case.subject),
-        "of the ceiling",
+        "share of the ceiling",
         |case| {
             let connections = case.connections;
             round::find(&all, |case| {

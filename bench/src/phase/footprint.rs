@@ -1,4 +1,4 @@
-//! What the service takes before anybody visits: time to start, memory, disk.
+//! The service's cost before the first visit: time to start, memory, disk.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::ground::{Ground, Owner};
 use crate::progress;
 
 const STARTS: usize = 10;
-/// The monitors have looked around by then.
+/// Long enough for the monitors' first checks.
 const IDLE: Duration = Duration::from_secs(3);
 
 pub(crate) fn footprint(ground: &mut Ground) -> Result<Section> {
@@ -23,13 +23,13 @@ pub(crate) fn footprint(ground: &mut Ground) -> Result<Section> {
         let database = "starts";
         ground.fresh_database(database)?;
         for starts in [&mut fresh, &mut migrated] {
-            let mut running = VISITAS.start(ground, database)?;
-            starts.push(running.started_in.as_secs_f64());
+            let mut instance = VISITAS.start(ground, database)?;
+            starts.push(instance.started_in.as_secs_f64());
             if start == STARTS {
                 std::thread::sleep(IDLE);
-                idle = running.process.resident_memory();
+                idle = instance.process.resident_memory();
             }
-            running.process.stop()?;
+            instance.process.stop()?;
             ground.settle(database)?;
         }
     }
@@ -46,13 +46,13 @@ pub(crate) fn footprint(ground: &mut Ground) -> Result<Section> {
     let text = table(
         &["", "measured"],
         [
-            ["from start to ready", &*migrated.written(milliseconds)],
+            ["from start to ready", &*migrated.format_with(milliseconds)],
             [
-                "the same with a database to migrate",
-                &fresh.written(milliseconds),
+                "from start to ready, with migrations",
+                &fresh.format_with(milliseconds),
             ],
             ["memory, idle", &in_mebibytes(idle)],
-            ["size of the program", &in_megabytes(program)],
+            ["size of the executable", &in_megabytes(program)],
         ]
         .map(|row| row.map(str::to_owned)),
     );
@@ -62,7 +62,7 @@ pub(crate) fn footprint(ground: &mut Ground) -> Result<Section> {
         goals: vec![
             Goal::at_most("idle: memory", 24.0, idle, in_mebibytes),
             Goal::at_most("from start to ready", 0.3, migrated.median, milliseconds),
-            Goal::at_most("size of the program", 20.0, program, in_megabytes),
+            Goal::at_most("size of the executable", 20.0, program, in_megabytes),
         ],
     })
 }

@@ -1,5 +1,5 @@
-//! How long a visit takes: a lone one beside the insert that it cannot be faster than, and many
-//! that come whether or not earlier ones have been answered.
+//! The latency of visits: of a lone visit compared with a lone insert, its lower bound, and of many
+//! visits at a constant rate.
 
 use anyhow::Result;
 use lab::measure::{Spread, grouped, milliseconds, ratio};
@@ -13,10 +13,10 @@ use crate::progress;
 use crate::round::{Effort, warm_up};
 use crate::subject::Subject;
 
-/// The shares of the most that the service takes at which its latency is measured.
+/// The loads at which latency is measured, as shares of the maximum throughput.
 const SHARES: [f64; 2] = [0.5, 0.8];
 
-/// One connection.
+/// Latency over one connection.
 pub(crate) fn lone(ground: &mut Ground, effort: Effort) -> Result<Section> {
     let mut visits = Vec::new();
     let mut inserts = Vec::new();
@@ -35,7 +35,7 @@ pub(crate) fn lone(ground: &mut Ground, effort: Effort) -> Result<Section> {
     let medians: Vec<_> = visits.iter().map(|visit| visit.median).collect();
     let visit = Spread::new(medians.iter().copied());
     let insert = Spread::new(inserts.iter().copied());
-    // What is left of a visit when a tenth of a millisecond is taken off, in inserts.
+    // A visit's time minus 0.1 ms, as a multiple of an insert's time.
     let less: Vec<_> = medians.iter().map(|median| median - 0.1e-3).collect();
     let in_inserts = Spread::ratio(&less, &inserts);
     let p99 = Spread::new(visits.iter().map(|visit| visit.p99));
@@ -44,17 +44,17 @@ pub(crate) fn lone(ground: &mut Ground, effort: Effort) -> Result<Section> {
         [
             [
                 "an insert, by pgbench".to_owned(),
-                insert.written(milliseconds),
+                insert.format_with(milliseconds),
             ],
-            ["a visit".to_owned(), visit.written(milliseconds)],
-            ["a visit, p99".to_owned(), p99.written(milliseconds)],
+            ["a visit".to_owned(), visit.format_with(milliseconds)],
+            ["a visit, p99".to_owned(), p99.format_with(milliseconds)],
         ],
     );
     Ok(Section {
         title: "A lone visit",
         text,
         goals: vec![Goal::at_most(
-            "one connection: inserts that a visit takes, less 0.1 ms",
+            "one connection: (visit - 0.1 ms) / insert",
             1.25,
             in_inserts.median,
             ratio,
@@ -62,12 +62,12 @@ pub(crate) fn lone(ground: &mut Ground, effort: Effort) -> Result<Section> {
     })
 }
 
-/// Many connections, at a constant rate of visits.
+/// Latency over many connections, at a constant rate of visits.
 pub(crate) fn paced(ground: &mut Ground, effort: Effort) -> Result<Section> {
-    // The most that this client gets out of the service, which is less than wrk does: the client
-    // needs more of the processors.
+    // The maximum throughput with this client. It is lower than with wrk: the client needs more
+    // processor time.
     let peak = latency(ground, VISITAS, CONNECTIONS, Pace::Closed, effort)?.throughput;
-    progress!("{} visits/s at most", grouped(peak));
+    progress!("maximum {} visits/s", grouped(peak));
     let cases = SHARES.map(|share| [Subject::Ceiling, VISITAS].map(|subject| (subject, share)));
     let mut all = cases
         .as_flattened()
@@ -92,10 +92,10 @@ pub(crate) fn paced(ground: &mut Ground, effort: Effort) -> Result<Section> {
         Spread::new(latencies.iter().map(figure))
     };
     let mut text = format!(
-        "{CONNECTIONS} connections, visits at a constant rate, each counted from when it was due. \
-         The client is a thread a connection and needs more processor time than wrk: with it the \
-         service takes {} visits/s at most, and the ceiling at the same rate is what the client and \
-         the machine cost.\n\n",
+        "{CONNECTIONS} connections, visits at a constant rate, each timed from when it was due. The \
+         client uses one thread per connection and needs more processor time than wrk. With this \
+         client, the service reaches {} visits/s. The ceiling at the same rate shows the share of the \
+         client and the machine.\n\n",
         grouped(peak)
     );
     text += &table(
@@ -106,25 +106,25 @@ pub(crate) fn paced(ground: &mut Ground, effort: Effort) -> Result<Section> {
             "p99",
             "p99 / median",
             "p99.9",
-            "worst",
-            "answered",
+            "longest",
+            "responses / due",
         ],
         all.iter().map(|((subject, share), latencies)| {
             [
                 subject.to_string(),
                 format!(
-                    "{}, {:.0} % of the most",
+                    "{}, {:.0} % of the maximum",
                     grouped(peak * share),
                     share * 100.0
                 ),
-                spread(latencies, |latency| latency.median).written(milliseconds),
-                spread(latencies, |latency| latency.p99).written(milliseconds),
-                spread(latencies, |latency| latency.p99 / latency.median).written(ratio),
+                spread(latencies, |latency| latency.median).format_with(milliseconds),
+                spread(latencies, |latency| latency.p99).format_with(milliseconds),
+                spread(latencies, |latency| latency.p99 / latency.median).format_with(ratio),
                 milliseconds(spread(latencies, |latency| latency.p999).median),
                 milliseconds(spread(latencies, |latency| latency.max).max),
                 format!(
                     "{:.2} %",
-                    spread(latencies, |latency| latency.answered).min * 100.0
+                    spread(latencies, |latency| latency.responded).min * 100.0
                 ),
             ]
         }),
@@ -135,7 +135,7 @@ pub(crate) fn paced(ground: &mut Ground, effort: Effort) -> Result<Section> {
         .map(|((_, share), latencies)| {
             Goal::at_most(
                 &format!(
-                    "{CONNECTIONS} connections at {:.0} % of the most: p99 in medians",
+                    "{CONNECTIONS} connections at {:.0} % of the maximum: p99 / median",
                     share * 100.0
                 ),
                 3.0,
@@ -158,8 +158,8 @@ fn latency(
     pace: Pace,
     effort: Effort,
 ) -> Result<Latency> {
-    while_serving(ground, subject, |running| {
-        warm_up(running, connections, effort)?;
-        paced::run(running.address, connections, pace, effort.duration)
+    while_serving(ground, subject, |instance| {
+        warm_up(instance, connections, effort)?;
+        paced::run(instance.address, connections, pace, effort.duration)
     })
 }

@@ -1,4 +1,4 @@
-//! The physical limits: what the two stores do when nothing is between them and who asks.
+//! The limits of the stores: their throughput and latency without the service.
 
 use std::time::Duration;
 
@@ -12,16 +12,16 @@ use crate::ground::{Ground, Owner};
 use crate::progress;
 use crate::round::Effort;
 
-/// Clients of each tool, one and many.
+/// The numbers of clients of each tool.
 const CLIENTS: [usize; 2] = [1, 64];
 
-/// Inserts of one row, each committed and flushed, made by so many clients of pgbench.
+/// Inserts of one row, each committed and flushed, by this many clients of pgbench.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Inserts {
     pub(crate) clients: usize,
 }
 
-/// What came of them.
+/// The results of pgbench.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Transactions {
     pub(crate) throughput: f64,
@@ -49,40 +49,40 @@ pub(crate) fn limits(ground: &mut Ground, effort: Effort) -> Result<Section> {
     }
     let inserts = inserts.map(|(clients, all)| {
         [
-            format!("PostgreSQL: an insert a commit, {clients} of pgbench's clients"),
-            Spread::new(all.iter().map(|inserted| inserted.throughput)).written(grouped),
+            format!("PostgreSQL: one insert per commit, {clients} pgbench clients"),
+            Spread::new(all.iter().map(|inserted| inserted.throughput)).format_with(grouped),
             milliseconds(Spread::new(all.iter().map(|inserted| inserted.median)).median),
         ]
     });
     let increments = increments.map(|(clients, all)| {
         [
-            format!("Redis: an `INCR`, {clients} of redis-benchmark's clients"),
-            Spread::new(all.iter().map(|&(throughput, _)| throughput)).written(grouped),
+            format!("Redis: `INCR`, {clients} redis-benchmark clients"),
+            Spread::new(all.iter().map(|&(throughput, _)| throughput)).format_with(grouped),
             milliseconds(Spread::new(all.iter().map(|&(_, median)| median)).median),
         ]
     });
     Ok(Section {
-        title: "What the stores allow",
+        title: "Limits of the stores",
         text: table(
-            &["", "a second", "median"],
+            &["", "per second", "median"],
             inserts.into_iter().chain(increments),
         ),
         goals: Vec::new(),
     })
 }
 
-/// Inserts into a table of the same shape, for a while.
+/// Inserts into a table of the same shape for `duration`.
 pub(crate) fn insert(
     ground: &mut Ground,
-    inserting: Inserts,
+    inserts: Inserts,
     duration: Duration,
 ) -> Result<Transactions> {
     let database = ground.database(Owner::Peer, 0)?;
     let statement = "insert into visitas default values;";
-    transactions(ground, &database, statement, inserting.clients, duration)
+    transactions(ground, &database, statement, inserts.clients, duration)
 }
 
-/// What the service says to Postgres to record a visit, said by one client of pgbench.
+/// Runs the statement that records a visit, by one client of pgbench.
 pub(crate) fn record(ground: &mut Ground, duration: Duration) -> Result<Transactions> {
     let database = ground.database(Owner::Visitas, 0)?;
     let statement = "select public.registrar_visitas(array[now()]);";
@@ -104,7 +104,7 @@ fn transactions(
     let clients = clients.to_string();
     let output = process::command(ground.postgres.programs().join("pgbench"))
         .env("PGPASSWORD", devstack::PASSWORD)
-        // As the service's sessions have it.
+        // The same settings as the service's sessions.
         .env(
             "PGOPTIONS",
             "-c jit=off -c plan_cache_mode=force_generic_plan",
@@ -120,13 +120,18 @@ fn transactions(
         .args(["--username", devstack::USER, database])
         .output()
         .context("cannot run pgbench")?;
-    let said = String::from_utf8_lossy(&output.stdout);
+    let report = String::from_utf8_lossy(&output.stdout);
     ensure!(
         output.status.success(),
-        "pgbench: {said}{}",
+        "pgbench: {report}{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let throughput = tps(&said).with_context(|| format!("pgbench said\n{said}"))?;
+    let throughput = tps(&report).with_context(|| {
+        format!(
+            "pgbench printed
+{report}"
+        )
+    })?;
     let mut times = Vec::new();
     for path in logs(&log)? {
         times.extend(times_in(&std::fs::read_to_string(path)?)?);
@@ -139,8 +144,9 @@ fn transactions(
     })
 }
 
-fn tps(said: &str) -> Option<f64> {
-    said.lines()
+fn tps(report: &str) -> Option<f64> {
+    report
+        .lines()
         .find_map(|line| line.strip_prefix("tps = "))?
         .split_whitespace()
         .next()?
@@ -148,7 +154,8 @@ fn tps(said: &str) -> Option<f64> {
         .ok()
 }
 
-/// Seconds, of the lines that pgbench writes of each transaction: its third column has them.
+/// The durations in seconds from pgbench's log, which has one line per transaction and the duration
+/// in the third column.
 fn times_in(log: &str) -> Result<Vec<f64>> {
     log.lines()
         .map(|line| {
@@ -177,7 +184,7 @@ fn remove_logs(prefix: &std::path::Path) -> Result<()> {
     Ok(())
 }
 
-/// Increments, as many as take about a second: how many a second, and the median of one.
+/// Increments for about a second: returns the throughput and the median latency.
 fn increment(ground: &Ground, clients: usize) -> Result<(f64, f64)> {
     let requests = if clients == 1 { "20000" } else { "100000" };
     let output = process::command("redis-benchmark")
@@ -187,11 +194,17 @@ fn increment(ground: &Ground, clients: usize) -> Result<(f64, f64)> {
         .arg("--csv")
         .output()
         .context("cannot run redis-benchmark")?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    increments(&said).with_context(|| format!("redis-benchmark said\n{said}"))
+    let report = String::from_utf8_lossy(&output.stdout);
+    increments(&report).with_context(|| {
+        format!(
+            "redis-benchmark printed
+{report}"
+        )
+    })
 }
 
-/// Of `"test","rps","avg_latency_ms","min_latency_ms","p50_latency_ms",…` and the line below it.
+/// Parses `"test","rps","avg_latency_ms","min_latency_ms","p50_latency_ms",…` and the line below
+/// it.
 fn increments(csv: &str) -> Result<(f64, f64)> {
     let line = csv
         .lines()
@@ -211,9 +224,9 @@ mod tests {
 
     #[test]
     fn throughput_of_pgbench_is_read() {
-        let said = "latency average = 0.555 ms\ninitial connection time = 3.9 ms\n\
+        let report = "latency average = 0.555 ms\ninitial connection time = 3.9 ms\n\
                     tps = 1801.370241 (without initial connection time)\n";
-        assert_eq!(tps(said), Some(1_801.370_241));
+        assert_eq!(tps(report), Some(1_801.370_241));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The questions that are asked, a file each. Each returns its section of the report.
+//! The sections of the report, one file each.
 
 mod connections;
 mod footprint;
@@ -27,29 +27,29 @@ pub(crate) use throughput::throughput;
 use anyhow::Result;
 
 use crate::ground::Ground;
-use crate::subject::{Running, Subject, Traces};
+use crate::subject::{Instance, Subject, Traces};
 
-/// Where nothing else is said: enough for every batch to be well filled.
+/// The default number of connections: enough to fill every batch well.
 const CONNECTIONS: usize = 256;
 
-/// The service as it is meant to run, with everything on.
+/// The service as in production, with all telemetry on.
 const VISITAS: Subject = Subject::Visitas(Traces::Hundredth);
 
-/// Starts a subject on an empty table, looks at it, checks its number and stops it.
+/// Starts a subject on an empty table, runs `work` on it, checks its number and stops it.
 fn while_serving<T>(
     ground: &mut Ground,
     subject: Subject,
-    look: impl FnOnce(&Running) -> Result<T>,
+    work: impl FnOnce(&Instance) -> Result<T>,
 ) -> Result<T> {
     let Some(owner) = subject.owner() else {
-        return look(&subject.start(ground, "")?);
+        return work(&subject.start(ground, "")?);
     };
     let database = ground.database(owner, 0)?;
-    let mut running = subject.start(ground, &database)?;
-    let seen = look(&running)?;
-    running.check_number(ground, &database)?;
-    running.process.stop()?;
+    let mut instance = subject.start(ground, &database)?;
+    let result = work(&instance)?;
+    instance.check_number(ground, &database)?;
+    instance.process.stop()?;
     ground.settle(&database)?;
     ground.collector.take_server_spans();
-    Ok(seen)
+    Ok(result)
 }

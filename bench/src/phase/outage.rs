@@ -1,4 +1,4 @@
-//! What visits cost while Redis is down.
+//! Throughput while Redis is down.
 
 use anyhow::{Result, ensure};
 use lab::client;
@@ -16,23 +16,23 @@ pub(crate) fn outage(ground: &mut Ground, effort: Effort) -> Result<Section> {
     let mut down = Vec::new();
     for round in 1..=effort.rounds {
         let database = ground.database(Owner::Visitas, 0)?;
-        let mut running = VISITAS.start(ground, &database)?;
-        warm_up(&running, CONNECTIONS, effort)?;
-        up.push(load::run(running.address, CONNECTIONS, effort.duration)?.throughput);
+        let mut instance = VISITAS.start(ground, &database)?;
+        warm_up(&instance, CONNECTIONS, effort)?;
+        up.push(load::run(instance.address, CONNECTIONS, effort.duration)?.throughput);
 
         ground.redis.kill()?;
-        let load = load::run(running.address, CONNECTIONS, effort.duration)?;
+        let load = load::run(instance.address, CONNECTIONS, effort.duration)?;
         ensure!(
             load.failed == 0,
             "{} visits failed without Redis",
             load.failed
         );
-        let (_, redis) = client::visit(running.address)?;
+        let (_, redis) = client::visit(instance.address)?;
         ensure!(redis.is_none(), "Redis counted while it was down");
         down.push(load.throughput);
-        running.check_number(ground, &database)?;
+        instance.check_number(ground, &database)?;
 
-        running.process.stop()?;
+        instance.process.stop()?;
         ground.settle(&database)?;
         ground.redis.start_again()?;
         progress!(
@@ -43,17 +43,17 @@ pub(crate) fn outage(ground: &mut Ground, effort: Effort) -> Result<Section> {
         );
     }
     let text = table(
-        &["", "visits/s", "of both up"],
+        &["", "visits/s", "against both up"],
         [
             [
                 "both up".to_owned(),
-                Spread::new(up.iter().copied()).written(grouped),
+                Spread::new(up.iter().copied()).format_with(grouped),
                 String::new(),
             ],
             [
                 "Redis down".to_owned(),
-                Spread::new(down.iter().copied()).written(grouped),
-                Spread::ratio(&down, &up).written(ratio),
+                Spread::new(down.iter().copied()).format_with(grouped),
+                Spread::ratio(&down, &up).format_with(ratio),
             ],
         ],
     );

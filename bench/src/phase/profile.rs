@@ -1,5 +1,4 @@
-//! What stands between the service and its goals: where the processors' time goes at the peak, and
-//! where the time of a lone visit goes.
+//! Shows the cost of a visit: processor time at the peak, and the parts of a lone visit's time.
 
 use std::time::Instant;
 
@@ -16,20 +15,20 @@ use crate::ground::Ground;
 use crate::load;
 use crate::progress;
 use crate::round::{Effort, warm_up};
-use crate::subject::{Running, Subject};
+use crate::subject::{Instance, Subject};
 
-/// Processor time that a visit takes, in seconds.
+/// Processor time per visit, in seconds.
 #[derive(Clone, Copy, Debug)]
 struct PerVisit {
     client: f64,
     subject: ProcessorTime,
     postgres: f64,
     redis: f64,
-    /// Of all processors.
+    /// The time of all processors.
     all: f64,
 }
 
-/// The processors' time at the peak.
+/// Processor time at the peak.
 pub(crate) fn processors(ground: &mut Ground, effort: Effort) -> Result<Section> {
     let mut ceiling = Vec::new();
     let mut visitas = Vec::new();
@@ -50,27 +49,26 @@ pub(crate) fn processors(ground: &mut Ground, effort: Effort) -> Result<Section>
     };
     let text = table(
         &[
-            "µs a visit",
+            "µs per visit",
             "ceiling",
             "visitas, traces at 1 %",
             "difference",
         ],
         [
             row("client (wrk)", |visit| visit.client),
-            row("program, its own code", |visit| visit.subject.user),
-            row("program, the kernel for it", |visit| visit.subject.system),
+            row("program, user code", |visit| visit.subject.user),
+            row("program, kernel", |visit| visit.subject.system),
             row("PostgreSQL", |visit| visit.postgres),
             row("Redis", |visit| visit.redis),
-            row("idle, and whatever else runs", PerVisit::rest),
+            row("idle and other processes", PerVisit::rest),
             row("all processors", |visit| visit.all),
         ],
     );
     Ok(Section {
         title: "Processor time at the peak",
         text: format!(
-            "{CONNECTIONS} connections. Client, program and stores share the processors, so the \
-             throughput is what all rows together leave: the ratio to the ceiling is that of the \
-             last row.\n\n{text}"
+            "{CONNECTIONS} connections. Client, program and stores share the processors, so their sum \
+             limits the throughput: the last row gives the ratio to the ceiling.\n\n{text}"
         ),
         goals: Vec::new(),
     })
@@ -79,13 +77,13 @@ pub(crate) fn processors(ground: &mut Ground, effort: Effort) -> Result<Section>
 fn at_peak(ground: &mut Ground, subject: Subject, effort: Effort) -> Result<PerVisit> {
     let postgres = ground.postgres.pid().context("Postgres does not run")?;
     let redis = ground.redis.pid().context("Redis does not run")?;
-    while_serving(ground, subject, |running| {
-        warm_up(running, CONNECTIONS, effort)?;
-        let load = load::start(running.address, CONNECTIONS, effort.duration)?;
-        let processes = [load.id(), running.process.id(), postgres, redis];
+    while_serving(ground, subject, |instance| {
+        warm_up(instance, CONNECTIONS, effort)?;
+        let load = load::start(instance.address, CONNECTIONS, effort.duration)?;
+        let processes = [load.id(), instance.process.id(), postgres, redis];
         let times =
             || -> Result<Vec<_>> { processes.map(ProcessorTime::read).into_iter().collect() };
-        // Without its start and its end.
+        // Leaves out the start and the end of the run.
         std::thread::sleep(effort.duration / 10);
         let (began, before) = (Instant::now(), times()?);
         std::thread::sleep(effort.duration * 8 / 10);
@@ -118,7 +116,7 @@ impl PerVisit {
     }
 }
 
-/// The time of a visit that has the machine for itself.
+/// The time of a visit without other load.
 pub(crate) fn lone_visit(ground: &mut Ground, effort: Effort) -> Result<Section> {
     let mut rows: [(_, Vec<f64>); 6] = [
         ("an insert, by pgbench", Vec::new()),
@@ -140,11 +138,11 @@ pub(crate) fn lone_visit(ground: &mut Ground, effort: Effort) -> Result<Section>
         progress!("round {round} of {}: a lone visit", effort.rounds);
     }
     let text = table(
-        &["mean time", "", "in inserts"],
+        &["mean time", "", "/ insert"],
         rows.iter().map(|(what, all)| {
             [
                 (*what).to_owned(),
-                Spread::new(all.iter().copied()).written(milliseconds),
+                Spread::new(all.iter().copied()).format_with(milliseconds),
                 ratio(Spread::ratio(all, &rows[0].1).median),
             ]
         }),
@@ -152,19 +150,19 @@ pub(crate) fn lone_visit(ground: &mut Ground, effort: Effort) -> Result<Section>
     Ok(Section {
         title: "The time of a lone visit",
         text: format!(
-            "One connection. The two calls are as the service's own histograms have them.\n\n{text}"
+            "One connection. The times of the two calls come from the service's histograms.\n\n{text}"
         ),
         goals: Vec::new(),
     })
 }
 
-/// Means, in seconds: of a visit, and of its two calls.
+/// The mean times of a visit and of its two calls, in seconds.
 fn lone(ground: &mut Ground, effort: Effort) -> Result<(f64, f64, f64)> {
-    while_serving(ground, VISITAS, |running| {
-        warm_up(running, 1, effort)?;
-        let before = Calls::read(running)?;
-        let visits = paced::run(running.address, 1, Pace::Closed, effort.duration)?;
-        let after = Calls::read(running)?;
+    while_serving(ground, VISITAS, |instance| {
+        warm_up(instance, 1, effort)?;
+        let before = Calls::read(instance)?;
+        let visits = paced::run(instance.address, 1, Pace::Closed, effort.duration)?;
+        let after = Calls::read(instance)?;
         Ok((
             visits.mean,
             after.postgres.mean_since(before.postgres),
@@ -173,13 +171,13 @@ fn lone(ground: &mut Ground, effort: Effort) -> Result<(f64, f64, f64)> {
     })
 }
 
-/// The calls that visits have made so far.
+/// The calls to the stores so far.
 struct Calls {
     postgres: Sum,
     redis: Sum,
 }
 
-/// Durations of one histogram.
+/// The sum and count of a histogram.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Sum {
     seconds: f64,
@@ -187,8 +185,8 @@ struct Sum {
 }
 
 impl Calls {
-    fn read(running: &Running) -> Result<Self> {
-        let metrics = Metrics::scrape(running.address)?;
+    fn read(instance: &Instance) -> Result<Self> {
+        let metrics = Metrics::scrape(instance.address)?;
         Ok(Self {
             postgres: Sum::read(&metrics, r#"db_system_name="postgresql""#),
             redis: Sum::read(&metrics, r#"db_system_name="redis""#),
@@ -197,8 +195,8 @@ impl Calls {
 }
 
 impl Sum {
-    /// Of the calls that succeeded, by whichever operation: a monitor's reading a second does not
-    /// weigh.
+    /// Reads the successful calls of all operations: one call per second by a monitor is
+    /// negligible.
     fn read(metrics: &Metrics, system: &str) -> Self {
         let value = |suffix: &str| {
             let name = format!("db_client_operation_duration_seconds_{suffix}{{");

@@ -1,4 +1,5 @@
-//! Whether three services on the same stores do as much as one, and still number exactly.
+//! Checks whether three replicas on the same stores have the throughput of one and still number
+//! exactly.
 
 use anyhow::{Result, ensure};
 use lab::history::{History, Visit, judge};
@@ -12,10 +13,10 @@ use crate::ground::{Ground, Owner};
 use crate::load;
 use crate::progress;
 use crate::round::Effort;
-use crate::subject::Running;
+use crate::subject::Instance;
 
 const REPLICAS: usize = 3;
-/// Clients of each replica while numbers are checked, and the visits of each.
+/// Clients per replica in the check of numbers, and visits per client.
 const CLIENTS: usize = 16;
 const VISITS: usize = 100;
 
@@ -35,37 +36,41 @@ pub(crate) fn replicas(ground: &mut Ground, effort: Effort) -> Result<Section> {
     let numbers = check_numbers(ground)?;
     let ratios = Spread::ratio(&three, &one);
     let text = table(
-        &["", "visits/s", "of one"],
+        &["", "visits/s", "against one"],
         [
             [
                 "one replica".to_owned(),
-                Spread::new(one).written(grouped),
+                Spread::new(one).format_with(grouped),
                 String::new(),
             ],
             [
                 "three replicas together".to_owned(),
-                Spread::new(three).written(grouped),
-                ratios.written(ratio),
+                Spread::new(three).format_with(grouped),
+                ratios.format_with(ratio),
             ],
         ],
     );
     Ok(Section {
         title: "Replicas",
         text: format!(
-            "{CONNECTIONS} connections in all. {} visits to three replicas at once had numbers \
+            "{CONNECTIONS} connections in total. {} concurrent visits to three replicas had numbers \
              without gaps or repetitions, in the table and in Redis.\n\n{text}",
             grouped(numbers as f64)
         ),
-        goals: vec![Goal::at_least("three replicas: of one", 1.0, ratios)],
+        goals: vec![Goal::at_least(
+            "three replicas: throughput against one",
+            1.0,
+            ratios,
+        )],
     })
 }
 
-/// The throughput of so many replicas.
+/// The total throughput of this many replicas.
 fn together(ground: &mut Ground, replicas: usize, effort: Effort) -> Result<f64> {
     let database = ground.database(Owner::Visitas, 0)?;
-    let mut running = start(ground, replicas, &database)?;
+    let mut instances = start(ground, replicas, &database)?;
     let load = |duration| -> Result<f64> {
-        let loads: Vec<_> = running
+        let loads: Vec<_> = instances
             .iter()
             .map(|replica| load::start(replica.address, CONNECTIONS / replicas, duration))
             .collect::<Result<_>>()?;
@@ -77,8 +82,8 @@ fn together(ground: &mut Ground, replicas: usize, effort: Effort) -> Result<f64>
     };
     load(effort.warmup)?;
     let throughput = load(effort.duration)?;
-    running[0].check_number(ground, &database)?;
-    for replica in &mut running {
+    instances[0].check_number(ground, &database)?;
+    for replica in &mut instances {
         replica.process.stop()?;
     }
     ground.settle(&database)?;
@@ -86,22 +91,22 @@ fn together(ground: &mut Ground, replicas: usize, effort: Effort) -> Result<f64>
     Ok(throughput)
 }
 
-fn start(ground: &Ground, replicas: usize, database: &str) -> Result<Vec<Running>> {
+fn start(ground: &Ground, replicas: usize, database: &str) -> Result<Vec<Instance>> {
     (0..replicas)
         .map(|_| VISITAS.start(ground, database))
         .collect()
 }
 
-/// Makes visits to all replicas at once and judges their history.
+/// Makes visits to all replicas concurrently and judges the history.
 fn check_numbers(ground: &mut Ground) -> Result<usize> {
     let database = ground.database(Owner::Visitas, 0)?;
-    // Its counter starts over, as the table does.
+    // Restarts the counter along with the table.
     ground.redis.restart()?;
-    let mut running = start(ground, REPLICAS, &database)?;
+    let mut instances = start(ground, REPLICAS, &database)?;
     let clients: Vec<_> = (0..REPLICAS * CLIENTS)
         .map(|client| {
             let replica = client % REPLICAS;
-            let mut visitor = Visitor::new(client, replica, running[replica].address);
+            let mut visitor = Visitor::new(client, replica, instances[replica].address);
             ground.runtime.spawn(async move {
                 let mut visits = Vec::new();
                 for _ in 0..VISITS {
@@ -120,13 +125,13 @@ fn check_numbers(ground: &mut Ground) -> Result<usize> {
         rows: &stack::rows(&ground.postgres, &database)?,
         redis_outages: &[],
     });
-    let all_are_good = visits.iter().all(Visit::is_good);
+    let all_are_complete = visits.iter().all(Visit::is_complete);
     ensure!(
-        all_are_good && verdict.violations() == 0 && verdict.rows == visits.len(),
+        all_are_complete && verdict.violations() == 0 && verdict.rows == visits.len(),
         "of {} visits: {verdict:?}",
         visits.len()
     );
-    for replica in &mut running {
+    for replica in &mut instances {
         replica.process.stop()?;
     }
     ground.settle(&database)?;

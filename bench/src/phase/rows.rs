@@ -1,4 +1,4 @@
-//! What the rows that are already there change.
+//! Throughput by the number of existing rows.
 
 use anyhow::{Context as _, Result};
 use lab::report::{Goal, Section};
@@ -9,7 +9,7 @@ use crate::ground::Ground;
 use crate::round::{self, Case, Effort, Series, rows_in_words, throughputs};
 use crate::subject::Subject;
 
-/// The section, and its chart: the picture as SVG. `sizes` are an empty, a large and a huge table.
+/// Returns the section and its chart as SVG. `sizes` are an empty, a large and a huge table.
 pub(crate) fn rows(
     ground: &mut Ground,
     sizes: [u64; 3],
@@ -25,7 +25,7 @@ pub(crate) fn rows(
     cases.extend(sizes.map(|rows| case(VISITAS, rows)));
     cases.extend(sizes.map(|rows| case(Subject::Textbook, rows)));
     if ground.python.is_ok() {
-        // A larger one tells nothing that the textbook does not.
+        // A larger table shows nothing beyond the textbook's results.
         cases.extend([empty, large].map(|rows| case(Subject::Flask, rows)));
     }
     let all = round::interleaved(ground, &cases, effort)?;
@@ -33,16 +33,16 @@ pub(crate) fn rows(
         |wanted: Case| round::find(&all, move |case| *case == wanted).context("not measured");
 
     let text = format!(
-        "{CONNECTIONS} connections. The rows are those at the start: what was recorded in earlier \
-         rounds comes on top, save in the empty table.\n\n{}\n![Visits a second against rows in \
-         the table](throughput.svg)\n",
+        "{CONNECTIONS} connections. The row counts are those before the first round: visits of earlier \
+         rounds are added, except in the empty table.\n\n{}\n![Throughput by rows in the \
+         table](throughput.svg)\n",
         throughputs(
             &all,
             |case| match case.subject {
                 Subject::Ceiling => case.subject.to_string(),
                 _ => format!("{}, {}", case.subject, rows_in_words(case.rows)),
             },
-            "of an empty table",
+            "against an empty table",
             |case| {
                 let subject = case.subject;
                 round::find(&all, move |case| {
@@ -58,7 +58,7 @@ pub(crate) fn rows(
             find(case(VISITAS, large))?.ratio_to(find(case(Subject::Textbook, large))?),
         ),
         Goal::at_least(
-            &format!("{}: of an empty table", rows_in_words(huge)),
+            &format!("{}: against an empty table", rows_in_words(huge)),
             0.95,
             find(case(VISITAS, huge))?.ratio_to(find(case(VISITAS, empty))?),
         ),
@@ -79,7 +79,7 @@ pub(crate) fn rows(
         .filter(|line| !line.points.is_empty())
         .collect::<Vec<_>>();
     let picture = chart::draw(
-        "Visits a second, by rows in the table",
+        "Visits per second, by rows in the table",
         &sizes.map(rows_in_words),
         ("ceiling", find(case(Subject::Ceiling, empty))?.throughput()),
         &lines,

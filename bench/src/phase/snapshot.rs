@@ -1,5 +1,5 @@
-//! What an old snapshot costs: a transaction that was opened before, and keeps every dead row
-//! version from being removed.
+//! Throughput during an old snapshot: an open transaction that prevents the removal of dead row
+//! versions.
 
 use std::io::Write as _;
 use std::process::{Child, Stdio};
@@ -15,30 +15,30 @@ use crate::load;
 use crate::progress;
 use crate::round::{Effort, warm_up};
 
-/// Measurements one after the other while it gets older.
+/// The number of consecutive measurements during the snapshot.
 const STRETCHES: usize = 6;
 
 pub(crate) fn snapshot(ground: &mut Ground, effort: Effort) -> Result<Section> {
     let database = ground.database(Owner::Visitas, 0)?;
-    let mut running = VISITAS.start(ground, &database)?;
-    warm_up(&running, CONNECTIONS, effort)?;
+    let mut instance = VISITAS.start(ground, &database)?;
+    warm_up(&instance, CONNECTIONS, effort)?;
     let throughput = |what: &str| -> Result<f64> {
-        let load = load::run(running.address, CONNECTIONS, effort.duration)?;
+        let load = load::run(instance.address, CONNECTIONS, effort.duration)?;
         progress!("{what}: {}/s", grouped(load.throughput));
         Ok(load.throughput)
     };
-    let before = throughput("before there is a snapshot")?;
+    let before = throughput("before the snapshot")?;
     let snapshot = Snapshot::open(ground, &database)?;
-    let mut beside = Vec::new();
+    let mut during = Vec::new();
     for stretch in 1..=STRETCHES {
-        beside.push(throughput(&format!(
-            "beside a snapshot, {stretch} of {STRETCHES}"
+        during.push(throughput(&format!(
+            "during a snapshot, {stretch} of {STRETCHES}"
         ))?);
     }
     drop(snapshot);
-    let after = throughput("after it has gone")?;
-    running.check_number(ground, &database)?;
-    running.process.stop()?;
+    let after = throughput("after the snapshot")?;
+    instance.check_number(ground, &database)?;
+    instance.process.stop()?;
     ground.settle(&database)?;
     ground.collector.take_server_spans();
 
@@ -46,26 +46,26 @@ pub(crate) fn snapshot(ground: &mut Ground, effort: Effort) -> Result<Section> {
     let seconds = effort.duration.as_secs();
     let row =
         |what: String, throughput: f64| [what, grouped(throughput), ratio(throughput / without)];
-    let mut rows = vec![row("before".to_owned(), before)];
-    rows.extend(beside.iter().zip(1..).map(|(&throughput, stretch)| {
+    let mut rows = vec![row("before the snapshot".to_owned(), before)];
+    rows.extend(during.iter().zip(1..).map(|(&throughput, stretch)| {
         row(
-            format!("beside one of up to {} s", stretch * seconds),
+            format!("during a snapshot of up to {} s", stretch * seconds),
             throughput,
         )
     }));
-    rows.push(row("after it".to_owned(), after));
+    rows.push(row("after the snapshot".to_owned(), after));
     Ok(Section {
-        title: "Beside an old snapshot",
+        title: "Old snapshot",
         text: format!(
-            "{CONNECTIONS} connections without a pause, beside an idle transaction at `repeatable \
-             read`.\n\n{}",
-            table(&["", "visits/s", "of before and after"], rows)
+            "{CONNECTIONS} connections without a pause, while another session holds an idle transaction at \
+             `repeatable read`.\n\n{}",
+            table(&["", "visits/s", "against without"], rows)
         ),
         goals: Vec::new(),
     })
 }
 
-/// An idle transaction that has read. Dropping it ends it.
+/// An idle transaction that has read. Dropping this value ends it.
 struct Snapshot(Child);
 
 impl Snapshot {
@@ -93,7 +93,7 @@ impl Snapshot {
 
 impl Drop for Snapshot {
     fn drop(&mut self) {
-        // Best effort: it may have ended.
+        // Best effort: the process can have ended already.
         self.0.kill().ok();
         self.0.wait().ok();
     }

@@ -1,4 +1,4 @@
-//! Whether memory stays flat at the peak, scraped or not.
+//! Checks that memory stays constant at the peak, with and without scrapes.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,14 +14,15 @@ use crate::ground::{Ground, Owner};
 use crate::load;
 use crate::progress;
 
-/// As Prometheus does by default in its examples.
+/// The interval in Prometheus' examples.
 const SCRAPE_EVERY: Duration = Duration::from_secs(15);
-/// Readings of memory in one run; the first fifth, in which all fills up, is not looked at.
+/// Readings of memory in one run. The first fifth, in which buffers fill up, is ignored.
 const READINGS: u32 = 60;
-/// What memory may grow by from the second fifth to the last, beside a hundredth of itself.
+/// Allowed growth of memory from the second fifth to the last, in addition to a hundredth of
+/// itself.
 const SLACK: f64 = 1.0;
 
-/// So long scraped, and twice as long not: whoever is not asked has nothing to forget by.
+/// Runs for `duration` with scrapes, and for twice as long without.
 pub(crate) fn soak(ground: &mut Ground, duration: Duration) -> Result<Section> {
     let mut rows = Vec::new();
     let mut goals = Vec::new();
@@ -59,7 +60,7 @@ pub(crate) fn soak(ground: &mut Ground, duration: Duration) -> Result<Section> {
                     "visits/s",
                     "second fifth",
                     "last fifth",
-                    "most"
+                    "maximum"
                 ],
                 rows
             )
@@ -68,7 +69,7 @@ pub(crate) fn soak(ground: &mut Ground, duration: Duration) -> Result<Section> {
     })
 }
 
-/// The readings of memory, and the visits a second.
+/// Returns the readings of memory and the throughput.
 fn run(
     ground: &mut Ground,
     duration: Duration,
@@ -76,8 +77,8 @@ fn run(
     what: &str,
 ) -> Result<(Vec<f64>, f64)> {
     let database = ground.database(Owner::Visitas, 0)?;
-    let mut running = VISITAS.start(ground, &database)?;
-    let address = running.address;
+    let mut instance = VISITAS.start(ground, &database)?;
+    let address = instance.address;
     let ended = AtomicBool::new(false);
     let started = Instant::now();
     let load = load::start(address, CONNECTIONS, duration)?;
@@ -89,9 +90,9 @@ fn run(
         for reading in 1..=READINGS {
             let due = started + duration * reading / (READINGS + 1);
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
-            let resident = running.process.resident_memory();
+            let resident = instance.process.resident_memory();
             memory.extend(resident.map(|resident| resident.0));
-            // Nobody asks what arrives, so it is not kept.
+            // The spans are not used, so they are discarded.
             ground.collector.take_server_spans();
             if reading % 6 == 0 {
                 let resident = resident.map(|resident| resident.to_string());
@@ -106,13 +107,13 @@ fn run(
         ended.store(true, Ordering::Release);
         anyhow::Ok((memory, load?.throughput))
     })?;
-    running.check_number(ground, &database)?;
-    running.process.stop()?;
+    instance.check_number(ground, &database)?;
+    instance.process.stop()?;
     ground.settle(&database)?;
     Ok((memory, throughput))
 }
 
-/// What goes wrong here is seen as memory that grows.
+/// Scrapes regularly. A failed scrape is ignored: only memory is judged.
 fn scrape(address: SocketAddr, ended: &AtomicBool) {
     let mut next = Instant::now() + SCRAPE_EVERY;
     while !ended.load(Ordering::Acquire) {

@@ -1,4 +1,4 @@
-//! How many visits a second, on an empty table.
+//! Throughput on an empty table.
 
 use std::fmt::Write as _;
 
@@ -31,13 +31,13 @@ pub(crate) fn throughput(
     let service = find(VISITAS).context("no service")?;
 
     let mut text = format!(
-        "{CONNECTIONS} connections, each making its next visit when it has an answer; an empty \
-         table at the start of each round. Median and p99 leave out who would have come meanwhile.\n\n"
+        "{CONNECTIONS} connections, each making its next visit after a response; an empty table at the \
+         start of each round. Median and p99 omit the visits that slow responses delay.\n\n"
     );
     text += &throughputs(
         &all,
         |case| case.subject.to_string(),
-        "of the ceiling",
+        "share of the ceiling",
         |_| Some(ceiling),
     );
     if let Err(reason) = &ground.python
@@ -47,19 +47,19 @@ pub(crate) fn throughput(
     }
 
     let mut goals = vec![Goal::at_least(
-        "traces at 1 %: of the ceiling",
+        "traces at 1 %: share of the ceiling",
         0.60,
         service.ratio_to(ceiling),
     )];
     if let Some(traced) = find(Subject::Visitas(Traces::All)) {
         let lost = lost(traced);
         goals.push(Goal::at_least(
-            "traces at 100 %: of the ceiling",
+            "traces at 100 %: share of the ceiling",
             0.40,
             traced.ratio_to(ceiling),
         ));
         goals.push(Goal::at_most(
-            "traces at 100 %: visits whose span is lost",
+            "traces at 100 %: visits without a span",
             0.01,
             lost.median,
             percent,
@@ -67,14 +67,14 @@ pub(crate) fn throughput(
         writeln!(
             text,
             "\nAt 100 %, {} of the visits have no span at the collector.",
-            lost.written(percent)
+            lost.format_with(percent)
         )?;
     }
     if let Some(nowhere) = find(Subject::Visitas(Traces::Nowhere)) {
-        // Noise is what the service differs from itself.
+        // The service's own spread is the noise.
         let noise = Spread::new(service.throughputs());
         goals.push(Goal::at_least(
-            "no collector listens: of traces at 1 %, within its spread",
+            "no collector listens: against traces at 1 %, within its spread",
             noise.min / noise.median,
             nowhere.ratio_to(service),
         ));
@@ -87,7 +87,7 @@ pub(crate) fn throughput(
         ));
     }
     Ok(Section {
-        title: "Visits a second",
+        title: "Throughput",
         text,
         goals,
     })

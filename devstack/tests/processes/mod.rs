@@ -1,4 +1,4 @@
-//! Processes as `ps` lists them, which is not how the crate finds them.
+//! Lists processes with `ps`, independently of the crate's own way.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -53,7 +53,7 @@ pub(crate) fn family(root: u32) -> Vec<u32> {
 
 /// Waits until none of these processes runs, at most 20 s.
 pub(crate) fn assert_gone(ids: &[u32]) {
-    until("the processes are gone", || {
+    wait_until("the processes are gone", || {
         !processes()
             .iter()
             .any(|process| ids.contains(&process.id) && process.state != 'Z')
@@ -61,7 +61,7 @@ pub(crate) fn assert_gone(ids: &[u32]) {
 }
 
 /// Waits until `is_so` returns true, at most 20 s.
-pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !is_so() {
         assert!(Instant::now() < deadline, "timed out waiting until {what}");

@@ -1,8 +1,8 @@
-//! Wrong histories, each of which the judge must find wrong, and right ones.
+//! Correct histories, and wrong ones that the judge must reject.
 
 use super::*;
 
-/// Moments of a history that begins at second 1 of the system's clock; all in milliseconds.
+/// Times of a history that begins at second 1 of the system's clock, in milliseconds.
 struct Clock(Instant);
 
 impl Clock {
@@ -36,7 +36,7 @@ impl Clock {
     }
 }
 
-/// The moment of a row that a visit made which arrived then.
+/// The time of the row of a visit that arrived at `at`.
 fn row(at: u64) -> i64 {
     1_000_000 + i64::try_from(at).unwrap() * 1000
 }
@@ -81,13 +81,13 @@ fn recorded_visit_without_a_row_is_lost() {
         clock.recorded(200, 210, 2, Some(2)),
     ];
     assert_eq!(verdict(&visits, &[row(0)]).lost, 1);
-    // The second row was made at another moment: it is the row of another visit.
+    // The second row has another time: it is the row of another visit.
     assert_eq!(verdict(&visits, &[row(0), row(400)]).lost, 1);
     assert_eq!(verdict(&visits, &[row(0), row(205)]).violations(), 0);
 }
 
 #[test]
-fn number_in_postgres_told_twice_is_repeated() {
+fn number_returned_twice_by_postgres_is_repeated() {
     let clock = Clock::start();
     let visits = [
         clock.recorded(0, 10, 1, Some(1)),
@@ -100,7 +100,7 @@ fn number_in_postgres_told_twice_is_repeated() {
 #[test]
 fn batch_recorded_twice_is_unexplained() {
     let clock = Clock::start();
-    // The first copy of the batch has the numbers 1 and 2, and its visits were told 3 and 4.
+    // The first copy of the batch has the numbers 1 and 2, and its visits got 3 and 4.
     let visits = [
         clock.recorded(0, 10, 3, Some(1)),
         clock.recorded(0, 10, 4, Some(2)),
@@ -117,7 +117,7 @@ fn each_row_without_a_recorded_visit_needs_a_visit_in_doubt_of_its_own() {
     let unexplained = |visits: &[Visit], rows: &[i64]| verdict(visits, rows).postgres.unexplained;
     for outcome in [
         Outcome::InDoubt,
-        Outcome::Unanswered,
+        Outcome::NoResponse,
         Outcome::Left,
         Outcome::Wrong(500),
     ] {
@@ -143,7 +143,7 @@ fn gap_without_a_visit_in_doubt_is_found() {
     // The number was skipped: there is no row either.
     let found = verdict(&[first, third], &[row(5), row(25)]);
     assert_eq!(found.lost, 1);
-    let doubt = clock.visit(12, 18, Outcome::Unanswered);
+    let doubt = clock.visit(12, 18, Outcome::NoResponse);
     let found = verdict(&[first, doubt, third], &[row(5), row(15), row(25)]);
     assert_eq!((found.violations(), found.in_doubt), (0, 1));
 }
@@ -227,7 +227,7 @@ fn number_in_redis_is_repeated_within_one_life_only() {
 }
 
 #[test]
-fn number_told_while_redis_was_down_is_unexplained() {
+fn number_returned_while_redis_was_down_is_unexplained() {
     let clock = Clock::start();
     let outages = [clock.instant(100)..clock.instant(200)];
     let visits = [clock.recorded(110, 120, 1, Some(1))];
@@ -249,7 +249,7 @@ fn visit_that_spans_two_lives_of_redis_is_of_either() {
 }
 
 #[test]
-fn number_missing_in_redis_is_explained_by_a_visit_that_was_told_none() {
+fn number_missing_in_redis_is_explained_by_a_visit_without_a_number() {
     let clock = Clock::start();
     let second = |redis| {
         let visits = [
@@ -261,7 +261,7 @@ fn number_missing_in_redis_is_explained_by_a_visit_that_was_told_none() {
     };
     assert_eq!(second(None), Numbers::default());
     assert_eq!(second(Some(2)), Numbers::default());
-    // A certain refusal has counted nothing.
+    // A refused visit is not counted.
     let visits = [
         clock.recorded(0, 10, 1, Some(1)),
         clock.visit(20, 30, Outcome::Refused),

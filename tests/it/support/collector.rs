@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-pub(crate) use lab::collector::{Export, Exported, Manner, hex, named, text};
+pub(crate) use lab::collector::{Export, ExportedSpan, Manner, hex, named, text};
 
 use super::{Answer, SOON, eventually};
 
@@ -16,14 +16,14 @@ impl Collector {
     }
 
     /// The spans of an answer's trace, once there are so many.
-    pub(crate) async fn trace_of(&self, answer: &Answer, spans: usize) -> Vec<Exported> {
+    pub(crate) async fn trace_of(&self, answer: &Answer, spans: usize) -> Vec<ExportedSpan> {
         let trace = answer.header("traceresponse").get(3..35);
         let trace = trace.expect("the answer names its trace").to_owned();
         self.trace(&trace, spans).await
     }
 
     /// The spans of a trace, once there are so many.
-    pub(crate) async fn trace(&self, trace: &str, spans: usize) -> Vec<Exported> {
+    pub(crate) async fn trace(&self, trace: &str, spans: usize) -> Vec<ExportedSpan> {
         let mut found = Vec::new();
         eventually("the trace is exported", SOON, async || {
             found = self.spans();
