@@ -1,6 +1,6 @@
 //! Builds the parts of the service, runs them until it is stopped, and ends them in order.
 //!
-//! Must not know: SQL, Redis commands and what a handler answers.
+//! Must not know: SQL, Redis commands and what a handler responds.
 
 use std::convert::Infallible;
 use std::io;
@@ -18,13 +18,13 @@ use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::catalog::{CONNECTIONS, CONNECTIONS_MAX};
 use crate::recorder::{Writer, recorder};
 use crate::routes::AppState;
-use crate::server::{self, Capacity, Drained, Events, Limits, Rejections, Stop};
+use crate::server::{self, Capacity, DrainReport, Events, Limits, Rejections, Stop};
 use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
 use crate::telemetry::request::Observer;
 use crate::{routes, store};
 
-/// A service that has its addresses and has not begun to serve.
+/// A service that has bound its addresses and does not serve yet.
 pub struct App {
     config: Config,
     capacity: Capacity,
@@ -34,17 +34,17 @@ pub struct App {
     metrics_listener: Option<TcpListener>,
 }
 
-/// How often samples are moved to where they are kept (the sooner, the less memory they take), and
+/// How often histograms fold the samples recorded since (until then each sample takes memory), and
 /// how often rejected requests are reported.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// How often to report suppressed access-log lines while no further line is written.
 const SUPPRESSED_INTERVAL: Duration = Duration::from_secs(5);
 /// Connections that can wait to be accepted.
 const BACKLOG: u32 = 4096;
-/// A client that takes nothing of its response for this long is disconnected.
+/// A client that reads no byte of its response for this long is disconnected.
 const STALL_TIMEOUT: Duration = Duration::from_secs(10);
-/// What is left of the time to drain when the writer is ended, so that visits whose store hangs
-/// still get a response; a fifth of that time where this is less.
+/// The writer is aborted this long before the drain deadline, or a fifth of the drain timeout before
+/// it if that is less, so that visits whose store hangs still get a response.
 const LAST_RESPONSES: Duration = Duration::from_millis(250);
 
 impl App {
@@ -87,7 +87,7 @@ impl App {
     ///
     /// # Errors
     ///
-    /// If the service cannot say where it listens, or a task ended that never should.
+    /// If the bound address cannot be read, or a task exited unexpectedly.
     pub async fn run_until(self, signal: impl Future<Output = ()>) -> anyhow::Result<()> {
         let Self {
             config,
@@ -126,7 +126,7 @@ impl App {
             metrics_server: metrics_listener.map(|listener| {
                 tokio::spawn(server::serve(
                     listener,
-                    routes::of_metrics(&state, Arc::clone(&observer)),
+                    routes::metrics_router(&state, Arc::clone(&observer)),
                     Limits {
                         max_connections: capacity.scrapers,
                         ..limits
@@ -144,7 +144,7 @@ impl App {
         let drain = shutdown.for_requests();
         let serving = server::serve(
             listener,
-            routes::of_visitors(&state, Arc::clone(&observer), with_metrics),
+            routes::main_router(&state, Arc::clone(&observer), with_metrics),
             limits,
             events(&rejections, move |open| connections.set(open as f64)),
             Stop {
@@ -161,7 +161,7 @@ impl App {
             } => stopped,
             never = end_writer(writer, lifecycle, drain) => match never {},
         };
-        // No request is left that could bring a visit.
+        // Every request has ended, so no further visit arrives.
         state.recorder.stop();
         let deadline = Instant::now() + shutdown.for_spans();
         let exited = exited.or_else(|| tasks.exited_while_draining());
@@ -175,7 +175,7 @@ impl App {
         .await
         .context("flushing telemetry")?;
         lifecycle.enter(Phase::Ended);
-        // A task that is polled again after its end panics.
+        // A join handle panics if it is polled again after its task has ended.
         if let Some(server) = tasks.metrics_server.filter(|server| !server.is_finished()) {
             let _drained = server.await.context("serving metrics")?;
         }
@@ -206,12 +206,12 @@ struct Tasks {
     monitor: JoinHandle<()>,
     upkeep: JoinHandle<()>,
     /// Serves `METRICS_ADDR`, where that is set.
-    metrics_server: Option<JoinHandle<Drained>>,
+    metrics_server: Option<JoinHandle<DrainReport>>,
 }
 
 impl Tasks {
     /// Waits until a task exits, and names it.
-    async fn exited(&mut self) -> &'static str {
+    async fn wait_for_exit(&mut self) -> &'static str {
         tokio::select! {
             _ = &mut self.writer => "writer",
             _ = &mut self.monitor => "monitor",
@@ -220,8 +220,8 @@ impl Tasks {
         }
     }
 
-    /// Names a task that has exited while the service drained. The writer does not count: it is
-    /// ended where visits wait for a store that hangs.
+    /// Names a task that exited while the service drained. The writer is not checked: it is aborted
+    /// when visits wait for a store that hangs.
     fn exited_while_draining(&self) -> Option<&'static str> {
         let exited = if self.monitor.is_finished() {
             "monitor"
@@ -240,7 +240,7 @@ fn log_exit(task: &'static str) {
 }
 
 /// Takes the service from serving to draining when `signal` resolves, or without delay when a task
-/// exits, which it names: a service without that task is better started again.
+/// exits: a service without that task is better restarted. Returns the name of that task.
 async fn leave(
     signal: impl Future<Output = ()>,
     tasks: &mut Tasks,
@@ -249,14 +249,14 @@ async fn leave(
 ) -> Option<&'static str> {
     let mut exited = tokio::select! {
         () = signal => None,
-        task = tasks.exited() => Some(task),
+        task = tasks.wait_for_exit() => Some(task),
     };
     lifecycle.enter(Phase::Leaving);
     if exited.is_none() {
         info!(delay.seconds = delay.as_secs_f64(), "stopping");
         exited = tokio::select! {
             () = tokio::time::sleep(delay) => None,
-            task = tasks.exited() => Some(task),
+            task = tasks.wait_for_exit() => Some(task),
         };
     }
     if let Some(task) = exited {
@@ -266,16 +266,17 @@ async fn leave(
     exited
 }
 
-/// Ends the writer shortly before the time to drain is over. Visits that still wait for a store then
-/// get a response while there is time to send one.
+/// Aborts the writer shortly before the drain deadline, so that visits that still wait for a store
+/// get a response in time.
 async fn end_writer(writer: AbortHandle, lifecycle: &Lifecycle, drain: Duration) -> Infallible {
-    lifecycle.reached(Phase::Draining).await;
+    lifecycle.wait_for(Phase::Draining).await;
     tokio::time::sleep(drain.saturating_sub(LAST_RESPONSES.min(drain / 5))).await;
     writer.abort();
     std::future::pending().await
 }
 
-/// The queue is empty once every request is answered, so this waits only where some were not.
+/// Waits for the writer until `deadline`, then aborts it. The queue is empty once every request has
+/// its response, so this waits only if some requests were cut.
 async fn finish_writing(mut writer: JoinHandle<()>, deadline: Instant) {
     if !writer.is_finished()
         && tokio::time::timeout_at(deadline, &mut writer)
@@ -286,7 +287,7 @@ async fn finish_writing(mut writer: JoinHandle<()>, deadline: Instant) {
     }
 }
 
-/// What a server reports goes to the metrics and, for rejected requests, to the log.
+/// Sends a server's reports to the metrics and, for rejected requests, to the log.
 fn events(
     rejections: &Arc<Rejections>,
     connections: impl Fn(usize) + Send + Sync + 'static,
@@ -300,7 +301,7 @@ fn events(
 
 async fn upkeep(state: AppState, observer: Arc<Observer>, rejections: Arc<Rejections>) {
     let mut upkeep = tokio::time::interval(UPKEEP_INTERVAL);
-    // After a pause of this task it goes on at this pace, so that reports stay a second apart.
+    // After a stall the next ticks keep this interval, so that reports stay a second apart.
     upkeep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut suppressed = tokio::time::interval(SUPPRESSED_INTERVAL);
     loop {
@@ -328,7 +329,7 @@ mod tests {
                 upkeep: tokio::spawn(async move { end() }),
                 metrics_server: None,
             };
-            assert_eq!(tasks.exited().await, "upkeep");
+            assert_eq!(tasks.wait_for_exit().await, "upkeep");
         }
     }
 }

@@ -1,4 +1,6 @@
-//! The commands that are not the service itself: each does one thing, says what it did and ends.
+//! The commands other than `serve`: each does one thing and returns a line that says what it did.
+//!
+//! Must not know: SQL, Redis commands and how the line is printed.
 
 use std::time::Duration;
 
@@ -9,14 +11,14 @@ use url::Url;
 use crate::config::{PostgresConfig, RedisConfig};
 use crate::store::{Postgres, Redis};
 
-/// How long a service may take to say how it is; it promises a tenth of a second.
+/// How long `healthcheck` waits for a response; the service promises one within 100 ms.
 const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// `visitas migrate`: brings the database to this version.
 ///
 /// # Errors
 ///
-/// Why it was not done.
+/// Why the migration failed.
 pub async fn migrate(postgres: &PostgresConfig) -> anyhow::Result<String> {
     let applied = Postgres::new(postgres)
         .migrate()
@@ -33,27 +35,27 @@ pub async fn migrate(postgres: &PostgresConfig) -> anyhow::Result<String> {
 ///
 /// # Errors
 ///
-/// If it does not, or does not answer in time.
+/// If the service does not record visits, or does not respond in time.
 pub fn healthcheck(url: &Url) -> anyhow::Result<String> {
     let client = reqwest::blocking::Client::builder()
         .timeout(HEALTHCHECK_TIMEOUT)
         .redirect(Policy::none())
-        // The service is on this host or near it, and a proxy's answer is not the service's.
+        // The service is on this host or near it, and a proxy's response is not the service's.
         .no_proxy()
-        // The URL is not an encrypted one, and reading the system's certificates takes time.
+        // The URL is `http://`, and reading the system's certificates takes time.
         .tls_certs_only([])
         .build()?;
     let response = client.get(url.clone()).send();
     let status = response.with_context(|| format!("asking {url}"))?.status();
-    ensure!(status.is_success(), "{url} answers {status}");
-    Ok(format!("{url} answers {status}"))
+    ensure!(status.is_success(), "{url} responded with {status}");
+    Ok(format!("{url} responded with {status}"))
 }
 
-/// `visitas recount`: recounts the rows, where triggers had been disabled.
+/// `visitas recount`: recounts the rows, for use after triggers were disabled.
 ///
 /// # Errors
 ///
-/// Why it was not done; nothing has changed then.
+/// Why the recount failed; nothing has changed then.
 pub async fn recount(postgres: &PostgresConfig) -> anyhow::Result<String> {
     let recount = Postgres::new(postgres)
         .recount()
@@ -67,12 +69,12 @@ pub async fn recount(postgres: &PostgresConfig) -> anyhow::Result<String> {
 
 /// `visitas reconcile`: adds to Redis what it lacks of the count in Postgres.
 ///
-/// Visits wait meanwhile: the count's lock is held for as long as an increment of a committed
-/// batch may still be under way, and then for one reading and one correction.
+/// Visits wait meanwhile: this holds the count's lock for as long as an increment of a committed
+/// batch can still be in flight, and then for one reading and one correction.
 ///
 /// # Errors
 ///
-/// Why it was not done.
+/// Why the stores could not be reconciled.
 pub async fn reconcile(postgres: &PostgresConfig, redis: &RedisConfig) -> anyhow::Result<String> {
     let settle = redis.redis_timeout;
     let postgres = Postgres::new(postgres);

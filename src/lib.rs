@@ -1,16 +1,17 @@
-//! A web service that records each visit in Postgres, counts it in Redis and says both totals.
+//! A web service that records each visit in Postgres, counts it in Redis and responds with both
+//! totals.
 //!
-//! A map of the code, in the order in which a visit meets it:
+//! A map of the code, in the order in which a visit passes through it:
 //!
-//! - [`server`] accepts connections and bounds how long each may take;
-//! - [`telemetry`] sees each request and changes none;
-//! - [`routes`] answers it: `GET /`, probes and scrapes;
+//! - [`server`] accepts connections and limits how long each can wait;
+//! - [`telemetry`] observes every request: its span, its metrics and its log line;
+//! - [`routes`] has the handlers: `GET /`, probes and scrapes;
 //! - [`recorder`] is the queue and the one writer that records waiting visits together;
-//! - [`store`] is Postgres and Redis, and watches both;
-//! - [`metrics`] has every metric.
+//! - [`store`] calls Postgres and Redis, and watches both;
+//! - [`metrics`] declares every metric and renders them.
 //!
-//! [`app`] builds these parts and runs them until the service is stopped, whose phases are in
-//! [`lifecycle`]; [`config`] reads the settings, [`command`] runs what is not the service itself.
+//! [`config`] reads the settings. [`app`] builds these parts and runs them until the service is
+//! stopped; [`lifecycle`] has the phases of a stop. [`command`] has the commands other than `serve`.
 
 pub mod app;
 pub mod command;

@@ -1,4 +1,4 @@
-//! The phases of a stop. Every part of the service that has to act on one learns of it here.
+//! The phases of a stop. Every part of the service that acts on a phase waits for it here.
 //!
 //! Must not know: what a part does in a phase, and how long a phase lasts.
 
@@ -19,7 +19,7 @@ pub enum Phase {
     Leaving,
     /// No new connection is accepted; requests on open connections are still served.
     Draining,
-    /// Every request was answered, or the time to drain is over, and telemetry is flushed.
+    /// Every request has its response, or the drain timeout has passed, and telemetry is flushed.
     Ended,
 }
 
@@ -29,7 +29,7 @@ pub struct Lifecycle(Arc<Phases>);
 
 #[derive(Debug, Default)]
 struct Phases {
-    /// What a request reads: a token takes a lock to answer.
+    /// Read at every request, since a token would take a lock.
     current: AtomicU8,
     leaving: CancellationToken,
     draining: CancellationToken,
@@ -37,7 +37,7 @@ struct Phases {
 }
 
 impl Lifecycle {
-    /// Enters a phase, and with it those before that were skipped.
+    /// Enters a phase, and every earlier phase that was skipped.
     pub fn enter(&self, phase: Phase) {
         self.0.current.fetch_max(phase as u8, Ordering::AcqRel);
         for (entered, token) in self.0.tokens() {
@@ -54,7 +54,7 @@ impl Lifecycle {
     }
 
     /// Waits until the service is in this phase or in a later one.
-    pub async fn reached(&self, phase: Phase) {
+    pub async fn wait_for(&self, phase: Phase) {
         for (entered, token) in self.0.tokens() {
             if entered == phase {
                 token.cancelled().await;
@@ -84,7 +84,7 @@ mod tests {
         assert!(!lifecycle.has_reached(Phase::Leaving));
         lifecycle.enter(Phase::Draining);
         for phase in [Phase::Serving, Phase::Leaving, Phase::Draining] {
-            lifecycle.reached(phase).await;
+            lifecycle.wait_for(phase).await;
             assert!(lifecycle.has_reached(phase));
         }
         lifecycle.enter(Phase::Leaving);

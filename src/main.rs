@@ -1,4 +1,6 @@
 //! Parses the command line, runs one command and turns its result into an exit status.
+//!
+//! Must not know: how a command does its work.
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -14,16 +16,16 @@ use visitas::command;
 use visitas::config::{self, Command, Config, LogConfig};
 use visitas::telemetry::Telemetry;
 
-/// A visit allocates and frees some dozens of small pieces, and with glibc's allocator a fifth of
-/// the service's time goes there. This one stays as large as it is, too, however long it is busy.
+/// A visit allocates and frees dozens of small pieces, and glibc's allocator takes a fifth of the
+/// service's time. With this one the process also stays the same size under constant load.
 #[global_allocator]
 static ALLOCATOR: Jemalloc = Jemalloc;
 
-/// How long a command waits for stdout's reader to take the log.
-const LOG_END: Duration = Duration::from_secs(1);
+/// How long a command waits for its log to be written; stdout's reader can stall.
+const LOG_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    // A bad setting is exit status 2, before anything has begun.
+    // A bad setting ends the program with exit status 2 before anything has started.
     let command = config::from_process().unwrap_or_else(|error| error.exit());
     if let Err(error) = config::trust_no_other(&command) {
         eprintln!("visitas: {error:#}");
@@ -39,7 +41,7 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> anyhow::Result<()> {
-    // Both stores and the exporter encrypt with the one provider that is built in.
+    // Both stores and the exporter encrypt with this provider, the only one built in.
     rustls::crypto::ring::default_provider()
         .install_default()
         .map_err(|_provider| anyhow::anyhow!("a TLS provider is installed already"))?;
@@ -52,8 +54,8 @@ fn run(command: Command) -> anyhow::Result<()> {
             run_once(&config.log, reconcile)
         }
         Command::Healthcheck(config) => {
-            let answer = command::healthcheck(&config.url()?)?;
-            print(&format!("{answer}\n"));
+            let result = command::healthcheck(&config.url()?)?;
+            print(&format!("{result}\n"));
             Ok(())
         }
         Command::Config(config) => {
@@ -68,20 +70,21 @@ fn run_once(
     log: &LogConfig,
     command: impl Future<Output = anyhow::Result<String>>,
 ) -> anyhow::Result<()> {
-    let telemetry = Telemetry::start(log, None, false, LOG_END)?;
+    let telemetry = Telemetry::start(log, None, false, LOG_TIMEOUT)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the runtime")?;
     let done = runtime.block_on(command);
-    // The log has a writer of its own: without this the result could precede its last lines.
+    // The log's own thread writes to stdout too: without this the result could precede its last
+    // lines.
     drop(telemetry);
     let done = done?;
     print(&format!("{done}\n"));
     Ok(())
 }
 
-/// Ignores a closed stdout.
+/// Prints to stdout, and ignores a closed one.
 fn print(text: &str) {
     std::io::stdout().write_all(text.as_bytes()).ok();
 }
@@ -101,7 +104,7 @@ fn serve(config: Config) -> anyhow::Result<()> {
             .run_until(stop)
             .await
     });
-    // On the way out by an error too; after a regular stop nothing is left to send.
+    // For an exit by an error; a regular stop has sent the spans already.
     telemetry.flush(shutdown.for_spans());
     runtime.shutdown_timeout(shutdown.for_tasks());
     result

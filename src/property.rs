@@ -1,11 +1,11 @@
-//! How the property tests of this crate run.
+//! How this crate's property tests run.
 //!
-//! Knows no property.
+//! Must not know: any property.
 
 use proptest::test_runner::Config;
 
-/// 256 cases, or as many as `PROPTEST_CASES` says. What fails is printed, shrunk; no file keeps it.
-pub(crate) fn bounded() -> Config {
+/// 256 cases, or `PROPTEST_CASES`. A failing case is printed, shrunk, and kept in no file.
+pub(crate) fn property_config() -> Config {
     Config {
         failure_persistence: None,
         ..Config::default()

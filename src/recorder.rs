@@ -1,7 +1,7 @@
-//! One bounded queue and one writer: visits that wait together are recorded by one commit.
+//! One bounded queue and one writer: one commit records the visits that wait together.
 //!
-//! The writer takes all visits that wait, never waits for more, and replies to a visit only after
-//! the commit that records it. So a batch holds the visits that arrived during the commit before.
+//! The writer takes all visits that wait, does not wait for more, and replies to a visit only after
+//! the commit that records it. So a batch holds the visits that arrived during the previous commit.
 //! Must not know: HTTP.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,42 +19,42 @@ use crate::store::{Batch, Error, Parent, Postgres, Redis, Store as _};
 
 /// The numbers of a recorded visit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Recorded {
-    /// The number of rows, this visit's included, none that came after it.
+pub struct Totals {
+    /// The number of rows up to and including this visit's.
     pub total: i64,
-    /// The counter in Redis, likewise; `None` where the visit was not counted there.
+    /// The counter in Redis at this visit; `None` if the visit was not counted there.
     pub redis: Option<i64>,
 }
 
 /// Why a visit is not known to be recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// The queue holds as many visits as it can.
+    /// The queue is full.
     #[error("the queue is full")]
     QueueFull,
-    /// The writer has ended: by a bug, or because the time to drain is over.
+    /// The writer has ended: by a bug, or because the drain timeout has passed.
     #[error("the service is stopping")]
     Stopping,
-    /// Postgres certainly did not record it.
+    /// Postgres certainly did not record the visit.
     #[error("postgres did not record the visit")]
     Failed,
-    /// It was sent to Postgres, or can have been, and whether it is recorded is not known.
+    /// The visit was or can have been sent to Postgres, and it is not known whether it is recorded.
     #[error("the visit is in doubt")]
     InDoubt,
 }
 
-/// What became of a visit.
+/// How a visit ended, for the metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
-    /// In both stores.
+    /// Recorded in both stores.
     Ok,
-    /// In Postgres, not counted in Redis.
+    /// Recorded in Postgres, not counted in Redis.
     Degraded,
     /// Certainly not recorded: Postgres was down or refused, or its deadline passed in the queue.
     Failed,
-    /// Not taken: the queue was full or the service stops.
+    /// Refused before the queue: it was full, or the service was stopping.
     Shed,
-    /// Its statement was sent, and its reply was not read or came too late for its client.
+    /// Its statement was sent, and the reply was lost or came after the visit's deadline.
     InDoubt,
     /// Its client disconnected before it was recorded.
     Abandoned,
@@ -94,7 +94,7 @@ impl Outcome {
 /// Hands visits to the writer. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Recorder {
-    queue: mpsc::Sender<Waiting>,
+    queue: mpsc::Sender<QueuedVisit>,
     deadline: Duration,
     progress: Arc<Progress>,
     stop: watch::Sender<bool>,
@@ -103,67 +103,66 @@ pub struct Recorder {
 /// The task that records visits. It owns the queue's other end.
 #[derive(Debug)]
 pub struct Writer {
-    queue: mpsc::Receiver<Waiting>,
+    queue: mpsc::Receiver<QueuedVisit>,
     progress: Arc<Progress>,
     stop: watch::Receiver<bool>,
     postgres: Arc<Postgres>,
     redis: Arc<Redis>,
-    batch: Vec<Waiting>,
+    batch: Vec<QueuedVisit>,
     batch_limit: usize,
     arrivals: Vec<OffsetDateTime>,
 }
 
 /// A visit in the queue.
 #[derive(Debug)]
-struct Waiting {
+struct QueuedVisit {
     arrived: SystemTime,
     queued: Instant,
     deadline: Instant,
-    /// Not the span itself: it ends with the response, whether or not the visit still waits here.
+    /// Not the span itself, which must end with the response even if the visit still waits here.
     parent: Option<Parent>,
-    reply: oneshot::Sender<Result<Recorded, Refusal>>,
+    reply: oneshot::Sender<Result<Totals, Refusal>>,
 }
 
-/// When the last visit that the writer has taken was queued. A visit whose deadline passes learns
-/// from it whether it certainly still waits: the queue is in order, and the writer publishes what
-/// it takes before it reads the clock to drop late visits.
+/// When the last visit that the writer took was queued. From it a request whose deadline passes knows
+/// whether its visit certainly still waits: the queue is in order, and the writer publishes its
+/// progress before it reads the clock to drop late visits.
 #[derive(Debug)]
 struct Progress {
-    began: Instant,
-    until: AtomicU64,
+    started: Instant,
+    taken: AtomicU64,
 }
 
 impl Progress {
     fn new() -> Self {
         Self {
-            began: Instant::now(),
-            until: AtomicU64::new(0),
+            started: Instant::now(),
+            taken: AtomicU64::new(0),
         }
     }
 
     fn take(&self, queued: Instant) {
-        self.until.fetch_max(self.time(queued), Ordering::SeqCst);
+        self.taken.fetch_max(self.time(queued), Ordering::SeqCst);
     }
 
     fn still_waits(&self, queued: Instant) -> bool {
-        self.time(queued) > self.until.load(Ordering::SeqCst)
+        self.time(queued) > self.taken.load(Ordering::SeqCst)
     }
 
-    /// Nanoseconds since the recorder was made, from 1.
+    /// Nanoseconds since the recorder was made, plus 1.
     fn time(&self, moment: Instant) -> u64 {
-        let nanoseconds = (moment - self.began).as_nanos();
+        let nanoseconds = (moment - self.started).as_nanos();
         u64::try_from(nanoseconds).map_or(u64::MAX, |time| time.saturating_add(1))
     }
 }
 
-/// The most visits that one commit records: large enough that it never limits throughput. A batch
-/// that times out halves the limit for the next ones, and each full batch that is recorded doubles
-/// it.
+/// Maximum number of visits in a batch: large enough that it never limits throughput. A batch that
+/// times out halves the limit for the next ones, and each full batch that is recorded doubles it.
 const BATCH_LIMIT: usize = 4096;
 /// The SQLSTATE of a statement that ran into `statement_timeout`.
 const QUERY_CANCELED: &str = "57014";
 
-/// A queue for `capacity` visits, each of which is answered within `deadline`, and its writer.
+/// Makes a queue for `capacity` visits, each of which gets a reply within `deadline`, and its writer.
 #[must_use]
 pub fn recorder(
     postgres: Arc<Postgres>,
@@ -202,13 +201,13 @@ impl Recorder {
     ///
     /// # Errors
     ///
-    /// Why the visit is not known to be recorded. Except for [`Refusal::InDoubt`] it certainly is
-    /// not.
-    pub async fn record(&self) -> Result<Recorded, Refusal> {
+    /// Why the visit is not known to be recorded. Unless it is [`Refusal::InDoubt`], the visit is
+    /// certainly not recorded.
+    pub async fn record(&self) -> Result<Totals, Refusal> {
         let (reply, replied) = oneshot::channel();
         let queued = Instant::now();
         let deadline = queued + self.deadline;
-        let visit = Waiting {
+        let visit = QueuedVisit {
             arrived: SystemTime::now(),
             queued,
             deadline,
@@ -227,15 +226,15 @@ impl Recorder {
                 Outcome::InDoubt.count(1);
                 Err(Refusal::InDoubt)
             }
-            // The writer drops the visit when its turn comes, and counts it.
+            // The writer will drop the visit and count it.
             Err(_) if self.progress.still_waits(queued) => Err(Refusal::Failed),
             // Its batch is in flight.
             Err(_) => Err(Refusal::InDoubt),
         }
     }
 
-    /// Closes the queue, once no request can bring another visit. Those that wait are still
-    /// recorded; then the writer ends.
+    /// Closes the queue. The writer still records the visits that wait, and then ends. Must be called
+    /// once no request can add another visit.
     pub fn stop(&self) {
         self.stop.send_replace(true);
     }
@@ -247,7 +246,7 @@ impl Recorder {
     }
 }
 
-/// Counts a visit that was not taken.
+/// Counts a visit that was refused before the queue.
 fn shed(refusal: Refusal) -> Refusal {
     Outcome::Shed.count(1);
     refusal
@@ -279,7 +278,7 @@ impl Writer {
             return;
         }
         if !self.postgres.availability().is_up() {
-            // A visit that finds Postgres down must not wait for another timeout.
+            // While Postgres is down a visit must not wait for another timeout.
             return self.refuse(Outcome::Failed, Refusal::Failed);
         }
         let visits = self.batch.len();
@@ -335,8 +334,8 @@ impl Writer {
         self.acknowledge(total, redis);
     }
 
-    /// Drops the visits whose client has disconnected, and those whose deadline has passed: their
-    /// clients have got a response already.
+    /// Drops the visits whose client has disconnected, and the visits whose deadline has passed,
+    /// whose clients have their response already.
     fn drop_abandoned_and_late(&mut self) {
         if let Some(last) = self.batch.iter().map(|visit| visit.queued).max() {
             self.progress.take(last);
@@ -355,7 +354,7 @@ impl Writer {
         });
     }
 
-    /// The last visit has the batch's totals; the others count down from them.
+    /// Replies to each visit. The last visit gets the batch's totals; the others count down from them.
     fn acknowledge(&mut self, total: i64, redis: Option<i64>) {
         let outcome = if redis.is_some() {
             Outcome::Ok
@@ -365,7 +364,7 @@ impl Writer {
         let visits = self.batch.len();
         let mut late = 0;
         for (before, visit) in (0_i64..).zip(self.batch.drain(..).rev()) {
-            let recorded = Recorded {
+            let recorded = Totals {
                 total: total - before,
                 redis: redis.map(|redis| redis - before),
             };
@@ -384,11 +383,11 @@ impl Writer {
             late += usize::from(!delivered && visit.deadline <= Instant::now());
         }
         outcome.count(visits - late);
-        // Their clients were answered as in doubt when the deadline passed.
+        // These clients got the response "in doubt" when their deadline passed.
         Outcome::InDoubt.count(late);
     }
 
-    /// The calls are children of the first sampled visit; the other sampled visits link to them.
+    /// Links the other sampled visits to the calls, which are children of the first sampled visit.
     fn link_waits(&self, first: Option<usize>, calls: &Batch) {
         let Some(first) = first else { return };
         for visit in &self.batch[first + 1..] {
@@ -399,7 +398,7 @@ impl Writer {
     }
 }
 
-/// Whether a batch can have failed for its size.
+/// Whether a batch can have failed because of its size.
 fn is_timeout(error: &Error) -> bool {
     matches!(error, Error::Timeout(_)) || error.code() == Some(QUERY_CANCELED)
 }

@@ -1,4 +1,4 @@
-//! The only test in its process, because it lowers the file limit of the process.
+//! The only test in its process, because it lowers the process's limit on open files.
 
 use std::{
     fs::File,
@@ -51,7 +51,7 @@ async fn accept_loop_without_descriptors_neither_spins_nor_ends() {
     };
     tokio::spawn(server::serve(listener, router, limits, events, never));
 
-    // Everything that the test needs is open before it lowers the limit.
+    // The test opens every file that it needs before it lowers the limit.
     let mut stat = File::open("/proc/self/stat").expect("stat");
     let socket = TcpSocket::new_v4().expect("socket");
     let (soft, hard) = getrlimit(Resource::NOFILE).expect("limit");
@@ -61,20 +61,20 @@ async fn accept_loop_without_descriptors_neither_spins_nor_ends() {
     client.write_all(request).await.expect("send");
 
     let before = ticks(&mut stat);
-    let mut said = String::new();
-    let unserved = timeout(Duration::from_secs(1), client.read_to_string(&mut said)).await;
+    let mut response = String::new();
+    let unserved = timeout(Duration::from_secs(1), client.read_to_string(&mut response)).await;
     let spent = ticks(&mut stat) - before;
     setrlimit(Resource::NOFILE, soft, hard).expect("limit");
-    assert!(unserved.is_err(), "{said}");
+    assert!(unserved.is_err(), "{response}");
     assert!(
         spent < 20,
         "{spent} hundredths of a second of CPU in a second"
     );
 
-    let served = client.read_to_string(&mut said);
+    let served = client.read_to_string(&mut response);
     tokio::select! {
-        served = served => { served.expect("answer"); }
+        served = served => { served.expect("response"); }
         () = sleep(Duration::from_secs(5)) => panic!("not served after the limit rose"),
     }
-    assert!(said.ends_with("ok"), "{said}");
+    assert!(response.ends_with("ok"), "{response}");
 }

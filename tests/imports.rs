@@ -1,5 +1,5 @@
-//! Reads who imports whom in `src`: no circle between files, none between folders. `make map` prints
-//! the graph, each room on a floor above all that it imports.
+//! Reads the imports of the files in `src`, and refuses circles between files and between rooms. `make
+//! map` prints the graph, with each room on a floor above every room that it imports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,18 +14,18 @@ type Graph = BTreeMap<String, BTreeSet<String>>;
 #[test]
 fn imports_form_no_circle_between_files() {
     let graph = imports(|module| module.join("/"));
-    assert_eq!(circle(&graph), None);
+    assert_eq!(find_circle(&graph), None);
 }
 
 #[test]
 fn imports_form_no_circle_between_rooms() {
     let graph = imports(room);
-    assert_eq!(circle(&graph), None);
+    assert_eq!(find_circle(&graph), None);
     println!("{}", map(&graph));
 }
 
 #[test]
-fn circle_is_found() {
+fn find_circle_returns_its_nodes() {
     let arrows = [("a", "b"), ("b", "c"), ("c", "b"), ("a", "d")];
     let mut graph = Graph::new();
     for (from, to) in arrows {
@@ -34,7 +34,7 @@ fn circle_is_found() {
             .or_default()
             .insert(to.to_owned());
     }
-    assert_eq!(circle(&graph).as_deref(), Some("b -> c -> b"));
+    assert_eq!(find_circle(&graph).as_deref(), Some("b -> c -> b"));
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn import_leads_to_the_file_that_its_path_names() {
     let known = BTreeSet::from(["store", "store/pool", "store/call"].map(module));
     let text = "use crate::store::Store;\nuse super::call::{Batch, observe};\nuse super::{Error, call};\n\
         // use crate::app;\nfn f() { crate::store::pool::keep(); }\n#[cfg(test)]\nmod tests { use crate::app::App; }\n";
-    let found = imported(text, &module("store/pool"), &known);
+    let found = imported_modules(text, &module("store/pool"), &known);
     assert_eq!(
         found
             .iter()
@@ -61,8 +61,8 @@ fn room(module: &Module) -> String {
     module.first().cloned().unwrap_or_default()
 }
 
-/// Who imports whom, by the nodes that `name` gives to modules. The crate's root only declares
-/// modules and names the version.
+/// Builds the graph of imports; `name` maps a module to its node. Without the crate's root, which only
+/// declares modules and exports the version.
 fn imports(name: impl Fn(&Module) -> String) -> Graph {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let files = files(&root);
@@ -83,7 +83,7 @@ fn imports(name: impl Fn(&Module) -> String) -> Graph {
         let own = name(module);
         let others = graph.entry(own.clone()).or_default();
         others.extend(
-            imported(&text, module, &known)
+            imported_modules(&text, module, &known)
                 .iter()
                 .map(&name)
                 .filter(|other| *other != own),
@@ -120,8 +120,8 @@ fn module_of(file: &Path) -> Module {
     }
 }
 
-/// The modules that the paths in a file name, its unit tests left out.
-fn imported(text: &str, own: &Module, known: &BTreeSet<Module>) -> BTreeSet<Module> {
+/// The modules that a file's paths name, without those in its unit tests.
+fn imported_modules(text: &str, own: &Module, known: &BTreeSet<Module>) -> BTreeSet<Module> {
     let code = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
     let code: String = code
         .lines()
@@ -136,7 +136,7 @@ fn imported(text: &str, own: &Module, known: &BTreeSet<Module>) -> BTreeSet<Modu
         ("self::", &own[..]),
     ] {
         for (at, _) in code.match_indices(start) {
-            // `super` of another path, as in `pub(super)`, has no `::`; a longer name ends in it.
+            // A longer name can end in the word.
             let is_whole =
                 !code[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_');
             if is_whole {
@@ -150,7 +150,7 @@ fn imported(text: &str, own: &Module, known: &BTreeSet<Module>) -> BTreeSet<Modu
     found
 }
 
-/// The paths that a `use` tree or an expression begins with: one, or one for each name in braces.
+/// The paths at the start of a `use` tree or an expression: one, or one for each name in braces.
 fn paths(text: &str) -> Vec<Module> {
     let end = text
         .find(|character: char| !(character.is_alphanumeric() || "_:".contains(character)))
@@ -180,8 +180,8 @@ fn longest_known(path: &[String], known: &BTreeSet<Module>) -> Option<Module> {
         .find(|module| known.contains(module))
 }
 
-/// A circle, if there is one.
-fn circle(graph: &Graph) -> Option<String> {
+/// Finds a circle, if there is one.
+fn find_circle(graph: &Graph) -> Option<String> {
     fn walk<'a>(
         graph: &'a Graph,
         node: &'a str,
@@ -210,7 +210,7 @@ fn circle(graph: &Graph) -> Option<String> {
         .find_map(|node| walk(graph, node, &mut Vec::new(), &mut done))
 }
 
-/// The rooms, the highest floor first, each with those that it imports.
+/// Prints the rooms, the highest floor first, each with the rooms that it imports.
 fn map(graph: &Graph) -> String {
     fn floor(graph: &Graph, node: &str) -> usize {
         let below = graph.get(node).into_iter().flatten();
@@ -227,7 +227,7 @@ fn map(graph: &Graph) -> String {
     });
     let arrows: usize = graph.values().map(BTreeSet::len).sum();
     let heading = format!(
-        "{} rooms, {arrows} arrows; a floor stands above all that it imports",
+        "{} rooms, {arrows} imports; each room is above every room that it imports",
         rooms.len()
     );
     [heading]

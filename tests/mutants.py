@@ -3,11 +3,11 @@
 
     tests/mutants.py [--files PATH ...] [--every N] [--minutes N]
 
-cargo-mutants (`cargo install cargo-mutants --locked`) lists the mutants. Each is built in a work tree
-of its own, and the tests of the committed revision, which drive the program from outside, run against
-it: first a few that are quick, then those that are named below for its file, then the unit tests of
-its module. A mutant is caught when a test fails or does not end; it is missed when all pass. One that
-does not compile is not counted.
+cargo-mutants (`cargo install cargo-mutants --locked`) lists the mutants. The script builds each mutant
+in a separate work tree and runs the tests of the committed revision against it: first a few quick
+integration tests, then the tests listed below for the mutated file, then the unit tests of its module.
+A mutant is caught if a test fails or hangs, and missed if all tests pass. A mutant that does not
+compile is not counted.
 """
 
 import argparse
@@ -47,18 +47,18 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--files", nargs="+", default=list(TESTS), metavar="PATH")
     arguments.add_argument("--every", type=int, default=1, metavar="N", help="try each Nth mutant only")
-    arguments.add_argument("--minutes", type=float, default=240, metavar="N", help="stop after so long")
+    arguments.add_argument("--minutes", type=float, default=240, metavar="N", help="stop after N minutes")
     options = arguments.parse_args()
 
     make_tree()
-    mutants = listed(options.files)[:: options.every]
-    tests = built_tests()
+    mutants = list_mutants(options.files)[:: options.every]
+    tests = build_tests()
     print(f"{len(mutants)} mutants", flush=True)
     ends = time.monotonic() + options.minutes * 60
     results = {"caught": [], "missed": [], "does not compile": []}
     for number, mutant in enumerate(mutants, 1):
         if time.monotonic() > ends:
-            print(f"stopped: {options.minutes:g} minutes are over", flush=True)
+            print(f"stopped: {options.minutes:g} minutes have passed", flush=True)
             break
         started = time.monotonic()
         result, by = attempt(mutant, tests)
@@ -79,21 +79,21 @@ def make_tree():
         run("git", "worktree", "add", "--quiet", "--force", "--detach", TREE, "HEAD")
 
 
-def listed(files):
+def list_mutants(files):
     patterns = [argument for file in files for argument in ("--file", f"{file}**" if file.endswith("/") else file)]
     mutants = json.loads(run("cargo", "mutants", "--list", "--json", "--diff", *patterns, cwd=TREE))
     unique = {mutant["name"]: mutant for mutant in mutants}
     return [unique[name] for name in sorted(unique)]
 
 
-def built_tests():
+def build_tests():
     messages = run(
         "cargo", "test", "--package", "visitas", "--locked", "--no-run", "--message-format", "json", cwd=TREE
     )
     for line in messages.splitlines():
         message = json.loads(line)
         if message.get("executable") and message["target"]["name"] == "it":
-            # A copy, since a later build of the mutated program may replace it.
+            # A copy, since a later build of the mutated program can replace the file.
             copy = TREE / "target" / "it"
             copy.write_bytes(pathlib.Path(message["executable"]).read_bytes())
             copy.chmod(0o755)

@@ -1,4 +1,4 @@
-//! Panics. Each test runs this program again as a process that panics, and reads its output.
+//! Panics: each test runs this program again as a process that panics, and reads its output.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use visitas::routes;
 use visitas::telemetry::Telemetry;
 use visitas::telemetry::request::Observer;
 
-/// The variable that tells the second process to panic; its value is the `RUST_LOG` to use.
+/// The variable that makes the second process panic; its value is the `RUST_LOG` to use.
 const PANICS: &str = "TEST_PANICS";
 
 #[test]

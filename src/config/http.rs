@@ -11,7 +11,7 @@ use url::Url;
 use super::sources::invalid;
 use super::value::{Accept, accept, duration, parsed, within};
 
-/// Where visitors are served, and so what `visitas healthcheck` asks.
+/// The address that visitors are served on, which `visitas healthcheck` asks too.
 #[derive(Args, Clone, Debug)]
 pub struct ListenConfig {
     /// Address to serve on; with port 0 the system chooses one
@@ -23,7 +23,7 @@ pub struct ListenConfig {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "HTTP")]
 pub struct HttpConfig {
-    /// Where visitors are served.
+    /// The address that visitors are served on.
     #[command(flatten)]
     pub listen: ListenConfig,
     /// Address to serve /metrics on, and only there; without it /metrics is served on BIND_ADDR
@@ -41,7 +41,7 @@ pub struct HttpConfig {
 }
 
 impl HttpConfig {
-    /// Refuses contradictions.
+    /// Refuses contradictory settings.
     pub(super) fn check(&self) -> Result<(), clap::Error> {
         let bind_addr = self.listen.bind_addr;
         if bind_addr.port() != 0 && self.metrics_addr == Some(bind_addr) {
@@ -78,8 +78,8 @@ pub struct ShutdownConfig {
 }
 
 impl ShutdownConfig {
-    /// Share of the shutdown timeout for requests in flight. The rest is for what ends after them,
-    /// each of which can stall; what these leave of it is for the process itself.
+    /// Share of the shutdown timeout for requests in flight. The other shares divide the rest between
+    /// steps that can stall; the remainder is for the process's own exit.
     #[must_use]
     pub fn for_requests(&self) -> Duration {
         self.shutdown_timeout.saturating_sub(self.rest())
@@ -97,7 +97,7 @@ impl ShutdownConfig {
         self.rest() / 20
     }
 
-    /// Share of the shutdown timeout for scrapers of `METRICS_ADDR`, whose listener ends last.
+    /// Share of the shutdown timeout for scrapers of `METRICS_ADDR`, whose listener closes last.
     #[must_use]
     pub fn for_scrapes(&self) -> Duration {
         self.rest() / 20
@@ -114,7 +114,7 @@ impl ShutdownConfig {
     }
 }
 
-/// What `visitas healthcheck` asks.
+/// The URL that `visitas healthcheck` asks.
 #[derive(Args, Clone, Debug)]
 pub struct HealthcheckConfig {
     /// URL to ask; without it /health at BIND_ADDR, on this host
@@ -129,7 +129,7 @@ impl HealthcheckConfig {
     ///
     /// # Errors
     ///
-    /// If no setting says which port to ask.
+    /// If there is no URL, and `BIND_ADDR` has port 0.
     pub fn url(&self) -> Result<Url, clap::Error> {
         if let Some(url) = &self.url {
             return Ok(url.clone());

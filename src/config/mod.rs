@@ -1,17 +1,17 @@
-//! The settings and the command line: this is the only reader of the environment.
+//! The settings and the command line. Only this folder reads the environment.
 //!
-//! A setting is one field of a struct in this folder. The field's name is the variable's, and the
-//! flag's; its doc comment is the help; a field with `hide` is a secret, which has no flag and is
-//! never shown. clap reads them. What clap cannot know is in each struct's `finish`: what a URL or
-//! a file stands for, and contradictions.
+//! A setting is one field of a struct in this folder. The field's name gives the variable and the
+//! flag their names; its doc comment is the help; a field with `hide` is a secret, which has no flag
+//! and is never shown. clap reads them. Each struct's `finish` does what clap cannot: it reads the
+//! settings that a URL or a file contains, and refuses contradictions.
 //!
-//! Everything is read and checked before anything is done. A command reads the settings that it
-//! uses, and no others: `healthcheck` works while a database setting is wrong. This folder opens no
-//! connection, binds no address and starts no logging.
+//! Every setting is read and checked before the command runs. A command reads only the settings that
+//! it uses: `healthcheck` works while a database setting is wrong. This folder opens no connection,
+//! binds no address and starts no logging.
 
 #![expect(
     clippy::doc_markdown,
-    reason = "the doc comments of settings are the help, which is no Markdown"
+    reason = "the doc comments of settings are the help, which is not Markdown"
 )]
 
 mod http;
@@ -52,7 +52,7 @@ pub const REVISION: &str = match option_env!("VISITAS_REVISION") {
     _ => "unknown",
 };
 
-/// What to run, with the settings that it uses.
+/// The command to run, with the settings that it uses.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// Run the service (the default)
@@ -116,7 +116,7 @@ pub struct Config {
     /// Logs and traces.
     #[command(flatten)]
     pub telemetry: TelemetryConfig,
-    /// What `visitas config` prints.
+    /// The text that `visitas config` prints.
     #[arg(skip)]
     pub listing: String,
 }
@@ -133,7 +133,7 @@ impl Command {
         }
     }
 
-    /// The database that it opens sessions with.
+    /// The settings of the database, if the command opens sessions with it.
     fn postgres(&self) -> Option<&PostgresConfig> {
         match self {
             Self::Serve(config) => Some(&config.postgres),
@@ -184,7 +184,7 @@ fn finish_stores(
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "this is the one place that reads it, next to clap"
+    reason = "only this function and clap read the environment"
 )]
 fn process_environment(variable: &str) -> Option<OsString> {
     std::env::var_os(variable)
@@ -194,14 +194,14 @@ fn process_environment(variable: &str) -> Option<OsString> {
 ///
 /// # Errors
 ///
-/// The first thing that is malformed, out of range or contradictory, or a text to print: the help
+/// The first setting that is malformed, out of range or contradictory; or a text to print, the help
 /// or the version. The error knows its exit status.
 pub fn from_process() -> Result<Command, clap::Error> {
     parse(std::env::args_os(), &process_environment)
 }
 
-/// Keeps a command whose database has certificates of its own to trust from trusting others. For
-/// that the program can be executed again, so this must be called before anything is started.
+/// Hides the system's root certificates from a command that has `DB_SSLROOTCERT`. This can execute
+/// the program again, so it must be called before anything is started.
 ///
 /// # Errors
 ///
@@ -217,8 +217,7 @@ pub fn trust_no_other(command: &Command) -> anyhow::Result<()> {
         .context("keeping the system's root certificates from Postgres, as DB_SSLROOTCERT asks")
 }
 
-/// Reads a command line, whose first item is the program's name. clap reads the variables that
-/// `environment` has.
+/// Reads a command line, whose first item is the program's name, and the variables of `environment`.
 fn parse(
     arguments: impl IntoIterator<Item = OsString>,
     environment: Environment<'_>,
@@ -228,11 +227,11 @@ fn parse(
     match arguments.get(1).and_then(|first| first.to_str()) {
         Some("-h" | "--help" | "-V" | "--version") => program = with_every_setting(program),
         Some(first) if !first.starts_with('-') => {}
-        // clap reads the variables of a command, and of those before it: without a command of its
-        // own the service's settings would be read for every other command.
+        // clap reads the variables of a command and of its parents. If the service's settings were
+        // the program's own, they would be read for every command.
         _ => arguments.insert(1, "serve".into()),
     }
-    // A command's help names the empty ones, too.
+    // A command's help also names the variables that are empty.
     let asks_for_help = |argument: &OsString| argument == "-h" || argument == "--help";
     if !arguments.iter().any(asks_for_help) {
         program = program.mut_subcommands(|command| without_empty(command, environment));
@@ -276,7 +275,8 @@ fn with_every_setting(program: clap::Command) -> clap::Command {
     documented(Config::augment_args(program)).about(about)
 }
 
-/// Completes the help of a command: what each setting accepts, and the secrets, which have no flag.
+/// Adds to the help of a command which values each setting accepts, and the secrets, which have no
+/// flag.
 fn documented(command: clap::Command) -> clap::Command {
     let command = command.mut_args(|argument| {
         let help = argument.get_help().cloned().unwrap_or_default();
@@ -309,8 +309,8 @@ fn secrets(command: &clap::Command) -> impl Iterator<Item = &Arg> {
     settings.filter(|setting| setting.is_hide_set())
 }
 
-/// Hides variables that are empty from clap, which would take them for values. OpenTelemetry asks
-/// for that, and Compose passes an optional variable on as an empty one.
+/// Hides empty variables from clap, which would take them for values. OpenTelemetry treats an empty
+/// variable as unset, and Compose passes an unset optional variable on as an empty one.
 fn without_empty(command: clap::Command, environment: Environment<'_>) -> clap::Command {
     command.mut_args(|argument| {
         let value = argument
@@ -337,8 +337,8 @@ fn refuse_secret_flags(command: &clap::Command, matches: &ArgMatches) -> Result<
     Ok(())
 }
 
-/// Hides what precedes an `@` in what clap repeats of the command line and the environment: it is
-/// the password of a URL that was given where a host or an address belongs.
+/// Masks the text before an `@` wherever clap's error quotes the command line or the environment: it
+/// can be the password of a URL that was set where a host or an address belongs.
 fn masked(mut error: clap::Error) -> clap::Error {
     for kind in [
         ContextKind::InvalidArg,
@@ -353,7 +353,7 @@ fn masked(mut error: clap::Error) -> clap::Error {
     error
 }
 
-/// A text without what stands before an `@`, escaped and cut to a sensible length.
+/// A text with everything before an `@` masked, escaped and cut to 100 characters.
 fn displayed(text: &str) -> String {
     let text = match text.rsplit_once('@') {
         Some((_, after)) => format!("{}@{after}", Secret::MASK),

@@ -24,7 +24,7 @@ const SSL_MODES: &[(&str, PgSslMode)] = &[
 
 const FORM: &str = "postgres://user:password@host:port/database, percent-encoded";
 
-/// The settings that a URL stands for.
+/// The settings that a URL contains.
 const PARTS_OF_A_URL: [&str; 7] = [
     "db_host",
     "db_port",
@@ -35,8 +35,8 @@ const PARTS_OF_A_URL: [&str; 7] = [
     "db_sslmode",
 ];
 
-/// Variables that the Postgres driver reads by itself and cannot be told to ignore, each with what
-/// to do instead. The driver's other `PG*` variables are overridden by the settings below.
+/// Variables that the Postgres driver always reads, each with what to do instead. The settings below
+/// override the driver's other `PG*` variables.
 const OBEYED_BY_THE_DRIVER: [(&str, &str); 4] = [
     ("PGOPTIONS", "session options are not supported"),
     ("PGSSLROOTCERT", "set DB_SSLROOTCERT instead"),
@@ -44,7 +44,7 @@ const OBEYED_BY_THE_DRIVER: [(&str, &str); 4] = [
     ("PGSSLKEY", "client certificates are not supported"),
 ];
 
-/// The database. Once [finished](Self::finish), the fields say what a URL or a file says.
+/// The database. After [`Self::finish`] the fields hold the values from a URL or a file too.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Postgres")]
 pub struct PostgresConfig {
@@ -85,14 +85,14 @@ pub struct PostgresConfig {
 
 impl PostgresConfig {
     /// The server's `lock_timeout`, in whole milliseconds: 70 % of a call's timeout. A statement
-    /// that still waits has then certainly failed, with time left to say so.
+    /// that waits this long certainly fails, and its error arrives before the call times out.
     #[must_use]
     pub fn lock_timeout(&self) -> Duration {
         self.percent_of_timeout(70)
     }
 
     /// The server's `statement_timeout`, in whole milliseconds: 85 % of a call's timeout, so that
-    /// a lock's own timeout fires first and its error is the one that is seen.
+    /// the lock's timeout fires first and the caller sees its error.
     #[must_use]
     pub fn statement_timeout(&self) -> Duration {
         self.percent_of_timeout(85)
@@ -103,11 +103,11 @@ impl PostgresConfig {
         Duration::from_millis(u64::try_from(milliseconds).unwrap_or(u64::MAX))
     }
 
-    /// Reads what the URL and the files of secrets stand for, and refuses contradictions.
+    /// Reads the settings that the URL and the files of secrets contain, and refuses contradictions.
     pub(super) fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
         for (variable, remedy) in OBEYED_BY_THE_DRIVER {
             if sources.variable(variable).is_some() {
-                // The value stays unsaid: it can be a private key.
+                // The error omits the value, which can be a private key.
                 return Err(invalid(format!(
                     "{variable} is set, and the Postgres driver would obey it: unset it; {remedy}"
                 )));
@@ -122,7 +122,7 @@ impl PostgresConfig {
                 sources.refuse("DATABASE_URL", &format!("{why}; expected {FORM}"))
             })?;
         }
-        // The other modes take any certificate, so that naming one's own would only look safe.
+        // The other modes accept any certificate, so DB_SSLROOTCERT would only look safe.
         let verifies = matches!(self.db_sslmode, PgSslMode::VerifyCa | PgSslMode::VerifyFull);
         if self.db_sslrootcert.is_some() && !verifies {
             return Err(invalid(format!(
@@ -173,8 +173,8 @@ impl PostgresConfig {
     }
 }
 
-/// Names a parameter only if other drivers know it: an unknown one can be a piece of a password
-/// with a question mark in it.
+/// Names a parameter only if other drivers know it: an unknown one can be part of a password that
+/// contains a question mark.
 fn unsupported(parameter: &str) -> String {
     const KNOWN_ELSEWHERE: &str = "application_name channel_binding connect_timeout host hostaddr \
         options password pgbouncer sslcert sslkey statement-cache-capacity target_session_attrs";

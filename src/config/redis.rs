@@ -15,7 +15,7 @@ use super::value::{
 
 const FORM: &str = "redis:// or rediss:// and user:password@host:port/number, percent-encoded";
 
-/// The settings that a URL stands for.
+/// The settings that a URL contains.
 const PARTS_OF_A_URL: [&str; 4] = [
     "redis_host",
     "redis_port",
@@ -23,7 +23,7 @@ const PARTS_OF_A_URL: [&str; 4] = [
     "redis_password_file",
 ];
 
-/// The cache. Once [finished](Self::finish), the fields say what a URL or a file says.
+/// The cache. After [`Self::finish`] the fields hold the values from a URL or a file too.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Redis")]
 pub struct RedisConfig {
@@ -51,7 +51,7 @@ pub struct RedisConfig {
     /// File that holds REDIS_URL
     #[arg(long, env, conflicts_with_all = PARTS_OF_A_URL)]
     redis_url_file: Option<SecretFile>,
-    /// Whether the URL is a `rediss://` one.
+    /// Whether the URL's scheme is `rediss`.
     #[arg(skip)]
     pub tls: bool,
     /// The user in the URL.
@@ -63,7 +63,7 @@ pub struct RedisConfig {
 }
 
 impl RedisConfig {
-    /// Reads what the URL and the files of secrets stand for, and refuses contradictions.
+    /// Reads the settings that the URL and the files of secrets contain, and refuses contradictions.
     pub(super) fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
         let file = self.redis_password_file.as_ref();
         sources.secret("REDIS_PASSWORD", &mut self.redis_password, file)?;
@@ -79,7 +79,7 @@ impl RedisConfig {
             ));
         }
         if self.tls && self.redis_tls_ca.is_none() {
-            self.redis_tls_ca = roots::handed_on(sources.environment);
+            self.redis_tls_ca = roots::load_system_roots(sources.environment);
         }
         Ok(())
     }
@@ -90,7 +90,7 @@ impl RedisConfig {
             return Err("has query parameters".to_owned());
         }
         if url.user.is_some() && url.password.is_none() {
-            // Most likely the user is the password, without the colon before it.
+            // The user is most likely a password without the colon before it.
             return Err("has a user without a password".to_owned());
         }
         let mut parts = sources.parts_of("REDIS_URL", url.masked);

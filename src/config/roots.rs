@@ -1,15 +1,15 @@
-//! The system's root certificates, and how Postgres is kept from trusting them where
+//! The system's root certificates, and how they are hidden from the Postgres driver when
 //! `DB_SSLROOTCERT` names others.
 //!
-//! The Postgres driver adds the certificates that it is given to the system's, which it finds at
-//! each handshake by `SSL_CERT_FILE` and `SSL_CERT_DIR` or in the usual places. It has no switch
-//! for that, and a process cannot change its own environment without `unsafe`. So the program
-//! executes itself again, as the same process, with `SSL_CERT_FILE=/dev/null`: from there on no
-//! library finds a root certificate by itself, and each client is given those that it may trust.
-//! Where the system's are is handed on in two further variables. A client that is given none
-//! trusts no authority.
+//! The Postgres driver trusts the system's certificates as well as those it is given. It looks for
+//! them at each handshake, by `SSL_CERT_FILE` and `SSL_CERT_DIR` or in the usual places, and has no
+//! switch for that; a process cannot change its own environment without `unsafe`. So the program
+//! executes itself again, as the same process, with `SSL_CERT_FILE=/dev/null`. From then on no
+//! library finds a root certificate by itself, and each client gets the certificates that it may
+//! trust. Two further variables pass on the paths of the system's certificates. A client that gets
+//! no certificate trusts no authority.
 //!
-//! This file knows no setting.
+//! Must not know: any setting.
 
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -25,19 +25,18 @@ use super::value::Certificates;
 /// Reads a variable.
 pub(super) type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
-/// What libraries read: a file of certificates, and directories of such files.
+/// The variables that libraries read: a file of certificates, and directories of such files.
 const FILE: &str = "SSL_CERT_FILE";
 const DIRECTORIES: &str = "SSL_CERT_DIR";
-/// Where the system's roots are, for a process whose libraries do not find them. The second is
-/// always there, if only as an empty text.
+/// The paths of the system's roots, for a process whose libraries do not find them. The second
+/// variable is always set, if only to an empty text.
 const HANDED_FILE: &str = "VISITAS_SYSTEM_CERT_FILE";
 const HANDED_DIRECTORIES: &str = "VISITAS_SYSTEM_CERT_DIR";
-/// A file that can be read everywhere and holds no certificate.
+/// A file that every process can read and that holds no certificate.
 const NONE: &str = "/dev/null";
 
-/// The system's root certificates, for a client that does not find them by itself; `None` where it
-/// does.
-pub(super) fn handed_on(environment: Environment<'_>) -> Option<Certificates> {
+/// The system's root certificates, for a client whose library cannot find them; `None` if it can.
+pub(super) fn load_system_roots(environment: Environment<'_>) -> Option<Certificates> {
     are_hidden(environment).then(|| {
         let file = environment(HANDED_FILE).map(PathBuf::from);
         let directories = paths(environment(HANDED_DIRECTORIES));
@@ -45,14 +44,14 @@ pub(super) fn handed_on(environment: Environment<'_>) -> Option<Certificates> {
     })
 }
 
-/// Returns once no library finds a root certificate by itself: at once in a process where that is
-/// so. Otherwise the program is executed again, with the same arguments, and this does not return.
-/// Must be called before anything has been started.
+/// Hides the system's root certificates from every library. Returns if they are hidden already;
+/// otherwise it executes the program again, with the same arguments, and does not return. Must be
+/// called before anything is started.
 pub(super) fn hide(environment: Environment<'_>) -> anyhow::Result<()> {
     if are_hidden(environment) {
         return Ok(());
     }
-    // Or the program would execute itself for ever.
+    // Without this check the program could execute itself for ever.
     ensure!(
         environment(HANDED_DIRECTORIES).is_none(),
         "{HANDED_DIRECTORIES} is set, as by this program itself, but {FILE} is not {NONE}"
@@ -76,8 +75,8 @@ pub(super) fn hide(environment: Environment<'_>) -> anyhow::Result<()> {
         };
         command.exec()
     };
-    // By its path the process keeps its name in the system's list of processes. A file that has
-    // been deleted or replaced since the start is no longer there by its path.
+    // The path keeps the process's name in the system's list of processes. It does not exist if the
+    // file was deleted or replaced since the start.
     let failure = match std::env::current_exe().map(|program| execute(&program)) {
         Ok(error) if error.kind() == ErrorKind::NotFound => execute(Path::new("/proc/self/exe")),
         Ok(error) | Err(error) => error,
@@ -90,8 +89,8 @@ fn are_hidden(environment: Environment<'_>) -> bool {
         && environment(DIRECTORIES).is_none_or(|directories| directories.is_empty())
 }
 
-/// Where libraries look for the system's roots: as `rustls-native-certs` has it, where either
-/// variable is set both stand for all usual places.
+/// The paths where libraries look for the system's roots. As in `rustls-native-certs`, if either
+/// variable is set, the two replace all usual places.
 fn places(environment: Environment<'_>) -> (Option<OsString>, Vec<PathBuf>) {
     let (file, directories) = (environment(FILE), paths(environment(DIRECTORIES)));
     if file.is_some() || !directories.is_empty() {
@@ -107,14 +106,14 @@ fn paths(joined: Option<OsString>) -> Vec<PathBuf> {
     paths
 }
 
-/// Reads certificates. As everywhere, those of the system's that cannot be read or used are left
-/// out.
+/// Reads certificates, and skips those that cannot be read or used, as libraries do with the
+/// system's.
 fn load(file: Option<&Path>, directories: &[PathBuf]) -> Certificates {
     let mut found = load_certs_from_paths(file, None).certs;
     for directory in directories {
         found.extend(load_certs_from_paths(None, Some(directory)).certs);
     }
-    // The same ones are often in the file and in a directory.
+    // The file and a directory often hold the same certificates.
     found.sort_unstable_by(|one, other| one.as_ref().cmp(other.as_ref()));
     found.dedup();
     let mut store = RootCertStore::empty();

@@ -1,5 +1,5 @@
-//! Where the value of each setting comes from: what clap read, and what a file, a URL or another
-//! setting stands for. It is what `visitas config` prints.
+//! The effective value of each setting and its origin: clap, a file, a URL or another setting.
+//! `visitas config` prints them.
 //!
 //! Must not know: any setting by name.
 
@@ -14,7 +14,7 @@ use clap::{Arg, ArgMatches};
 use super::roots::Environment;
 use super::value::{Accept, Secret, SecretFile};
 
-/// The variable of a setting, whose field has its name.
+/// The name of a setting's variable: its field's name in upper case.
 pub(super) fn variable_of(setting: &Arg) -> String {
     setting.get_id().as_str().to_ascii_uppercase()
 }
@@ -44,12 +44,12 @@ impl<'a> Sources<'a> {
         }
     }
 
-    /// A variable that is no setting. An empty one counts as unset.
+    /// The value of a variable that is not a setting. An empty variable counts as unset.
     pub(super) fn variable(&self, name: &str) -> Option<OsString> {
         (self.environment)(name).filter(|value| !value.is_empty())
     }
 
-    /// Takes a secret from its file, unless it was given by its variable.
+    /// Takes a secret from its file, if it has one, and checks that it is one line.
     pub(super) fn secret(
         &mut self,
         variable: &'static str,
@@ -76,20 +76,20 @@ impl<'a> Sources<'a> {
         invalid(format!("{variable} (value hidden, from {origin}): {why}"))
     }
 
-    /// Begins to take a URL apart, which is shown as `masked` from here on.
+    /// Starts to take a URL apart. From here on the URL is shown as `masked`.
     pub(super) fn parts_of(&mut self, url: &'static str, masked: String) -> Parts<'_, 'a> {
         let (_, origin) = self.effective(url);
         self.derived.insert(url, (masked, origin));
         Parts { url, sources: self }
     }
 
-    /// Notes that a setting has a value that another one gave it.
+    /// Notes that a setting got its value from another setting.
     pub(super) fn derive(&mut self, variable: &'static str, shown: &str, from: &'static str) {
         let (_, origin) = self.effective(from);
         self.derived.insert(variable, (shown.to_owned(), origin));
     }
 
-    /// Whether a setting that clap read has its default.
+    /// Whether a setting has its default.
     pub(super) fn is_default(&self, variable: &str) -> bool {
         self.effective(variable).1 == "default"
     }
@@ -128,7 +128,7 @@ impl<'a> Sources<'a> {
             if shown == NONE {
                 (shown, origin) = self.effective(&general);
             }
-            // What was derived is masked already.
+            // A derived value is masked already.
             let is_raw = shown != NONE && !self.derived.contains_key(&*variable);
             if setting.is_hide_set() && is_raw {
                 Secret::MASK.clone_into(&mut shown);
@@ -140,14 +140,15 @@ impl<'a> Sources<'a> {
     }
 }
 
-/// The parts of a store's URL, each of which stands for a setting.
+/// The parts of a store's URL, each of which sets a setting.
 pub(super) struct Parts<'s, 'a> {
     url: &'static str,
     sources: &'s mut Sources<'a>,
 }
 
 impl Parts<'_, '_> {
-    /// Gives a part, if the URL has it, to its setting, which accepts no more here than elsewhere.
+    /// Sets a setting from its part, if the URL has that part. The same values are accepted as for the
+    /// setting itself.
     pub(super) fn take<T>(
         &mut self,
         variable: &'static str,
@@ -165,7 +166,7 @@ impl Parts<'_, '_> {
         Ok(())
     }
 
-    /// Notes that a setting has this value because of the URL.
+    /// Notes that a setting got this value from the URL.
     pub(super) fn note(&mut self, variable: &'static str, shown: &str) {
         let noted = (shown.to_owned(), self.url.to_owned());
         self.sources.derived.insert(variable, noted);

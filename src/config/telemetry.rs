@@ -1,4 +1,4 @@
-//! Logs, and the `OTEL_*` variables as OpenTelemetry has them.
+//! The settings of logs, and the `OTEL_*` variables as OpenTelemetry defines them.
 //!
 //! Must not know: how anything is logged, sampled or exported.
 
@@ -34,15 +34,15 @@ impl TelemetryConfig {
         Some(&self.traces).filter(|traces| !traces.otel_sdk_disabled)
     }
 
-    /// Whether `OTEL_PROPAGATORS` has W3C's trace context. It holds without traces too: log lines
-    /// have the caller's trace.
+    /// Whether `OTEL_PROPAGATORS` has W3C's trace context. It applies without traces too: log lines
+    /// have the caller's trace id.
     #[must_use]
     pub fn trace_context(&self) -> bool {
         self.traces.otel_propagators
     }
 
-    /// Derives what the `OTEL_*` variables mean together, and refuses contradictions, even if
-    /// nothing is exported: otherwise a mistake would show only when tracing is turned on.
+    /// Combines the `OTEL_*` variables, and refuses contradictions even if nothing is exported:
+    /// otherwise a mistake would show only when tracing is turned on.
     pub(super) fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
         self.traces.finish(sources)
     }
@@ -51,7 +51,7 @@ impl TelemetryConfig {
 /// Log format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// A JSON object a line.
+    /// One JSON object per line.
     Json,
     /// For people.
     Pretty,
@@ -78,9 +78,9 @@ const LOG_FORMATS: &[(&str, LogFormat)] =
 /// Compression of exported spans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
-    /// None at all.
+    /// No compression.
     None,
-    /// RFC 1952.
+    /// gzip (RFC 1952).
     Gzip,
 }
 
@@ -127,13 +127,13 @@ const PROTOCOLS: &[(&str, Protocol)] = &[("http/protobuf", Protocol::HttpProtobu
 /// The resource attribute that has a variable of its own.
 const SERVICE_NAME: &str = "service.name";
 
-/// The one protocol that is spoken.
+/// The one protocol that the exporter speaks.
 #[derive(Clone, Copy, Debug)]
 enum Protocol {
     HttpProtobuf,
 }
 
-/// Traces, by OpenTelemetry's variables. Once finished, those for traces say what holds.
+/// Traces, by OpenTelemetry's variables. After `finish`, [`Self::exporter`] has the effective ones.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "OpenTelemetry")]
 pub struct TracesConfig {
@@ -206,12 +206,12 @@ pub struct TracesConfig {
     /// Timeout of one export, in milliseconds; the shorter of it and OTEL_EXPORTER_OTLP_TIMEOUT applies
     #[arg(long, env, default_value = "30000", value_parser = within(milliseconds, "1", "600000"))]
     otel_bsp_export_timeout: Duration,
-    /// Where spans go; `None` without an endpoint, or if `OTEL_TRACES_EXPORTER` is none.
+    /// The exporter's settings; `None` without an endpoint, or if `OTEL_TRACES_EXPORTER` is none.
     #[arg(skip)]
     pub exporter: Option<ExporterConfig>,
 }
 
-/// Where spans are exported to, by OTLP over HTTP.
+/// How spans are exported, by OTLP over HTTP.
 #[derive(Clone, Debug)]
 pub struct ExporterConfig {
     /// The whole URL, `/v1/traces` included.
@@ -220,14 +220,14 @@ pub struct ExporterConfig {
     pub headers: Vec<(String, Secret)>,
     /// The timeout of one export.
     pub timeout: Duration,
-    /// The compression of what is exported.
+    /// The compression of exports.
     pub compression: Compression,
-    /// The system's roots, where the exporter does not find them.
+    /// The system's root certificates, if the exporter cannot find them.
     pub roots: Option<Certificates>,
 }
 
 impl TracesConfig {
-    /// The most characters of an attribute's value.
+    /// Maximum length of an attribute's value, in characters.
     #[must_use]
     pub fn value_length_limit(&self) -> usize {
         self.otel_span_attribute_value_length_limit
@@ -294,7 +294,7 @@ impl TracesConfig {
             compression: self
                 .otel_exporter_otlp_traces_compression
                 .unwrap_or(self.otel_exporter_otlp_compression),
-            roots: roots::handed_on(sources.environment),
+            roots: roots::load_system_roots(sources.environment),
         }))
     }
 
@@ -323,13 +323,13 @@ pub(super) fn format_for(terminal: bool) -> &'static str {
 }
 
 fn filter(text: &str) -> Option<String> {
-    // With whitespace before a directive its parser miscounts, and can panic.
+    // The parser miscounts whitespace before a directive, and can panic.
     let directives: Vec<&str> = text.split(',').map(str::trim).collect();
     let filter = directives.join(",");
     (!filter.is_empty() && EnvFilter::try_new(&filter).is_ok()).then_some(filter)
 }
 
-/// A collector's URL. Credentials and tokens have their own setting, which is secret.
+/// Accepts a collector's URL. Credentials and tokens belong in the headers, which are secret.
 fn endpoint() -> Accept<String> {
     const ACCEPTED: &str = "an http:// or https:// URL without user, query and fragment";
     accept(ACCEPTED, |text| {

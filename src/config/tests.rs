@@ -1,5 +1,5 @@
-//! Facts about the settings, by flag and by file: clap reads the process's own environment, so
-//! variables are given to the real program, in `tests/it/settings.rs`.
+//! Facts about settings by flag and by file. clap reads the process's own environment, so
+//! `tests/it/settings.rs` tests variables, with the real program.
 
 mod property;
 
@@ -13,7 +13,7 @@ use tempfile::NamedTempFile;
 use super::telemetry::format_for;
 use super::*;
 
-/// Is part of every secret in these tests, so nothing that is shown contains it.
+/// Every secret in these tests contains this text, and no output may contain it.
 const CANARY: &str = "c4nary";
 
 /// `UPDATE_EXPECT=1` writes the file.
@@ -61,7 +61,7 @@ fn help_of_a_command_has_the_settings_that_it_uses() {
 }
 
 #[test]
-fn what_clap_repeats_is_cut_and_has_no_password() {
+fn values_in_errors_are_cut_and_have_no_password() {
     for typed in [
         "--db-host=postgres://ana:c4nary@db",
         "--db-host=ana:c4nary@db/?next=http://x@y",
@@ -225,7 +225,7 @@ fn redis_url_is_taken_apart_and_decoded() {
 }
 
 #[test]
-fn what_a_url_leaves_out_has_its_default() {
+fn setting_that_a_url_omits_has_its_default() {
     let postgres = by_database_url("postgres://db").postgres;
     assert_eq!((&*postgres.db_host, postgres.db_port), ("db", 5432));
     assert_eq!(
@@ -238,7 +238,7 @@ fn what_a_url_leaves_out_has_its_default() {
 }
 
 #[test]
-fn bad_url_is_hidden_whatever_is_wrong_with_it() {
+fn bad_url_never_appears_in_its_error() {
     for url in [
         "c4nary",
         "postgres:c4nary",
@@ -346,7 +346,7 @@ fn systems_roots_are_handed_to_clients_that_do_not_find_them() {
     let handed = ("VISITAS_SYSTEM_CERT_FILE", path(&ca));
     let expected = include_str!("tests/ca.pem").replace('\n', "");
     assert_eq!(roots(&[hidden, handed]), Some(expected));
-    // No client has any where there are none; and where libraries find them, they do.
+    // Without paths a client gets an empty list. If libraries find the certificates, it gets none.
     assert_eq!(roots(&[hidden]).as_deref(), Some(""));
     assert_eq!(roots(&[handed, ("SSL_CERT_FILE", path(&ca))]), None);
     assert_eq!(roots(&[handed, hidden, ("SSL_CERT_DIR", "/")]), None);
@@ -446,7 +446,7 @@ fn service_name_is_the_setting_then_the_attribute() {
 }
 
 #[test]
-fn propagators_are_a_list_of_those_that_are_known_or_none() {
+fn propagators_are_a_list_of_known_names_or_none() {
     let trace_context = |list: &str| {
         serve(&["--otel-propagators", list])
             .telemetry
@@ -477,7 +477,7 @@ fn propagators_are_a_list_of_those_that_are_known_or_none() {
     }
 }
 
-/// Parses arguments after the program's name, without a variable of the process.
+/// Parses the arguments after the program's name, without the process's own environment.
 fn parsed(arguments: &[&str], environment: &[(&str, &str)]) -> Result<Command, String> {
     let lookup = |name: &str| {
         let mut found = environment.iter().filter(|(variable, _)| *variable == name);
@@ -522,7 +522,7 @@ fn printed(arguments: &[&str]) -> String {
     run(arguments).expect_err("a text to print")
 }
 
-/// The error, in which no secret can be seen.
+/// The error, which contains no secret.
 fn error(arguments: &[&str]) -> String {
     let error = run(arguments).expect_err("a bad setting");
     assert!(error.starts_with("error: "), "{error}");

@@ -1,7 +1,7 @@
-//! The URLs of stores, taken apart.
+//! Splits the URLs of stores into their parts.
 //!
-//! No error from here repeats any part of a URL: what looks like a host can be a piece of a password
-//! that was not percent-encoded. Must not know: what a part stands for.
+//! No error from here repeats any part of a URL: a part that looks like a host can belong to a
+//! password that was not percent-encoded. Must not know: which setting a part sets.
 
 use std::collections::BTreeSet;
 
@@ -24,10 +24,10 @@ pub(super) struct StoreUrl {
 }
 
 impl StoreUrl {
-    /// Takes a URL apart.
+    /// Splits a URL.
     ///
     /// # Errors
-    /// Why it is refused, to follow the variable's name.
+    /// Why the URL is refused, to follow the variable's name.
     pub(super) fn parse(url: &Secret, schemes: &[&str]) -> Result<Self, String> {
         let text = url.expose();
         let not_a_url = || format!("is not a {}:// URL", schemes.join(":// or "));
@@ -61,7 +61,7 @@ impl StoreUrl {
             "" => Ok(None),
             text => percent_decoded(text).map(Some),
         };
-        // A URL that can have no password has no host either.
+        // A URL that cannot have a password has no host either.
         let mut masked = url.clone();
         if url.password().is_some() && masked.set_password(Some(Secret::MASK)).is_err() {
             return Err(not_a_url());

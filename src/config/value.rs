@@ -1,7 +1,7 @@
-//! How the text of each kind of value is read, and the types that are more than a number or a text.
+//! Reads each kind of value from its text, and has the types of secrets and certificates.
 //!
-//! Must not know: any setting. No error from here repeats a value, which can be a misplaced
-//! password.
+//! No error from here repeats a value, which can be a misplaced password. Must not know: any
+//! setting.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -21,7 +21,8 @@ use percent_encoding::percent_decode_str;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
-/// A value parser that says what it accepts: in errors, in `--help` and in `docs/settings.md`.
+/// A value parser, with the description of accepted values that errors, `--help` and
+/// `docs/settings.md` show.
 #[derive(Clone)]
 pub(super) struct Accept<T> {
     accepted: String,
@@ -34,13 +35,13 @@ impl<T> Accept<T> {
     /// Reads a text.
     ///
     /// # Errors
-    /// What is accepted, without the text.
+    /// A description of accepted values, without the text.
     pub(super) fn read(&self, text: &str) -> Result<T, String> {
         (self.read)(text).ok_or_else(|| format!("expected {}", self.accepted))
     }
 }
 
-/// Accepts what `read` can read; `accepted` follows the word "expected" in an error.
+/// Accepts every text that `read` can read; `accepted` follows the word "expected" in an error.
 pub(super) fn accept<T>(
     accepted: impl Into<String>,
     read: impl Fn(&str) -> Option<T> + Send + Sync + 'static,
@@ -51,7 +52,7 @@ pub(super) fn accept<T>(
     }
 }
 
-/// Accepts values from `low` to `high`, both included and written as a user would write them.
+/// Accepts values from `low` to `high`, both included. Both are written as a user would write them.
 pub(super) fn within<T: PartialOrd + 'static>(
     read: fn(&str) -> Option<T>,
     low: &'static str,
@@ -63,7 +64,7 @@ pub(super) fn within<T: PartialOrd + 'static>(
     })
 }
 
-/// Accepts one of these words, in upper or lower case, as OpenTelemetry asks.
+/// Accepts one of these words in upper or lower case, as OpenTelemetry requires.
 pub(super) fn one_of<T: Copy + Send + Sync>(words: &'static [(&'static str, T)]) -> Accept<T> {
     let accepted: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
     accept(accepted.join(", "), |text| {
@@ -93,12 +94,12 @@ impl<T: Clone + Send + Sync + 'static> TypedValueParser for Accept<T> {
     }
 }
 
-/// Reads a value as its type does.
+/// Reads a value by its type's `FromStr`.
 pub(super) fn parsed<T: FromStr>(text: &str) -> Option<T> {
     text.parse().ok()
 }
 
-/// Reads a duration of whole units. A bare number would leave its unit to be guessed.
+/// Reads a duration of whole units. A number without a unit is refused, since its unit is a guess.
 pub(super) fn duration(text: &str) -> Option<Duration> {
     let number = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
     let milliseconds_per_unit = match &text[number.len()..] {
@@ -115,7 +116,7 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
     Some(Duration::from_millis(milliseconds))
 }
 
-/// Reads a duration as OpenTelemetry writes it.
+/// Reads a duration as OpenTelemetry writes it, in milliseconds without a unit.
 pub(super) fn milliseconds(text: &str) -> Option<Duration> {
     parsed(text).map(Duration::from_millis)
 }
@@ -125,13 +126,13 @@ pub(super) fn port() -> Accept<u16> {
     within(parsed, "1", "65535")
 }
 
-/// Reads text of at most so many bytes.
+/// Reads text of 1 to `max_bytes` bytes without control characters.
 pub(super) fn text(text: &str, max_bytes: usize) -> Option<String> {
     let accepted = (1..=max_bytes).contains(&text.len()) && !text.contains(char::is_control);
     accepted.then(|| text.to_owned())
 }
 
-/// Reads a host name, or an IP address with or without brackets, which are dropped.
+/// Reads a host name, or an IP address with or without brackets. Drops the brackets.
 pub(super) fn host(text: &str) -> Option<String> {
     let bare = text
         .strip_prefix('[')
@@ -162,7 +163,7 @@ pub(super) fn pairs(text: &str) -> Result<Pairs, String> {
     Ok(pairs)
 }
 
-/// Decodes percent-encoded UTF-8. A stray `%` is an error: it was meant to be `%25`.
+/// Decodes percent-encoded UTF-8. A stray `%` is an error, since the user meant `%25`.
 pub(super) fn percent_decoded(text: &str) -> Result<String, String> {
     let stray = text.match_indices('%').any(|(at, _)| {
         let digits = text.as_bytes().get(at + 1..at + 3);
@@ -177,12 +178,12 @@ pub(super) fn percent_decoded(text: &str) -> Result<String, String> {
         .map_err(|_| "is not UTF-8 once percent-decoded".to_owned())
 }
 
-/// Text that is never shown: `Debug` writes `****`.
+/// Text that no output contains: `Debug` writes `****`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Stands for a secret wherever it would be shown.
+    /// Shown in place of a secret.
     pub(super) const MASK: &'static str = "****";
 
     /// The text itself, for the one call that needs it.
@@ -204,7 +205,7 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// A file that holds a secret, and what it held when the program started.
+/// The secret that a file held when the program started.
 #[derive(Clone, Debug)]
 pub(super) struct SecretFile {
     pub(super) secret: Secret,
@@ -232,7 +233,7 @@ impl FromStr for SecretFile {
 /// Certificates to trust.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Certificates {
-    /// The file they were read from.
+    /// The file that holds them.
     pub path: PathBuf,
     /// The file's contents, in PEM.
     pub pem: Vec<u8>,
@@ -287,8 +288,8 @@ impl fmt::Debug for Certificates {
     }
 }
 
-/// Reads a file of at most so many bytes. The error names the user: the usual cause is a file that
-/// only another user is permitted to read.
+/// Reads a file of at most `max_bytes` bytes. The error names the user, since the usual cause is a
+/// file that only another user may read.
 fn read_bounded(path: &Path, max_bytes: u64) -> Result<Vec<u8>, String> {
     let read = || -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();

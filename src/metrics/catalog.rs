@@ -1,6 +1,6 @@
 //! Every metric, declared once: its help text, name, type, unit, buckets and labels.
 //!
-//! Handles live in the file that changes a metric. Must not know: when or why one changes.
+//! Handles are in the file that changes the metric. Must not know: when or why a metric changes.
 
 #![expect(clippy::doc_markdown, reason = "a help text is plain text")]
 
@@ -20,7 +20,7 @@ const BATCH_BUCKETS: &[f64] = &[
 ];
 
 /// Declares metrics: a doc comment, which is the help text, and `NAME: Type(Unit, BUCKETS)["label"]
-/// = "name"`. The unit is a count where none is given.
+/// = "name"`. Without a unit the metric is a count.
 macro_rules! metrics {
     ($(
         $(#[doc = $help:literal])+
@@ -142,7 +142,7 @@ metrics! {
     BUSY_SECONDS: Counter(Seconds) = "tokio_busy_seconds_total";
 }
 
-/// A metric of type `H`, each series of which has a value for each of its labels.
+/// A metric of type `H`. Each of its series has a value for each label.
 #[derive(Debug)]
 pub struct Metric<H, const LABELS: usize> {
     pub(super) description: Description,
@@ -150,7 +150,7 @@ pub struct Metric<H, const LABELS: usize> {
     handle: PhantomData<H>,
 }
 
-/// What a scraper reads about a metric.
+/// A metric's name, help text, unit and type, as a scraper reads them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Description {
     pub(super) name: &'static str,
@@ -168,7 +168,7 @@ pub(super) enum Kind {
 }
 
 impl<H, const LABELS: usize> Metric<H, LABELS> {
-    /// Prometheus takes a label without a value as absent, so such a label is left out.
+    /// Omits labels without a value, which Prometheus treats as absent.
     fn labels(&self, values: [&str; LABELS]) -> Vec<Label> {
         let labels = self.labels.into_iter().zip(values);
         labels
@@ -179,26 +179,26 @@ impl<H, const LABELS: usize> Metric<H, LABELS> {
 }
 
 impl<const LABELS: usize> Metric<Counter, LABELS> {
-    /// The handle of a series, which exists from here on. A label can be absent: its value is "".
+    /// Creates a series and returns its handle. The value "" omits a label.
     pub fn with(&self, values: [&str; LABELS]) -> Counter {
         metrics::counter!(self.description.name, self.labels(values))
     }
 }
 
 impl<const LABELS: usize> Metric<Gauge, LABELS> {
-    /// The handle of a series, which exists from here on. A label can be absent: its value is "".
+    /// Creates a series and returns its handle. The value "" omits a label.
     pub fn with(&self, values: [&str; LABELS]) -> Gauge {
         metrics::gauge!(self.description.name, self.labels(values))
     }
 }
 
 impl<const LABELS: usize> Metric<Histogram, LABELS> {
-    /// The handle of a series, which exists from here on. A label can be absent: its value is "".
+    /// Creates a series and returns its handle. The value "" omits a label.
     pub fn with(&self, values: [&str; LABELS]) -> Histogram {
         metrics::histogram!(self.description.name, self.labels(values))
     }
 
-    /// What identifies a series.
+    /// The key that identifies a series.
     #[must_use]
     pub fn key(&self, values: [&str; LABELS]) -> Key {
         Key::from_parts(self.description.name, self.labels(values))

@@ -1,34 +1,36 @@
-//! A limit on how many series of a kind there can be, for labels that others choose.
+//! A limit on the number of series, for labels whose values clients or stores choose.
+//!
+//! Must not know: any metric by its name.
 
 use std::collections::HashSet;
 use std::sync::{PoisonError, RwLock};
 
 use metrics::Key;
 
-/// The value of a label that stands for everything without a name or a series of its own.
+/// The label value for everything without a name or a series of its own.
 pub const OTHER: &str = "_OTHER";
 
-/// Admits the first series that ask, and no others.
+/// Admits the first series up to a maximum, and no others.
 #[derive(Debug)]
 pub struct SeriesLimit {
-    series: usize,
+    max_series: usize,
     admitted: RwLock<HashSet<Key>>,
 }
 
 impl SeriesLimit {
-    /// Admits this many series.
+    /// Admits at most this many series.
     #[must_use]
-    pub fn new(series: usize) -> Self {
+    pub fn new(max_series: usize) -> Self {
         Self {
-            series,
+            max_series,
             admitted: RwLock::default(),
         }
     }
 
-    /// Whether a series is one of those admitted.
+    /// Whether a series is admitted, now or earlier.
     pub fn admits(&self, series: &Key) -> bool {
         let admitted = self.admitted.read().unwrap_or_else(PoisonError::into_inner);
-        if admitted.contains(series) || admitted.len() >= self.series {
+        if admitted.contains(series) || admitted.len() >= self.max_series {
             return admitted.contains(series);
         }
         drop(admitted);
@@ -36,7 +38,7 @@ impl SeriesLimit {
             .admitted
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        if admitted.len() < self.series {
+        if admitted.len() < self.max_series {
             admitted.insert(series.clone());
         }
         admitted.contains(series)

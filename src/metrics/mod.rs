@@ -1,4 +1,6 @@
-//! Installs the recorder behind every metric's handle, and renders what it has recorded.
+//! Installs the recorder behind every metric's handle, and renders every metric.
+//!
+//! Must not know: when or why a metric changes.
 
 pub mod catalog;
 pub mod limit;
@@ -19,7 +21,8 @@ pub enum Format {
     OpenMetrics,
 }
 
-/// Installs the recorder and returns what renders it. A handle that is made before changes nothing.
+/// Installs the recorder and returns the handle that renders it. A metric's handle made before this
+/// call records nothing.
 ///
 /// # Errors
 ///
@@ -51,7 +54,7 @@ pub fn install() -> anyhow::Result<PrometheusHandle> {
 #[must_use]
 pub fn render(handle: &PrometheusHandle, format: Format) -> String {
     let fractions = process::read();
-    // Exemplars are taken first, so that each is in a bucket that has counted it.
+    // Exemplars are read first, so that the bucket of each has already counted it.
     let exemplars = EXEMPLARS.suffixes();
     let text = handle.render() + &fractions;
     match format {

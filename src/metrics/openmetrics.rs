@@ -1,4 +1,4 @@
-//! The exporter's text in OpenMetrics 1.0, with exemplars, which the exporter does not know.
+//! Converts the exporter's text to OpenMetrics 1.0, and adds exemplars, which the exporter lacks.
 //!
 //! Must not know: any metric by its name.
 //!
@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use metrics::Key;
 use opentelemetry::trace::{SpanContext, SpanId, TraceId};
 
-/// Units that a name can end in.
+/// The units that metric names end in.
 const UNITS: [&str; 2] = ["seconds", "bytes"];
 
 /// Converts the text format. Families and series keep their order.
@@ -30,7 +30,7 @@ fn convert_family(family: &str, exemplars: &Suffixes) -> Option<String> {
     let mut lines = family.lines();
     let (_, help) = lines.next()?.strip_prefix("# HELP ")?.split_once(' ')?;
     let (full_name, kind) = lines.next()?.strip_prefix("# TYPE ")?.split_once(' ')?;
-    // The name of a counter's family lacks the suffix that its samples have.
+    // A counter's family has the name of its samples without their suffix.
     let name = match full_name.strip_suffix("_total") {
         Some(name) if kind == "counter" => name,
         _ => full_name,
@@ -53,7 +53,7 @@ fn convert_family(family: &str, exemplars: &Suffixes) -> Option<String> {
     Some(output)
 }
 
-/// Writes the bound of a bucket, which is its last label, as a float, and adds the exemplar.
+/// Writes a bucket's bound, its last label, as a float, and adds the exemplar.
 fn convert_bucket(sample: &str, exemplars: &Suffixes) -> Option<String> {
     let (series, value) = sample.rsplit_once(' ')?;
     let (labels, bound) = series.strip_suffix("\"}")?.rsplit_once('"')?;
@@ -64,10 +64,10 @@ fn convert_bucket(sample: &str, exemplars: &Suffixes) -> Option<String> {
     Some(format!("{series} {value}{exemplar}"))
 }
 
-/// What follows the value of a bucket, by the bucket's series.
+/// The exemplars as text, to append after the value of a bucket, by the bucket's series.
 type Suffixes = HashMap<String, String>;
 
-/// The exemplars of every histogram that has any.
+/// The exemplars of every histogram.
 pub static EXEMPLARS: LazyLock<Exemplars> = LazyLock::new(Exemplars::default);
 
 /// The last sampled observation in each bucket of each series.
@@ -89,11 +89,11 @@ struct Exemplar {
 }
 
 impl Exemplars {
-    /// An older exemplar is not exposed: tracing systems can have dropped its trace.
+    /// Older exemplars are not exposed: the tracing system can have dropped their traces.
     const RECENT: Duration = Duration::from_mins(10);
 
-    /// Keeps an observation of a series with these upper bounds, in place of the last one in its
-    /// bucket. The series must have recorded it.
+    /// Keeps an observation of a series with these upper bounds, in place of the last exemplar in its
+    /// bucket. The histogram must have recorded the observation already.
     pub fn keep(&self, series: &Key, bounds: &[f64], value: f64, span: &SpanContext) {
         let exemplar = Exemplar {
             trace: span.trace_id(),
@@ -113,7 +113,7 @@ impl Exemplars {
         }
     }
 
-    /// What follows each bucket's value.
+    /// The text to append after each bucket's value.
     pub(super) fn suffixes(&self) -> Suffixes {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut suffixes = Suffixes::new();

@@ -1,4 +1,6 @@
-//! Metrics of the process and of the runtime, read when a scraper asks.
+//! Metrics of the process and of the runtime, read at each scrape.
+//!
+//! Must not know: in which format metrics are rendered.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -8,7 +10,7 @@ use super::catalog::{
     START_TIME, THREADS, VIRTUAL_MEMORY, WORKERS,
 };
 
-/// Reads all. Returns the counters that have fractions as text, since the exporter's counters are
+/// Reads all of them. Returns the counters with fractions as text, since the exporter's counters are
 /// whole numbers. Must be called inside the runtime.
 pub(super) fn read() -> String {
     let process = metrics_process::collector::collect();

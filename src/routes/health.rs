@@ -1,6 +1,7 @@
-//! Health: whether visits are recorded.
+//! `GET /health`: whether the service records visits.
 //!
-//! The routes only read what is known, so they answer at once whatever the stores do.
+//! The routes only read the state that the monitor keeps, so they respond at once even while a store
+//! hangs. Must not know: how a store is probed.
 
 use axum::Json;
 use axum::extract::State;
@@ -42,7 +43,7 @@ enum Overall {
     Unavailable,
 }
 
-/// `GET /health` and `/health/ready`: whether visits are recorded.
+/// `GET /health` and `/health/ready`: whether the service records visits.
 pub(super) async fn ready(State(state): State<AppState>) -> Response {
     let migrated = state.postgres.is_migrated();
     let recount_due = state.postgres.is_recount_due();
@@ -80,7 +81,7 @@ pub(super) async fn ready(State(state): State<AppState>) -> Response {
     (code, Json(report)).into_response()
 }
 
-/// `GET /health/live`: whether the process serves at all.
+/// `GET /health/live`: whether the process responds at all.
 pub(super) async fn live() -> Response {
     Json(serde_json::json!({ "status": "ok" })).into_response()
 }

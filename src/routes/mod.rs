@@ -1,7 +1,9 @@
-//! The routes, and what every request passes on its way to one.
+//! The routes, and the layers that every request passes on its way to a handler.
+//!
+//! Must not know: how a connection is served.
 
 mod health;
-pub mod problem;
+mod problem;
 mod renderings;
 mod scrape;
 mod state;
@@ -17,8 +19,8 @@ use tower_http::catch_panic::CatchPanicLayer;
 pub use self::state::AppState;
 use crate::telemetry::request::Observer;
 
-/// Every route of the main listener. `/metrics` is one of them unless it has a listener of its own.
-pub fn of_visitors(state: &AppState, observer: Arc<Observer>, with_metrics: bool) -> Router {
+/// Builds the router of the main listener, with `/metrics` unless that has a listener of its own.
+pub fn main_router(state: &AppState, observer: Arc<Observer>, with_metrics: bool) -> Router {
     let mut router = Router::new()
         .route("/", get(visit::record).head(visit::head))
         .route("/health", get(health::ready))
@@ -30,15 +32,15 @@ pub fn of_visitors(state: &AppState, observer: Arc<Observer>, with_metrics: bool
     layered(router.with_state(state.clone()), observer)
 }
 
-/// The one route of the listener at `METRICS_ADDR`.
-pub fn of_metrics(state: &AppState, observer: Arc<Observer>) -> Router {
+/// Builds the router of the listener at `METRICS_ADDR`.
+pub fn metrics_router(state: &AppState, observer: Arc<Observer>) -> Router {
     let router = Router::new().route("/metrics", get(scrape::render));
     layered(router.with_state(state.clone()), observer)
 }
 
-/// The first layer sees a request first: what is observed includes what the others refuse, and a
-/// panic is caught before it can pass anything unobserved. They are one stack, since axum allocates
-/// again for each layer that is added by itself.
+/// Adds the layers. The first layer is the outermost: it observes the responses of all others, and a
+/// panic becomes a response before it reaches that layer. They are one stack, since axum allocates
+/// once for each layer that is added by itself.
 pub fn layered(router: Router, observer: Arc<Observer>) -> Router {
     router.layer(
         ServiceBuilder::new()

@@ -1,5 +1,7 @@
-//! Errors as a client sees them: a problem document (RFC 9457) that says which rule of HTTP was
-//! broken and nothing of what goes on inside.
+//! Errors as a client sees them: a problem document (RFC 9457) with the status and no internal
+//! detail.
+//!
+//! Must not know: why a request failed.
 
 use std::any::Any;
 
@@ -17,9 +19,9 @@ struct Problem<'a> {
     status: u16,
 }
 
-/// Gives every error that has no JSON body of its own a problem document: those of the router
+/// Replaces the body of every error without a JSON body by a problem document: errors of the router
 /// (404, 405) and of a handler that panicked (500).
-pub fn problem_document<B>(response: http::Response<B>) -> Response
+pub(super) fn problem_document<B>(response: http::Response<B>) -> Response
 where
     B: HttpBody<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
@@ -48,10 +50,10 @@ where
     Response::from_parts(parts, Body::from(body))
 }
 
-/// Keeps caches from storing a response that does not say itself how long it is good for: each is
-/// about its own moment. Without this a cache may keep some by its own judgement, a 404 or a
-/// scrape among them (RFC 9111, section 4.2.2).
-pub fn not_stored(mut response: Response) -> Response {
+/// Keeps caches from storing a response without `Cache-Control`, since each is true only at its own
+/// moment. Without this header a cache may store some by its own judgement, such as a 404 or a scrape
+/// (RFC 9111, section 4.2.2).
+pub(super) fn not_stored(mut response: Response) -> Response {
     response
         .headers_mut()
         .entry(CACHE_CONTROL)
@@ -59,9 +61,8 @@ pub fn not_stored(mut response: Response) -> Response {
     response
 }
 
-/// The response to a request whose handler panicked. What it panicked with is in the log.
-#[must_use]
-pub fn panicked(_panic: Box<dyn Any + Send>) -> http::Response<Body> {
+/// The response to a request whose handler panicked. The log has the panic's message.
+pub(super) fn panicked(_panic: Box<dyn Any + Send>) -> http::Response<Body> {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
     response

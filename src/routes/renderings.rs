@@ -1,4 +1,7 @@
-//! What scrapers share, so that many cost hardly more than one.
+//! Shares one rendering of the metrics between concurrent scrapers, so that many scrapers cost hardly
+//! more than one.
+//!
+//! Must not know: what is rendered.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,17 +12,17 @@ use tokio::task::JoinError;
 
 use crate::metrics::Format;
 
-/// Shares renderings between scrapers. One runs at a time, and every scraper that asks before the
-/// next one begins gets that one. So scrapers take at most one thread from the visits, and wait for
-/// at most the rendering in progress and one of each format.
+/// Shares renderings between scrapers. One rendering runs at a time, and every scraper that asks before
+/// the next rendering starts gets that one. So scrapers use at most one thread, and wait for at most
+/// the rendering in progress and one of each format.
 #[derive(Debug, Clone, Default)]
 pub struct Renderings(Arc<Mutex<Latest>>);
 
-/// The last rendering of each format, and when it began.
+/// The last rendering of each format, and when it started.
 type Latest = [Option<(Instant, Bytes)>; 2];
 
 impl Renderings {
-    /// The text of a rendering that begins after this is called.
+    /// Returns the text of a rendering that starts after this call.
     pub(super) async fn text(
         &self,
         format: Format,
@@ -32,7 +35,7 @@ impl Renderings {
         {
             return text.clone();
         }
-        // The rendering holds the lock, so that a scraper that disconnects does not start another.
+        // The rendering holds the lock, so that no second one starts when its scraper disconnects.
         let rendering = tokio::task::spawn_blocking(move || {
             let began = Instant::now();
             let text = Bytes::from(render());
@@ -42,7 +45,7 @@ impl Renderings {
         match rendering.await.map_err(JoinError::try_into_panic) {
             Ok(text) => text,
             Err(Ok(panic)) => std::panic::resume_unwind(panic),
-            // The runtime ended before the rendering began, and drops this future, too.
+            // The runtime ended before the rendering started, and drops this future too.
             Err(Err(_cancelled)) => std::future::pending().await,
         }
     }
@@ -58,7 +61,7 @@ mod tests {
 
     use super::*;
 
-    /// Renders how many renderings have begun.
+    /// A renderer whose text is the number of renderings started so far.
     struct Counter {
         renderings: Renderings,
         begun: Arc<AtomicUsize>,
@@ -89,8 +92,7 @@ mod tests {
             })
         }
 
-        /// Begins a rendering that goes on until the sender is dropped, at the latest when the test
-        /// ends.
+        /// Starts a rendering that lasts until the sender is dropped, at the latest at the test's end.
         async fn hold(&self) -> (JoinHandle<Bytes>, mpsc::Sender<()>) {
             let (gate, closed) = mpsc::channel::<()>();
             let held = self.ask(Format::Text, move || closed.recv().unwrap_or_default());
@@ -106,7 +108,7 @@ mod tests {
         let counter = Counter::new();
         let (first, gate) = counter.hold().await;
         let others: Vec<_> = (0..50).map(|_| counter.ask(Format::Text, || {})).collect();
-        // The runtime has one thread, so every scraper has asked before this goes on.
+        // The runtime has one thread, so every scraper has asked when this task continues.
         yield_now().await;
         drop(gate);
         assert_eq!(first.await.unwrap(), "1");
@@ -118,14 +120,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn formats_are_told_apart() {
+    async fn each_format_has_its_own_rendering() {
         let counter = Counter::new();
         let (first, gate) = counter.hold().await;
         let mut others = Vec::new();
         for _ in 0..50 {
             for format in [Format::Text, Format::OpenMetrics] {
                 others.push((format, counter.ask(format, || {})));
-                // So that the formats wait in turns.
+                // Makes scrapers of the two formats wait alternately.
                 yield_now().await;
             }
         }
@@ -144,7 +146,7 @@ mod tests {
         first.abort();
         assert!(first.await.unwrap_err().is_cancelled());
         let second = counter.ask(Format::Text, || {});
-        // Nothing must happen, so there is no fact to wait for.
+        // The test asserts that nothing happens, so there is no fact to wait for.
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert_eq!(counter.begun.load(Ordering::SeqCst), 1);
         drop(gate);

@@ -38,9 +38,9 @@ fn format(headers: &HeaderMap) -> Format {
         let list = MediaTypeList::new(accepted.to_str().unwrap_or_default());
         for media in list.flatten() {
             let weight = weight(&media);
-            if is(&media, "application", "openmetrics-text", "1.0.0") {
+            if is_type(&media, "application", "openmetrics-text", "1.0.0") {
                 openmetrics = weight.max(openmetrics);
-            } else if is(&media, "text", "plain", "0.0.4") {
+            } else if is_type(&media, "text", "plain", "0.0.4") {
                 text = weight.max(text);
             }
         }
@@ -52,8 +52,8 @@ fn format(headers: &HeaderMap) -> Format {
     }
 }
 
-/// Whether a media type is this one, in this version if it names one.
-fn is(media: &MediaType<'_>, main: &str, sub: &str, version: &str) -> bool {
+/// Whether `media` is the type `main/sub`, in this version if it names a version.
+fn is_type(media: &MediaType<'_>, main: &str, sub: &str, version: &str) -> bool {
     let named = media.get_param(Name::new_unchecked("version"));
     media.ty == main && media.subty == sub && named.is_none_or(|named| named == version)
 }
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn accept_may_be_several_lines() {
+    fn accept_can_be_several_lines() {
         let both = ["text/plain;q=0.5", "application/openmetrics-text"];
         assert_eq!(format(&accept(&both)), Format::OpenMetrics);
         assert_eq!(format(&HeaderMap::new()), Format::Text);

@@ -1,4 +1,6 @@
-//! What the handlers share: the recorder, the stores and the phase of a stop.
+//! The state that the handlers share: the recorder, the stores and the phase of a stop.
+//!
+//! Must not know: what a handler does with it.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use crate::telemetry::Telemetry;
 #[derive(Clone)]
 pub struct AppState(Arc<Parts>);
 
-/// What [`AppState`] refers to.
+/// The fields of [`AppState`].
 pub struct Parts {
     /// Takes visits.
     pub recorder: Recorder,
@@ -23,14 +25,14 @@ pub struct Parts {
     pub redis: Arc<Redis>,
     /// Renders metrics.
     pub telemetry: Arc<Telemetry>,
-    /// Lets one scrape render at a time.
+    /// Lets one rendering run at a time.
     pub renderings: Renderings,
-    /// How far a stop has come.
+    /// The phase of a stop.
     pub lifecycle: Lifecycle,
 }
 
 impl AppState {
-    /// What the handlers of a service share, in a phase of its life.
+    /// The state of one service.
     #[must_use]
     pub fn new(
         recorder: Recorder,

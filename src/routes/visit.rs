@@ -18,7 +18,7 @@ use super::state::AppState;
 use crate::recorder::Refusal;
 use crate::store::Store as _;
 
-/// The response, its fields in the order of the challenge.
+/// The response's body, with its fields in the order of the challenge.
 #[derive(Debug, Serialize)]
 struct VisitBody {
     db_status: &'static str,
@@ -27,7 +27,7 @@ struct VisitBody {
     visitas_redis: Option<i64>,
 }
 
-/// How many headers a response has, with those that the layers add.
+/// The number of headers in a response, with those that the layers add.
 const HEADERS: usize = 8;
 
 /// Records this request as a visit.
@@ -46,7 +46,7 @@ pub(super) async fn record(State(state): State<AppState>) -> Response {
     }
 }
 
-/// `HEAD /` is no visit, so it is not known how long the body of a `GET` would be.
+/// `HEAD /` records no visit, so the length of a `GET`'s body is unknown.
 pub(super) async fn head() -> Response {
     let mut response = Response::new(Body::new(UnknownLength));
     let json = HeaderValue::from_static("application/json");
@@ -54,7 +54,7 @@ pub(super) async fn head() -> Response {
     response
 }
 
-/// An empty body that does not tell its length. Of any other the router would write
+/// An empty body of unknown length. For any other empty body the router would send
 /// `Content-Length: 0`, which says that `GET /` has no body (RFC 9110, section 8.6).
 struct UnknownLength;
 
@@ -70,8 +70,8 @@ impl HttpBody for UnknownLength {
     }
 }
 
-/// The response to a visit that is not known to be recorded. Its Redis fields are the last reading,
-/// so that a failing database costs no Redis call.
+/// The response to a visit that is not known to be recorded. Its Redis fields are those of the
+/// monitor's last reading, so that a failing database costs no Redis call.
 fn unavailable(state: &AppState, refusal: Refusal) -> Response {
     let postgres_works = match refusal {
         Refusal::QueueFull | Refusal::Stopping => state.postgres.availability().is_up(),
@@ -86,7 +86,7 @@ fn unavailable(state: &AppState, refusal: Refusal) -> Response {
     };
     let mut response = respond(StatusCode::SERVICE_UNAVAILABLE, &body);
     let headers = response.headers_mut();
-    // A visit that can have been recorded must not be invited to come again.
+    // If the visit can have been recorded, a retry could count it twice.
     if refusal != Refusal::InDoubt {
         headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
     }
@@ -102,7 +102,7 @@ fn respond(status: StatusCode, body: &VisitBody) -> Response {
         // Four plain fields always serialise.
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };
-    // A terminal shows its prompt on a line of its own.
+    // With a newline a terminal shows its next prompt on a line of its own.
     json.push(b'\n');
     let mut response = Response::new(Body::from(json));
     *response.status_mut() = status;

@@ -1,4 +1,4 @@
-//! What a connection is doing: one of five states, each with its timeout.
+//! The activity of a connection: one of five states, each with its timeout.
 //!
 //! Must not know: how bytes are read and written.
 
@@ -11,47 +11,48 @@ use tokio::time::Instant;
 
 use super::shared::Shared;
 
-/// What a connection waits for.
+/// The state of a connection, by what it waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum State {
-    /// The client, to begin a request. Entered by accept, and when the kernel has a response.
+    /// The client, to start a request. Entered at accept, and when the kernel has all of a response.
     Idle,
-    /// The client, to end the headers it has begun. Entered with a byte.
+    /// The client, to complete its headers. Entered at their first byte.
     Headers,
     /// The handler. Entered when hyper calls the service.
     Handling,
-    /// The client, to take a response. Entered when a write would block, and again with each byte.
+    /// The client, to read a response. Entered when a write would block, and again at each byte.
     Writing,
-    /// The client, to close: the server has.
+    /// The client, to close its side; the server has closed its own.
     Lingering,
 }
 
-/// [`Activity::idle_since`] of a connection that is not idle, and of one that closes for that.
+/// Values of `idle_since` for a connection that is not idle, and for one that closes because it is
+/// idle.
 const BUSY: u64 = 0;
 const ENDING: u64 = u64::MAX;
 
-/// What a connection is doing. The connection's task writes it, and so does the server that evicts
-/// or wakes the connection; the server has a fence for that, so relaxed order is enough.
+/// The activity of a connection. The connection's task writes it, and the server writes it to evict
+/// or wake the connection. The server uses a fence for that, so relaxed order is enough.
 pub(super) struct Activity {
     /// A [`State`].
     state: AtomicU8,
-    /// The state was entered since the clock last looked.
+    /// Whether the state was entered since the last look at the clock.
     moved: AtomicBool,
-    /// hyper holds the whole response, or none is due.
+    /// Whether hyper has the whole response, or none is due.
     responded: AtomicBool,
     /// Set by [`Activity::announce_close`].
     closing: AtomicBool,
     /// The last four bytes that were read.
     tail: AtomicU32,
-    /// Since when it is idle, by [`Shared::moment`]; or [`BUSY`], or [`ENDING`].
+    /// When the connection became idle, by [`Shared::moment`]; or [`BUSY`], or [`ENDING`].
     idle_since: AtomicU64,
     /// Wakes the connection's task, whose waker is always the same.
     waker: OnceLock<Waker>,
 }
 
 impl Activity {
-    /// For a connection that was accepted at this moment.
+    /// The activity of a connection that was accepted at this moment.
     pub(super) fn new(accepted: u64) -> Self {
         Self {
             state: AtomicU8::new(State::Idle as u8),
@@ -84,13 +85,14 @@ impl Activity {
         }
     }
 
-    /// Since when it is idle, if it is and stays open.
+    /// When the connection became idle, if it is idle and stays open.
     pub(super) fn idle_since(&self) -> Option<u64> {
         let since = self.idle_since.load(Relaxed);
         (since != BUSY && since != ENDING).then_some(since)
     }
 
-    /// Closes it if it has been idle since this moment. A request that arrives meanwhile is served.
+    /// Closes the connection if it has been idle since this moment. A request that arrives meanwhile
+    /// is served.
     pub(super) fn evict(&self, since: u64) -> bool {
         let evicted = self
             .idle_since
@@ -105,13 +107,13 @@ impl Activity {
     /// Wakes the connection's task, which then sees what the server has changed.
     pub(super) fn wake(&self) {
         fence(SeqCst);
-        // A task that has not run yet will see it anyway.
+        // A task that has not run yet sees the change at its first turn.
         if let Some(waker) = self.waker.get() {
             waker.wake_by_ref();
         }
     }
 
-    /// The connection closes because it has been idle for too long, unless a request has arrived.
+    /// Closes the connection because its idle timeout has passed, unless a request has arrived.
     pub(super) fn expire(&self) {
         self.idle_since.store(ENDING, Relaxed);
     }
@@ -120,7 +122,7 @@ impl Activity {
         self.state() == State::Idle && self.idle_since.load(Relaxed) == ENDING
     }
 
-    /// A response says `Connection: close` for a reason that the client does not know.
+    /// Notes that a response says `Connection: close` for a reason that the client does not know.
     pub(super) fn announce_close(&self) {
         self.closing.store(true, Relaxed);
     }
@@ -129,7 +131,7 @@ impl Activity {
         self.closing.load(Relaxed)
     }
 
-    /// From now on its place cannot be taken.
+    /// From now on the connection cannot be evicted.
     pub(super) fn mark_busy(&self) {
         self.idle_since.store(BUSY, Relaxed);
     }
@@ -139,14 +141,14 @@ impl Activity {
         self.moved.store(true, Relaxed);
     }
 
-    /// When the present state times out, if it can. `since` is when the state was entered, updated
-    /// here when the state has changed.
+    /// When the current state times out, if it can. `since` is when the state was entered; this updates
+    /// it if the state has changed.
     pub(super) fn deadline(&self, since: &mut Instant, shared: &Shared) -> Option<Instant> {
         let state = self.state();
         if self.moved.swap(false, Relaxed) && state != State::Handling {
             *since = Instant::now();
             if state == State::Idle {
-                // From now on its place can be needed for another connection.
+                // From now on the connection can be evicted.
                 self.idle_since.store(shared.moment(*since), Relaxed);
             }
         }
@@ -162,44 +164,44 @@ impl Activity {
         deadline.into_iter().chain(last_call.copied()).min()
     }
 
-    pub(super) fn bytes_read(&self, bytes: &[u8]) {
+    pub(super) fn note_read(&self, bytes: &[u8]) {
         let last = &bytes[bytes.len().saturating_sub(4)..];
         let tail = last.iter().fold(self.tail.load(Relaxed), |tail, &byte| {
             tail << 8 | u32::from(byte)
         });
         self.tail.store(tail, Relaxed);
         if self.state() == State::Idle {
-            self.headers_begun();
+            self.start_headers();
         }
     }
 
-    pub(super) fn headers_begun(&self) {
+    pub(super) fn start_headers(&self) {
         self.mark_busy();
         self.enter(State::Headers);
     }
 
-    pub(super) fn request_begun(&self) {
+    pub(super) fn start_request(&self) {
         self.mark_busy();
         self.responded.store(false, Relaxed);
         self.enter(State::Handling);
     }
 
-    /// hyper has all of the response; the kernel can have less.
-    pub(super) fn response_complete(&self) {
+    /// Notes that hyper has all of the response; the kernel can have less.
+    pub(super) fn complete_response(&self) {
         self.responded.store(true, Relaxed);
         if self.state() != State::Writing {
             self.enter(self.after_response());
         }
     }
 
-    pub(super) fn write_blocked(&self) {
+    pub(super) fn note_blocked_write(&self) {
         // Only a byte that is written gives the client more time.
         if self.state() != State::Writing {
             self.enter(State::Writing);
         }
     }
 
-    pub(super) fn bytes_written(&self) {
+    pub(super) fn note_write(&self) {
         if self.state() == State::Writing {
             self.enter(if self.responded.load(Relaxed) {
                 self.after_response()
@@ -209,8 +211,8 @@ impl Activity {
         }
     }
 
-    /// Bytes behind the last request begin the next one, unless they end as headers do: hyper then
-    /// has all of it.
+    /// The state after a response. Bytes after the last request start the next one, unless they end as
+    /// headers do: then hyper has read all of them.
     fn after_response(&self) -> State {
         let [_, bytes @ ..] = self.tail.load(Relaxed).to_be_bytes();
         if bytes == *b"\n\r\n" || bytes[1..] == *b"\n\n" {

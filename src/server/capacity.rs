@@ -1,24 +1,24 @@
-//! How many connections the process can have open, by its limit on open files.
+//! The number of connections that each listener can have open, within the limit on open files.
 //!
 //! Must not know: how connections are accepted.
 
 /// Descriptors for everything that is not a client connection.
 const OTHER_FILES: usize = 64;
-/// Maximum number of scrapers' connections, where `METRICS_ADDR` gives them a listener of their own.
+/// Maximum number of scrapers' connections, if `METRICS_ADDR` gives them a listener of their own.
 const SCRAPERS_MAX: usize = 64;
 
-/// How many connections each listener can have open. Each connection is an open file, so all together
-/// stay within the limit on open files.
+/// The number of connections that each listener can have open. Each connection is an open file, so
+/// their sum stays below the limit on open files.
 #[derive(Debug, Clone, Copy)]
 pub struct Capacity {
     /// For visitors.
     pub visitors: usize,
-    /// For scrapers; 0 where they have no listener of their own.
+    /// For scrapers; 0 if they have no listener of their own.
     pub scrapers: usize,
 }
 
 impl Capacity {
-    /// Raises the limit on open files as far as needed and allowed.
+    /// Raises the limit on open files as far as needed and allowed, and divides it.
     #[must_use]
     pub fn new(max_connections: usize, with_scrapers: bool) -> Self {
         let scrapers = if with_scrapers { SCRAPERS_MAX } else { 0 };

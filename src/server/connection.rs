@@ -1,13 +1,13 @@
-//! One connection: HTTP/1 over a socket, whose every wait has a deadline.
+//! One connection: HTTP/1 over a socket, with a deadline for every wait.
 //!
 //! Must not know: how connections are accepted or counted, and what the router does.
 //!
-//! hyper does not tell when headers begin or when a response is complete, and its one timer for
+//! hyper does not report when headers start or when a response is complete, and its one timer for
 //! headers also runs while a connection is idle. So the socket, the service and the response's body
 //! move an [`Activity`] from state to state, and the connection's task derives a deadline from it
 //! after each turn of hyper. The clock is read only when the state has changed, and a timer is set
-//! only when a deadline is nearer than the one it is set to: a request that arrives whole and is
-//! responded to at once costs one look at the clock and no timer.
+//! only when a deadline is earlier than the one it is set to: a request that arrives whole and gets its
+//! response at once costs one look at the clock and no timer.
 //!
 //! No route reads a body. A request that has one gets a response, and the connection ends.
 
@@ -42,15 +42,15 @@ use super::shared::Shared;
 /// does not read fills both.
 const BUFFER_MAX: usize = 32 * 1024;
 
-/// How long a connection that the server has ended still reads what its client sends: a body, a
-/// request that was on its way, or the rest of what hyper rejected.
+/// How long the server still reads from a connection after it has closed its own side: the client
+/// can be sending a body, a further request, or the rest of a request that hyper rejected.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// Serves one connection until the client ends it, a response says `Connection: close`, a limit is
-/// reached, another connection needs its place, or the server drains.
+/// reached, it is evicted, or the server drains.
 pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Activity>) {
-    // A response is one write and must not wait for the client's ACK of the one before. A socket
-    // that refuses the option is broken and says so at its first read.
+    // A response is one write and must not wait for the client's ACK of the previous one. A socket
+    // that refuses the option is broken, and its first read fails.
     let _ = stream.set_nodelay(true);
 
     let socket = Socket {
@@ -59,8 +59,8 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
     };
     let service = service_fn(|request: Request<Incoming>| {
         let has_body = !request.body().is_end_stream();
-        let named = host::is_named(request.version(), request.uri(), request.headers());
-        activity.request_begun();
+        let named = host::names_one_host(request.version(), request.uri(), request.headers());
+        activity.start_request();
         // A router is always ready.
         let response = named.then(|| {
             shared
@@ -76,7 +76,7 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
                 (shared.events.rejected)(Rejection::Host);
                 host::bad_request()
             };
-            // Only here is `Connection: close` decided.
+            // This is the only place that decides about `Connection: close`.
             if has_body || !named || shared.is_leaving() {
                 activity.announce_close();
                 let close = HeaderValue::from_static("close");
@@ -107,7 +107,7 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
             if state != State::Idle || activity.is_ending() {
                 return Poll::Ready(End::Expired(state));
             }
-            // In hyper's next turn the socket sees whether a request has arrived.
+            // In hyper's next turn the socket checks whether a request has arrived.
             activity.expire();
         }
     })
@@ -128,7 +128,7 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
         }
         End::Expired(State::Writing) => {
             tracing::debug!("connection closed: the client does not read");
-            // The kernel would go on offering an unread response for minutes.
+            // Otherwise the kernel would retry to send the unread response for minutes.
             let _ = connection.into_parts().io.inner().stream.set_zero_linger();
         }
         End::Expired(state) => {
@@ -140,19 +140,19 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
     }
 }
 
-/// How a connection came to its end.
+/// How a connection ended.
 enum End {
-    /// By hyper, which has sent all that there was to send.
+    /// By hyper, which has sent everything.
     Closed(Option<hyper::Error>),
     /// By a limit.
     Expired(State),
 }
 
-/// Reads what comes in after the last response, until the client has closed too. Closing a socket
-/// that has unread bytes makes the kernel send a reset, which can destroy the response before the
+/// Reads and drops all bytes after the last response, until the client has closed too. If a socket
+/// with unread bytes is closed, the kernel sends a reset, which can destroy the response before the
 /// client reads it (RFC 9112, section 9.6).
 async fn discard(mut stream: TcpStream) {
-    // hyper has done so only after a response; HTTP/2, for one, gets none.
+    // hyper shuts down its side only after a response, and an HTTP/2 preface gets none.
     let _ = poll_fn(|cx| Pin::new(&mut stream).poll_shutdown(cx)).await;
     while stream.readable().await.is_ok() {
         match stream.try_read(&mut [0; 4096]) {
@@ -193,13 +193,12 @@ impl AsyncRead for Socket {
         let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
         let bytes = &buffer.filled()[before..];
         if !bytes.is_empty() {
-            self.activity.bytes_read(bytes);
+            self.activity.note_read(bytes);
         } else if read.is_pending() && self.activity.is_ending() {
-            // The kernel can have bytes that tokio's poller has not seen yet. They are part of a
-            // request, which is served. Without any, hyper is told that the client has closed, and
-            // closes.
+            // The kernel can have bytes that tokio's poller has not seen yet. They belong to a
+            // request, which is served. If there are none, hyper gets an end of file, and closes.
             if rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0) {
-                self.activity.headers_begun();
+                self.activity.start_headers();
             } else {
                 return Poll::Ready(Ok(()));
             }
@@ -208,8 +207,8 @@ impl AsyncRead for Socket {
     }
 }
 
-/// Without vectored writes: responses are short, and hyper then copies one behind its headers, which
-/// costs less than a list of both.
+/// Without vectored writes: hyper then copies a response's body behind its headers, which costs less
+/// than a list of both for short responses.
 impl AsyncWrite for Socket {
     fn poll_write(
         mut self: Pin<&mut Self>,
@@ -218,16 +217,16 @@ impl AsyncWrite for Socket {
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
         match written {
-            Poll::Pending => self.activity.write_blocked(),
-            Poll::Ready(Ok(_)) => self.activity.bytes_written(),
+            Poll::Pending => self.activity.note_blocked_write(),
+            Poll::Ready(Ok(_)) => self.activity.note_write(),
             Poll::Ready(Err(_)) => {}
         }
         written
     }
 
-    /// hyper calls this in each turn in which it has nothing to write. While a handler works it does
-    /// not read, since a client that has shut down its sending side still waits for a response. So a
-    /// reset is looked for here, and ends the handler.
+    /// hyper calls this in each turn in which it has nothing to write. It does not read while a handler
+    /// works, since a client that has shut down its sending side still waits for a response. So this
+    /// checks for a reset, which ends the handler.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.activity.state() == State::Handling
             && self.stream.poll_read_ready(cx).is_ready()
@@ -271,7 +270,7 @@ impl HttpBody for ResponseBody {
 
 impl Drop for ResponseBody {
     fn drop(&mut self) {
-        self.activity.response_complete();
+        self.activity.complete_response();
     }
 }
 
@@ -283,7 +282,8 @@ mod tests {
     use crate::lifecycle::{Lifecycle, Phase};
     use crate::server::{Events, Limits, Stop};
 
-    /// The size when a connection had nine flags and subscribed to the stop by itself.
+    /// The size in an earlier design, in which a connection had nine flags and its own subscription to
+    /// the stop.
     const TASK_AND_ACTIVITY: usize = 1640;
 
     #[tokio::test]

@@ -1,8 +1,8 @@
-//! Which requests name the host that they are for as HTTP demands (RFC 9112, section 3.2), and the
-//! response to the others.
+//! Checks that a request names its host as HTTP requires (RFC 9112, section 3.2), and makes the
+//! response to a request that does not.
 //!
-//! Must not know: which hosts lead here. Any host is served, as long as there is no doubt which
-//! one is meant: where two readers of a request can differ, one of them can be deceived.
+//! Any host is served, as long as the request names exactly one: if a proxy and this service could
+//! read different hosts, an attacker could deceive one of them. Must not know: which hosts lead here.
 
 use std::net::Ipv6Addr;
 
@@ -17,7 +17,7 @@ const PROBLEM: &str = r#"{"type":"about:blank","title":"Bad Request","status":40
 /// Whether a request of HTTP/1.1 has exactly one valid `Host`, and one of HTTP/1.0 at most one.
 /// A request target in absolute form does not make up for it, and has no user information (RFC
 /// 9110, section 4.2.4).
-pub(super) fn is_named(version: Version, target: &Uri, headers: &HeaderMap) -> bool {
+pub(super) fn names_one_host(version: Version, target: &Uri, headers: &HeaderMap) -> bool {
     let mut hosts = headers.get_all(HOST).iter();
     let named = match (hosts.next(), hosts.next()) {
         (None, _) => version == Version::HTTP_10,
@@ -30,8 +30,8 @@ pub(super) fn is_named(version: Version, target: &Uri, headers: &HeaderMap) -> b
             .is_none_or(|authority| is_valid(authority.as_str().as_bytes()))
 }
 
-/// The response to a request that does not name its host. It is made here because no layer behind
-/// the server counts, traces or logs such a request.
+/// The response to a request that does not name its host. The request never reaches the router, whose
+/// layers make the other problem documents.
 pub(super) fn bad_request() -> Response {
     let mut response = Response::new(Body::from(PROBLEM));
     *response.status_mut() = StatusCode::BAD_REQUEST;
@@ -42,8 +42,8 @@ pub(super) fn bad_request() -> Response {
     response
 }
 
-/// `uri-host [ ":" port ]` (RFC 9110, section 7.2, and RFC 3986, section 3.2). A host can be
-/// empty: that is what a client sends whose target has no authority.
+/// `uri-host [ ":" port ]` (RFC 9110, section 7.2, and RFC 3986, section 3.2). A client sends an empty
+/// host if its target has no authority.
 fn is_valid(value: &[u8]) -> bool {
     if let Some(literal) = value.strip_prefix(b"[") {
         let Some(end) = literal.iter().position(|&byte| byte == b']') else {
@@ -56,7 +56,7 @@ fn is_valid(value: &[u8]) -> bool {
     is_registered_name(name) && is_port(port)
 }
 
-/// Nothing, or a colon and digits; there can be none.
+/// Nothing, or a colon and any number of digits, even none.
 fn is_port(value: &[u8]) -> bool {
     value
         .split_first()
@@ -85,7 +85,7 @@ fn is_name_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(&byte)
 }
 
-/// What stands between brackets: an IPv6 address, or one of a later version.
+/// The text between brackets: an IPv6 address, or one of a later version.
 fn is_ip_literal(literal: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(literal) else {
         return false;

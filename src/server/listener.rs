@@ -1,7 +1,7 @@
 //! The listening socket: how it opens, why it can fail to accept, and how it closes without
 //! resetting a client.
 //!
-//! Must not know: connections that were accepted.
+//! Must not know: what happens to accepted connections.
 
 use std::io;
 use std::net::SocketAddr;
@@ -10,12 +10,12 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::time::Instant;
 
-/// Opens a listener on `addr` that lets `backlog` connections wait to be accepted (the kernel caps
-/// it, on Linux at `net.core.somaxconn`). Must be called within a tokio runtime.
+/// Opens a listener on `addr` with a backlog of `backlog` connections (the kernel caps it, on Linux at
+/// `net.core.somaxconn`). Must be called within a tokio runtime.
 ///
 /// # Errors
 ///
-/// What the system says, with the address in front.
+/// The system's error, with the address.
 pub fn bind(addr: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
     let listen = || {
         let socket = if addr.is_ipv4() {
@@ -24,7 +24,7 @@ pub fn bind(addr: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
             TcpSocket::new_v6()?
         };
         // Without this a restart fails while connections of the last run are in TIME_WAIT. On
-        // Windows the option means something else: sharing the port with a stranger.
+        // Windows the option would let another program share the port.
         #[cfg(unix)]
         socket.set_reuseaddr(true)?;
         socket.bind(addr)?;
@@ -34,8 +34,9 @@ pub fn bind(addr: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
         .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {addr}: {error}")))
 }
 
-/// Whether an accept failed because of the connection it was about to return, so that the next one
-/// can succeed at once (accept(2), "Error handling"); any other error is about this process or host.
+/// Whether an accept failed because of the connection it was about to return, so that the next
+/// accept can succeed at once (accept(2), "Error handling"). Any other error concerns this process or
+/// host.
 pub(super) fn concerns_one_client(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -68,12 +69,12 @@ impl Warnings {
     }
 }
 
-/// Has the kernel drop every segment that begins a connection, so that none can arrive between the
-/// last accept and the listener's end: the kernel would reset it, with the request that its client
-/// has sent. A client whose segment is dropped repeats it after a second, and is then refused.
-/// Returns whether the kernel does so.
+/// Makes the kernel drop every SYN segment, so that no connection can arrive between the last accept
+/// and the close of the listener: the kernel would reset it, and lose the request that its client has
+/// sent. A client whose segment is dropped repeats it after a second, and is then refused. Returns
+/// whether the kernel accepted the filter.
 #[cfg(target_os = "linux")]
-pub(super) fn begin_no_handshake(listener: &std::net::TcpListener) -> bool {
+pub(super) fn block_handshakes(listener: &std::net::TcpListener) -> bool {
     use socket2::SockFilter;
     // Classic BPF (linux/filter.h) over the TCP header, whose byte 13 has the flags: is SYN set?
     let program = [
@@ -88,6 +89,6 @@ pub(super) fn begin_no_handshake(listener: &std::net::TcpListener) -> bool {
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(super) fn begin_no_handshake(_listener: &std::net::TcpListener) -> bool {
+pub(super) fn block_handshakes(_listener: &std::net::TcpListener) -> bool {
     false
 }

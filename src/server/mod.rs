@@ -1,8 +1,8 @@
-//! Serves a router over HTTP/1 with every wait bounded: how many connections are open, how long each
-//! can stay silent, and how long a stop can take.
+//! Serves a router over HTTP/1. Limits how many connections are open, how long each can stay silent,
+//! and how long a stop can take.
 //!
-//! Must not know: routes, stores or settings. It is given a router, limits and the phases of a stop;
-//! it reports how many connections are open and which requests never reached the router.
+//! It gets a router, limits and the phases of a stop; it reports how many connections are open and
+//! which requests never reached the router. Must not know: routes, stores or settings.
 
 mod activity;
 mod capacity;
@@ -25,52 +25,52 @@ use tokio::time::{Instant, sleep, timeout};
 use self::activity::{Activity, State};
 pub use self::capacity::Capacity;
 pub use self::listener::bind;
-use self::listener::{Warnings, begin_no_handshake, concerns_one_client};
+use self::listener::{Warnings, block_handshakes, concerns_one_client};
 pub use self::rejections::{Rejection, Rejections};
 use self::shared::Shared;
 pub use self::shared::{Events, Limits, Stop};
 
-/// How a stop went.
+/// How a drain ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-pub struct Drained {
+pub struct DrainReport {
     /// Connections that were cut at the deadline with a request or a response incomplete.
     pub aborted: usize,
 }
 
 /// How long a draining server waits for one more request on an idle connection. Closing at once
-/// would drop a request that is on its way (RFC 9112, section 9.5, leaves that risk to the client).
+/// would drop a request in flight on the network (RFC 9112, section 9.5, leaves that risk to the client).
 const LAST_CALL: Duration = Duration::from_secs(1);
 
-/// How long a draining server waits for handshakes that have begun, once no new one can begin.
+/// How long a draining server waits for handshakes in progress, once no new one can start.
 const HANDSHAKE: Duration = Duration::from_millis(1);
 
 /// How often a full server looks for an idle connection.
 const EVICT_PAUSE: Duration = Duration::from_millis(50);
 
-/// How many of the longest idle connections one look at all connections finds.
+/// How many of the longest idle connections one scan of all connections collects.
 const EVICT_BATCH: usize = 64;
 
-/// How long accepting pauses after an error that would only repeat at once, such as having no file
-/// descriptor left.
+/// How long accepting pauses after an error that would repeat at once, such as no free file
+/// descriptor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves `router` on `listener` until `stop` says to drain, and then for at most `stop.drain`.
-/// HTTP/1.0 and 1.1 only: `auto` of hyper-util has no timer while it reads the version.
+/// Serves `router` on `listener` until the phase `stop.drain_at`, and then drains for at most
+/// `stop.drain`. HTTP/1.0 and 1.1 only: `auto` of hyper-util has no timer while it reads the version.
 ///
-/// When it drains, connections in the kernel's backlog are still accepted; then the listener closes.
-/// Every request whose headers are read gets a response, with `Connection: close`. A connection
-/// without a request closes after a second (half of `stop.drain` if that is less), one with half of
-/// its headers at its `header_timeout`, and what is still open after `stop.drain` is cut, when its
-/// task next runs.
+/// A draining server still accepts connections from the kernel's backlog, and then closes the
+/// listener. Every request whose headers are read gets a response, with `Connection: close`. A
+/// connection without a request closes after a second (half of `stop.drain` if that is less), and one
+/// with incomplete headers at its `header_timeout`. A connection that is still open after `stop.drain`
+/// is cut when its task next runs.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
     limits: Limits,
     events: Events,
     stop: Stop,
-) -> Drained {
-    // Routes take their state here, once, instead of at every request.
+) -> DrainReport {
+    // Gives routes their state once, instead of at every request.
     let router = router.with_state(());
     let shared = Arc::new(Shared::new(router, limits, events, stop));
     let mut connections = Connections {
@@ -83,28 +83,27 @@ pub async fn serve(
 
     let drain = shared.stop.drain;
     let mut deadline = pin!(sleep(drain));
-    // Open connections first: each that closes makes room for one of the backlog.
+    // Open connections first: each one that closes makes room for one from the backlog.
     connections.last_call(LAST_CALL.min(drain / 2));
     tokio::select! {
         () = connections.accept_backlog(listener, waiting) => {}
         () = &mut deadline => {}
     }
     tokio::select! {
-        () = connections.all_closed() => {}
+        () = connections.wait_for_all() => {}
         () = &mut deadline => {}
     }
     connections.abort()
 }
 
 /// Accepts until the server drains, and returns a connection that was accepted and waits for room.
-/// No error ends this: a listener that works again after an error is worth more than a service that
-/// has exited.
+/// Errors do not end this: the listener can recover, and a service that has exited cannot.
 async fn accept_until_draining(
     listener: &TcpListener,
     connections: &mut Connections,
 ) -> Option<TcpStream> {
     let shared = Arc::clone(&connections.shared);
-    let mut draining = pin!(shared.stop.lifecycle.reached(shared.stop.drain_at));
+    let mut draining = pin!(shared.stop.lifecycle.wait_for(shared.stop.drain_at));
     let mut pause = Duration::ZERO;
     let mut warnings = Warnings::default();
     let mut waiting = None;
@@ -118,8 +117,8 @@ async fn accept_until_draining(
         tokio::select! {
             biased;
             () = &mut draining => return waiting,
-            // A connection that closes ends a pause, since it gives its descriptor back.
-            true = connections.one_closed() => pause = Duration::ZERO,
+            // A connection that closes ends a pause, since it frees its descriptor.
+            true = connections.wait_for_close() => pause = Duration::ZERO,
             accepted = accept, if waiting.is_none() => match accepted {
                 Ok((stream, _)) => {
                     pause = Duration::ZERO;
@@ -151,7 +150,7 @@ struct Connections {
     shared: Arc<Shared>,
     tasks: JoinSet<()>,
     open: HashMap<Id, Arc<Activity>>,
-    /// Connections that were idle at the last look at all of them, and since when; the longest last.
+    /// The connections that were idle at the last scan, and since when; the longest idle one last.
     idle_longest: Vec<(u64, Arc<Activity>)>,
 }
 
@@ -173,7 +172,7 @@ impl Connections {
     /// runs, unless a request has arrived on it by then.
     fn evict_idle_longest(&mut self) {
         for _ in 0..2 {
-            // Some can have been used since the last look. All others have been idle for less.
+            // Some can have been used since the last scan. All others have been idle for less.
             while let Some((since, activity)) = self.idle_longest.pop() {
                 if activity.evict(since) {
                     return;
@@ -197,20 +196,20 @@ impl Connections {
         }
     }
 
-    /// Waits until a connection has closed. Returns false if none is open. Safe to cancel.
-    async fn one_closed(&mut self) -> bool {
+    /// Waits until a connection closes. Returns false if none is open. Safe to cancel.
+    async fn wait_for_close(&mut self) -> bool {
         let Some(ended) = self.tasks.join_next_with_id().await else {
             return false;
         };
-        self.closed(ended);
+        self.remove(ended);
         true
     }
 
-    async fn all_closed(&mut self) {
-        while self.one_closed().await {}
+    async fn wait_for_all(&mut self) {
+        while self.wait_for_close().await {}
     }
 
-    fn closed(&mut self, ended: Result<(Id, ()), JoinError>) {
+    fn remove(&mut self, ended: Result<(Id, ()), JoinError>) {
         let id = match ended {
             Ok((id, ())) => id,
             Err(error) => {
@@ -229,18 +228,18 @@ impl Connections {
         (self.shared.events.connections)(self.tasks.len());
     }
 
-    /// Accepts what the kernel holds ready, then closes the listener.
+    /// Accepts the connections in the kernel's backlog, then closes the listener.
     async fn accept_backlog(&mut self, listener: TcpListener, waiting: Option<TcpStream>) {
         if let Some(stream) = waiting {
             self.open_when_there_is_room(stream).await;
         }
-        // Not through tokio, which reports nothing ready until its poller has seen the connection.
+        // Not through tokio, which reports a connection only once its poller has seen it.
         let Ok(listener) = listener.into_std() else {
             return;
         };
         // Before the filter, so that clients can still connect while this waits for room.
         self.accept_ready(&listener).await;
-        let filtered = begin_no_handshake(&listener);
+        let filtered = block_handshakes(&listener);
         self.accept_ready(&listener).await;
         if filtered {
             sleep(HANDSHAKE).await;
@@ -269,20 +268,20 @@ impl Connections {
     async fn open_when_there_is_room(&mut self, stream: TcpStream) {
         while !self.have_room() {
             self.evict_idle_longest();
-            let _ = timeout(EVICT_PAUSE, self.one_closed()).await;
+            let _ = timeout(EVICT_PAUSE, self.wait_for_close()).await;
         }
         self.open(stream);
     }
 
-    fn abort(mut self) -> Drained {
+    fn abort(mut self) -> DrainReport {
         while let Some(ended) = self.tasks.try_join_next_with_id() {
-            self.closed(ended);
+            self.remove(ended);
         }
         let incomplete =
             |activity: &&Arc<Activity>| !matches!(activity.state(), State::Idle | State::Lingering);
         let aborted = self.open.values().filter(incomplete).count();
         self.tasks.abort_all();
         (self.shared.events.connections)(0);
-        Drained { aborted }
+        DrainReport { aborted }
     }
 }

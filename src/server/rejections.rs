@@ -1,5 +1,5 @@
-//! Requests that were rejected before they reached a route: why, and how many. Each is counted, and
-//! at most one log line a second says how many there were.
+//! Counts requests that were rejected before they reached a route, by reason, and logs their number
+//! at most once a second.
 //!
 //! Must not know: which client sent them.
 
@@ -12,9 +12,9 @@ use crate::metrics::catalog::REJECTED;
 /// Why a request was rejected before it reached a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rejection {
-    /// It is no HTTP/1.
+    /// It is not HTTP/1.
     Malformed,
-    /// Its headers are longer, or more, than the service reads.
+    /// Its headers are longer or more numerous than the service accepts.
     HeadersTooLarge,
     /// Its headers did not arrive in time.
     HeaderTimeout,
@@ -22,7 +22,7 @@ pub enum Rejection {
     Tls,
     /// A preface of the PROXY protocol, which the service does not speak.
     ProxyProtocol,
-    /// It does not name its host as HTTP demands.
+    /// It does not name its host as HTTP requires.
     Host,
 }
 
@@ -49,7 +49,8 @@ impl Rejection {
     }
 }
 
-/// Counts rejected requests: all for the metric, and those since the last line for the next one.
+/// Counts rejected requests: all of them for the metric, and those since the last log line for the
+/// next one.
 #[derive(Debug)]
 pub struct Rejections {
     all: [Counter; Rejection::ALL.len()],
@@ -66,7 +67,7 @@ impl Default for Rejections {
 }
 
 impl Rejections {
-    /// Counts one.
+    /// Counts a rejected request.
     pub fn count(&self, reason: Rejection) {
         self.all[reason as usize].increment(1);
         self.since_last[reason as usize].fetch_add(1, Ordering::Relaxed);
@@ -83,27 +84,28 @@ impl Rejections {
             return;
         }
         // A reason that did not occur has no field.
-        let of = |reason: Rejection| Some(since_last[reason as usize]).filter(|&count| count > 0);
+        let count =
+            |reason: Rejection| Some(since_last[reason as usize]).filter(|&count| count > 0);
         tracing::warn!(
             requests = total,
-            malformed = of(Rejection::Malformed),
-            headers_too_large = of(Rejection::HeadersTooLarge),
-            header_timeout = of(Rejection::HeaderTimeout),
-            tls = of(Rejection::Tls),
-            proxy_protocol = of(Rejection::ProxyProtocol),
-            host = of(Rejection::Host),
+            malformed = count(Rejection::Malformed),
+            headers_too_large = count(Rejection::HeadersTooLarge),
+            header_timeout = count(Rejection::HeaderTimeout),
+            tls = count(Rejection::Tls),
+            proxy_protocol = count(Rejection::ProxyProtocol),
+            host = count(Rejection::Host),
             "requests rejected before they reached a route"
         );
     }
 }
 
-/// A record of TLS that begins a handshake, and its major version.
+/// The first bytes of a TLS handshake: the record's type and its major version.
 const TLS_HELLO: &[u8] = &[0x16, 3];
-/// What a PROXY preface begins with; hyper drops the line ends that version 2 begins with.
+/// The first bytes of a PROXY preface; hyper drops the line ends at the start of version 2.
 const PROXY_V1: &[u8] = b"PROXY ";
 const PROXY_V2: &[u8] = b"\0\r\nQUIT\n";
 
-/// Why hyper rejected what it had read.
+/// Why hyper rejected the bytes that it had read.
 pub(super) fn reason(error: &hyper::Error, read: &[u8]) -> Rejection {
     if error.is_parse_too_large() {
         Rejection::HeadersTooLarge

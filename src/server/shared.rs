@@ -1,4 +1,4 @@
-//! What a server is given, and what all its connections share.
+//! A server's parameters, and the state that its connections share.
 //!
 //! Must not know: how connections are accepted and served.
 
@@ -11,32 +11,31 @@ use tokio::time::Instant;
 use super::rejections::Rejection;
 use crate::lifecycle::{Lifecycle, Phase};
 
-/// What a client can cost. Every duration is the longest wait of its kind; after it the connection
-/// is closed without a response, as hyper and nginx do.
+/// Limits on what a client can cost. After each of the timeouts the connection is closed without a
+/// response, as hyper and nginx do.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections open at once. When all are taken, the one that has been idle longest is closed
-    /// for one that waits; while none is idle, further ones wait in the kernel's backlog, where they
-    /// cost no file descriptor of this process. Measured in resident memory by `make chaos`: 3 KiB a
-    /// silent connection, 12 KiB a used one, 47 KiB one with half of its headers, 106 KiB at worst,
+    /// Maximum number of open connections. Beyond it the connection that has been idle longest is
+    /// closed for a new one; if none is idle, new connections wait in the kernel's backlog, where they
+    /// cost no file descriptor of this process. Resident memory of a connection, measured by `make
+    /// chaos`: 3 KiB if silent, 12 KiB if used, 47 KiB with incomplete headers, and 106 KiB at worst,
     /// for a client that sends requests and does not read. The kernel's buffers come on top.
     pub max_connections: usize,
     /// From the first byte of a request's headers to their last. Time spent on responses does not
-    /// count: headers that begin behind a request are timed from that request's response.
+    /// count: headers that start while an earlier request is in flight are timed from its response.
     pub header_timeout: Duration,
     /// From accept, or from the end of a response, to the first byte of the next request.
     pub idle_timeout: Duration,
-    /// Without a single byte taken, while the client does not read a response that is ready. What
-    /// fits the kernel's send buffer (up to 4 MiB) counts as taken, and that buffer asks for more
-    /// only when a good part of it is empty.
+    /// Without a single byte taken of a response that is ready. Bytes in the kernel's send buffer (up
+    /// to 4 MiB) count as taken, and that buffer asks for more only when a good part of it is empty.
     pub stall_timeout: Duration,
 }
 
-/// What the server reports.
+/// The callbacks through which a server reports.
 pub struct Events {
-    /// The number of open connections, whenever it changes.
+    /// Called with the number of open connections whenever it changes.
     pub connections: Box<dyn Fn(usize) + Send + Sync>,
-    /// A request that was rejected before the router, and why.
+    /// Called with the reason when a request is rejected before the router.
     pub rejected: Box<dyn Fn(Rejection) + Send + Sync>,
 }
 
@@ -44,15 +43,15 @@ pub struct Events {
 pub struct Stop {
     /// The phases.
     pub lifecycle: Lifecycle,
-    /// From this phase on every response says `Connection: close`.
+    /// From this phase on, every response says `Connection: close`.
     pub leave_at: Phase,
-    /// In this phase the server stops to accept and drains.
+    /// In this phase the server stops accepting, and drains.
     pub drain_at: Phase,
-    /// How long it drains at most.
+    /// Maximum time to drain.
     pub drain: Duration,
 }
 
-/// What all connections of a server share.
+/// The state that all connections of a server share.
 pub(super) struct Shared {
     pub(super) router: Router,
     pub(super) limits: Limits,
@@ -79,7 +78,7 @@ impl Shared {
         self.stop.lifecycle.has_reached(self.stop.leave_at)
     }
 
-    /// A moment as nanoseconds since the server started, from 1.
+    /// A moment as nanoseconds since the server started, plus 1.
     pub(super) fn moment(&self, now: Instant) -> u64 {
         let since = now.saturating_duration_since(self.started);
         since.as_secs() * 1_000_000_000 + u64::from(since.subsec_nanos()) + 1

@@ -1,7 +1,8 @@
-//! Whether a store does what a visit needs of it, as the outcome of every call tells.
+//! Whether a store is up: whether a visit's call would succeed, derived from the outcome of calls.
 //!
 //! One value per store drives readiness, the refusal or skipping of calls while the store is
-//! down, the gauge `visitas_dependency_up` and the log lines of an outage. It makes no call.
+//! down, the gauge `visitas_dependency_up` and the log lines of an outage. Must not know: how a call
+//! is made.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,7 +15,7 @@ use tracing::{info, warn};
 use super::error::{Error, System};
 use crate::metrics::catalog::DEPENDENCY_UP;
 
-/// Whether one store is up. It starts as down: nothing is known to work before it has worked.
+/// Whether one store is up. It starts as down, until a first call has succeeded.
 #[derive(Debug)]
 pub struct Availability {
     system: System,
@@ -28,23 +29,23 @@ pub struct Availability {
 #[derive(Debug)]
 struct Details {
     since: Instant,
-    /// The reason that the log has for the present outage, and since when.
+    /// The reason in the last log line of the current outage, and when that was logged.
     reason: Option<(String, Instant)>,
     last_success: Option<Instant>,
     latency: Option<Duration>,
     relapses: u32,
 }
 
-/// A count that is not known. No store counts this far down.
+/// The value of `count` while it is unknown. No store reaches it.
 const UNKNOWN: i64 = i64::MIN;
 /// How long to pause after a probe that failed.
 pub(super) const PROBE_PAUSE: Duration = Duration::from_millis(100);
-/// The longest pause before the probe of a store that fails again whenever it is up.
+/// The longest pause before the probe of a store that relapses.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// A store that refuses a visit within this after a successful probe has relapsed: the probe could
-/// not see what is wrong.
+/// A store that refuses a visit this soon after a successful probe has relapsed: the probe does not
+/// detect its fault.
 const RELAPSE: Duration = Duration::from_secs(1);
-/// How often an outage can say that its reason has changed.
+/// Minimum time between log lines about a changed reason of an outage.
 const REASON_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Availability {
@@ -67,7 +68,7 @@ impl Availability {
         }
     }
 
-    /// Whether the last that is known of the store is that a visit's call succeeds.
+    /// Whether a visit's call would succeed, by the last call or probe.
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.up.load(Ordering::Acquire)
@@ -79,23 +80,23 @@ impl Availability {
         self.is_up().then(|| self.details().latency).flatten()
     }
 
-    /// How many visits the store has counted, as last read; `None` while that is not known.
+    /// How many visits the store has counted, by the last reading; `None` while unknown.
     #[must_use]
     pub fn count(&self) -> Option<i64> {
         let count = self.count.load(Ordering::Relaxed);
         (count != UNKNOWN).then_some(count)
     }
 
-    /// Returns when the store goes down, at once if it is down already.
-    pub(super) async fn down(&self) {
+    /// Waits until the store is down. Returns at once if it is down already.
+    pub(super) async fn wait_until_down(&self) {
         let went_down = self.went_down.notified();
         if self.is_up() {
             went_down.await;
         }
     }
 
-    /// How long to wait before a store that has just gone down is probed. None, except where the
-    /// last probes succeeded and a visit then failed at once: then it doubles each time.
+    /// How long to wait before the first probe of a store that has just gone down: zero, unless visits
+    /// failed right after the last successful probes. Then it doubles each time.
     pub(super) fn relapse_pause(&self) -> Duration {
         match self.details().relapses {
             0 => Duration::ZERO,
@@ -103,8 +104,8 @@ impl Availability {
         }
     }
 
-    /// A call that a visit needs, or a probe that does the same, has succeeded.
-    pub(super) fn succeeded(&self, took: Duration) {
+    /// Records that a visit's call, or a probe, has succeeded.
+    pub(super) fn record_success(&self, took: Duration) {
         let mut details = self.details();
         let now = Instant::now();
         details.last_success = Some(now);
@@ -123,15 +124,15 @@ impl Availability {
         details.since = now;
     }
 
-    /// A call that a visit needs, or a probe, has failed.
-    pub(super) fn failed(&self, error: &Error) {
+    /// Records that a visit's call, or a probe, has failed.
+    pub(super) fn record_failure(&self, error: &Error) {
         self.count.store(UNKNOWN, Ordering::Relaxed);
         let mut details = self.details();
         let now = Instant::now();
         if self.up.swap(false, Ordering::AcqRel) {
             let was_up = now - details.since;
-            // A connection that breaks is no fault that a probe could not see. And what has been up
-            // for longer than it was made to wait is not the same fault.
+            // A probe detects a broken connection. And if the store was up for longer than the last
+            // pause, this is another fault.
             let relapsed = error.is_definite() && was_up < RELAPSE + pause_after(details.relapses);
             details.relapses = if relapsed {
                 details.relapses.saturating_add(1)
@@ -154,29 +155,29 @@ impl Availability {
         details.reason = Some((error, now));
     }
 
-    /// A reading has succeeded: it tells how fast the store answers, not that it takes visits.
-    pub(super) fn read(&self, count: i64, took: Duration) {
+    /// Records a reading that succeeded. It measures the latency; it does not show that visits succeed.
+    pub(super) fn record_reading(&self, count: i64, took: Duration) {
         self.count.store(count, Ordering::Relaxed);
         self.details().latency = Some(took);
     }
 
-    /// A reading that began at `began` has failed. It counts only where no visit has succeeded
-    /// since: a reading can fail for a reason that does not concern visits.
-    pub(super) fn reading_failed(&self, began: Instant, error: &Error) {
+    /// Records that a reading that started at `began` has failed. The failure counts only if no visit
+    /// has succeeded since: a reading can fail for a reason that does not concern visits.
+    pub(super) fn record_reading_failure(&self, began: Instant, error: &Error) {
         self.count.store(UNKNOWN, Ordering::Relaxed);
         if self.details().last_success.is_none_or(|last| last < began) {
-            self.failed(error);
+            self.record_failure(error);
         }
     }
 
     fn details(&self) -> MutexGuard<'_, Details> {
-        // Nothing panics while it holds this lock; if something did, the details would still be
-        // whole, since each field stands alone.
+        // No code panics while it holds this lock; if some did, the details would still be
+        // consistent, since each field is independent.
         self.details.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The pause that so many relapses in a row have grown to.
+/// The pause after this many relapses in a row.
 fn pause_after(relapses: u32) -> Duration {
     PROBE_PAUSE
         .saturating_mul(1 << relapses.min(10))
@@ -197,8 +198,8 @@ mod tests {
         };
         let mut pauses = Vec::new();
         for _ in 0..8 {
-            availability.succeeded(Duration::ZERO);
-            availability.failed(&error);
+            availability.record_success(Duration::ZERO);
+            availability.record_failure(&error);
             pauses.push(availability.relapse_pause());
         }
         assert!(pauses.is_sorted(), "{pauses:?}");
@@ -209,13 +210,13 @@ mod tests {
     #[test]
     fn first_outage_is_probed_at_once() {
         let availability = Availability::new(System::Redis);
-        availability.succeeded(Duration::ZERO);
+        availability.record_success(Duration::ZERO);
         availability.details().since -= Duration::from_mins(1);
-        availability.failed(&Error::Timeout(Duration::ZERO));
+        availability.record_failure(&Error::Timeout(Duration::ZERO));
         assert_eq!(availability.relapse_pause(), Duration::ZERO);
         // A network that is cut again and again is probed at once each time.
-        availability.succeeded(Duration::ZERO);
-        availability.failed(&Error::Connection(Cause::from("reset")));
+        availability.record_success(Duration::ZERO);
+        availability.record_failure(&Error::Connection(Cause::from("reset")));
         assert_eq!(availability.relapse_pause(), Duration::ZERO);
     }
 }

@@ -1,7 +1,7 @@
-//! A store call as it is observed: a deadline, a span, a duration and a count, also for a call
-//! that times out or whose caller goes away.
+//! Observes store calls. Each gets a deadline, a span, a duration and a count, even if it times out or
+//! its caller disconnects.
 //!
-//! It knows what a call is named and how it ended, never what it is for.
+//! Must not know: what a call is for.
 
 use std::borrow::Cow;
 use std::sync::OnceLock;
@@ -18,7 +18,7 @@ use super::call_metrics::{CallMetrics, CallOutcome};
 use super::error::{Error, System};
 use crate::telemetry::span;
 
-/// What a store is asked to do, named as the database conventions name it.
+/// A kind of store call, named by OpenTelemetry's conventions for databases.
 #[derive(Debug)]
 pub(super) struct Operation {
     name: &'static str,
@@ -33,7 +33,7 @@ pub(super) struct Operation {
 /// Where a store is.
 #[derive(Debug)]
 pub(super) struct Target {
-    /// Which of the two.
+    /// Which of the two stores.
     pub(super) system: System,
     /// `database|schema`, or the number of the Redis database.
     pub(super) namespace: String,
@@ -43,8 +43,8 @@ pub(super) struct Target {
     pub(super) port: u16,
 }
 
-/// A sampled request's span, for those beneath it. Unlike the span itself it does not keep the
-/// span from ending: a visit can be in the queue for longer than its request is in flight.
+/// The context of a sampled request's span, for child spans. Unlike the span itself it lets the span
+/// end: a visit can be in the queue for longer than its request is in flight.
 #[derive(Debug, Clone)]
 pub struct Parent(Context);
 
@@ -57,7 +57,7 @@ impl Parent {
     }
 }
 
-/// The visits that calls are made for. Where one of them is sampled, the calls are its spans.
+/// The visits that calls are made for. If a visit is sampled, the calls have spans in its trace.
 #[derive(Debug)]
 pub struct Batch {
     visits: usize,
@@ -98,13 +98,14 @@ impl Operation {
         operation
     }
 
-    /// The call records the visits of its batch.
+    /// Marks the operation as one that records the visits of its batch.
     pub(super) const fn that_records_visits(mut self) -> Self {
         self.records_visits = true;
         self
     }
 
-    /// The caller repairs what fails with this code, so such a failure says nothing of the store.
+    /// Marks failures with this code as ones that the caller repairs, so they do not affect the store's
+    /// availability.
     pub(super) const fn that_repairs(mut self, code: &'static str) -> Self {
         self.repairable = Some(code);
         self
@@ -120,7 +121,7 @@ impl Operation {
         self.repairable.is_some() && self.repairable == error.code()
     }
 
-    /// Makes the operation's series exist before its first call.
+    /// Creates the operation's series before its first call.
     pub(super) fn declare(&self, target: &Target) -> &CallMetrics {
         self.metrics
             .get_or_init(|| CallMetrics::new(target.system, &target.namespace, self.name))
@@ -150,14 +151,14 @@ impl Operation {
             db.response.status_code = field::Empty,
             error.type = field::Empty,
         );
-        // This fails only once the span has started, which nothing has made it do yet.
+        // This fails only after the span has started, and it has not started yet.
         span.set_parent(parent.0.clone()).ok();
         span
     }
 }
 
 impl Batch {
-    /// So many visits, of which `parent` is the first sampled one's span.
+    /// A batch of `visits` visits; `parent` is the span of the first sampled one.
     #[must_use]
     pub fn new(visits: usize, parent: Option<Parent>) -> Self {
         Self {
@@ -167,8 +168,8 @@ impl Batch {
         }
     }
 
-    /// Says in the trace of another sampled visit how long it waited, with links to the calls
-    /// that recorded it.
+    /// Adds a span to the trace of another sampled visit: how long the visit waited, with links to
+    /// the calls that recorded it.
     pub fn link_wait(&self, visit: &Parent, arrived: SystemTime) {
         let Some(tracer) = span::tracer() else {
             return;
@@ -187,8 +188,8 @@ impl Batch {
     }
 }
 
-/// A link needs the ids alone. The `tracestate` is another caller's, and each visit of a batch
-/// would keep a copy of it for each call.
+/// Drops the `tracestate`: a link needs only the ids, and each visit of a batch would keep a copy of
+/// another client's `tracestate` for each call.
 fn without_state(call: &SpanContext) -> SpanContext {
     SpanContext::new(
         call.trace_id(),
@@ -199,11 +200,11 @@ fn without_state(call: &SpanContext) -> SpanContext {
     )
 }
 
-/// Observes one call to a store, which must end within `timeout`. Only a batch has spans.
+/// Observes one call to a store, and ends it after `timeout`. Only a call for a batch has a span.
 ///
 /// # Errors
 ///
-/// What `work` fails with, or [`Error::Timeout`].
+/// The error of `work`, or [`Error::Timeout`].
 pub(super) async fn observe<T>(
     target: &Target,
     operation: &Operation,
@@ -220,7 +221,7 @@ pub(super) async fn observe<T>(
                 .push(span.context().span().span_context().clone());
         }
     }
-    let running = Running {
+    let call = ActiveCall {
         metrics: operation.declare(target),
         span,
         started: Instant::now(),
@@ -229,23 +230,23 @@ pub(super) async fn observe<T>(
     let result = tokio::time::timeout(timeout, work)
         .await
         .unwrap_or(Err(Error::Timeout(timeout)));
-    running.end(&result);
+    call.end(&result);
     result
 }
 
-/// A call in flight. Dropped before its end, it counts as cancelled.
-struct Running<'a> {
+/// A call in flight. It counts as cancelled if it is dropped before its end.
+struct ActiveCall<'a> {
     metrics: &'a CallMetrics,
     span: Span,
     started: Instant,
     ended: bool,
 }
 
-impl Running<'_> {
+impl ActiveCall<'_> {
     fn end<T>(mut self, result: &Result<T, Error>) {
         self.ended = true;
         match result {
-            Ok(_) => self.metrics.succeeded(self.started.elapsed()),
+            Ok(_) => self.metrics.record_success(self.started.elapsed()),
             Err(error @ Error::Timeout(_)) => {
                 self.fail(CallOutcome::Timeout, error.kind(), error.code());
             }
@@ -255,7 +256,7 @@ impl Running<'_> {
 
     fn fail(&self, outcome: CallOutcome, error_type: &str, code: Option<&str>) {
         let took = self.started.elapsed();
-        self.metrics.failed(outcome, took, error_type, code);
+        self.metrics.record_failure(outcome, took, error_type, code);
         self.span.record("otel.status_code", "ERROR");
         self.span.record("error.type", error_type);
         if let Some(code) = code {
@@ -264,7 +265,7 @@ impl Running<'_> {
     }
 }
 
-impl Drop for Running<'_> {
+impl Drop for ActiveCall<'_> {
     fn drop(&mut self) {
         if !self.ended {
             self.fail(CallOutcome::Cancelled, "cancelled", None);
@@ -281,7 +282,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn call_whose_caller_goes_away_is_counted() {
+    fn call_that_is_dropped_is_counted() {
         let recorder = PrometheusBuilder::new().build_recorder();
         let target = Target {
             system: System::Redis,

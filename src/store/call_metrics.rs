@@ -1,5 +1,6 @@
-//! Metrics of store calls: how many ended how, how long they took, and how many series of failures
-//! there can be.
+//! Metrics of store calls: outcomes, durations, and a limit on the series of failures.
+//!
+//! Must not know: how a call is made.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -10,8 +11,8 @@ use super::error::System;
 use crate::metrics::catalog::{CALL_DURATION, CALLS};
 use crate::metrics::limit::{OTHER, SeriesLimit};
 
-/// Series of failed calls, of all operations together, except one for each operation. A store
-/// chooses the codes.
+/// Maximum number of series of failed calls, of all operations together, plus one shared series for
+/// each operation. The codes come from a store.
 const FAILURE_SERIES: usize = 20;
 static FAILURES: LazyLock<SeriesLimit> = LazyLock::new(|| SeriesLimit::new(FAILURE_SERIES));
 
@@ -24,7 +25,7 @@ pub(super) enum CallOutcome {
     Error,
     /// The deadline passed.
     Timeout,
-    /// The caller went away before the reply.
+    /// The caller dropped the call before the reply.
     Cancelled,
 }
 
@@ -52,7 +53,7 @@ pub(super) struct CallMetrics {
 }
 
 impl CallMetrics {
-    /// Every series that does not depend on what goes wrong exists from here on.
+    /// Creates every series that does not depend on an error's code.
     pub(super) fn new(system: System, namespace: &str, operation: &'static str) -> Self {
         let succeeded = [system.name(), namespace, operation, "", ""];
         let count = |outcome: CallOutcome| CALLS.with([system.name(), operation, outcome.label()]);
@@ -66,13 +67,13 @@ impl CallMetrics {
     }
 
     /// Records a call that succeeded.
-    pub(super) fn succeeded(&self, took: Duration) {
+    pub(super) fn record_success(&self, took: Duration) {
         self.counts[CallOutcome::Ok as usize].increment(1);
         self.succeeded.record(took);
     }
 
     /// Records a call that failed, with its `error.type` and the store's code if it sent one.
-    pub(super) fn failed(
+    pub(super) fn record_failure(
         &self,
         outcome: CallOutcome,
         took: Duration,
@@ -80,13 +81,13 @@ impl CallMetrics {
         code: Option<&str>,
     ) {
         self.counts[outcome as usize].increment(1);
-        let labels = self.failure(error_type, code, &FAILURES);
+        let labels = self.failure_labels(error_type, code, &FAILURES);
         CALL_DURATION.with(labels).record(took);
     }
 
-    /// The labels of a failure. A failure whose code is none, or whose series would be one too
-    /// many, shares a series with all others of its operation.
-    fn failure<'a>(
+    /// The labels of a failure. A failure whose code is malformed, or whose series would exceed the
+    /// limit, shares a series with all others of its operation.
+    fn failure_labels<'a>(
         &'a self,
         error_type: &'a str,
         code: Option<&'a str>,
@@ -128,29 +129,31 @@ mod tests {
         let mut series = HashSet::new();
         for code in &codes {
             for calls in &operations {
-                series.insert(calls.failure(code, Some(code), &limit));
+                series.insert(calls.failure_labels(code, Some(code), &limit));
             }
         }
         assert_eq!(series.len(), FAILURE_SERIES + operations.len());
         // A bucket for each bound and one for the rest, a sum and a count.
         let samples = series.len() * (CALL_DURATION.buckets().len() + 3);
         assert!(samples <= 352, "{samples}");
-        let [_, _, _, early @ ..] = operations[0].failure(&codes[0], Some(&codes[0]), &limit);
+        let [_, _, _, early @ ..] =
+            operations[0].failure_labels(&codes[0], Some(&codes[0]), &limit);
         assert_eq!(early, ["X0000", "X0000"]);
-        let [_, _, _, late @ ..] = operations[0].failure(&codes[499], Some(&codes[499]), &limit);
+        let [_, _, _, late @ ..] =
+            operations[0].failure_labels(&codes[499], Some(&codes[499]), &limit);
         assert_eq!(late, [OTHER, ""]);
     }
 
     #[test]
-    fn code_that_is_none_is_no_label() {
+    fn malformed_code_is_no_label() {
         let (limit, calls) = (SeriesLimit::new(FAILURE_SERIES), calls("SELECT"));
         let long = "X".repeat(33);
         for code in ["", "no code", "wrongtype", "\u{e9}", &long] {
-            let [_, _, _, labels @ ..] = calls.failure(code, Some(code), &limit);
+            let [_, _, _, labels @ ..] = calls.failure_labels(code, Some(code), &limit);
             assert_eq!(labels, [OTHER, ""], "{code}");
         }
         for code in ["57P01", "WRONGTYPE"] {
-            assert_eq!(calls.failure(code, Some(code), &limit)[4], code);
+            assert_eq!(calls.failure_labels(code, Some(code), &limit)[4], code);
         }
     }
 }

@@ -1,4 +1,6 @@
 //! Why a store call failed, and whether it can have taken effect.
+//!
+//! Must not know: any driver's own errors.
 
 use std::time::Duration;
 
@@ -26,44 +28,44 @@ impl System {
 /// Why a store call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The store did not answer before the call's deadline. The call can still take effect.
+    /// The store did not respond before the call's deadline. The call can still take effect.
     #[error("no response within {0:?}")]
     Timeout(Duration),
-    /// The store could not be reached, or the connection broke before an answer was read.
+    /// The store could not be reached, or the connection broke before a response was read.
     #[error("connection failed")]
     Connection(#[source] Cause),
-    /// The store answered with an error: the call has had no effect.
+    /// The store responded with an error: the call has had no effect.
     #[error("refused with {code}")]
     Refused {
         /// The SQLSTATE, or the first word of Redis's error.
         code: String,
-        /// What the store said.
+        /// The store's message.
         #[source]
         source: Cause,
     },
-    /// The store ended the session while it answered (SQLSTATE class 57P, severity FATAL): the
-    /// call can have taken effect just before.
+    /// The store ended the session during the call (SQLSTATE class 57P, severity FATAL): the call can
+    /// have taken effect just before.
     #[error("session ended with {code}")]
     Ended {
         /// The SQLSTATE.
         code: String,
-        /// What the store said.
+        /// The store's message.
         #[source]
         source: Cause,
     },
-    /// The answer was not what the call expects.
-    #[error("unexpected answer")]
+    /// The store's response is not one that the call expects.
+    #[error("unexpected response")]
     Unexpected(#[source] Cause),
 }
 
 pub(super) type Cause = Box<dyn std::error::Error + Send + Sync>;
 
-/// Why a call that a visit needs failed.
+/// Why a visit's call failed.
 #[derive(Debug)]
 pub struct CallError {
-    /// What the store or the network said.
+    /// The error.
     pub error: Error,
-    /// Whether the call had a connection, so that its statement can have reached the store.
+    /// Whether the call got a connection, so that its statement can have reached the store.
     pub sent: bool,
 }
 
@@ -77,7 +79,7 @@ impl Error {
         }
     }
 
-    /// The value of `error.type`: the store's own code, or a word for what happened instead.
+    /// The value of `error.type`: the store's own code, or a word for an error without one.
     #[must_use]
     pub fn kind(&self) -> &str {
         match self {
@@ -88,13 +90,13 @@ impl Error {
         }
     }
 
-    /// Whether a statement that failed like this, once sent, has certainly had no effect.
+    /// Whether a statement that was sent and failed with this error has certainly had no effect.
     #[must_use]
     pub fn is_definite(&self) -> bool {
         matches!(self, Self::Refused { .. })
     }
 
-    /// Whether the connection is still in step with the store after this.
+    /// Whether the connection can be used for another call after this error.
     pub(super) fn leaves_connection_usable(&self) -> bool {
         matches!(self, Self::Refused { .. })
     }

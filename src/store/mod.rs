@@ -1,8 +1,7 @@
-//! The two stores, each behind one type that keeps its connections to itself.
+//! The two stores, each behind one type that owns its connections.
 //!
-//! A connection is reached through a `pool` alone, and a pool observes every call: that each
-//! has a deadline, metrics and, in a sampled batch, a span is a fact of types. It knows nothing
-//! of HTTP.
+//! Only a `pool` hands out connections, and it observes every call. So the types guarantee that each
+//! call has a deadline, metrics and, in a sampled batch, a span. Must not know: HTTP.
 
 mod availability;
 mod call;

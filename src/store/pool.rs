@@ -1,9 +1,8 @@
-//! The connections of one store, and every call that is made on them.
+//! The connections of one store, and every call on them.
 //!
-//! A pool never hands out a connection known or suspected to be dead. Two things mark one: a call
-//! on it that did not come to a definite end (it can still be in flight), and an outage of the
-//! store since it was opened. Neither costs a round trip. It knows nothing of what is said over a
-//! connection.
+//! A pool discards two kinds of connections: those with a call that did not end definitely (it can
+//! still be in flight), and those opened before the store's last outage. Neither check costs a round
+//! trip. Must not know: statements and commands.
 
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,18 +17,18 @@ use super::call::{Batch, Operation, Target, observe};
 use super::error::{CallError, Cause, Error, System};
 use crate::metrics::catalog::{POOL_COUNT, POOL_MAX, POOL_PENDING, POOL_TIMEOUTS, POOL_WAIT};
 
-/// How to open a connection to a store and how to ask whether an old one still answers.
+/// Opens connections to a store, and checks whether an old one still works.
 pub(super) trait Connect: Send + Sync + 'static {
-    /// What a call is made on.
+    /// A driver's connection.
     type Connection: Send + 'static;
 
-    /// What [`Self::ping`] is observed as.
+    /// The operation that [`Self::ping`] is observed as.
     const PING: &'static Operation;
 
     /// Opens a connection that is ready for use.
     fn open(&self) -> impl Future<Output = Result<Self::Connection, Error>> + Send;
 
-    /// One cheap round trip.
+    /// Makes one cheap round trip.
     fn ping(
         &self,
         connection: &mut Self::Connection,
@@ -47,7 +46,7 @@ pub(super) struct Pool<C: Connect> {
     timeout: Duration,
 }
 
-/// A connection outside a call, with what decides whether it can be used again.
+/// A connection between calls, with the facts that decide whether it can be used again.
 pub(super) struct Link<T> {
     connection: T,
     outage: u64,
@@ -55,7 +54,7 @@ pub(super) struct Link<T> {
     used: Instant,
 }
 
-/// Makes and judges connections for `bb8`.
+/// Opens and checks connections for `bb8`.
 pub(super) struct Manager<C> {
     connect: C,
     target: Arc<Target>,
@@ -76,16 +75,15 @@ struct PoolMetrics {
     wait: Histogram,
 }
 
-/// A connection that has not been used for this long must answer a ping before it is used: a
-/// firewall or a load balancer can have forgotten it without a word.
+/// A connection that was idle for this long is pinged before it is used: a firewall or a load
+/// balancer can have dropped it silently.
 const TRUSTED_IDLE: Duration = Duration::from_secs(30);
-/// How long such a ping can take.
+/// Timeout of that ping.
 const PING_TIMEOUT: Duration = Duration::from_millis(250);
 
 impl<C: Connect> Pool<C> {
-    /// A pool that opens connections when they are asked for. A call, its checkout included, takes
-    /// no longer than `timeout`. The series of `operations` exist from here on; those with the same
-    /// name share theirs.
+    /// A pool that opens connections on demand. `timeout` limits a call, its checkout included. This
+    /// creates the series of `operations`; operations of the same name share their series.
     pub(super) fn new(
         connect: C,
         size: u32,
@@ -110,7 +108,7 @@ impl<C: Connect> Pool<C> {
             .connection_timeout(timeout)
             .retry_connection(false)
             .test_on_check_out(true)
-            // The oldest first, so that connections from before an outage are found and closed.
+            // The oldest first, so that connections from before an outage are closed.
             .queue_strategy(QueueStrategy::Fifo)
             .max_lifetime(None)
             .idle_timeout(None)
@@ -127,18 +125,18 @@ impl<C: Connect> Pool<C> {
         }
     }
 
-    /// The longest that a call takes.
+    /// The timeout of a call.
     pub(super) fn timeout(&self) -> Duration {
         self.timeout
     }
 
-    /// Whether the store is up, as every call here tells it.
+    /// Whether the store is up, by the outcome of the calls here.
     pub(super) fn availability(&self) -> &Availability {
         &self.availability
     }
 
-    /// A call that a visit needs: its outcome moves the availability, except for a failure that
-    /// the caller repairs.
+    /// Makes a visit's call. Its outcome changes the availability, unless it is a failure that the
+    /// caller repairs.
     pub(super) async fn call<R>(
         &self,
         operation: &Operation,
@@ -154,7 +152,7 @@ impl<C: Connect> Pool<C> {
         })
         .await;
         match &result {
-            Ok(_) => self.availability.succeeded(started.elapsed()),
+            Ok(_) => self.availability.record_success(started.elapsed()),
             Err(error) if operation.repairs(error) => {}
             Err(error) => self.fail(error),
         }
@@ -164,8 +162,8 @@ impl<C: Connect> Pool<C> {
         })
     }
 
-    /// Reads a count: it tells how fast the store is. A failure moves the availability only where
-    /// no visit has succeeded since the reading began.
+    /// Reads a count, and measures the store's latency. A failure changes the availability only if no
+    /// visit has succeeded since the reading started.
     pub(super) async fn read<R>(
         &self,
         operation: &Operation,
@@ -178,9 +176,11 @@ impl<C: Connect> Pool<C> {
         })
         .await;
         match &result {
-            Ok(read) => self.availability.read(count(read), started.elapsed()),
+            Ok(read) => self
+                .availability
+                .record_reading(count(read), started.elapsed()),
             Err(error) => {
-                self.availability.reading_failed(started, error);
+                self.availability.record_reading_failure(started, error);
                 if !self.availability.is_up() {
                     self.forget_all();
                 }
@@ -189,8 +189,8 @@ impl<C: Connect> Pool<C> {
         result
     }
 
-    /// A call on a new connection outside the pool, so that the reason why none can be opened is
-    /// known at once. It moves nothing: see [`Self::fail`] and [`Self::keep`].
+    /// Makes a call on a new connection outside the pool, so that a connect error is returned at once.
+    /// This does not change the availability: see [`Self::fail`] and [`Self::keep`].
     pub(super) async fn call_on_new<R>(
         &self,
         operation: &Operation,
@@ -204,7 +204,7 @@ impl<C: Connect> Pool<C> {
         .await
     }
 
-    /// A further call on such a connection.
+    /// Makes a further call on a connection of [`Self::call_on_new`].
     pub(super) async fn call_on<R>(
         &self,
         link: &mut Link<C::Connection>,
@@ -214,26 +214,26 @@ impl<C: Connect> Pool<C> {
         observe(&self.target, operation, None, self.timeout, link.call(work)).await
     }
 
-    /// Ends a probe that has succeeded within `took`: the store is up and has counted so many
-    /// visits, and the connection goes into the pool, or is closed if there is no room.
+    /// Ends a probe that has succeeded: marks the store up, notes its count, and puts the connection
+    /// into the pool, or closes it if there is no room.
     pub(super) fn keep(&self, link: Link<C::Connection>, took: Duration, count: Option<i64>) {
-        // The error hands back the connection, which is closed by being dropped.
+        // The error returns the connection, and dropping it closes it.
         drop(self.connections.add(link));
         if let Some(count) = count {
-            self.availability.read(count, took);
+            self.availability.record_reading(count, took);
         }
-        self.availability.succeeded(took);
+        self.availability.record_success(took);
     }
 
-    /// A visit would fail like this: the store is down, and its connections are as good as dead.
+    /// Marks the store down, since a visit would fail with this error, and discards its connections.
     pub(super) fn fail(&self, error: &Error) {
         // Order matters: a probe starts as soon as the store is down, and its connection must
         // survive.
         self.forget_all();
-        self.availability.failed(error);
+        self.availability.record_failure(error);
     }
 
-    /// Observes a call that is made on a connection of another kind.
+    /// Observes a call on a connection that does not belong to the pool.
     pub(super) async fn observe<R>(
         &self,
         operation: &Operation,
@@ -243,7 +243,7 @@ impl<C: Connect> Pool<C> {
         observe(&self.target, operation, None, timeout, work).await
     }
 
-    /// Publishes how many connections are in use and how many calls wait for one.
+    /// Publishes how many connections are in use, and how many calls wait for a connection.
     pub(super) fn report(&self) {
         let state = self.connections.state();
         let idle = state.idle_connections;
@@ -254,7 +254,7 @@ impl<C: Connect> Pool<C> {
         self.metrics.pending.set(pending as f64);
     }
 
-    /// Takes a connection, opening one if none is idle.
+    /// Takes a connection, and opens one if none is idle.
     async fn check_out(&self) -> Result<PooledConnection<'_, Manager<C>>, Error> {
         let started = Instant::now();
         let taken = self.connections.get().await;
@@ -292,8 +292,8 @@ impl PoolMetrics {
 }
 
 impl<T> Link<T> {
-    /// Makes one call on the connection. Until it has come to a definite end, dropped futures
-    /// and deadlines included, the connection counts as broken.
+    /// Makes one call on the connection. The connection counts as broken until the call has ended
+    /// definitely, so also if its future is dropped or times out.
     async fn call<R>(
         &mut self,
         work: impl AsyncFnOnce(&mut T) -> Result<R, Error>,
@@ -313,8 +313,8 @@ impl<C: Connect> ManageConnection for Manager<C> {
     type Error = Error;
 
     async fn connect(&self) -> Result<Self::Connection, Error> {
-        // Read before the connection is opened: one that was opened while the store failed is
-        // suspect too.
+        // Read before the connection is opened, so that a connection opened while the store failed is
+        // discarded too.
         let outage = self.outages.load(Ordering::Acquire);
         let opening = tokio::time::timeout(self.timeout, self.connect.open());
         Ok(Link {

@@ -1,7 +1,7 @@
 //! Redis: the counter `visitas_home`.
 //!
-//! An increment is sent at most once: repeating one whose answer was lost could count it twice.
-//! It knows nothing of HTTP or of Postgres.
+//! An increment is sent at most once: a retry after a lost response could count a visit twice. Must not
+//! know: HTTP and Postgres.
 
 use std::time::{Duration, Instant};
 
@@ -19,22 +19,22 @@ use super::pool::{Connect, Pool};
 use super::watch::Store;
 use crate::config::RedisConfig;
 
-/// The counter that starts over with the cache.
+/// The counter, which starts from 0 again when the cache is emptied.
 #[derive(Debug)]
 pub struct Redis {
     pool: Pool<Opener>,
 }
 
 static INCREMENT: Operation = Operation::command("INCRBY").that_records_visits();
-/// The same command where it counts no visit.
+/// The same command, for calls that count no visit.
 static ADJUST: Operation = Operation::command("INCRBY");
 static PING: Operation = Operation::command("PING");
 
 const KEY: &str = "visitas_home";
-/// Above this the counter has no room for a batch: `INCRBY` would overflow.
+/// Above this value a batch could overflow the counter, which `INCRBY` refuses.
 const HIGHEST: i64 = i64::MAX - 4096;
-/// The writer takes one connection and the monitor one; the others leave room for what an outage
-/// left behind.
+/// The writer uses one connection and the monitor one; the others are a reserve for connections that
+/// an outage has left in doubt.
 const POOL_SIZE: u32 = 4;
 
 impl Redis {
@@ -65,7 +65,7 @@ impl Redis {
     ///
     /// # Errors
     ///
-    /// Why the value is not known; the visits can be counted all the same.
+    /// Why the value is unknown; the visits can be counted nevertheless.
     pub async fn increment(&self, visits: usize, batch: &mut Batch) -> Result<i64, CallError> {
         let by = i64::try_from(visits).unwrap_or(i64::MAX);
         self.pool
@@ -75,7 +75,7 @@ impl Redis {
             .await
     }
 
-    /// The counter's value, also where it has no room for a batch.
+    /// Reads the counter, even if it has no room for a batch.
     ///
     /// # Errors
     ///
@@ -84,11 +84,11 @@ impl Redis {
         self.correct(0).await
     }
 
-    /// Moves the counter by a correction, which can be negative, and returns its value.
+    /// Adds a correction, which can be negative, to the counter, and returns its value.
     ///
     /// # Errors
     ///
-    /// Why the value is not known; the correction can have been made.
+    /// Why the value is unknown; the correction can have been made.
     pub async fn correct(&self, difference: i64) -> Result<i64, Error> {
         let corrected = self.pool.call(&ADJUST, None, async |connection| {
             increment_by(connection, difference).await
@@ -130,8 +130,8 @@ impl Store for Redis {
     }
 }
 
-/// Reads the counter by adding nothing, and checks that a batch could be added: a cache that can
-/// be read and not incremented is of no use to a visit.
+/// Reads the counter by adding 0, and checks that a batch could be added: a visit needs a counter that
+/// can be incremented, not only read.
 async fn read_counter(connection: &mut MultiplexedConnection) -> Result<i64, Error> {
     let count = increment_by(connection, 0).await?;
     if count > HIGHEST {
@@ -189,7 +189,7 @@ impl Opener {
                 },
             )?,
         };
-        // The driver's own limits are off: each call has one deadline, checkout included.
+        // Without the driver's own timeouts: each call has one deadline, checkout included.
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(None)
             .set_response_timeout(None);
@@ -217,14 +217,14 @@ impl Connect for Opener {
     }
 }
 
-/// What a failed command says about itself.
+/// Converts the error of a command.
 fn failure(error: RedisError) -> Error {
     match error.code() {
         Some(code) => Error::Refused {
             code: code.to_owned(),
             source: error.into(),
         },
-        // The driver keeps the server's word of a refused login from us.
+        // The driver drops the server's code of a refused login.
         None if error.kind() == ErrorKind::AuthenticationFailed => Error::Refused {
             code: "WRONGPASS".to_owned(),
             source: error.into(),

@@ -1,5 +1,7 @@
-//! Watches both stores: probes one that is down until a visit would succeed, and reads what those
-//! that are up have counted.
+//! Watches both stores: probes a store that is down until a visit would succeed, and reads the counts
+//! of stores that are up.
+//!
+//! Must not know: SQL and Redis commands.
 
 use std::cmp::Ordering;
 use std::sync::Arc;
@@ -13,14 +15,14 @@ use crate::metrics::catalog::{DRIFT, REDIS_VISITS, ROWS};
 
 /// A store that is watched.
 pub trait Store {
-    /// Whether the store does what a visit needs, as far as is known.
+    /// Whether the store is up.
     fn availability(&self) -> &Availability;
 
-    /// The longest that a call takes.
+    /// The timeout of a call.
     fn timeout(&self) -> Duration;
 
-    /// Does on a new connection all that a visit needs, and keeps nothing of it. If it succeeds
-    /// the store is up, and the connection is there for the next visit.
+    /// Rehearses a visit on a new connection, without recording it. If it succeeds, the store is up and
+    /// the connection is in the pool.
     ///
     /// # Errors
     ///
@@ -31,17 +33,17 @@ pub trait Store {
     ///
     /// # Errors
     ///
-    /// Why it could not be read.
+    /// Why the count could not be read.
     fn total(&self) -> impl Future<Output = Result<i64, Error>> + Send;
 
-    /// Publishes what the store's connections are doing.
+    /// Publishes the state of the store's connections.
     fn report(&self);
 }
 
-/// How often the stores are read: what they have counted, and whether they still answer.
+/// How often the counts of the stores are read.
 const READ_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Watches both stores for as long as the future is polled. Counts and drift are `NaN` before.
+/// Watches both stores for as long as the future is polled. Sets counts and drift to `NaN` before.
 pub fn watch(postgres: Arc<impl Store>, redis: Arc<impl Store>) -> impl Future<Output = ()> {
     publish(None, None, None);
     async move {
@@ -57,7 +59,7 @@ pub fn watch(postgres: Arc<impl Store>, redis: Arc<impl Store>) -> impl Future<O
     }
 }
 
-/// Sets the gauges of what the stores have counted, as far as is known.
+/// Sets the gauges of the counts and of the drift; `None` is unknown.
 fn publish(rows: Option<i64>, redis: Option<i64>, drift: Option<i64>) {
     for (gauge, count) in [(ROWS, rows), (REDIS_VISITS, redis), (DRIFT, drift)] {
         let value = count.map_or(f64::NAN, |count| count as f64);
@@ -70,8 +72,8 @@ fn publish(rows: Option<i64>, redis: Option<i64>, drift: Option<i64>) {
 async fn recover(store: &impl Store, publish: impl Fn(Option<i64>)) {
     let availability = store.availability();
     loop {
-        availability.down().await;
-        // Its counts are unknown from here on.
+        availability.wait_until_down().await;
+        // From now on the store's count is unknown.
         publish(None);
         tokio::time::sleep(availability.relapse_pause()).await;
         while !availability.is_up() && Box::pin(store.probe()).await.is_err() {
@@ -80,9 +82,9 @@ async fn recover(store: &impl Store, publish: impl Fn(Option<i64>)) {
     }
 }
 
-/// Reads what both stores have counted. Redis is read before Postgres and again after it, when no
-/// increment of a batch that Postgres had recorded by then can still be in flight. So visits that
-/// come meanwhile are not taken for a difference between the two.
+/// Reads the counts of both stores. Redis is read before Postgres and again after it, once no
+/// increment of a batch in that reading of Postgres can still be in flight. So visits that arrive
+/// meanwhile do not count as drift.
 async fn read(postgres: &impl Store, redis: &impl Store, publish: impl Fn(Option<i64>)) {
     let mut ticks = tokio::time::interval(READ_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -100,7 +102,7 @@ async fn read(postgres: &impl Store, redis: &impl Store, publish: impl Fn(Option
     }
 }
 
-/// What a store has counted; `None` while that is unknown. The availability has the reason.
+/// Reads the count of a store that is up; `None` on failure, whose reason the availability has.
 async fn read_if_up(store: &impl Store) -> Option<i64> {
     if store.availability().is_up() {
         store.total().await.ok()
@@ -109,8 +111,8 @@ async fn read_if_up(store: &impl Store) -> Option<i64> {
     }
 }
 
-/// The distance of the rows from Redis that is certain: the smallest that any value of Redis
-/// between its two readings has.
+/// The drift that is certain: the smallest distance of the rows from any value that Redis can have had
+/// between its two readings.
 fn nearest_drift(rows: i64, before: i64, after: i64) -> i64 {
     let (low, high) = (before.min(after), before.max(after));
     match (rows.cmp(&low), rows.cmp(&high)) {

@@ -1,5 +1,5 @@
-//! Whether the collector takes spans, as the exports show: a breaker for the sampler, and the log
-//! lines about outages and rejections.
+//! Whether the collector accepts spans, by the outcome of exports: a breaker for the sampler, and the
+//! log lines about outages and rejections.
 //!
 //! Must not know: how spans are sent, and what they are about.
 
@@ -22,14 +22,14 @@ fn spans_exported(error_type: &str) -> Counter {
     SPANS_EXPORTED.with([&format!("{component}/0"), component, error_type])
 }
 
-/// Makes the series exist before there is a collector.
+/// Creates the series before there is a collector.
 pub(super) fn declare_metrics() {
     LazyLock::force(&EXPORTED);
     LazyLock::force(&NOT_EXPORTED);
 }
 
-/// What is known of the collector. After three failed attempts in a row at most one request a second
-/// is sampled, enough to try again with, until an export succeeds. So an absent collector costs
+/// The state of the collector. After three failed attempts in a row the sampler samples at most one
+/// request a second, enough for a retry, until an export succeeds. So an absent collector costs almost
 /// nothing.
 #[derive(Debug)]
 pub(super) struct Collector {
@@ -53,7 +53,7 @@ struct Status {
     rejection_logged: Option<Instant>,
 }
 
-/// What the last attempt of an export met, which the SDK's result omits.
+/// The details of an export's last attempt that the SDK's result omits.
 #[derive(Debug, Default)]
 struct Attempt {
     rejected: usize,
@@ -61,7 +61,7 @@ struct Attempt {
     error: Option<String>,
 }
 
-/// Exports that have failed in a row.
+/// A series of failed exports.
 #[derive(Debug)]
 struct Outage {
     since: Instant,
@@ -89,28 +89,28 @@ impl Collector {
             && self.admitted.fetch_max(second, Ordering::Relaxed) < second
     }
 
-    /// A span was queued.
-    pub(super) fn queued(&self) {
+    /// Counts a queued span.
+    pub(super) fn count_queued(&self) {
         self.unexported.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// An attempt to export has succeeded, except for the spans that the collector rejected.
-    pub(super) fn attempt_succeeded(&self, rejected: usize) {
+    /// Records an attempt to export that succeeded, and how many spans the collector rejected.
+    pub(super) fn record_attempt_success(&self, rejected: usize) {
         self.status().attempt = Attempt {
             rejected,
             error: None,
         };
     }
 
-    /// An attempt to export has failed, with an error if there was no response. Each of an export's
-    /// attempts counts, since all of them together take almost a second.
-    pub(super) fn attempt_failed(&self, error: Option<String>) {
+    /// Records an attempt to export that failed, with an error if there was no response. Each of an
+    /// export's attempts counts, since all of them together take almost a second.
+    pub(super) fn record_attempt_failure(&self, error: Option<String>) {
         self.failures.fetch_add(1, Ordering::Relaxed);
         self.status().attempt = Attempt { rejected: 0, error };
     }
 
-    /// An export of `spans` spans has succeeded. A collector that rejects some of them is up.
-    pub(super) fn exported(&self, spans: usize) {
+    /// Records an export of `spans` spans that succeeded. A collector that rejects some of them is up.
+    pub(super) fn record_export(&self, spans: usize) {
         self.failures.store(0, Ordering::Relaxed);
         let mut status = self.status();
         let rejected = std::mem::take(&mut status.attempt).rejected.min(spans);
@@ -118,7 +118,7 @@ impl Collector {
         NOT_EXPORTED.increment(rejected as u64);
         self.unexported.fetch_sub(spans, Ordering::AcqRel);
         if rejected > 0 {
-            status.rejected(rejected);
+            status.record_rejected(rejected);
         }
         if let Some(outage) = status.outage.take() {
             info!(
@@ -129,8 +129,8 @@ impl Collector {
         }
     }
 
-    /// An export of `spans` spans has failed.
-    pub(super) fn failed(&self, spans: usize, result: &OTelSdkError) {
+    /// Records an export of `spans` spans that failed.
+    pub(super) fn record_export_failure(&self, spans: usize, result: &OTelSdkError) {
         NOT_EXPORTED.increment(spans as u64);
         let now = Instant::now();
         let mut status = self.status();
@@ -155,8 +155,9 @@ impl Collector {
         }
     }
 
-    /// How many spans were lost since the collector last took any, if it takes no more.
-    pub(super) fn lost(&self) -> usize {
+    /// How many spans are lost if the collector accepts no more: those of the current outage, and those
+    /// that are not exported yet.
+    pub(super) fn lost_spans(&self) -> usize {
         let status = self.status();
         let lost = status.outage.as_ref().map_or(0, |outage| outage.lost);
         lost + self.unexported.load(Ordering::Acquire)
@@ -180,8 +181,8 @@ impl Default for Collector {
 }
 
 impl Status {
-    /// Logs rejections at most once a minute, each line with all since the last one.
-    fn rejected(&mut self, spans: usize) {
+    /// Logs rejections at most once a minute; each line counts all since the last one.
+    fn record_rejected(&mut self, spans: usize) {
         self.rejected += spans;
         let logged = self.rejection_logged;
         if logged.is_none_or(|logged| logged.elapsed() >= REJECTION_INTERVAL) {

@@ -1,7 +1,7 @@
-//! The way of a span to the collector: queued, batched, exported and counted.
+//! The pipeline of spans to the collector: queues, batches, exports and counts them.
 //!
-//! The SDK does not report how many spans its queue drops, nor all that an export meets. Wrappers
-//! around its processor and its exporter count both.
+//! The SDK does not report how many spans its queue drops, nor how each export ends. Wrappers around
+//! its processor and its exporter count both.
 //!
 //! Must not know: what a span is about, and which requests are sampled.
 
@@ -22,7 +22,7 @@ use opentelemetry_sdk::trace::{
 use tracing::warn;
 
 use super::collector::{self, Collector};
-use super::sampler::DrawnIds;
+use super::sampler::TraceIdGenerator;
 use super::{otlp, span};
 use crate::config::{ExporterConfig, TracesConfig};
 use crate::metrics::catalog::SPANS_PROCESSED;
@@ -38,14 +38,14 @@ fn spans_processed(error_type: &str) -> Counter {
     SPANS_PROCESSED.with([&format!("{component}/0"), component, error_type])
 }
 
-/// Makes the series of spans exist, whether or not there is an exporter.
+/// Creates the series of spans, even without an exporter.
 pub(super) fn declare_metrics() {
     LazyLock::force(&QUEUED);
     LazyLock::force(&QUEUE_FULL);
     collector::declare_metrics();
 }
 
-/// Makes spans and sends them.
+/// The SDK's tracer provider, and the state of the collector that it exports to.
 #[derive(Debug)]
 pub(super) struct Pipeline {
     provider: SdkTracerProvider,
@@ -53,7 +53,7 @@ pub(super) struct Pipeline {
 }
 
 impl Pipeline {
-    /// Must be called outside the runtime, since the exporter's HTTP client is a blocking one.
+    /// Must be called outside the runtime, since the exporter's HTTP client is blocking.
     pub(super) fn new(config: &TracesConfig, exporter: &ExporterConfig) -> anyhow::Result<Self> {
         let collector = Arc::new(Collector::default());
         let queued = Arc::new(AtomicUsize::new(0));
@@ -76,10 +76,10 @@ impl Pipeline {
             capacity: config.otel_bsp_max_queue_size,
         };
         let provider = SdkTracerProvider::builder()
-            // A request is sampled before its span is made.
+            // Our sampler has decided before a span is made.
             .with_sampler(Sampler::AlwaysOn)
-            .with_id_generator(DrawnIds::default())
-            // Otherwise the SDK reads limits from variables that are not our settings.
+            .with_id_generator(TraceIdGenerator::default())
+            // Without this the SDK reads limits from variables that are not our settings.
             .with_span_limits(SpanLimits::default())
             .with_resource(resource(config))
             .with_span_processor(processor)
@@ -96,11 +96,11 @@ impl Pipeline {
         })
     }
 
-    /// Sends the remaining spans, for at most `timeout`, and logs how many were lost since the
-    /// collector last took any. Blocks. A second call does nothing.
+    /// Sends the remaining spans, for at most `timeout`, and logs how many are lost. Blocks. A second
+    /// call does nothing.
     pub(super) fn shut_down(&self, timeout: Duration) {
         let result = self.provider.shutdown_with_timeout(timeout);
-        let lost = self.collector.lost();
+        let lost = self.collector.lost_spans();
         if lost > 0 && !matches!(result, Err(OTelSdkError::AlreadyShutdown)) {
             warn!(
                 spans.lost = lost,
@@ -149,7 +149,7 @@ impl SpanProcessor for CountingProcessor {
         for attribute in &mut span.attributes {
             cut_value(&mut attribute.value, span::value_length_limit());
         }
-        self.collector.queued();
+        self.collector.count_queued();
         QUEUED.increment(1);
         self.processor.on_end(span);
     }
@@ -167,8 +167,8 @@ impl SpanProcessor for CountingProcessor {
     }
 }
 
-/// Cuts the texts of an attribute's value. A span can wait in the queue for long, so it must not be
-/// as large as what a client or a store sends.
+/// Cuts the texts of an attribute's value. A span can stay in the queue for seconds, and a client or a
+/// store can send long texts.
 fn cut_value(value: &mut Value, limit: usize) {
     let cut_text = |text: &mut StringValue| {
         let short = span::cut(text.as_str(), limit);
@@ -183,7 +183,7 @@ fn cut_value(value: &mut Value, limit: usize) {
     }
 }
 
-/// Tells the collector's status how each export ended.
+/// Counts exports, and records how each one ended.
 #[derive(Debug)]
 struct CountingExporter {
     exporter: OtlpExporter,
@@ -197,8 +197,8 @@ impl SpanExporter for CountingExporter {
         self.queued.fetch_sub(spans, Ordering::Relaxed);
         let result = self.exporter.export(batch).await;
         match &result {
-            Ok(()) => self.collector.exported(spans),
-            Err(error) => self.collector.failed(spans, error),
+            Ok(()) => self.collector.record_export(spans),
+            Err(error) => self.collector.record_export_failure(spans, error),
         }
         result
     }

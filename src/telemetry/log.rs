@@ -1,5 +1,5 @@
-//! The log: one line an event, written by a thread of its own, so that a reader that stalls delays
-//! no caller.
+//! The log: one line per event. A thread of its own writes the lines, so that a stalled reader of
+//! stdout delays no caller.
 //!
 //! Must not know: what a line says.
 
@@ -19,16 +19,16 @@ use super::{panic, span};
 use crate::config::{LogConfig, LogFormat};
 use crate::metrics::catalog::LOG_LINES_DROPPED;
 
-/// Lines and bytes that can wait to be written: a line can be as long as a store's error. Lines that
-/// do not fit are dropped and counted.
+/// Maximum numbers of lines and bytes that wait to be written; a store's error can make a line long.
+/// Lines that do not fit are dropped and counted.
 const BUFFERED_LINES: usize = 8192;
 const BUFFERED_BYTES: usize = 8 << 20;
 
-/// The thread that writes. Dropping this waits until everything is written, for at most `timeout`:
+/// The thread that writes. Dropping this waits until every line is written, for at most `timeout`:
 /// stdout's reader can stall.
 pub(super) struct LogWriter {
     buffer: Arc<Buffer>,
-    /// Disconnected once the thread has ended. Only its owner uses it: the lock makes it `Sync`.
+    /// Disconnected once the thread has ended. The lock only makes it `Sync`; it is never contended.
     ended: Mutex<Receiver<()>>,
     timeout: Duration,
 }
@@ -67,7 +67,7 @@ impl Drop for LogWriter {
     }
 }
 
-/// Lines on their way to the thread that writes them.
+/// The lines that wait for the thread that writes them.
 #[derive(Debug)]
 pub(super) struct Buffer {
     lines: SyncSender<Vec<u8>>,
@@ -89,7 +89,7 @@ impl Buffer {
         (buffer, lines)
     }
 
-    /// Keeps a line, if there is room for it.
+    /// Adds a line if there is room. Returns whether there was.
     fn push(&self, line: &[u8]) -> bool {
         let with_line = |bytes| Some(bytes + line.len()).filter(|&bytes| bytes <= BUFFERED_BYTES);
         let reserved = self
@@ -102,8 +102,8 @@ impl Buffer {
         fits
     }
 
-    /// Writes lines as they come, until the buffer is closed and empty. A line that cannot be
-    /// written is dropped.
+    /// Writes lines until the buffer is closed and empty. Drops and counts a line that cannot be
+    /// written.
     fn write_lines(&self, lines: &Receiver<Vec<u8>>, mut output: impl Write) {
         for line in lines {
             if output.write_all(&line).is_err() {
@@ -116,16 +116,16 @@ impl Buffer {
         }
     }
 
-    /// Has the thread end once everything is written.
+    /// Makes the thread end once every line is written.
     fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
-        // An empty line wakes a thread that waits for one. With a full channel it is not waiting.
+        // An empty line wakes the thread if it waits for a line; it does not wait if the channel is full.
         self.lines.try_send(Vec::new()).ok();
     }
 }
 
 impl Write for &Buffer {
-    /// Takes a whole line, or drops it.
+    /// Accepts a whole line, or drops it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if !self.push(line) {
             self.dropped.increment(1);
@@ -138,7 +138,7 @@ impl Write for &Buffer {
     }
 }
 
-/// The layer that formats lines.
+/// Makes the layer that formats lines.
 pub(super) fn layer<S>(
     config: &LogConfig,
     buffer: Arc<Buffer>,
@@ -146,8 +146,8 @@ pub(super) fn layer<S>(
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
-    // Spans are for the collector. Here each would be formatted, although a line about a request has
-    // the request's ids in fields of its own.
+    // Spans are for the collector. In the log each would be formatted, although a line about a request
+    // already has fields with the request's ids.
     let no_spans = format!("{}=off", span::TARGET).parse()?;
     let panics = format!("{}=error", panic::TARGET).parse()?;
     let filter = EnvFilter::try_new(&config.rust_log)?

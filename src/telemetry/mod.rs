@@ -1,8 +1,8 @@
-//! What the service reports about itself: logs, traces and metrics, started once and flushed last.
+//! Logs, traces and metrics: started first and flushed last.
 //!
-//! Telemetry changes no response and delays none. [`request`] wraps every request.
+//! [`request`] wraps every request. It adds ids to the response's headers, and delays no response.
 //!
-//! Must not know: routes and stores.
+//! Must not know: stores, and what a handler does.
 
 mod collector;
 mod exporter;
@@ -31,7 +31,7 @@ use crate::metrics::{self, Format};
 
 /// Running telemetry. Dropping it writes the rest of the log.
 pub struct Telemetry {
-    /// Writes the rest of the log when it is dropped.
+    /// Held for its `Drop`, which writes the rest of the log.
     _log: LogWriter,
     pipeline: Option<Pipeline>,
     sampler: Sampler,
@@ -39,10 +39,9 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Starts logs, metrics and, if `traces` has an exporter, traces. With `trace_context` a
-    /// request's headers say whose child it is. From then on a panic is a line of the log, and the
-    /// end waits for the log's reader for at most `log_timeout`. Must be called once, and outside
-    /// the runtime.
+    /// Starts logs, metrics and, if `traces` has an exporter, traces. With `trace_context` a request's
+    /// headers can name its parent span. From then on panics are logged. Dropping telemetry waits for
+    /// the log for at most `log_timeout`. Must be called once, and outside the runtime.
     ///
     /// # Errors
     ///
@@ -53,7 +52,7 @@ impl Telemetry {
         trace_context: bool,
         log_timeout: Duration,
     ) -> anyhow::Result<Self> {
-        // First, since a handle that is made without a recorder changes nothing.
+        // First, since a metric's handle made without a recorder records nothing.
         let prometheus = metrics::install()?;
         let build = [crate::VERSION, crate::REVISION, crate::RUSTC];
         BUILD_INFO.with(build).set(1.0);
@@ -82,20 +81,20 @@ impl Telemetry {
         })
     }
 
-    /// Decides which requests are traced.
+    /// The sampler, which decides which requests are traced.
     #[must_use]
     pub fn sampler(&self) -> Sampler {
         self.sampler.clone()
     }
 
-    /// Every metric, in a format that a scraper reads.
+    /// Renders every metric.
     #[must_use]
     pub fn render_metrics(&self, format: Format) -> String {
         metrics::render(&self.prometheus, format)
     }
 
-    /// Moves samples from where they are recorded to where they are kept. Until the next call or
-    /// scrape each sample takes memory.
+    /// Folds the samples recorded since the last call or scrape into the histograms. Until then each
+    /// sample takes memory.
     pub fn upkeep(&self) {
         self.prometheus.run_upkeep();
     }

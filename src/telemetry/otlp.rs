@@ -1,7 +1,7 @@
 //! Sends spans over OTLP: HTTP with protobuf.
 //!
 //! The SDK's exporter does not report each attempt (an export makes several, with a backoff), why
-//! there was no response, and how many spans the collector rejected. The HTTP client here sees all
+//! there was no response, and how many spans the collector rejected. The HTTP client here records all
 //! three.
 //!
 //! Must not know: what a span is about.
@@ -21,8 +21,8 @@ use reqwest::Certificate;
 use super::collector::Collector;
 use crate::config::{Compression, ExporterConfig};
 
-/// The SDK's exporter with a client that looks at each attempt. Must be called outside the runtime,
-/// since the client is a blocking one.
+/// Makes the SDK's exporter, with a client that inspects each attempt. Must be called outside the
+/// runtime, since the client is blocking.
 pub(super) fn exporter(
     config: &ExporterConfig,
     collector: Arc<Collector>,
@@ -59,7 +59,7 @@ fn http_client(config: &ExporterConfig) -> anyhow::Result<reqwest::blocking::Cli
     http.build().context("building the exporter's HTTP client")
 }
 
-/// Sends a request, and tells the collector's status how the attempt ended.
+/// Sends requests, and records how each attempt ended.
 #[derive(Debug)]
 struct InspectingClient {
     http: reqwest::blocking::Client,
@@ -79,12 +79,13 @@ impl HttpClient for InspectingClient {
             let result = self.http.send_bytes(request).await;
             match &result {
                 Ok(response) if response.status().is_success() => {
-                    self.collector.attempt_succeeded(rejected(response.body()));
+                    self.collector
+                        .record_attempt_success(rejected_spans(response.body()));
                 }
-                Ok(_) => self.collector.attempt_failed(None),
+                Ok(_) => self.collector.record_attempt_failure(None),
                 Err(error) => self
                     .collector
-                    .attempt_failed(Some(innermost_cause(&**error))),
+                    .record_attempt_failure(Some(innermost_cause(&**error))),
             }
             result
         })
@@ -92,14 +93,14 @@ impl HttpClient for InspectingClient {
 }
 
 /// How many spans the collector rejected, by its response.
-fn rejected(response: &[u8]) -> usize {
+fn rejected_spans(response: &[u8]) -> usize {
     ExportTraceServiceResponse::decode(response)
         .ok()
         .and_then(|response| usize::try_from(response.partial_success?.rejected_spans).ok())
         .unwrap_or(0)
 }
 
-/// The outer causes add nothing: they only say that the export failed.
+/// The innermost cause. The outer ones only say that the export failed.
 fn innermost_cause(error: &(dyn Error + 'static)) -> String {
     let mut innermost = error;
     while let Some(source) = innermost.source() {

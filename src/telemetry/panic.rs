@@ -1,7 +1,7 @@
-//! Panics: each is counted and is one line of the log, wherever it happens. The line has the ids of
-//! the request that the thread was working on, if any.
+//! Counts every panic and logs it in one line, with the ids of the request that the thread was working
+//! on, if any.
 //!
-//! Must not know: what becomes of the task that panicked.
+//! Must not know: what happens to the task that panicked.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::cell::RefCell;
@@ -15,12 +15,12 @@ use opentelemetry::{SpanId, TraceId};
 
 use crate::metrics::catalog;
 
-/// The target of the line. The log writes it at any `RUST_LOG`.
+/// The target of a panic's line. The log writes it at any `RUST_LOG`.
 pub(super) const TARGET: &str = "visitas::panic";
 
 static PANICS: LazyLock<Counter> = LazyLock::new(|| catalog::PANICS.with([]));
 
-/// What names a request in the log.
+/// The ids of a request in the log.
 #[derive(Debug, Clone)]
 pub(super) struct RequestIds {
     pub(super) request: HeaderValue,
@@ -32,17 +32,17 @@ thread_local! {
     static CURRENT: RefCell<Option<RequestIds>> = const { RefCell::new(None) };
 }
 
-/// Until this is dropped, the thread works on one request.
-pub(super) struct InRequest;
+/// Marks the thread as working on a request until this is dropped.
+pub(super) struct RequestScope;
 
-impl InRequest {
+impl RequestScope {
     pub(super) fn enter(ids: RequestIds) -> Self {
         CURRENT.set(Some(ids));
         Self
     }
 }
 
-impl Drop for InRequest {
+impl Drop for RequestScope {
     fn drop(&mut self) {
         CURRENT.set(None);
     }
@@ -56,8 +56,8 @@ pub(super) fn install_hook() {
 
 fn report(panic: &PanicHookInfo<'_>) {
     PANICS.increment(1);
-    // A panic in this hook would abort the process: the ids can be borrowed mutably (`try_borrow`),
-    // and the thread can be ending (`try_with`).
+    // A panic in this hook would abort the process. The ids can be borrowed mutably, hence
+    // `try_borrow`, and the thread can be ending, hence `try_with`.
     let ids = CURRENT
         .try_with(|ids| ids.try_borrow().ok()?.clone())
         .ok()

@@ -1,4 +1,4 @@
-//! Whose child a request is, by W3C's Trace Context: the headers `traceparent` and `tracestate`.
+//! Reads a request's parent span from W3C's Trace Context: the headers `traceparent` and `tracestate`.
 //!
 //! Must not know: which requests are sampled.
 
@@ -8,15 +8,15 @@ use opentelemetry::trace::{SpanContext, SpanId, TraceFlags, TraceId, TraceState}
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
-/// Members of a `tracestate` that are kept: all that it can have.
+/// Maximum number of members of a `tracestate` (3.3.1.1).
 const STATE_MEMBERS: usize = 32;
-/// Characters of a `tracestate` that are kept: as many as must be passed on.
+/// Maximum length of a `tracestate` that is kept: a service must pass on this many characters.
 const STATE_LENGTH: usize = 512;
-/// Longer members go first where there are too many characters.
+/// Members longer than this are dropped first if there are too many characters.
 const LONG_MEMBER: usize = 128;
 
-/// The caller's span, without its `tracestate`. Two `traceparent` headers are invalid, even equal
-/// ones: a proxy can join them (RFC 9110, 5.3), and then they are malformed.
+/// The caller's span, without its `tracestate`. Two `traceparent` headers are invalid, even if they
+/// are equal: a proxy can join them (RFC 9110, 5.3), which makes them malformed.
 pub(super) fn parent(headers: &HeaderMap) -> Option<SpanContext> {
     let mut values = headers.get_all(TRACEPARENT).iter();
     let (Some(value), None) = (values.next(), values.next()) else {
@@ -54,9 +54,9 @@ pub(super) fn with_tracestate(parent: &SpanContext, headers: &HeaderMap) -> Span
     )
 }
 
-/// The members of all `tracestate` headers in their order, bounded as W3C's Trace Context says
-/// (3.3.1): whole members go, the long ones first, and from the end. One malformed member makes it
-/// `None`.
+/// The members of all `tracestate` headers in their order, cut as W3C's Trace Context requires
+/// (3.3.1): whole members are dropped, the long ones first, from the end. `None` if a member is
+/// malformed.
 fn tracestate(headers: &HeaderMap) -> Option<TraceState> {
     let values = headers.get_all(TRACESTATE).iter();
     let values: Vec<_> = values
@@ -70,7 +70,7 @@ fn tracestate(headers: &HeaderMap) -> Option<TraceState> {
         .take(STATE_MEMBERS)
         .collect();
     let length = |members: &[&str]| members.iter().map(|member| member.len() + 1).sum::<usize>();
-    // The last member has no comma behind it.
+    // The last member has no comma after it.
     while length(&members) > STATE_LENGTH + 1 {
         let is_long = |member: &&str| member.len() > LONG_MEMBER;
         let long = members.iter().rposition(is_long);

@@ -1,4 +1,4 @@
-//! The request layer: a request's ids, its span, its metrics and its line in the access log.
+//! The outermost layer: a request's ids, its span, its metrics and its line in the access log.
 //!
 //! Must not know: which routes there are, bodies, query strings and client addresses.
 
@@ -21,7 +21,7 @@ use tracing::{Level, Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
-use super::panic::{InRequest, RequestIds};
+use super::panic::{RequestIds, RequestScope};
 use super::request_metrics::{self, Kind};
 use super::sampler::Sampler;
 use super::span;
@@ -50,19 +50,19 @@ impl Observer {
         })
     }
 
-    /// The layer. Requests of a route that is not `traced` never get a span.
+    /// Makes the layer. Requests of a route that is not `traced` never get a span.
     pub fn layer<S>(
         self: Arc<Self>,
         traced: fn(route: &str) -> bool,
-    ) -> impl Layer<S, Service = Observe<S>> + Clone {
-        layer_fn(move |inner| Observe {
+    ) -> impl Layer<S, Service = ObservingService<S>> + Clone {
+        layer_fn(move |inner| ObservingService {
             observer: Arc::clone(&self),
             traced,
             inner,
         })
     }
 
-    /// Logs how many access lines were suppressed since the last line that says so.
+    /// Logs how many access lines were suppressed since the last report, if any.
     pub fn report_suppressed(&self) {
         let suppressed = self.access_limit.take_suppressed();
         if suppressed > 0 {
@@ -76,22 +76,21 @@ impl Observer {
     }
 }
 
-/// Observes every request: the outermost layer. It allocates nothing, unlike a function of axum's
-/// `from_fn`.
+/// The service of the outermost layer. It allocates nothing, unlike axum's `from_fn`.
 #[derive(Debug, Clone)]
-pub struct Observe<S> {
+pub struct ObservingService<S> {
     observer: Arc<Observer>,
     traced: fn(&str) -> bool,
     inner: S,
 }
 
-impl<S> Service<Request> for Observe<S>
+impl<S> Service<Request> for ObservingService<S>
 where
     S: Service<Request, Response = Response>,
 {
     type Response = Response;
     type Error = S::Error;
-    type Future = Observed<S::Future>;
+    type Future = ResponseFuture<S::Future>;
 
     fn poll_ready(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
@@ -99,9 +98,9 @@ where
 
     fn call(&mut self, request: Request) -> Self::Future {
         let in_flight = InFlight::begin(&self.observer, self.traced, &request);
-        let _in_request = InRequest::enter(in_flight.ids());
+        let _scope = RequestScope::enter(in_flight.ids());
         let span = in_flight.span.clone();
-        Observed {
+        ResponseFuture {
             response: self.inner.call(request).instrument(span),
             in_flight,
         }
@@ -111,14 +110,14 @@ where
 pin_project! {
     /// The response to an observed request.
     #[derive(Debug)]
-    pub struct Observed<F> {
+    pub struct ResponseFuture<F> {
         #[pin]
         response: Instrumented<F>,
         in_flight: InFlight,
     }
 }
 
-impl<F, E> Future for Observed<F>
+impl<F, E> Future for ResponseFuture<F>
 where
     F: Future<Output = Result<Response, E>>,
 {
@@ -126,9 +125,9 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let in_request = InRequest::enter(this.in_flight.ids());
+        let scope = RequestScope::enter(this.in_flight.ids());
         let mut response = ready!(this.response.poll(cx))?;
-        drop(in_request);
+        drop(scope);
         this.in_flight.respond(&mut response);
         Poll::Ready(Ok(response))
     }
@@ -168,7 +167,7 @@ impl InFlight {
             Span::none()
         };
         let context = (!span.is_none()).then(|| decision.start(&span));
-        request_metrics::active(method, 1.0);
+        request_metrics::add_active(method, 1.0);
         Self {
             observer: Arc::clone(observer),
             method,
@@ -222,7 +221,7 @@ impl InFlight {
             version: self.version,
         };
         request_metrics::record(kind, took, span);
-        request_metrics::active(self.method, -1.0);
+        request_metrics::add_active(self.method, -1.0);
         macro_rules! line {
             ($level:expr, $suppressed:expr) => {
                 tracing::event!(
@@ -270,8 +269,7 @@ fn request_span(
         || verb.to_owned(),
         |route| format!("{verb} {}", route.as_str()),
     );
-    // Cut here as well as when the span is queued, since the span is held while the request is in
-    // flight.
+    // Cut here as well as in the queue, since the span is held while the request is in flight.
     let cut = |value| span::cut(value, span::value_length_limit());
     let agent = request.headers().get(http::header::USER_AGENT);
     let span = tracing::info_span!(
@@ -292,14 +290,14 @@ fn request_span(
         error.type = field::Empty,
     );
     if let Some(parent) = parent {
-        // This fails only if the span has started, which nothing has made it do yet.
+        // This fails only after the span has started, and it has not started yet.
         span.set_parent(Context::new().with_remote_span_context(parent.clone()))
             .ok();
     }
     span
 }
 
-/// The method's name if it is one of HTTP's own, so that a client cannot make series.
+/// The method's name if HTTP defines it, so that a client cannot create series.
 fn known_method(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",
@@ -374,7 +372,7 @@ impl AccessLimit {
         admitted
     }
 
-    /// How many lines were suppressed since this was last called.
+    /// Returns how many lines were suppressed since the last call.
     fn take_suppressed(&self) -> u64 {
         self.suppressed.swap(0, Ordering::Relaxed)
     }
@@ -404,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn id_is_kept_if_it_is_visible_and_short_and_made_otherwise() {
+    fn id_is_kept_if_visible_and_short_and_replaced_otherwise() {
         let visible: Vec<_> = (b'!'..=b'~').collect();
         for kept in [&visible[..], b"a", &[b'a'; 128]] {
             assert_eq!(id_for(kept), kept);

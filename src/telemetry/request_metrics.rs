@@ -1,8 +1,7 @@
-//! Metrics of requests: how many are in flight, how long each took, and how many series of them
-//! there can be.
+//! Metrics of requests: the number in flight, their durations, and a limit on the number of series.
 //!
-//! A client chooses the method and the protocol version, so their product with all routes and
-//! statuses must be bounded. Must not know: headers, bodies and clients.
+//! A client chooses the method and the protocol version, so the number of their combinations with
+//! routes and statuses needs a limit. Must not know: headers, bodies and clients.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -21,21 +20,21 @@ static VISIT_UNAVAILABLE: LazyLock<Series> =
     LazyLock::new(|| Series::new(Kind::visit(StatusCode::SERVICE_UNAVAILABLE)));
 static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits::new(OTHER_SERIES));
 
-/// Series of a `GET` of a route that succeeds or is unavailable: two for each of eleven routes.
+/// Maximum number of series of `GET`s with status 200 or 503: two for each of eleven routes.
 const EXPECTED_SERIES: usize = 22;
-/// Series of all other requests, except one for each status.
+/// Maximum number of series of all other requests, plus one shared series for each status.
 const OTHER_SERIES: usize = 14;
 
-/// What distinguishes the series of requests.
+/// The properties of a request that distinguish its series.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Kind<'a> {
-    /// A name from a fixed set.
+    /// One of a fixed set of names.
     pub(super) method: &'static str,
-    /// The route that matched.
+    /// The route that the request matched.
     pub(super) route: Option<&'a str>,
     /// Absent if the client disconnected before there was a response.
     pub(super) status: Option<StatusCode>,
-    /// A name from a fixed set.
+    /// One of a fixed set of names.
     pub(super) version: &'static str,
 }
 
@@ -45,22 +44,22 @@ struct Series {
     durations: Histogram,
 }
 
-/// Bounds the series. The expected ones have a limit of their own, so that no client can crowd them
-/// out.
+/// Limits the series. Expected series have a limit of their own, so that a client cannot displace
+/// them.
 struct Limits {
     expected: SeriesLimit,
     others: SeriesLimit,
 }
 
-/// Makes the series exist that can be known beforehand.
+/// Creates the series that are known beforehand.
 pub(super) fn declare() {
     LazyLock::force(&ACTIVE_GET);
     LazyLock::force(&VISIT_OK);
     LazyLock::force(&VISIT_UNAVAILABLE);
 }
 
-/// Adds to the number of requests in flight. No route has other methods than these two.
-pub(super) fn active(method: &'static str, change: f64) {
+/// Adds to the number of requests in flight. Routes have no methods other than `GET` and `HEAD`.
+pub(super) fn add_active(method: &'static str, change: f64) {
     match method {
         "GET" => ACTIVE_GET.increment(change),
         "HEAD" => HTTP_ACTIVE.with(["HEAD", "http"]).increment(change),
@@ -97,8 +96,8 @@ impl Kind<'_> {
         }
     }
 
-    /// The kind that a request is counted as. Client errors have one series for each status, and
-    /// so has what would be one series too many. A visit always has its own.
+    /// The kind that a request is counted as. Client errors, and requests whose series would exceed the
+    /// limit, share one series for each status. A visit always has its own series.
     fn bounded(self, limits: &Limits) -> Self {
         let is_refused = self.status.is_some_and(|status| status.is_client_error());
         let is_visit = self.method == "GET" && self.route == Some("/");
@@ -157,7 +156,7 @@ mod tests {
     /// A bucket for each bound and one for the rest, a sum and a count.
     const SAMPLES_OF_A_SERIES: usize = HTTP_DURATION.buckets().len() + 3;
 
-    /// Every kind of request that there can be, with far more routes than there are.
+    /// Every possible kind of request, with far more routes than the service has.
     fn kinds(routes: &[String]) -> Vec<Kind<'_>> {
         let mut kinds = Vec::new();
         let statuses = [200, 204, 304, 400, 404, 405, 431, 500, 503];

@@ -1,8 +1,8 @@
-//! Which requests are traced. It is decided before a span is made, so that a request that is not
+//! Decides which requests are traced, before their spans are made, so that a request that is not
 //! sampled costs one random id and no allocation.
 //!
-//! The rules are those of the SDK's samplers. A trace gets the id that was drawn to decide about it,
-//! so that services with the same ratio agree.
+//! The rules are those of the SDK's samplers. A trace gets the id that was drawn for the decision, so
+//! that services with the same ratio agree. Must not know: which routes there are.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::config;
 /// Decides for each request whether it is traced.
 #[derive(Debug, Clone)]
 pub struct Sampler {
-    /// None without an exporter.
+    /// `None` without an exporter.
     rule: Option<Rule>,
     trace_context: bool,
 }
@@ -34,21 +34,21 @@ struct Rule {
     collector: Arc<Collector>,
 }
 
-/// What was decided about a request, and whose child it is.
+/// The decision about a request, and its parent span.
 #[derive(Debug)]
 pub(super) struct Decision {
     /// Whether the request gets a span.
     pub(super) sampled: bool,
-    /// The caller's span, if there was a valid `traceparent`. It has its `tracestate` only if the
-    /// request is sampled.
+    /// The caller's span, if there was a valid `traceparent`. It has a `tracestate` only if the request
+    /// is sampled.
     pub(super) parent: Option<SpanContext>,
     /// The id of a trace that starts with this request.
     trace: TraceId,
 }
 
 impl Sampler {
-    /// Samples by one of OpenTelemetry's rules while the collector takes spans. Without trace
-    /// context it reads no header.
+    /// Samples by one of OpenTelemetry's rules while the collector accepts spans. Reads no header
+    /// without `trace_context`.
     pub(super) fn new(
         rule: config::Sampler,
         collector: Arc<Collector>,
@@ -78,7 +78,7 @@ impl Sampler {
         }
     }
 
-    /// Decides against a request, which can have a parent all the same.
+    /// Decides not to trace a request. The decision still has the request's parent.
     pub(super) fn decline(&self, headers: &HeaderMap) -> Decision {
         let parent = self.trace_context.then(|| propagation::parent(headers));
         Decision {
@@ -88,7 +88,7 @@ impl Sampler {
         }
     }
 
-    /// Decides about a request.
+    /// Decides whether to trace a request.
     pub(super) fn decide(&self, headers: &HeaderMap) -> Decision {
         let mut decision = self.decline(headers);
         let Some(rule) = &self.rule else {
@@ -135,11 +135,12 @@ thread_local! {
     static STARTING: Cell<Option<TraceId>> = const { Cell::new(None) };
 }
 
-/// Gives a trace the id that was drawn to decide about it, and any other a random one.
+/// Generates ids: a trace of [`Decision::start`] gets the id drawn for its decision, any other a
+/// random one.
 #[derive(Debug, Default)]
-pub(super) struct DrawnIds(RandomIdGenerator);
+pub(super) struct TraceIdGenerator(RandomIdGenerator);
 
-impl IdGenerator for DrawnIds {
+impl IdGenerator for TraceIdGenerator {
     fn new_trace_id(&self) -> TraceId {
         STARTING.get().unwrap_or_else(|| self.0.new_trace_id())
     }

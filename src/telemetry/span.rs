@@ -1,4 +1,4 @@
-//! The spans that are exported: their target, tracer and layer, and the length of their attributes.
+//! Exported spans: their target, tracer and layer, and the maximum length of their attributes.
 //!
 //! Must not know: what a span is about.
 
@@ -10,8 +10,8 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::registry::LookupSpan;
 
-/// The target of exported spans. No library's span has it, so none is exported, and the exporter's
-/// own requests are not traced.
+/// The target of exported spans. No library's span has this target, so no library's span is exported,
+/// and the exporter's own requests are not traced.
 pub(crate) const TARGET: &str = "visitas::span";
 
 /// The tracer, and the maximum length of an attribute's value in characters.
@@ -22,12 +22,12 @@ pub(super) fn set_tracer(tracer: SdkTracer, value_length_limit: usize) {
     EXPORTED.get_or_init(|| (tracer, value_length_limit));
 }
 
-/// The tracer, where spans are exported.
+/// The tracer, if spans are exported.
 pub(crate) fn tracer() -> Option<&'static SdkTracer> {
     EXPORTED.get().map(|(tracer, _limit)| tracer)
 }
 
-/// The layer that exports spans, where spans are exported.
+/// Makes the layer that exports spans, if spans are exported.
 pub(super) fn layer<S>() -> Option<impl Layer<S>>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
@@ -39,7 +39,7 @@ where
         .with_tracked_inactivity(false)
         .with_target(false)
         .with_level(false)
-        // Parents are named, never taken from the thread.
+        // Parents are set explicitly, never taken from the thread.
         .with_context_activation(false)
         .with_filter(filter_fn(|metadata| {
             metadata.is_span() && metadata.target() == TARGET
@@ -47,8 +47,8 @@ where
     Some(exported)
 }
 
-/// The maximum length of an attribute's value in characters. 0 without an exporter, which makes no
-/// spans.
+/// The maximum length of an attribute's value in characters; 0 without an exporter, since then no span
+/// is made.
 pub(super) fn value_length_limit() -> usize {
     EXPORTED.get().map_or(0, |&(_, limit)| limit)
 }

@@ -20,7 +20,7 @@ use tokio::{
 };
 use visitas::lifecycle::{Lifecycle, Phase};
 use visitas::server::Rejection;
-use visitas::server::{self, Drained, Events, Limits, Stop};
+use visitas::server::{self, DrainReport, Events, Limits, Stop};
 
 use crate::support::until_refused;
 
@@ -56,7 +56,7 @@ struct Server {
     working: Arc<AtomicUsize>,
     rejected: Arc<Mutex<Vec<Rejection>>>,
     lifecycle: Lifecycle,
-    done: JoinHandle<Drained>,
+    done: JoinHandle<DrainReport>,
 }
 
 /// A running handler. Dropped when the handler ends or is cancelled.
@@ -137,7 +137,7 @@ impl Server {
     }
 
     /// Stops the server; returns the result and how long it took.
-    async fn stop(self) -> (Drained, Duration) {
+    async fn stop(self) -> (DrainReport, Duration) {
         let begun = Instant::now();
         self.lifecycle.enter(Phase::Draining);
         let drained = timeout(LONG, self.done)
@@ -634,7 +634,7 @@ async fn stop_closes_idle_and_silent_connections_after_a_second_and_refuses_new_
     let mut silent = server.connect().await;
     server.open_becomes(2).await;
     let (drained, took) = server.stop().await;
-    assert_eq!(drained, Drained { aborted: 0 });
+    assert_eq!(drained, DrainReport { aborted: 0 });
     near(took, Duration::from_secs(1));
     assert_eq!(rest(&mut idle).await.0, "");
     assert_eq!(rest(&mut silent).await.0, "");
@@ -660,7 +660,7 @@ async fn request_in_flight_at_the_stop_is_answered_with_close() {
     stream.write_all(GET_SLOWER).await.expect("send");
     server.heads_become(1).await;
     let (drained, _) = server.stop().await;
-    assert_eq!(drained, Drained { aborted: 0 });
+    assert_eq!(drained, DrainReport { aborted: 0 });
     let (said, _) = rest(&mut stream).await;
     assert!(
         said.contains("connection: close") && said.ends_with("ok"),
@@ -717,7 +717,7 @@ async fn while_draining_an_idle_connection_is_served_for_a_second() {
     ask(&mut late, GET_SLOW).await.expect("response");
     drop(late);
     let (drained, took) = stopping.await.expect("the stop");
-    assert_eq!(drained, Drained { aborted: 0 });
+    assert_eq!(drained, DrainReport { aborted: 0 });
     assert!(took < Duration::from_secs(1), "{took:?}");
 }
 
@@ -771,7 +771,7 @@ async fn backlog_at_the_stop_is_served() {
         waiting.push(stream);
     }
     let (drained, _) = server.stop().await;
-    assert_eq!(drained, Drained { aborted: 0 });
+    assert_eq!(drained, DrainReport { aborted: 0 });
     for stream in &mut waiting {
         answer(stream).await.expect("response");
     }
@@ -823,7 +823,7 @@ async fn every_connection_that_the_kernel_accepts_during_a_stop_is_served() {
             .collect();
         sleep(Duration::from_millis(20)).await;
         let (drained, _) = server.stop().await;
-        assert_eq!(drained, Drained { aborted: 0 });
+        assert_eq!(drained, DrainReport { aborted: 0 });
         for client in clients {
             let answered = client.join().expect("no panic");
             assert!(answered.iter().all(|&answered| answered));
@@ -842,7 +842,7 @@ async fn half_sent_headers_delay_a_stop_by_the_header_timeout_at_most() {
     stream.write_all(HALF).await.expect("send");
     sleep(LIMITS.header_timeout / 2).await;
     let (drained, _) = server.stop().await;
-    assert_eq!(drained, Drained { aborted: 0 });
+    assert_eq!(drained, DrainReport { aborted: 0 });
     near(begun.elapsed(), LIMITS.header_timeout);
 }
 
@@ -879,7 +879,7 @@ async fn requests_open_at_the_drain_deadline_are_aborted_and_counted() {
     server.open_becomes(3).await;
     let open = Arc::clone(&server.open);
     let (drained, took) = server.stop().await;
-    assert_eq!(drained, Drained { aborted: 2 });
+    assert_eq!(drained, DrainReport { aborted: 2 });
     near(took, drain);
     assert_eq!(open.load(SeqCst), 0);
     assert_eq!(rest(&mut half).await.0, "");
@@ -927,7 +927,7 @@ async fn stop_under_load_answers_every_request_it_read_and_aborts_no_busy_client
     }
     let (drained, took) = server.stop().await;
     let ends = clients.join_all().await;
-    assert_eq!(drained, Drained { aborted: 0 });
+    assert_eq!(drained, DrainReport { aborted: 0 });
     assert!(took < Duration::from_secs(1), "{took:?}");
     assert_eq!(
         ends.iter().map(|end| end.0).sum::<usize>(),

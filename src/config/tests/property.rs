@@ -1,4 +1,4 @@
-//! What holds for every text that a setting is given, and for every password that a secret can be.
+//! Properties of every text that a setting can get, and of every password.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::OsStringExt as _;
@@ -11,13 +11,13 @@ use proptest::sample::select;
 use super::*;
 use crate::config::telemetry::headers_in;
 use crate::config::value::{duration, host, pairs};
-use crate::property::bounded;
+use crate::property::property_config;
 
-/// Pieces that mean something to one parser or another, between bars.
+/// Pieces that have a meaning for some parser, separated by bars.
 const PIECES: &str = "postgres|redis|http|://|//|/|@|:|?|#|&|=|,|;|%|%2|%41|%00|%ff|[|]|::1|\\|\"|'| |\
     \t|\r|\n|\0|\u{7}|\u{85}|\u{2028}|é|…|0|1|65535|-|+|.|..|ms|s|h|sslmode|sslrootcert|require|****";
 
-/// Any text, which now and then is nearly what some setting takes.
+/// Any text, sometimes close to one that a setting accepts.
 fn text() -> impl Strategy<Value = String> {
     let piece = prop_oneof![
         select(PIECES.split('|').collect::<Vec<_>>()).prop_map(str::to_owned),
@@ -27,12 +27,12 @@ fn text() -> impl Strategy<Value = String> {
     prop::collection::vec(piece, 0..10).prop_map(|pieces| pieces.concat())
 }
 
-/// Names as Postgres has them: of at most 63 bytes, in whatever script.
+/// Names that Postgres accepts: at most 63 bytes, in any script.
 fn name() -> impl Strategy<Value = String> {
     let printable = any::<char>().prop_filter("printable", |character| !character.is_control());
     prop::collection::vec(printable, 1..=15)
         .prop_map(String::from_iter)
-        // A URL's path has no such segments: they mean the path's parents.
+        // In a URL's path these segments mean the path itself and its parent.
         .prop_filter("no dots alone", |name| name != "." && name != "..")
 }
 
@@ -64,8 +64,8 @@ fn in_a_url(host: &str) -> String {
 }
 
 proptest! {
-    // A case reads whole command lines, which takes milliseconds.
-    #![proptest_config({ let all = bounded(); ProptestConfig { cases: all.cases / 4, ..all } })]
+    // Each case reads whole command lines, which takes milliseconds.
+    #![proptest_config({ let all = property_config(); ProptestConfig { cases: all.cases / 4, ..all } })]
 
     #[test]
     fn any_bytes_are_accepted_or_refused_by_the_name_of_the_setting(

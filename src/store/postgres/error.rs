@@ -1,11 +1,13 @@
-//! What an error of the Postgres driver means for the call that failed.
+//! Converts errors of the Postgres driver to the store's errors.
+//!
+//! Must not know: which statement failed.
 
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use crate::store::error::{Cause, Error};
 
-/// What the server said: its message with detail and hint. The driver would add a line number,
-/// which is one of the server's own source.
+/// The server's message with its detail and hint. The driver would add a line number of the server's
+/// own source.
 #[derive(Debug, thiserror::Error)]
 struct ServerError(Box<PgDatabaseError>);
 
@@ -22,14 +24,14 @@ impl std::fmt::Display for ServerError {
     }
 }
 
-/// What a failed statement says about itself.
+/// Converts the error of a statement.
 pub(super) fn failure(error: sqlx::Error) -> Error {
     match error {
-        sqlx::Error::Database(answer) => {
-            let answer = answer.downcast::<PgDatabaseError>();
-            let code = answer.code().to_owned();
-            let ended = matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic);
-            let source = Cause::from(ServerError(answer));
+        sqlx::Error::Database(error) => {
+            let error = error.downcast::<PgDatabaseError>();
+            let code = error.code().to_owned();
+            let ended = matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic);
+            let source = Cause::from(ServerError(error));
             if ended {
                 Error::Ended { code, source }
             } else {
@@ -43,8 +45,8 @@ pub(super) fn failure(error: sqlx::Error) -> Error {
     }
 }
 
-/// What a failed attempt to open a session says: nothing had been asked yet, so that whatever
-/// the server answered is a refusal.
+/// Converts the error of an attempt to open a session. No statement has been sent yet, so every
+/// response of the server is a refusal.
 pub(super) fn connect_failure(error: sqlx::Error) -> Error {
     match failure(error) {
         Error::Ended { code, source } => Error::Refused { code, source },

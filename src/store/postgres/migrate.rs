@@ -1,7 +1,7 @@
 //! Brings the database to this version, one instance at a time.
 //!
-//! Every wait is bounded: for the lock, for each statement that should be quick, and, in
-//! `unhurried`, for those that take as long as the table is large.
+//! Every wait has a limit: for the lock, for each quick statement, and, in `long_session`, for
+//! statements whose time grows with the table. Must not know: when the service probes a store.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -12,12 +12,12 @@ use sqlx::PgConnection;
 use sqlx::migrate::{MigrateError, Migration, Migrator};
 
 use super::error::failure;
+use super::long_session::LongSession;
 use super::session::Session;
 use super::statements::{
-    ADOPT, Applied, INSTALLED, IS_ADOPTED, LEDGER, READ, REHEARSE, TAKE_LOCK, adopt, execute,
-    is_adopted, is_installed, is_missing, read_count, read_ledger, rehearse, take_lock,
+    ADOPT, AppliedMigration, INSTALLED, IS_ADOPTED, LEDGER, READ, REHEARSE, TAKE_LOCK, adopt,
+    execute, is_adopted, is_installed, is_missing, read_count, read_ledger, rehearse, take_lock,
 };
-use super::unhurried::Unhurried;
 use crate::metrics::catalog::RECOUNT_DUE;
 use crate::store::call::Operation;
 use crate::store::error::{Cause, Error};
@@ -29,15 +29,15 @@ const UNINSTALL: &str = include_str!("uninstall.sql");
 pub(super) static UNINSTALL_OBJECTS: Operation = Operation::command("DROP");
 pub(super) static APPLY: Operation = Operation::command("MIGRATE");
 
-/// A table, function, column or other object is there already.
+/// The SQLSTATEs of an object that exists already: a table, function, column or other object.
 const DUPLICATES: [&str; 4] = ["42P07", "42723", "42701", "42710"];
-/// Serialises migrations between instances; any constant that nothing else uses.
+/// The advisory lock that serialises migrations between instances; an arbitrary constant.
 const MIGRATION_LOCK: i64 = 0x7669_7369_7461_7300;
-/// How long to wait for another instance's migration before saying so and trying again.
+/// How long to wait for another instance's migration before the attempt fails.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 const LOCK_RETRY: Duration = Duration::from_millis(50);
 
-/// What the migrations make in the database.
+/// The objects that the migrations create in the database, and whether they are up to date.
 #[derive(Debug)]
 pub(super) struct Schema {
     pool: Arc<Pool<Session>>,
@@ -65,17 +65,17 @@ impl Schema {
         }
     }
 
-    /// Whether the database had every migration of this version when it was last looked at.
+    /// Whether the database had every migration of this version at the last check.
     pub(super) fn is_migrated(&self) -> bool {
         self.migrated.load(Ordering::Acquire)
     }
 
-    /// Something that the migrations made is missing.
+    /// Notes that an object of the migrations is missing.
     pub(super) fn note_missing(&self) {
         self.migrated.store(false, Ordering::Release);
     }
 
-    /// Whether data was loaded in a way that can have led the count astray.
+    /// Whether loaded data can have made the count wrong.
     pub(super) fn is_recount_due(&self) -> bool {
         self.recount_due.load(Ordering::Relaxed)
     }
@@ -85,8 +85,8 @@ impl Schema {
         self.recount_due.store(due, Ordering::Relaxed);
     }
 
-    /// Applies what is due, under a lock that only one instance holds, and does what a visit needs.
-    /// Where that shows that something is missing although the ledger has every migration, they
+    /// Applies the pending migrations, under a lock that only one instance holds, and rehearses a
+    /// visit. If the rehearsal finds an object missing although the ledger has every migration, all
     /// are applied again. Returns how many were applied.
     pub(super) async fn migrate_and_rehearse(&self) -> Result<(Rehearsal, usize), Error> {
         let (mut link, ledger) = self.pool.call_on_new(&LEDGER, read_ledger).await?;
@@ -112,13 +112,13 @@ impl Schema {
         })
     }
 
-    /// Does what a visit needs, and what the readings need, which is not all the same. Returns the
-    /// total, where it could be read.
+    /// Rehearses a visit, and a reading, which needs other objects. Returns the total if it could be
+    /// read.
     async fn rehearse_on(&self, link: &mut Link<PgConnection>) -> Result<Option<i64>, Error> {
         if !self.pool.call_on(link, &IS_ADOPTED, is_adopted).await? {
-            // Adopting what another server wrote, or counting the rows of a copy, can take longer
-            // than a visit may.
-            let mut session = Unhurried::open(&self.pool, &self.session).await?;
+            // Adopting another server's rows, or counting the rows of a copy, can exceed the timeout
+            // of a visit's call.
+            let mut session = LongSession::open(&self.pool, &self.session).await?;
             Box::pin(session.call(&ADOPT, adopt)).await?;
         }
         self.pool.call_on(link, &REHEARSE, rehearse).await?;
@@ -129,20 +129,20 @@ impl Schema {
                 Ok(Some(reading.total))
             }
             Err(error) if is_missing(&error) => Err(error),
-            // Visits can be recorded, which is what counts.
+            // A failed reading does not keep visits from being recorded.
             Err(_) => Ok(None),
         }
     }
 
     async fn apply(&self, pending: usize) -> Result<usize, Error> {
         self.note_missing();
-        // Said once: what keeps it from succeeding is said by the store's availability.
+        // Logged once: the store's availability logs why the migration does not succeed.
         if !self.migration_announced.swap(true, Ordering::Relaxed) {
             tracing::info!(migrations.pending = pending, "migrating the database");
         }
         let started = Instant::now();
-        // The end of the session gives the lock back.
-        let mut session = Unhurried::open(&self.pool, &self.session).await?;
+        // The lock is released when the session ends.
+        let mut session = LongSession::open(&self.pool, &self.session).await?;
         take_migration_lock(&mut session).await?;
         let applied = apply_locked(&mut session).await?;
         tracing::info!(
@@ -163,7 +163,7 @@ pub(super) fn latest_version() -> i64 {
         .unwrap_or_default()
 }
 
-async fn take_migration_lock(session: &mut Unhurried<'_>) -> Result<(), Error> {
+async fn take_migration_lock(session: &mut LongSession<'_>) -> Result<(), Error> {
     let started = Instant::now();
     loop {
         let attempt =
@@ -180,9 +180,9 @@ async fn take_migration_lock(session: &mut Unhurried<'_>) -> Result<(), Error> {
     }
 }
 
-/// Applies what another instance has not applied meanwhile. Where the ledger and what is there
-/// do not agree, everything except the visits is made again.
-async fn apply_locked(session: &mut Unhurried<'_>) -> Result<usize, Error> {
+/// Applies the migrations that no other instance has applied meanwhile. If the ledger and the
+/// database's objects disagree, all objects except the visits are created again.
+async fn apply_locked(session: &mut LongSession<'_>) -> Result<usize, Error> {
     let due = pending(&session.call_briefly(&LEDGER, read_ledger).await?);
     if due > 0 {
         match run_migrations(session).await {
@@ -202,10 +202,10 @@ async fn apply_locked(session: &mut Unhurried<'_>) -> Result<usize, Error> {
     Ok(MIGRATIONS.iter().count())
 }
 
-async fn run_migrations(session: &mut Unhurried<'_>) -> Result<(), Error> {
+async fn run_migrations(session: &mut LongSession<'_>) -> Result<(), Error> {
     let migrator = Migrator {
         migrations: Cow::Borrowed(&MIGRATIONS.migrations),
-        // A newer version may have migrated further; what it added is its own business.
+        // A newer version can have migrated further; its additions do not concern this version.
         ignore_missing: true,
         // sqlx's own lock waits without limit; ours is held already.
         locking: false,
@@ -222,14 +222,14 @@ async fn run_migrations(session: &mut Unhurried<'_>) -> Result<(), Error> {
 }
 
 /// How many migrations of this version the database lacks.
-fn pending(ledger: &[Applied]) -> usize {
+fn pending(ledger: &[AppliedMigration]) -> usize {
     MIGRATIONS
         .iter()
         .filter(|migration| !is_applied(ledger, migration))
         .count()
 }
 
-fn is_applied(ledger: &[Applied], migration: &Migration) -> bool {
+fn is_applied(ledger: &[AppliedMigration], migration: &Migration) -> bool {
     ledger.iter().any(|(version, checksum)| {
         *version == migration.version && *checksum == *migration.checksum
     })
@@ -239,14 +239,17 @@ fn is_duplicate(error: &Error) -> bool {
     error.code().is_some_and(|code| DUPLICATES.contains(&code))
 }
 
-/// Takes everything away that the migrations made, except the visits.
-async fn uninstall(connection: &mut PgConnection, ledger: &[Applied]) -> Result<(), Error> {
+/// Drops every object of the migrations, except the visits.
+async fn uninstall(
+    connection: &mut PgConnection,
+    ledger: &[AppliedMigration],
+) -> Result<(), Error> {
     execute(connection, "begin").await?;
     sqlx::raw_sql(UNINSTALL)
         .execute(&mut *connection)
         .await
         .map_err(failure)?;
-    // Never another program's, which can have the same numbers.
+    // Only our own migrations: another program's can have the same numbers.
     let ours: Vec<i64> = MIGRATIONS
         .iter()
         .filter(|migration| is_applied(ledger, migration))

@@ -1,14 +1,14 @@
 //! Postgres: the visits and their exact count.
 //!
-//! Each statement is a single one, committed by itself; none is ever repeated after it can have
-//! taken effect. The counting itself is in `migrations/`. Must not know: HTTP and Redis.
+//! Each statement is committed by itself, and is never repeated once it can have taken effect.
+//! `migrations/` has the functions that count. Must not know: HTTP and Redis.
 
 mod error;
+mod long_session;
 mod migrate;
 mod session;
 mod statements;
 mod trust;
-mod unhurried;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
+use self::long_session::LongSession;
 use self::migrate::{Rehearsal, Schema};
 use self::session::Session;
 use self::statements::{
@@ -24,7 +25,6 @@ use self::statements::{
     UNIQUE_VIOLATION, execute, is_missing, lock_count, move_sequence, read_count, record, recount,
     rehearse,
 };
-use self::unhurried::Unhurried;
 use super::availability::Availability;
 use super::call::{Batch, Target};
 use super::error::{CallError, Cause, Error, System};
@@ -41,20 +41,20 @@ pub struct Postgres {
     readings: AtomicU64,
 }
 
-/// What [`Postgres::recount`] found.
+/// The result of [`Postgres::recount`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Recount {
-    /// The total that the ledger said.
+    /// The total by the ledger.
     pub before: i64,
     /// The number of rows.
     pub after: i64,
 }
 
-/// Every so many readings look for all that can make a recount due.
+/// One in this many readings checks everything that can make a recount due.
 const THOROUGH_READING: u64 = 5;
 
-/// The writer takes one connection and the monitor one; the others leave room for what an outage
-/// left behind.
+/// The writer uses one connection and the monitor one; the others are a reserve for connections that
+/// an outage has left in doubt.
 const POOL_SIZE: u32 = 4;
 
 impl Postgres {
@@ -83,24 +83,24 @@ impl Postgres {
         }
     }
 
-    /// Whether the database had every migration of this version when it was last looked at.
+    /// Whether the database had every migration of this version at the last check.
     #[must_use]
     pub fn is_migrated(&self) -> bool {
         self.schema.is_migrated()
     }
 
-    /// Whether data was loaded into the database in a way that can have led the count astray.
+    /// Whether loaded data can have made the count wrong.
     #[must_use]
     pub fn is_recount_due(&self) -> bool {
         self.schema.is_recount_due()
     }
 
-    /// Records visits that arrived at these moments, in this order, and returns the number of
-    /// rows after the last of them. When it returns, they are committed and flushed.
+    /// Records visits that arrived at these moments, in this order, and returns the number of rows
+    /// after the last of them. On return the visits are committed and flushed.
     ///
     /// # Errors
     ///
-    /// Why they were not acknowledged, and whether they can be recorded all the same.
+    /// Why the visits were not acknowledged, and whether they can be recorded nevertheless.
     pub async fn record(
         &self,
         arrivals: &[OffsetDateTime],
@@ -108,8 +108,8 @@ impl Postgres {
     ) -> Result<i64, CallError> {
         match self.try_record(arrivals, batch).await {
             Err(failure) if RECORD.repairs(&failure.error) => {
-                // An id written by hand is in the sequence's way. The batch has been rolled back
-                // for certain, so it may be repeated, once.
+                // A row inserted by hand has the sequence's next id. The batch has certainly been
+                // rolled back, so it is repeated once.
                 self.pool
                     .call(&MOVE_SEQUENCE, Some(batch), move_sequence)
                     .await
@@ -146,36 +146,36 @@ impl Postgres {
     ///
     /// # Errors
     ///
-    /// Why it was not done. What had been applied stays; a migration is applied whole or not.
+    /// Why a migration failed. Those applied before it stay; a migration is applied entirely or not at
+    /// all.
     pub async fn migrate(&self) -> Result<usize, Error> {
         let (_, applied) = self.schema.migrate_and_rehearse().await?;
         Ok(applied)
     }
 
-    /// Counts the rows, drops what was adjusted and starts the ledger again. Visits wait
-    /// meanwhile.
+    /// Counts the rows, drops the adjustments and starts the ledger again. Visits wait meanwhile.
     ///
     /// # Errors
     ///
-    /// Why it was not done; nothing has changed then.
+    /// Why the recount failed; nothing has changed then.
     pub async fn recount(&self) -> Result<Recount, Error> {
-        let mut session = Unhurried::open(&self.pool, &self.session).await?;
+        let mut session = LongSession::open(&self.pool, &self.session).await?;
         let (before, after) = session.call(&RECOUNT, recount).await?;
         Ok(Recount { before, after })
     }
 
-    /// Runs `work` while no visit can be counted, handing it the total. The lock is given back
-    /// when it ends, however it ends.
+    /// Runs `work` with the total while no visit can be counted. The lock is released when `work` ends
+    /// or is dropped.
     ///
     /// # Errors
     ///
-    /// Why the lock or the total could not be had, or the error of `work`.
+    /// Why the lock could not be taken or the total not read, or the error of `work`.
     pub async fn with_count_locked<R>(
         &self,
         settle: Duration,
         work: impl AsyncFnOnce(i64) -> Result<R, Error>,
     ) -> Result<R, Error> {
-        // Dropped at any point, the link closes its session, which ends the transaction.
+        // If this future is dropped, the link closes its session, which ends the transaction.
         let begin = async |connection: &mut PgConnection| execute(connection, "begin").await;
         let (mut link, ()) = self.pool.call_on_new(&BEGIN, begin).await?;
         self.pool
@@ -195,8 +195,8 @@ impl Postgres {
         result
     }
 
-    /// Migrates where that is due, then does what a visit needs. Returns the connection, and the
-    /// total where it could be read.
+    /// Applies pending migrations, then rehearses a visit. Returns the connection, and the total if it
+    /// could be read.
     async fn rehearse(&self) -> Result<(Link<PgConnection>, Option<i64>), Error> {
         let (rehearsal, _) = self.schema.migrate_and_rehearse().await?;
         let mut link = match rehearsal {
@@ -204,7 +204,7 @@ impl Postgres {
             Rehearsal::Failed(link, error) if error.code() == Some(UNIQUE_VIOLATION) => link,
             Rehearsal::Failed(_, error) => return Err(error),
         };
-        // As for a visit: an id written by hand is in the way.
+        // As for a visit: a row inserted by hand has the sequence's next id.
         self.pool
             .call_on(&mut link, &MOVE_SEQUENCE, move_sequence)
             .await?;
@@ -222,7 +222,7 @@ impl Store for Postgres {
         self.pool.timeout()
     }
 
-    /// Migrates first, where that is due.
+    /// Applies pending migrations first.
     async fn probe(&self) -> Result<(), Error> {
         let started = Instant::now();
         match self.rehearse().await {
@@ -237,7 +237,7 @@ impl Store for Postgres {
         }
     }
 
-    /// The number of rows, as the ledger and the adjustments that are not folded yet say.
+    /// The number of rows, by the ledger and the adjustments that are not folded into it yet.
     async fn total(&self) -> Result<i64, Error> {
         let turn = self.readings.fetch_add(1, Ordering::Relaxed);
         let is_thorough = self.is_recount_due() || turn.is_multiple_of(THOROUGH_READING);
@@ -256,8 +256,7 @@ impl Store for Postgres {
         if let Err(error) = &result
             && is_missing(error)
         {
-            // A visit can still succeed, since it does not need what is missing. The probe makes it
-            // again.
+            // A visit can still succeed without the missing object. The probe creates it again.
             self.schema.note_missing();
             self.pool.fail(error);
         }
@@ -269,7 +268,7 @@ impl Store for Postgres {
     }
 }
 
-/// Fails where the database lacks a migration of this version, as if one of its objects did.
+/// Fails if the database lacks a migration of this version, with the error of a missing object.
 fn check_version(reading: &Reading) -> Result<(), Error> {
     let wanted = migrate::latest_version();
     if reading.version >= Some(wanted) {

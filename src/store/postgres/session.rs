@@ -1,4 +1,4 @@
-//! How a session with Postgres is opened and asked whether it still answers.
+//! Opens a session with Postgres, and checks whether it still works.
 //!
 //! Must not know: statements.
 
@@ -20,15 +20,15 @@ use crate::store::pool::Connect;
 
 /// How long a migration or a recount waits for a lock. It is well above Postgres's
 /// `deadlock_timeout`, after which an autovacuum that holds the lock is cancelled.
-const UNHURRIED_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+const LONG_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The first release that has `transaction_timeout`, as it numbers itself.
+/// The first `server_version_num` that has `transaction_timeout`.
 const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
 
 static PING: Operation = Operation::command("PING");
 
-/// How to open a session. Everything that the promise of a visit stands on is pinned here, so
-/// that no default of the server, the database or the role can weaken it.
+/// How to open a session. It sets every parameter that exact counting depends on, so that no default
+/// of the server, the database or the role can weaken it.
 #[derive(Debug, Clone)]
 pub(super) struct Session {
     options: PgConnectOptions,
@@ -44,7 +44,7 @@ impl Session {
             .host(&config.db_host)
             .port(config.db_port)
             .username(&config.db_user)
-            // Without a password of ours sqlx would take one from the environment.
+            // Without a password sqlx would read one from the environment.
             .password(
                 config
                     .db_password
@@ -60,7 +60,7 @@ impl Session {
             options = options.socket(&config.db_host);
         }
         options = options.options([
-            // Each statement of the recording function must see what the lock's last holder did.
+            // Each statement of the recording function must see the changes of the lock's last holder.
             ("default_transaction_isolation", "read committed"),
             // A 200 means committed and flushed.
             ("synchronous_commit", "on"),
@@ -70,13 +70,13 @@ impl Session {
             ("client_min_messages", "warning"),
             // An idle session is waiting for the next visit.
             ("idle_session_timeout", "0"),
-            // A client whose host has vanished must not keep its locks for hours.
+            // A client whose host has failed must not keep its locks for hours.
             ("tcp_keepalives_idle", "5"),
             ("tcp_keepalives_interval", "5"),
             ("tcp_keepalives_count", "2"),
             ("tcp_user_timeout", "15000"),
-            // Compiling a statement of the recording function costs more than running it, and so
-            // does planning it: left to choose, Postgres plans some of them at every call.
+            // Compiling or planning a statement of the recording function costs more than running it,
+            // and by default Postgres plans some of them at every call.
             ("jit", "off"),
             ("plan_cache_mode", "force_generic_plan"),
         ]);
@@ -89,13 +89,13 @@ impl Session {
         }
     }
 
-    /// A session without a limit on how long a statement may run, for migrations and counting.
-    pub(super) async fn open_unhurried(&self) -> Result<PgConnection, Error> {
-        self.open_with(UNHURRIED_LOCK_TIMEOUT, Duration::ZERO).await
+    /// Opens a session without a statement timeout, for migrations and counting.
+    pub(super) async fn open_long(&self) -> Result<PgConnection, Error> {
+        self.open_with(LONG_LOCK_TIMEOUT, Duration::ZERO).await
     }
 
     async fn open_with(&self, lock: Duration, statement: Duration) -> Result<PgConnection, Error> {
-        // The server gives up before the client does, so that a wait ends in a definite failure.
+        // The server times out before the client does, so that a wait ends in a definite failure.
         let milliseconds = |duration: Duration| duration.as_millis().to_string();
         let mut options = self.options.clone().options([
             ("lock_timeout", milliseconds(lock)),
@@ -111,7 +111,7 @@ impl Session {
         }
         let mut connection = options.connect().await.map_err(connect_failure)?;
         if connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT) {
-            // An older server refuses a session that names it.
+            // Not among the options above, since an older server refuses a session that names it.
             sqlx::query("set transaction_timeout = 0")
                 .execute(&mut connection)
                 .await
@@ -125,7 +125,7 @@ impl Session {
 #[derive(Debug, Clone)]
 struct Roots {
     file: PathBuf,
-    /// Held while a thread reads, so that a file system that stands still takes no more than one.
+    /// Held while a thread reads, so that a file system that hangs blocks one thread at most.
     reading: Arc<Mutex<()>>,
 }
 
@@ -137,8 +137,8 @@ impl Roots {
         }
     }
 
-    /// Certificates to trust, in PEM, as the file holds them now: as with psql, an authority that
-    /// was taken out of it is not trusted any longer, and without the file none is.
+    /// Reads the certificates to trust, in PEM, from the file as it is now. As with psql, an authority
+    /// that was removed from the file is no longer trusted, and without the file none is.
     async fn read(&self) -> Result<Vec<u8>, Error> {
         let reading = Arc::clone(&self.reading).lock_owned().await;
         let file = self.file.clone();
@@ -155,7 +155,7 @@ impl Roots {
 }
 
 fn trusted(file: &Path) -> Result<Vec<u8>, String> {
-    // The driver adds those that it finds by itself to what it is given.
+    // The driver also trusts the certificates that it finds by itself.
     if !rustls_native_certs::load_native_certs().certs.is_empty() {
         return Err("cannot replace the system's root certificates".to_owned());
     }

@@ -1,7 +1,7 @@
-//! Every statement that the service sends to Postgres: how a call of it is named, and the function
-//! that sends it and reads its reply. Those of the migrations are in `migrations/`.
+//! Every statement that the service sends to Postgres: its operation, and the function that sends it
+//! and reads the response. `migrations/` has the statements of the migrations.
 //!
-//! Must not know: when a statement is sent, and what is done about a failure.
+//! Must not know: when a statement is sent, and how the caller handles a failure.
 
 use sqlx::PgConnection;
 use time::OffsetDateTime;
@@ -27,7 +27,7 @@ pub(super) static MOVE_SEQUENCE: Operation = Operation::procedure(
     "avancar_sequencia",
     "select public.avancar_sequencia()",
 );
-/// The count, whether it can be trusted, and how far the database is migrated: one snapshot.
+/// The count, whether a recount is due, and the latest migration, in one snapshot.
 pub(super) static READ: Operation = Operation::procedure(
     "SELECT estado_da_contagem",
     "estado_da_contagem",
@@ -56,7 +56,7 @@ pub(super) static TAKE_LOCK: Operation = Operation::query(
     "SELECT pg_try_advisory_lock",
     "select pg_try_advisory_lock($1)",
 );
-/// Whether every object is there that the migrations made.
+/// Whether every object of the migrations exists.
 pub(super) static INSTALLED: Operation = Operation::query(
     "SELECT pg_proc",
     "select to_regclass('public.visitas_contagem') is not null \
@@ -85,28 +85,28 @@ pub(super) static ADOPT: Operation = Operation::procedure(
     "adotar_contagem",
     "select public.adotar_contagem()",
 );
-/// The server's process of a session.
+/// The id of the server's process for a session.
 pub(super) static BACKEND: Operation =
     Operation::query("SELECT pg_backend_pid", "select pg_backend_pid()");
-/// Whether the server works on a session's statement.
+/// Whether the server is running a session's statement.
 pub(super) static IS_ACTIVE: Operation = Operation::query(
     "SELECT pg_stat_activity",
     "select exists (select from pg_stat_activity \
                      where pid = $1 and state in ('active', 'disabled'))",
 );
 
-/// What [`REHEARSE`] raises once everything that a visit needs has worked.
+/// The SQLSTATE that [`REHEARSE`] raises after the rehearsal has succeeded.
 const REHEARSED: &str = "VS001";
 pub(super) const UNIQUE_VIOLATION: &str = "23505";
 const UNDEFINED_TABLE: &str = "42P01";
-/// A table, column, function, type or schema is not there. It can be one of ours, in a database
-/// that was emptied or replaced, or one that a trigger of another program needs.
+/// The SQLSTATEs of a missing table, column, function, type or schema. It can be ours, in a database
+/// that was emptied or replaced, or one that another program's trigger needs.
 const MISSING: [&str; 5] = [UNDEFINED_TABLE, "42703", "42883", "42704", "3F000"];
 
 /// A migration that the database has: its version and its checksum.
-pub(super) type Applied = (i64, Vec<u8>);
+pub(super) type AppliedMigration = (i64, Vec<u8>);
 
-/// What [`READ`] returns.
+/// The result of [`READ`].
 pub(super) struct Reading {
     pub(super) total: i64,
     pub(super) recount_due: bool,
@@ -130,7 +130,7 @@ pub(super) async fn record(
         .map_err(failure)
 }
 
-/// Does what a visit needs and undoes it, which shows as an error of our own.
+/// Rehearses a visit: the function records one and raises our own error, which undoes it.
 pub(super) async fn rehearse(connection: &mut PgConnection) -> Result<(), Error> {
     match execute(connection, REHEARSE.text()).await {
         Err(Error::Refused { code, .. }) if code == REHEARSED => Ok(()),
@@ -143,7 +143,7 @@ pub(super) async fn move_sequence(connection: &mut PgConnection) -> Result<(), E
     execute(connection, MOVE_SEQUENCE.text()).await
 }
 
-/// Reads the count; a thorough reading looks for all that can make a recount due.
+/// Reads the count. A thorough reading checks everything that can make a recount due.
 pub(super) async fn read_count(
     connection: &mut PgConnection,
     is_thorough: bool,
@@ -172,9 +172,11 @@ pub(super) async fn recount(connection: &mut PgConnection) -> Result<(i64, i64),
         .map_err(failure)
 }
 
-/// Reads the ledger without a lock, so that a database in order is ready at once, whichever
+/// Reads the ledger without a lock, so that an up-to-date database is ready at once even while another
 /// session holds the migration lock.
-pub(super) async fn read_ledger(connection: &mut PgConnection) -> Result<Vec<Applied>, Error> {
+pub(super) async fn read_ledger(
+    connection: &mut PgConnection,
+) -> Result<Vec<AppliedMigration>, Error> {
     let ledger = sqlx::query_as(LEDGER.text())
         .fetch_all(connection)
         .await
@@ -195,11 +197,11 @@ pub(super) async fn take_lock(connection: &mut PgConnection, lock: i64) -> Resul
 }
 
 pub(super) async fn is_installed(connection: &mut PgConnection) -> Result<bool, Error> {
-    answer(connection, INSTALLED.text()).await
+    fetch_bool(connection, INSTALLED.text()).await
 }
 
 pub(super) async fn is_adopted(connection: &mut PgConnection) -> Result<bool, Error> {
-    answer(connection, IS_ADOPTED.text()).await
+    fetch_bool(connection, IS_ADOPTED.text()).await
 }
 
 /// Makes this server's first entry in the count's ledger.
@@ -233,8 +235,8 @@ pub(super) async fn execute(
     Ok(())
 }
 
-async fn answer(connection: &mut PgConnection, question: &'static str) -> Result<bool, Error> {
-    sqlx::query_scalar(question)
+async fn fetch_bool(connection: &mut PgConnection, query: &'static str) -> Result<bool, Error> {
+    sqlx::query_scalar(query)
         .fetch_one(connection)
         .await
         .map_err(failure)

@@ -1,10 +1,11 @@
-//! Which certificates of `DB_SSLROOTCERT` a server's certificate may rest on.
+//! Selects the certificates of `DB_SSLROOTCERT` that rustls may trust.
 //!
-//! rustls trusts every certificate that it is given as a root. OpenSSL, and so psql, asks more of one, and what
-//! psql refuses of the file's certificates is refused here. rustls alone judges the certificates
-//! that the server sends, and the driver offers no way to add to that. It reads no key usage in
-//! them, and does not enforce how many may follow an authority of the file (`pathLenConstraint`).
-//! `SECURITY.md` lists what psql refuses and rustls accepts. This file opens no connection.
+//! rustls trusts every certificate that it gets as a root. OpenSSL, and so psql, checks more, and this
+//! file refuses the certificates of `DB_SSLROOTCERT` that psql refuses. Only rustls checks the
+//! certificates that the server sends, and the driver offers no way to add checks. rustls reads no key
+//! usage in them, and does not enforce the `pathLenConstraint` of an authority in the file.
+//! `SECURITY.md` lists the certificates that psql refuses and rustls accepts. Must not know: how a
+//! connection is opened.
 
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, UnixTime};
@@ -17,8 +18,8 @@ use x509_cert::ext::pkix::{
 };
 use x509_cert::{Certificate, TbsCertificate};
 
-/// Those certificates of a file in PEM that are of an authority for servers, are valid at `now`,
-/// and were issued by themselves or, in steps, by such a one of the same file.
+/// The certificates in PEM that belong to an authority for servers, are valid at `now`, and are
+/// self-issued or issued by another certificate that this returns.
 pub(super) fn roots(pem: &[u8], now: UnixTime) -> Vec<CertificateDer<'static>> {
     let given: Vec<_> = CertificateDer::pem_slice_iter(pem).flatten().collect();
     let mut authorities: Vec<_> = given
@@ -28,7 +29,7 @@ pub(super) fn roots(pem: &[u8], now: UnixTime) -> Vec<CertificateDer<'static>> {
     let mut roots: Vec<_> = authorities
         .extract_if(.., |authority| authority.is_named_by(authority))
         .collect();
-    // Each round takes those whose issuer has been taken.
+    // Each round takes the certificates whose issuer has been taken.
     loop {
         let taken: Vec<_> = authorities
             .extract_if(.., |authority| {
@@ -52,17 +53,17 @@ pub(super) fn roots(pem: &[u8], now: UnixTime) -> Vec<CertificateDer<'static>> {
 
 struct Authority<'a> {
     certificate: &'a CertificateDer<'a>,
-    /// For its key, and because critical extensions that are not understood are refused with it.
+    /// Verifies signatures by its key. Its parser refuses unknown critical extensions.
     verifier: EndEntityCert<'a>,
     parsed: Certificate,
-    /// What its issuer has signed.
+    /// The bytes that its issuer has signed.
     signed: &'a [u8],
-    /// How many authorities may follow below.
+    /// Maximum number of authorities below this one.
     room: usize,
 }
 
 impl<'a> Authority<'a> {
-    /// Nothing if the certificate says that it is not an authority for servers at `now`.
+    /// `None` unless the certificate belongs to an authority for servers and is valid at `now`.
     fn read(certificate: &'a CertificateDer<'a>, now: UnixTime) -> Option<Self> {
         let parsed = Certificate::from_der(certificate).ok()?;
         let content = parsed.tbs_certificate();
@@ -71,7 +72,7 @@ impl<'a> Authority<'a> {
         let purposes = content.get_extension::<ExtendedKeyUsage>().ok()?;
         let fits = basic.ca
             && usage.is_none_or(|(_, usage)| usage.key_cert_sign())
-            // OpenSSL does not take "any purpose" for this one.
+            // Like OpenSSL, "any purpose" does not include this purpose.
             && purposes.is_none_or(|(_, purposes)| purposes.0.contains(&ID_KP_SERVER_AUTH))
             && is_valid(content, now);
         let mut reader = SliceReader::new(certificate).ok()?;
@@ -85,7 +86,7 @@ impl<'a> Authority<'a> {
         })
     }
 
-    /// Whether the other one names this one as its issuer, and no other key or certificate.
+    /// Whether `other` names this certificate as its issuer, and no other key or serial number.
     fn is_named_by(&self, other: &Self) -> bool {
         let content = self.parsed.tbs_certificate();
         let Ok(key) = content.get_extension::<SubjectKeyIdentifier>() else {
@@ -103,8 +104,8 @@ impl<'a> Authority<'a> {
             && named_serial.is_none_or(|named| named == *content.serial_number())
     }
 
-    /// Whether the other one is to be trusted for having been issued by this one. rustls would not
-    /// see the names to which this one is limited, so one that is limited vouches for none.
+    /// Whether `other` can be trusted because this authority has issued it. rustls would not see this
+    /// authority's name constraints, so an authority with name constraints vouches for none.
     fn vouches_for(&self, other: &Self) -> bool {
         let content = self.parsed.tbs_certificate();
         let signature = other.parsed.signature().raw_bytes();

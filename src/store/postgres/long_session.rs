@@ -1,5 +1,7 @@
-//! Calls that take as long as the table is large: migrations and counting. While one runs another
-//! session looks whether the server still works on it, since a host that vanishes says nothing.
+//! Calls whose time grows with the table: migrations and counting. While such a call runs, another
+//! session checks that the server still works on it, since a host that fails sends no error.
+//!
+//! Must not know: what a call does.
 
 use std::time::Duration;
 
@@ -11,24 +13,24 @@ use crate::store::call::Operation;
 use crate::store::error::{Cause, Error};
 use crate::store::pool::{Link, Pool};
 
-/// The longest that such a call takes.
+/// Timeout of a long call.
 const TIMEOUT: Duration = Duration::from_mins(30);
-/// How often to look whether the server still works on the call, and how many looks in a row that
-/// fail end it.
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-const LOOK_FAILURES: u32 = 10;
+/// How often to check that the server still works on the call, and how many failed checks in a row
+/// end it.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_FAILED_CHECKS: u32 = 10;
 
-/// A session whose statements have no limit on how long they run.
-pub(super) struct Unhurried<'a> {
+/// A session without a statement timeout.
+pub(super) struct LongSession<'a> {
     pool: &'a Pool<Session>,
     connection: PgConnection,
     backend: i32,
 }
 
-impl<'a> Unhurried<'a> {
+impl<'a> LongSession<'a> {
     pub(super) async fn open(pool: &'a Pool<Session>, session: &Session) -> Result<Self, Error> {
         let opening = async {
-            let mut connection = session.open_unhurried().await?;
+            let mut connection = session.open_long().await?;
             let backend = backend(&mut connection).await?;
             Ok(Self {
                 pool,
@@ -39,7 +41,7 @@ impl<'a> Unhurried<'a> {
         pool.observe(&BACKEND, pool.timeout(), opening).await
     }
 
-    /// A call that ends within the pool's timeout.
+    /// Makes a call with the pool's timeout.
     pub(super) async fn call_briefly<R>(
         &mut self,
         operation: &Operation,
@@ -51,7 +53,7 @@ impl<'a> Unhurried<'a> {
             .await
     }
 
-    /// A call that may run for as long as the server is seen to work on it.
+    /// Makes a call that can run for as long as the server works on it.
     pub(super) async fn call<R>(
         &mut self,
         operation: &Operation,
@@ -61,26 +63,27 @@ impl<'a> Unhurried<'a> {
         let work = async {
             tokio::select! {
                 result = work(&mut self.connection) => result,
-                error = Box::pin(stalled(pool, backend)) => Err(error),
+                error = Box::pin(wait_for_stall(pool, backend)) => Err(error),
             }
         };
         pool.observe(operation, TIMEOUT, work).await
     }
 }
 
-/// Returns once the server has failed to answer several times, or does nothing for that session.
-async fn stalled(pool: &Pool<Session>, backend: i32) -> Error {
+/// Returns after [`MAX_FAILED_CHECKS`] checks in a row in which the server did not respond, or did not
+/// work on the session's statement.
+async fn wait_for_stall(pool: &Pool<Session>, backend: i32) -> Error {
     let mut failures = 0;
     let mut watcher = None;
     loop {
-        tokio::time::sleep(LOOK_INTERVAL).await;
-        match look(pool, backend, &mut watcher).await {
+        tokio::time::sleep(CHECK_INTERVAL).await;
+        match check(pool, backend, &mut watcher).await {
             Ok(true) => failures = 0,
-            // No further session is to be had, so the server is there.
+            // The server refused another session, so it is running.
             Err(error) if error.is_definite() => failures = 0,
             Ok(false) | Err(_) => failures += 1,
         }
-        if failures == LOOK_FAILURES {
+        if failures == MAX_FAILED_CHECKS {
             return Error::Connection(Cause::from(
                 "the server has not been seen to work on it for several seconds",
             ));
@@ -88,19 +91,19 @@ async fn stalled(pool: &Pool<Session>, backend: i32) -> Error {
     }
 }
 
-/// Asks on the `watcher`, which is opened where needed.
-async fn look(
+/// Checks on the session `watcher`, and opens it if needed.
+async fn check(
     pool: &Pool<Session>,
     backend: i32,
     watcher: &mut Option<Link<PgConnection>>,
 ) -> Result<bool, Error> {
-    let look = async |connection: &mut PgConnection| is_active(connection, backend).await;
+    let check = async |connection: &mut PgConnection| is_active(connection, backend).await;
     let (link, is_active) = match watcher.take() {
         Some(mut link) => {
-            let is_active = pool.call_on(&mut link, &IS_ACTIVE, look).await?;
+            let is_active = pool.call_on(&mut link, &IS_ACTIVE, check).await?;
             (link, is_active)
         }
-        None => pool.call_on_new(&IS_ACTIVE, look).await?,
+        None => pool.call_on_new(&IS_ACTIVE, check).await?,
     };
     *watcher = Some(link);
     Ok(is_active)
