@@ -79,12 +79,7 @@ impl LoadRun {
             "wrk: {text}{}",
             String::from_utf8_lossy(&output.stderr)
         );
-        parse(&text).with_context(|| {
-            format!(
-                "wrk printed
-{text}"
-            )
-        })
+        parse(&text).with_context(|| format!("wrk printed\n{text}"))
     }
 }
 
@@ -137,7 +132,7 @@ mod tests {
     use super::*;
 
     const SAID: &str = "\
-LoadRun 6s test @ http://127.0.0.1:15001/
+Running 6s test @ http://127.0.0.1:15001/
   2 threads and 256 connections
   Thread Stats   Avg      Stdev     Max   +/- Stdev
     Latency     4.90ms    1.22ms  31.99ms   88.26%

@@ -39,7 +39,7 @@ pub(crate) enum Traces {
     Nowhere,
 }
 
-/// A instance subject. Dropping it stops the process.
+/// A running subject. Dropping it stops the process.
 pub(crate) struct Instance {
     pub(crate) address: SocketAddr,
     /// Time from the start to the first successful readiness probe.

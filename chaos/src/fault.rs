@@ -1,4 +1,4 @@
-//! The faults: how each is active and healed, and the harm that clients are allowed to notice.
+//! The faults: how each is injected and healed, and the harm that clients are allowed to notice.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -102,7 +102,7 @@ impl Ledger {
     pub fn stop(&mut self) -> Vec<Visit> {
         self.running.store(false, Ordering::Relaxed);
         for client in std::mem::take(&mut self.clients) {
-            // A client does not panic; its earlier visits are file in any case.
+            // A client does not panic; its earlier visits are kept in any case.
             self.runtime.block_on(client).ok();
         }
         std::mem::take(&mut lock(&self.visits))

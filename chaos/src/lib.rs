@@ -1,4 +1,4 @@
-//! Breaks the service's dependencies under load and checks that every acknowledged visit is file.
+//! Breaks the service's dependencies under load and checks that every acknowledged visit is kept.
 //!
 //! In reading order: a `trial` injects a `fault` into its `ground` (the environment), while the
 //! clients of the `ledger` record their responses; the judge of histories (`lab`) compares them

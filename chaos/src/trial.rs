@@ -82,7 +82,7 @@ const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
 const MOMENT: Duration = Duration::from_millis(300);
 /// A fault that the service must recover from while active lasts longer than the allowed recovery.
 const MIN_HOLD_TO_RECOVER: Duration = Duration::from_secs(3);
-/// The maximum random delay before a fault is active.
+/// The maximum random delay before a fault is injected.
 const RANDOM_DELAY: Duration = Duration::from_millis(60);
 
 /// A fault under test.

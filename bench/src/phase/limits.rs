@@ -126,12 +126,7 @@ fn transactions(
         "pgbench: {report}{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let throughput = tps(&report).with_context(|| {
-        format!(
-            "pgbench printed
-{report}"
-        )
-    })?;
+    let throughput = tps(&report).with_context(|| format!("pgbench printed\n{report}"))?;
     let mut times = Vec::new();
     for path in logs(&log)? {
         times.extend(times_in(&std::fs::read_to_string(path)?)?);
@@ -195,12 +190,7 @@ fn increment(ground: &Ground, clients: usize) -> Result<(f64, f64)> {
         .output()
         .context("cannot run redis-benchmark")?;
     let report = String::from_utf8_lossy(&output.stdout);
-    increments(&report).with_context(|| {
-        format!(
-            "redis-benchmark printed
-{report}"
-        )
-    })
+    increments(&report).with_context(|| format!("redis-benchmark printed\n{report}"))
 }
 
 /// Parses `"test","rps","avg_latency_ms","min_latency_ms","p50_latency_ms",…` and the line below
