@@ -44,7 +44,7 @@ const OBEYED_BY_THE_DRIVER: [(&str, &str); 4] = [
     ("PGSSLKEY", "client certificates are not supported"),
 ];
 
-/// The database. After [`Self::finish`] the fields hold the values from a URL or a file too.
+/// The database. After `finish` the fields hold the values from a URL or a file too.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Postgres")]
 pub struct PostgresConfig {

@@ -23,7 +23,7 @@ const PARTS_OF_A_URL: [&str; 4] = [
     "redis_password_file",
 ];
 
-/// The cache. After [`Self::finish`] the fields hold the values from a URL or a file too.
+/// The cache. After `finish` the fields hold the values from a URL or a file too.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Redis")]
 pub struct RedisConfig {

@@ -133,7 +133,7 @@ enum Protocol {
     HttpProtobuf,
 }
 
-/// Traces, by OpenTelemetry's variables. After `finish`, [`Self::exporter`] has the effective ones.
+/// Traces, by OpenTelemetry's variables. After `finish`, `exporter` has the effective ones.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "OpenTelemetry")]
 pub struct TracesConfig {
