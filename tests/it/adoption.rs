@@ -369,6 +369,11 @@ async fn view_in_place_of_the_table_is_reported_and_can_be_removed() {
     world.sql("drop view visitas").await;
     service.until_ready().await;
     assert_eq!(service.visit().await, (1, 1));
+    // The log has a writer of its own, so its last line can come after the response.
+    eventually("the log says that Postgres is up", SOON, async || {
+        !service.logged("store is up again").is_empty()
+    })
+    .await;
     for logged_once in [
         "store is down",
         "migrating the database",
