@@ -43,8 +43,8 @@ const SUPPRESSED_INTERVAL: Duration = Duration::from_secs(5);
 const BACKLOG: u32 = 4096;
 /// A client that reads no byte of its response for this long is disconnected.
 const STALL_TIMEOUT: Duration = Duration::from_secs(10);
-/// The writer is aborted this long before the drain deadline, or a fifth of the drain timeout before
-/// it if that is less, so that visits whose store hangs still get a response.
+/// The writer is aborted this long before the drain deadline, or a fifth of the drain timeout
+/// before it if that is less, so that visits whose store hangs still get a response.
 const LAST_RESPONSES: Duration = Duration::from_millis(250);
 
 impl App {

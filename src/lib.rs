@@ -11,7 +11,8 @@
 //! - [`metrics`] declares every metric and renders them.
 //!
 //! [`config`] reads the settings. [`app`] builds these parts and runs them until the service is
-//! stopped; [`lifecycle`] has the phases of a stop. [`command`] has the commands other than `serve`.
+//! stopped; [`lifecycle`] has the phases of a stop. [`command`] has the commands other than
+//! `serve`.
 
 pub mod app;
 pub mod command;

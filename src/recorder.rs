@@ -124,9 +124,9 @@ struct QueuedVisit {
     reply: oneshot::Sender<Result<Totals, Refusal>>,
 }
 
-/// When the last visit that the writer took was queued. From it a request whose deadline passes knows
-/// whether its visit certainly still waits: the queue is in order, and the writer publishes its
-/// progress before it reads the clock to drop late visits.
+/// When the last visit that the writer took was queued. From it a request whose deadline passes
+/// knows whether its visit certainly still waits: the queue is in order, and the writer publishes
+/// its progress before it reads the clock to drop late visits.
 #[derive(Debug)]
 struct Progress {
     started: Instant,
@@ -162,7 +162,8 @@ const BATCH_LIMIT: usize = 4096;
 /// The SQLSTATE of a statement that ran into `statement_timeout`.
 const QUERY_CANCELED: &str = "57014";
 
-/// Makes a queue for `capacity` visits, each of which gets a reply within `deadline`, and its writer.
+/// Makes a queue for `capacity` visits, each of which gets a reply within `deadline`, and its
+/// writer.
 #[must_use]
 pub fn recorder(
     postgres: Arc<Postgres>,
@@ -233,8 +234,8 @@ impl Recorder {
         }
     }
 
-    /// Closes the queue. The writer still records the visits that wait, and then ends. Must be called
-    /// once no request can add another visit.
+    /// Closes the queue. The writer still records the visits that wait, and then ends. Must be
+    /// called once no request can add another visit.
     pub fn stop(&self) {
         self.stop.send_replace(true);
     }
@@ -354,7 +355,8 @@ impl Writer {
         });
     }
 
-    /// Replies to each visit. The last visit gets the batch's totals; the others count down from them.
+    /// Replies to each visit. The last visit gets the batch's totals; the others count down from
+    /// them.
     fn acknowledge(&mut self, total: i64, redis: Option<i64>) {
         let outcome = if redis.is_some() {
             Outcome::Ok

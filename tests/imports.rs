@@ -1,5 +1,5 @@
-//! Reads the imports of the files in `src`, and refuses circles between files and between rooms. `make
-//! map` prints the graph, with each room on a floor above every room that it imports.
+//! Reads the imports of the files in `src`, and refuses circles between files and between rooms.
+//! `make map` prints the graph, with each room on a floor above every room that it imports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -61,8 +61,8 @@ fn room(module: &Module) -> String {
     module.first().cloned().unwrap_or_default()
 }
 
-/// Builds the graph of imports; `name` maps a module to its node. Without the crate's root, which only
-/// declares modules and exports the version.
+/// Builds the graph of imports; `name` maps a module to its node. Without the crate's root, which
+/// only declares modules and exports the version.
 fn imports(name: impl Fn(&Module) -> String) -> Graph {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let files = files(&root);

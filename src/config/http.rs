@@ -78,8 +78,8 @@ pub struct ShutdownConfig {
 }
 
 impl ShutdownConfig {
-    /// Share of the shutdown timeout for requests in flight. The other shares divide the rest between
-    /// steps that can stall; the remainder is for the process's own exit.
+    /// Share of the shutdown timeout for requests in flight. The other shares divide the rest
+    /// between steps that can stall; the remainder is for the process's own exit.
     #[must_use]
     pub fn for_requests(&self) -> Duration {
         self.shutdown_timeout.saturating_sub(self.rest())

@@ -1,13 +1,13 @@
 //! The settings and the command line. Only this folder reads the environment.
 //!
 //! A setting is one field of a struct in this folder. The field's name gives the variable and the
-//! flag their names; its doc comment is the help; a field with `hide` is a secret, which has no flag
-//! and is never shown. clap reads them. Each struct's `finish` does what clap cannot: it reads the
-//! settings that a URL or a file contains, and refuses contradictions.
+//! flag their names; its doc comment is the help; a field with `hide` is a secret, which has no
+//! flag and is never shown. clap reads them. Each struct's `finish` does what clap cannot: it reads
+//! the settings that a URL or a file contains, and refuses contradictions.
 //!
-//! Every setting is read and checked before the command runs. A command reads only the settings that
-//! it uses: `healthcheck` works while a database setting is wrong. This folder opens no connection,
-//! binds no address and starts no logging.
+//! Every setting is read and checked before the command runs. A command reads only the settings
+//! that it uses: `healthcheck` works while a database setting is wrong. This folder opens no
+//! connection, binds no address and starts no logging.
 
 #![expect(
     clippy::doc_markdown,
@@ -217,7 +217,8 @@ pub fn trust_no_other(command: &Command) -> anyhow::Result<()> {
         .context("keeping the system's root certificates from Postgres, as DB_SSLROOTCERT asks")
 }
 
-/// Reads a command line, whose first item is the program's name, and the variables of `environment`.
+/// Reads a command line, whose first item is the program's name, and the variables of
+/// `environment`.
 fn parse(
     arguments: impl IntoIterator<Item = OsString>,
     environment: Environment<'_>,
@@ -337,8 +338,8 @@ fn refuse_secret_flags(command: &clap::Command, matches: &ArgMatches) -> Result<
     Ok(())
 }
 
-/// Masks the text before an `@` wherever clap's error quotes the command line or the environment: it
-/// can be the password of a URL that was set where a host or an address belongs.
+/// Masks the text before an `@` wherever clap's error quotes the command line or the environment:
+/// it can be the password of a URL that was set where a host or an address belongs.
 fn masked(mut error: clap::Error) -> clap::Error {
     for kind in [
         ContextKind::InvalidArg,

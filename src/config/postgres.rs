@@ -35,8 +35,8 @@ const PARTS_OF_A_URL: [&str; 7] = [
     "db_sslmode",
 ];
 
-/// Variables that the Postgres driver always reads, each with what to do instead. The settings below
-/// override the driver's other `PG*` variables.
+/// Variables that the Postgres driver always reads, each with what to do instead. The settings
+/// below override the driver's other `PG*` variables.
 const OBEYED_BY_THE_DRIVER: [(&str, &str); 4] = [
     ("PGOPTIONS", "session options are not supported"),
     ("PGSSLROOTCERT", "set DB_SSLROOTCERT instead"),
@@ -103,7 +103,8 @@ impl PostgresConfig {
         Duration::from_millis(u64::try_from(milliseconds).unwrap_or(u64::MAX))
     }
 
-    /// Reads the settings that the URL and the files of secrets contain, and refuses contradictions.
+    /// Reads the settings that the URL and the files of secrets contain, and refuses
+    /// contradictions.
     pub(super) fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
         for (variable, remedy) in OBEYED_BY_THE_DRIVER {
             if sources.variable(variable).is_some() {

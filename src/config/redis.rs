@@ -63,7 +63,8 @@ pub struct RedisConfig {
 }
 
 impl RedisConfig {
-    /// Reads the settings that the URL and the files of secrets contain, and refuses contradictions.
+    /// Reads the settings that the URL and the files of secrets contain, and refuses
+    /// contradictions.
     pub(super) fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
         let file = self.redis_password_file.as_ref();
         sources.secret("REDIS_PASSWORD", &mut self.redis_password, file)?;

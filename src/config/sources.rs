@@ -147,8 +147,8 @@ pub(super) struct Parts<'s, 'a> {
 }
 
 impl Parts<'_, '_> {
-    /// Sets a setting from its part, if the URL has that part. The same values are accepted as for the
-    /// setting itself.
+    /// Sets a setting from its part, if the URL has that part. The same values are accepted as for
+    /// the setting itself.
     pub(super) fn take<T>(
         &mut self,
         variable: &'static str,

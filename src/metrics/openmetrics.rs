@@ -92,8 +92,8 @@ impl Exemplars {
     /// Older exemplars are not exposed: the tracing system can have dropped their traces.
     const RECENT: Duration = Duration::from_mins(10);
 
-    /// Keeps an observation of a series with these upper bounds, in place of the last exemplar in its
-    /// bucket. The histogram must have recorded the observation already.
+    /// Keeps an observation of a series with these upper bounds, in place of the last exemplar in
+    /// its bucket. The histogram must have recorded the observation already.
     pub fn keep(&self, series: &Key, bounds: &[f64], value: f64, span: &SpanContext) {
         let exemplar = Exemplar {
             trace: span.trace_id(),

@@ -10,8 +10,8 @@ use super::catalog::{
     START_TIME, THREADS, VIRTUAL_MEMORY, WORKERS,
 };
 
-/// Reads all of them. Returns the counters with fractions as text, since the exporter's counters are
-/// whole numbers. Must be called inside the runtime.
+/// Reads all of them. Returns the counters with fractions as text, since the exporter's counters
+/// are whole numbers. Must be called inside the runtime.
 pub(super) fn read() -> String {
     let process = metrics_process::collector::collect();
     for (gauge, value) in [

@@ -1,7 +1,7 @@
 //! `GET /health`: whether the service records visits.
 //!
-//! The routes only read the state that the monitor keeps, so they respond at once even while a store
-//! hangs. Must not know: how a store is probed.
+//! The routes only read the state that the monitor keeps, so they respond at once even while a
+//! store hangs. Must not know: how a store is probed.
 
 use axum::Json;
 use axum::extract::State;

@@ -38,9 +38,9 @@ pub fn metrics_router(state: &AppState, observer: Arc<Observer>) -> Router {
     layered(router.with_state(state.clone()), observer)
 }
 
-/// Adds the layers. The first layer is the outermost: it observes the responses of all others, and a
-/// panic becomes a response before it reaches that layer. They are one stack, since axum allocates
-/// once for each layer that is added by itself.
+/// Adds the layers. The first layer is the outermost: it observes the responses of all others, and
+/// a panic becomes a response before it reaches that layer. They are one stack, since axum
+/// allocates once for each layer that is added by itself.
 pub fn layered(router: Router, observer: Arc<Observer>) -> Router {
     router.layer(
         ServiceBuilder::new()

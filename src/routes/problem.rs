@@ -51,8 +51,8 @@ where
 }
 
 /// Keeps caches from storing a response without `Cache-Control`, since each is true only at its own
-/// moment. Without this header a cache may store some by its own judgement, such as a 404 or a scrape
-/// (RFC 9111, section 4.2.2).
+/// moment. Without this header a cache may store some by its own judgement, such as a 404 or a
+/// scrape (RFC 9111, section 4.2.2).
 pub(super) fn not_stored(mut response: Response) -> Response {
     response
         .headers_mut()

@@ -1,5 +1,5 @@
-//! Shares one rendering of the metrics between concurrent scrapers, so that many scrapers cost hardly
-//! more than one.
+//! Shares one rendering of the metrics between concurrent scrapers, so that many scrapers cost
+//! hardly more than one.
 //!
 //! Must not know: what is rendered.
 
@@ -12,9 +12,9 @@ use tokio::task::JoinError;
 
 use crate::metrics::Format;
 
-/// Shares renderings between scrapers. One rendering runs at a time, and every scraper that asks before
-/// the next rendering starts gets that one. So scrapers use at most one thread, and wait for at most
-/// the rendering in progress and one of each format.
+/// Shares renderings between scrapers. One rendering runs at a time, and every scraper that asks
+/// before the next rendering starts gets that one. So scrapers use at most one thread, and wait for
+/// at most the rendering in progress and one of each format.
 #[derive(Debug, Clone, Default)]
 pub struct Renderings(Arc<Mutex<Latest>>);
 
@@ -64,14 +64,14 @@ mod tests {
     /// A renderer whose text is the number of renderings started so far.
     struct Counter {
         renderings: Renderings,
-        begun: Arc<AtomicUsize>,
+        started: Arc<AtomicUsize>,
     }
 
     impl Counter {
         fn new() -> Self {
             Self {
                 renderings: Renderings::default(),
-                begun: Arc::default(),
+                started: Arc::default(),
             }
         }
 
@@ -81,10 +81,10 @@ mod tests {
             meanwhile: impl FnOnce() + Send + 'static,
         ) -> JoinHandle<Bytes> {
             let renderings = self.renderings.clone();
-            let begun = Arc::clone(&self.begun);
+            let started = Arc::clone(&self.started);
             tokio::spawn(async move {
                 let render = move || {
-                    let turn = begun.fetch_add(1, Ordering::SeqCst) + 1;
+                    let turn = started.fetch_add(1, Ordering::SeqCst) + 1;
                     meanwhile();
                     turn.to_string()
                 };
@@ -92,11 +92,12 @@ mod tests {
             })
         }
 
-        /// Starts a rendering that lasts until the sender is dropped, at the latest at the test's end.
+        /// Starts a rendering that lasts until the sender is dropped, at the latest at the test's
+        /// end.
         async fn hold(&self) -> (JoinHandle<Bytes>, mpsc::Sender<()>) {
             let (gate, closed) = mpsc::channel::<()>();
             let held = self.ask(Format::Text, move || closed.recv().unwrap_or_default());
-            while self.begun.load(Ordering::SeqCst) == 0 {
+            while self.started.load(Ordering::SeqCst) == 0 {
                 yield_now().await;
             }
             (held, gate)
@@ -148,7 +149,7 @@ mod tests {
         let second = counter.ask(Format::Text, || {});
         // The test asserts that nothing happens, so there is no fact to wait for.
         tokio::time::sleep(Duration::from_millis(50)).await;
-        assert_eq!(counter.begun.load(Ordering::SeqCst), 1);
+        assert_eq!(counter.started.load(Ordering::SeqCst), 1);
         drop(gate);
         assert_eq!(second.await.unwrap(), "2");
     }

@@ -15,7 +15,8 @@ use super::shared::Shared;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum State {
-    /// The client, to start a request. Entered at accept, and when the kernel has all of a response.
+    /// The client, to start a request. Entered at accept, and when the kernel has all of a
+    /// response.
     Idle,
     /// The client, to complete its headers. Entered at their first byte.
     Headers,
@@ -91,8 +92,8 @@ impl Activity {
         (since != BUSY && since != ENDING).then_some(since)
     }
 
-    /// Closes the connection if it has been idle since this moment. A request that arrives meanwhile
-    /// is served.
+    /// Closes the connection if it has been idle since this moment. A request that arrives
+    /// meanwhile is served.
     pub(super) fn evict(&self, since: u64) -> bool {
         let evicted = self
             .idle_since
@@ -141,8 +142,8 @@ impl Activity {
         self.moved.store(true, Relaxed);
     }
 
-    /// When the current state times out, if it can. `since` is when the state was entered; this updates
-    /// it if the state has changed.
+    /// When the current state times out, if it can. `since` is when the state was entered; this
+    /// updates it if the state has changed.
     pub(super) fn deadline(&self, since: &mut Instant, shared: &Shared) -> Option<Instant> {
         let state = self.state();
         if self.moved.swap(false, Relaxed) && state != State::Handling {
@@ -211,8 +212,8 @@ impl Activity {
         }
     }
 
-    /// The state after a response. Bytes after the last request start the next one, unless they end as
-    /// headers do: then hyper has read all of them.
+    /// The state after a response. Bytes after the last request start the next one, unless they end
+    /// as headers do: then hyper has read all of them.
     fn after_response(&self) -> State {
         let [_, bytes @ ..] = self.tail.load(Relaxed).to_be_bytes();
         if bytes == *b"\n\r\n" || bytes[1..] == *b"\n\n" {

@@ -6,8 +6,8 @@
 //! headers also runs while a connection is idle. So the socket, the service and the response's body
 //! move an [`Activity`] from state to state, and the connection's task derives a deadline from it
 //! after each turn of hyper. The clock is read only when the state has changed, and a timer is set
-//! only when a deadline is earlier than the one it is set to: a request that arrives whole and gets its
-//! response at once costs one look at the clock and no timer.
+//! only when a deadline is earlier than the one it is set to: a request that arrives whole and gets
+//! its response at once costs one look at the clock and no timer.
 //!
 //! No route reads a body. A request that has one gets a response, and the connection ends.
 
@@ -207,8 +207,8 @@ impl AsyncRead for Socket {
     }
 }
 
-/// Without vectored writes: hyper then copies a response's body behind its headers, which costs less
-/// than a list of both for short responses.
+/// Without vectored writes: hyper then copies a response's body behind its headers, which costs
+/// less than a list of both for short responses.
 impl AsyncWrite for Socket {
     fn poll_write(
         mut self: Pin<&mut Self>,
@@ -224,9 +224,9 @@ impl AsyncWrite for Socket {
         written
     }
 
-    /// hyper calls this in each turn in which it has nothing to write. It does not read while a handler
-    /// works, since a client that has shut down its sending side still waits for a response. So this
-    /// checks for a reset, which ends the handler.
+    /// hyper calls this in each turn in which it has nothing to write. It does not read while a
+    /// handler works, since a client that has shut down its sending side still waits for a
+    /// response. So this checks for a reset, which ends the handler.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.activity.state() == State::Handling
             && self.stream.poll_read_ready(cx).is_ready()
@@ -282,8 +282,8 @@ mod tests {
     use crate::lifecycle::{Lifecycle, Phase};
     use crate::server::{Events, Limits, Stop};
 
-    /// The size in an earlier design, in which a connection had nine flags and its own subscription to
-    /// the stop.
+    /// The size in an earlier design, in which a connection had nine flags and its own subscription
+    /// to the stop.
     const TASK_AND_ACTIVITY: usize = 1640;
 
     #[tokio::test]

@@ -2,7 +2,8 @@
 //! response to a request that does not.
 //!
 //! Any host is served, as long as the request names exactly one: if a proxy and this service could
-//! read different hosts, an attacker could deceive one of them. Must not know: which hosts lead here.
+//! read different hosts, an attacker could deceive one of them. Must not know: which hosts lead
+//! here.
 
 use std::net::Ipv6Addr;
 
@@ -30,8 +31,8 @@ pub(super) fn names_one_host(version: Version, target: &Uri, headers: &HeaderMap
             .is_none_or(|authority| is_valid(authority.as_str().as_bytes()))
 }
 
-/// The response to a request that does not name its host. The request never reaches the router, whose
-/// layers make the other problem documents.
+/// The response to a request that does not name its host. The request never reaches the router,
+/// whose layers make the other problem documents.
 pub(super) fn bad_request() -> Response {
     let mut response = Response::new(Body::from(PROBLEM));
     *response.status_mut() = StatusCode::BAD_REQUEST;
@@ -42,8 +43,8 @@ pub(super) fn bad_request() -> Response {
     response
 }
 
-/// `uri-host [ ":" port ]` (RFC 9110, section 7.2, and RFC 3986, section 3.2). A client sends an empty
-/// host if its target has no authority.
+/// `uri-host [ ":" port ]` (RFC 9110, section 7.2, and RFC 3986, section 3.2). A client sends an
+/// empty host if its target has no authority.
 fn is_valid(value: &[u8]) -> bool {
     if let Some(literal) = value.strip_prefix(b"[") {
         let Some(end) = literal.iter().position(|&byte| byte == b']') else {

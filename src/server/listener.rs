@@ -10,8 +10,8 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::time::Instant;
 
-/// Opens a listener on `addr` with a backlog of `backlog` connections (the kernel caps it, on Linux at
-/// `net.core.somaxconn`). Must be called within a tokio runtime.
+/// Opens a listener on `addr` with a backlog of `backlog` connections (the kernel caps it, on Linux
+/// at `net.core.somaxconn`). Must be called within a tokio runtime.
 ///
 /// # Errors
 ///
@@ -35,8 +35,8 @@ pub fn bind(addr: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
 }
 
 /// Whether an accept failed because of the connection it was about to return, so that the next
-/// accept can succeed at once (accept(2), "Error handling"). Any other error concerns this process or
-/// host.
+/// accept can succeed at once (accept(2), "Error handling"). Any other error concerns this process
+/// or host.
 pub(super) fn concerns_one_client(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -69,10 +69,10 @@ impl Warnings {
     }
 }
 
-/// Makes the kernel drop every SYN segment, so that no connection can arrive between the last accept
-/// and the close of the listener: the kernel would reset it, and lose the request that its client has
-/// sent. A client whose segment is dropped repeats it after a second, and is then refused. Returns
-/// whether the kernel accepted the filter.
+/// Makes the kernel drop every SYN segment, so that no connection can arrive between the last
+/// accept and the close of the listener: the kernel would reset it, and lose the request that its
+/// client has sent. A client whose segment is dropped repeats it after a second, and is then
+/// refused. Returns whether the kernel accepted the filter.
 #[cfg(target_os = "linux")]
 pub(super) fn block_handshakes(listener: &std::net::TcpListener) -> bool {
     use socket2::SockFilter;

@@ -1,5 +1,5 @@
-//! Serves a router over HTTP/1. Limits how many connections are open, how long each can stay silent,
-//! and how long a stop can take.
+//! Serves a router over HTTP/1. Limits how many connections are open, how long each can stay
+//! silent, and how long a stop can take.
 //!
 //! It gets a router, limits and the phases of a stop; it reports how many connections are open and
 //! which requests never reached the router. Must not know: routes, stores or settings.
@@ -39,7 +39,8 @@ pub struct DrainReport {
 }
 
 /// How long a draining server waits for one more request on an idle connection. Closing at once
-/// would drop a request in flight on the network (RFC 9112, section 9.5, leaves that risk to the client).
+/// would drop a request in flight on the network (RFC 9112, section 9.5, leaves that risk to the
+/// client).
 const LAST_CALL: Duration = Duration::from_secs(1);
 
 /// How long a draining server waits for handshakes in progress, once no new one can start.
@@ -56,13 +57,14 @@ const EVICT_BATCH: usize = 64;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves `router` on `listener` until the phase `stop.drain_at`, and then drains for at most
-/// `stop.drain`. HTTP/1.0 and 1.1 only: `auto` of hyper-util has no timer while it reads the version.
+/// `stop.drain`. HTTP/1.0 and 1.1 only: `auto` of hyper-util has no timer while it reads the
+/// version.
 ///
 /// A draining server still accepts connections from the kernel's backlog, and then closes the
 /// listener. Every request whose headers are read gets a response, with `Connection: close`. A
-/// connection without a request closes after a second (half of `stop.drain` if that is less), and one
-/// with incomplete headers at its `header_timeout`. A connection that is still open after `stop.drain`
-/// is cut when its task next runs.
+/// connection without a request closes after a second (half of `stop.drain` if that is less), and
+/// one with incomplete headers at its `header_timeout`. A connection that is still open after
+/// `stop.drain` is cut when its task next runs.
 pub async fn serve(
     listener: TcpListener,
     router: Router,

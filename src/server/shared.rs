@@ -16,18 +16,20 @@ use crate::lifecycle::{Lifecycle, Phase};
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Maximum number of open connections. Beyond it the connection that has been idle longest is
-    /// closed for a new one; if none is idle, new connections wait in the kernel's backlog, where they
-    /// cost no file descriptor of this process. Resident memory of a connection, measured by `make
-    /// chaos`: 3 KiB if silent, 12 KiB if used, 47 KiB with incomplete headers, and 106 KiB at worst,
-    /// for a client that sends requests and does not read. The kernel's buffers come on top.
+    /// closed for a new one; if none is idle, new connections wait in the kernel's backlog, where
+    /// they cost no file descriptor of this process. Resident memory of a connection, measured by
+    /// `make chaos`: 3 KiB if silent, 12 KiB if used, 47 KiB with incomplete headers, and 106 KiB
+    /// at worst, for a client that sends requests and does not read. The kernel's buffers come on
+    /// top.
     pub max_connections: usize,
     /// From the first byte of a request's headers to their last. Time spent on responses does not
     /// count: headers that start while an earlier request is in flight are timed from its response.
     pub header_timeout: Duration,
     /// From accept, or from the end of a response, to the first byte of the next request.
     pub idle_timeout: Duration,
-    /// Without a single byte taken of a response that is ready. Bytes in the kernel's send buffer (up
-    /// to 4 MiB) count as taken, and that buffer asks for more only when a good part of it is empty.
+    /// Without a single byte taken of a response that is ready. Bytes in the kernel's send buffer
+    /// (up to 4 MiB) count as taken, and that buffer asks for more only when a good part of it is
+    /// empty.
     pub stall_timeout: Duration,
 }
 

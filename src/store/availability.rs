@@ -1,8 +1,8 @@
 //! Whether a store is up: whether a visit's call would succeed, derived from the outcome of calls.
 //!
-//! One value per store drives readiness, the refusal or skipping of calls while the store is
-//! down, the gauge `visitas_dependency_up` and the log lines of an outage. Must not know: how a call
-//! is made.
+//! One value per store drives readiness, the refusal or skipping of calls while the store is down,
+//! the gauge `visitas_dependency_up` and the log lines of an outage. Must not know: how a call is
+//! made.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -95,8 +95,8 @@ impl Availability {
         }
     }
 
-    /// How long to wait before the first probe of a store that has just gone down: zero, unless visits
-    /// failed right after the last successful probes. Then it doubles each time.
+    /// How long to wait before the first probe of a store that has just gone down: zero, unless
+    /// visits failed right after the last successful probes. Then it doubles each time.
     pub(super) fn relapse_pause(&self) -> Duration {
         match self.details().relapses {
             0 => Duration::ZERO,
@@ -155,14 +155,15 @@ impl Availability {
         details.reason = Some((error, now));
     }
 
-    /// Records a reading that succeeded. It measures the latency; it does not show that visits succeed.
+    /// Records a reading that succeeded. It measures the latency; it does not show that visits
+    /// succeed.
     pub(super) fn record_reading(&self, count: i64, took: Duration) {
         self.count.store(count, Ordering::Relaxed);
         self.details().latency = Some(took);
     }
 
-    /// Records that a reading that started at `began` has failed. The failure counts only if no visit
-    /// has succeeded since: a reading can fail for a reason that does not concern visits.
+    /// Records that a reading that started at `began` has failed. The failure counts only if no
+    /// visit has succeeded since: a reading can fail for a reason that does not concern visits.
     pub(super) fn record_reading_failure(&self, began: Instant, error: &Error) {
         self.count.store(UNKNOWN, Ordering::Relaxed);
         if self.details().last_success.is_none_or(|last| last < began) {

@@ -1,5 +1,5 @@
-//! Observes store calls. Each gets a deadline, a span, a duration and a count, even if it times out or
-//! its caller disconnects.
+//! Observes store calls. Each gets a deadline, a span, a duration and a count, even if it times out
+//! or its caller disconnects.
 //!
 //! Must not know: what a call is for.
 
@@ -43,8 +43,8 @@ pub(super) struct Target {
     pub(super) port: u16,
 }
 
-/// The context of a sampled request's span, for child spans. Unlike the span itself it lets the span
-/// end: a visit can be in the queue for longer than its request is in flight.
+/// The context of a sampled request's span, for child spans. Unlike the span itself it lets the
+/// span end: a visit can be in the queue for longer than its request is in flight.
 #[derive(Debug, Clone)]
 pub struct Parent(Context);
 
@@ -104,8 +104,8 @@ impl Operation {
         self
     }
 
-    /// Marks failures with this code as ones that the caller repairs, so they do not affect the store's
-    /// availability.
+    /// Marks failures with this code as ones that the caller repairs, so they do not affect the
+    /// store's availability.
     pub(super) const fn that_repairs(mut self, code: &'static str) -> Self {
         self.repairable = Some(code);
         self
@@ -188,8 +188,8 @@ impl Batch {
     }
 }
 
-/// Drops the `tracestate`: a link needs only the ids, and each visit of a batch would keep a copy of
-/// another client's `tracestate` for each call.
+/// Drops the `tracestate`: a link needs only the ids, and each visit of a batch would keep a copy
+/// of another client's `tracestate` for each call.
 fn without_state(call: &SpanContext) -> SpanContext {
     SpanContext::new(
         call.trace_id(),

@@ -43,8 +43,8 @@ pub enum Error {
         #[source]
         source: Cause,
     },
-    /// The store ended the session during the call (SQLSTATE class 57P, severity FATAL): the call can
-    /// have taken effect just before.
+    /// The store ended the session during the call (SQLSTATE class 57P, severity FATAL): the call
+    /// can have taken effect just before.
     #[error("session ended with {code}")]
     Ended {
         /// The SQLSTATE.

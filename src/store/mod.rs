@@ -1,7 +1,7 @@
 //! The two stores, each behind one type that owns its connections.
 //!
-//! Only a `pool` hands out connections, and it observes every call. So the types guarantee that each
-//! call has a deadline, metrics and, in a sampled batch, a span. Must not know: HTTP.
+//! Only a `pool` hands out connections, and it observes every call. So the types guarantee that
+//! each call has a deadline, metrics and, in a sampled batch, a span. Must not know: HTTP.
 
 mod availability;
 mod call;

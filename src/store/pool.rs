@@ -1,8 +1,8 @@
 //! The connections of one store, and every call on them.
 //!
 //! A pool discards two kinds of connections: those with a call that did not end definitely (it can
-//! still be in flight), and those opened before the store's last outage. Neither check costs a round
-//! trip. Must not know: statements and commands.
+//! still be in flight), and those opened before the store's last outage. Neither check costs a
+//! round trip. Must not know: statements and commands.
 
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -82,8 +82,8 @@ const TRUSTED_IDLE: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_millis(250);
 
 impl<C: Connect> Pool<C> {
-    /// A pool that opens connections on demand. `timeout` limits a call, its checkout included. This
-    /// creates the series of `operations`; operations of the same name share their series.
+    /// A pool that opens connections on demand. `timeout` limits a call, its checkout included.
+    /// This creates the series of `operations`; operations of the same name share their series.
     pub(super) fn new(
         connect: C,
         size: u32,
@@ -162,8 +162,8 @@ impl<C: Connect> Pool<C> {
         })
     }
 
-    /// Reads a count, and measures the store's latency. A failure changes the availability only if no
-    /// visit has succeeded since the reading started.
+    /// Reads a count, and measures the store's latency. A failure changes the availability only if
+    /// no visit has succeeded since the reading started.
     pub(super) async fn read<R>(
         &self,
         operation: &Operation,
@@ -189,8 +189,8 @@ impl<C: Connect> Pool<C> {
         result
     }
 
-    /// Makes a call on a new connection outside the pool, so that a connect error is returned at once.
-    /// This does not change the availability: see [`Self::fail`] and [`Self::keep`].
+    /// Makes a call on a new connection outside the pool, so that a connect error is returned at
+    /// once. This does not change the availability: see [`Self::fail`] and [`Self::keep`].
     pub(super) async fn call_on_new<R>(
         &self,
         operation: &Operation,
@@ -214,8 +214,8 @@ impl<C: Connect> Pool<C> {
         observe(&self.target, operation, None, self.timeout, link.call(work)).await
     }
 
-    /// Ends a probe that has succeeded: marks the store up, notes its count, and puts the connection
-    /// into the pool, or closes it if there is no room.
+    /// Ends a probe that has succeeded: marks the store up, notes its count, and puts the
+    /// connection into the pool, or closes it if there is no room.
     pub(super) fn keep(&self, link: Link<C::Connection>, took: Duration, count: Option<i64>) {
         // The error returns the connection, and dropping it closes it.
         drop(self.connections.add(link));
@@ -225,7 +225,8 @@ impl<C: Connect> Pool<C> {
         self.availability.record_success(took);
     }
 
-    /// Marks the store down, since a visit would fail with this error, and discards its connections.
+    /// Marks the store down, since a visit would fail with this error, and discards its
+    /// connections.
     pub(super) fn fail(&self, error: &Error) {
         // Order matters: a probe starts as soon as the store is down, and its connection must
         // survive.
@@ -313,8 +314,8 @@ impl<C: Connect> ManageConnection for Manager<C> {
     type Error = Error;
 
     async fn connect(&self) -> Result<Self::Connection, Error> {
-        // Read before the connection is opened, so that a connection opened while the store failed is
-        // discarded too.
+        // Read before the connection is opened, so that a connection opened while the store failed
+        // is discarded too.
         let outage = self.outages.load(Ordering::Acquire);
         let opening = tokio::time::timeout(self.timeout, self.connect.open());
         Ok(Link {

@@ -1,7 +1,7 @@
 //! Redis: the counter `visitas_home`.
 //!
-//! An increment is sent at most once: a retry after a lost response could count a visit twice. Must not
-//! know: HTTP and Postgres.
+//! An increment is sent at most once: a retry after a lost response could count a visit twice. Must
+//! not know: HTTP and Postgres.
 
 use std::time::{Duration, Instant};
 
@@ -33,8 +33,8 @@ static PING: Operation = Operation::command("PING");
 const KEY: &str = "visitas_home";
 /// Above this value a batch could overflow the counter, which `INCRBY` refuses.
 const HIGHEST: i64 = i64::MAX - 4096;
-/// The writer uses one connection and the monitor one; the others are a reserve for connections that
-/// an outage has left in doubt.
+/// The writer uses one connection and the monitor one; the others are a reserve for connections
+/// that an outage has left in doubt.
 const POOL_SIZE: u32 = 4;
 
 impl Redis {
@@ -130,8 +130,8 @@ impl Store for Redis {
     }
 }
 
-/// Reads the counter by adding 0, and checks that a batch could be added: a visit needs a counter that
-/// can be incremented, not only read.
+/// Reads the counter by adding 0, and checks that a batch could be added: a visit needs a counter
+/// that can be incremented, not only read.
 async fn read_counter(connection: &mut MultiplexedConnection) -> Result<i64, Error> {
     let count = increment_by(connection, 0).await?;
     if count > HIGHEST {

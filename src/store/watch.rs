@@ -1,5 +1,5 @@
-//! Watches both stores: probes a store that is down until a visit would succeed, and reads the counts
-//! of stores that are up.
+//! Watches both stores: probes a store that is down until a visit would succeed, and reads the
+//! counts of stores that are up.
 //!
 //! Must not know: SQL and Redis commands.
 
@@ -21,8 +21,8 @@ pub trait Store {
     /// The timeout of a call.
     fn timeout(&self) -> Duration;
 
-    /// Rehearses a visit on a new connection, without recording it. If it succeeds, the store is up and
-    /// the connection is in the pool.
+    /// Rehearses a visit on a new connection, without recording it. If it succeeds, the store is up
+    /// and the connection is in the pool.
     ///
     /// # Errors
     ///
@@ -111,8 +111,8 @@ async fn read_if_up(store: &impl Store) -> Option<i64> {
     }
 }
 
-/// The drift that is certain: the smallest distance of the rows from any value that Redis can have had
-/// between its two readings.
+/// The drift that is certain: the smallest distance of the rows from any value that Redis can have
+/// had between its two readings.
 fn nearest_drift(rows: i64, before: i64, after: i64) -> i64 {
     let (low, high) = (before.min(after), before.max(after));
     match (rows.cmp(&low), rows.cmp(&high)) {

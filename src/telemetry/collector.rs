@@ -1,5 +1,5 @@
-//! Whether the collector accepts spans, by the outcome of exports: a breaker for the sampler, and the
-//! log lines about outages and rejections.
+//! Whether the collector accepts spans, by the outcome of exports: a breaker for the sampler, and
+//! the log lines about outages and rejections.
 //!
 //! Must not know: how spans are sent, and what they are about.
 
@@ -29,8 +29,8 @@ pub(super) fn declare_metrics() {
 }
 
 /// The state of the collector. After three failed attempts in a row the sampler samples at most one
-/// request a second, enough for a retry, until an export succeeds. So an absent collector costs almost
-/// nothing.
+/// request a second, enough for a retry, until an export succeeds. So an absent collector costs
+/// almost nothing.
 #[derive(Debug)]
 pub(super) struct Collector {
     started: Instant,
@@ -109,7 +109,8 @@ impl Collector {
         self.status().attempt = Attempt { rejected: 0, error };
     }
 
-    /// Records an export of `spans` spans that succeeded. A collector that rejects some of them is up.
+    /// Records an export of `spans` spans that succeeded. A collector that rejects some of them is
+    /// up.
     pub(super) fn record_export(&self, spans: usize) {
         self.failures.store(0, Ordering::Relaxed);
         let mut status = self.status();
@@ -155,8 +156,8 @@ impl Collector {
         }
     }
 
-    /// How many spans are lost if the collector accepts no more: those of the current outage, and those
-    /// that are not exported yet.
+    /// How many spans are lost if the collector accepts no more: those of the current outage, and
+    /// those that are not exported yet.
     pub(super) fn lost_spans(&self) -> usize {
         let status = self.status();
         let lost = status.outage.as_ref().map_or(0, |outage| outage.lost);

@@ -1,7 +1,7 @@
 //! The pipeline of spans to the collector: queues, batches, exports and counts them.
 //!
-//! The SDK does not report how many spans its queue drops, nor how each export ends. Wrappers around
-//! its processor and its exporter count both.
+//! The SDK does not report how many spans its queue drops, nor how each export ends. Wrappers
+//! around its processor and its exporter count both.
 //!
 //! Must not know: what a span is about, and which requests are sampled.
 
@@ -96,8 +96,8 @@ impl Pipeline {
         })
     }
 
-    /// Sends the remaining spans, for at most `timeout`, and logs how many are lost. Blocks. A second
-    /// call does nothing.
+    /// Sends the remaining spans, for at most `timeout`, and logs how many are lost. Blocks. A
+    /// second call does nothing.
     pub(super) fn shut_down(&self, timeout: Duration) {
         let result = self.provider.shutdown_with_timeout(timeout);
         let lost = self.collector.lost_spans();
@@ -167,8 +167,8 @@ impl SpanProcessor for CountingProcessor {
     }
 }
 
-/// Cuts the texts of an attribute's value. A span can stay in the queue for seconds, and a client or a
-/// store can send long texts.
+/// Cuts the texts of an attribute's value. A span can stay in the queue for seconds, and a client
+/// or a store can send long texts.
 fn cut_value(value: &mut Value, limit: usize) {
     let cut_text = |text: &mut StringValue| {
         let short = span::cut(text.as_str(), limit);

@@ -19,8 +19,8 @@ use super::{panic, span};
 use crate::config::{LogConfig, LogFormat};
 use crate::metrics::catalog::LOG_LINES_DROPPED;
 
-/// Maximum numbers of lines and bytes that wait to be written; a store's error can make a line long.
-/// Lines that do not fit are dropped and counted.
+/// Maximum numbers of lines and bytes that wait to be written; a store's error can make a line
+/// long. Lines that do not fit are dropped and counted.
 const BUFFERED_LINES: usize = 8192;
 const BUFFERED_BYTES: usize = 8 << 20;
 
@@ -28,7 +28,8 @@ const BUFFERED_BYTES: usize = 8 << 20;
 /// stdout's reader can stall.
 pub(super) struct LogWriter {
     buffer: Arc<Buffer>,
-    /// Disconnected once the thread has ended. The lock only makes it `Sync`; it is never contended.
+    /// Disconnected once the thread has ended. The lock only makes it `Sync`; it is never
+    /// contended.
     ended: Mutex<Receiver<()>>,
     timeout: Duration,
 }
@@ -119,7 +120,8 @@ impl Buffer {
     /// Makes the thread end once every line is written.
     fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
-        // An empty line wakes the thread if it waits for a line; it does not wait if the channel is full.
+        // An empty line wakes the thread if it waits for a line; it does not wait if the channel is
+        // full.
         self.lines.try_send(Vec::new()).ok();
     }
 }
@@ -146,8 +148,8 @@ pub(super) fn layer<S>(
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
-    // Spans are for the collector. In the log each would be formatted, although a line about a request
-    // already has fields with the request's ids.
+    // Spans are for the collector. In the log each would be formatted, although a line about a
+    // request already has fields with the request's ids.
     let no_spans = format!("{}=off", span::TARGET).parse()?;
     let panics = format!("{}=error", panic::TARGET).parse()?;
     let filter = EnvFilter::try_new(&config.rust_log)?

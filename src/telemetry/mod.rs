@@ -39,9 +39,10 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Starts logs, metrics and, if `traces` has an exporter, traces. With `trace_context` a request's
-    /// headers can name its parent span. From then on panics are logged. Dropping telemetry waits for
-    /// the log for at most `log_timeout`. Must be called once, and outside the runtime.
+    /// Starts logs, metrics and, if `traces` has an exporter, traces. With `trace_context` a
+    /// request's headers can name its parent span. From then on panics are logged. Dropping
+    /// telemetry waits for the log for at most `log_timeout`. Must be called once, and outside the
+    /// runtime.
     ///
     /// # Errors
     ///
@@ -93,8 +94,8 @@ impl Telemetry {
         metrics::render(&self.prometheus, format)
     }
 
-    /// Folds the samples recorded since the last call or scrape into the histograms. Until then each
-    /// sample takes memory.
+    /// Folds the samples recorded since the last call or scrape into the histograms. Until then
+    /// each sample takes memory.
     pub fn upkeep(&self) {
         self.prometheus.run_upkeep();
     }

@@ -1,8 +1,8 @@
 //! Sends spans over OTLP: HTTP with protobuf.
 //!
 //! The SDK's exporter does not report each attempt (an export makes several, with a backoff), why
-//! there was no response, and how many spans the collector rejected. The HTTP client here records all
-//! three.
+//! there was no response, and how many spans the collector rejected. The HTTP client here records
+//! all three.
 //!
 //! Must not know: what a span is about.
 

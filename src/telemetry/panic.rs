@@ -1,5 +1,5 @@
-//! Counts every panic and logs it in one line, with the ids of the request that the thread was working
-//! on, if any.
+//! Counts every panic and logs it in one line, with the ids of the request that the thread was
+//! working on, if any.
 //!
 //! Must not know: what happens to the task that panicked.
 

@@ -1,4 +1,5 @@
-//! Reads a request's parent span from W3C's Trace Context: the headers `traceparent` and `tracestate`.
+//! Reads a request's parent span from W3C's Trace Context: the headers `traceparent` and
+//! `tracestate`.
 //!
 //! Must not know: which requests are sampled.
 

@@ -96,8 +96,8 @@ impl Kind<'_> {
         }
     }
 
-    /// The kind that a request is counted as. Client errors, and requests whose series would exceed the
-    /// limit, share one series for each status. A visit always has its own series.
+    /// The kind that a request is counted as. Client errors, and requests whose series would exceed
+    /// the limit, share one series for each status. A visit always has its own series.
     fn bounded(self, limits: &Limits) -> Self {
         let is_refused = self.status.is_some_and(|status| status.is_client_error());
         let is_visit = self.method == "GET" && self.route == Some("/");

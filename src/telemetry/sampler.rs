@@ -1,8 +1,8 @@
 //! Decides which requests are traced, before their spans are made, so that a request that is not
 //! sampled costs one random id and no allocation.
 //!
-//! The rules are those of the SDK's samplers. A trace gets the id that was drawn for the decision, so
-//! that services with the same ratio agree. Must not know: which routes there are.
+//! The rules are those of the SDK's samplers. A trace gets the id that was drawn for the decision,
+//! so that services with the same ratio agree. Must not know: which routes there are.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -39,8 +39,8 @@ struct Rule {
 pub(super) struct Decision {
     /// Whether the request gets a span.
     pub(super) sampled: bool,
-    /// The caller's span, if there was a valid `traceparent`. It has a `tracestate` only if the request
-    /// is sampled.
+    /// The caller's span, if there was a valid `traceparent`. It has a `tracestate` only if the
+    /// request is sampled.
     pub(super) parent: Option<SpanContext>,
     /// The id of a trace that starts with this request.
     trace: TraceId,

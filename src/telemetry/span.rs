@@ -10,8 +10,8 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::registry::LookupSpan;
 
-/// The target of exported spans. No library's span has this target, so no library's span is exported,
-/// and the exporter's own requests are not traced.
+/// The target of exported spans. No library's span has this target, so no library's span is
+/// exported, and the exporter's own requests are not traced.
 pub(crate) const TARGET: &str = "visitas::span";
 
 /// The tracer, and the maximum length of an attribute's value in characters.
@@ -47,8 +47,8 @@ where
     Some(exported)
 }
 
-/// The maximum length of an attribute's value in characters; 0 without an exporter, since then no span
-/// is made.
+/// The maximum length of an attribute's value in characters; 0 without an exporter, since then no
+/// span is made.
 pub(super) fn value_length_limit() -> usize {
     EXPORTED.get().map_or(0, |&(_, limit)| limit)
 }

@@ -6,8 +6,8 @@ use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use crate::store::error::{Cause, Error};
 
-/// The server's message with its detail and hint. The driver would add a line number of the server's
-/// own source.
+/// The server's message with its detail and hint. The driver would add a line number of the
+/// server's own source.
 #[derive(Debug, thiserror::Error)]
 struct ServerError(Box<PgDatabaseError>);
 

@@ -70,8 +70,8 @@ impl<'a> LongSession<'a> {
     }
 }
 
-/// Returns after [`MAX_FAILED_CHECKS`] checks in a row in which the server did not respond, or did not
-/// work on the session's statement.
+/// Returns after [`MAX_FAILED_CHECKS`] checks in a row in which the server did not respond, or did
+/// not work on the session's statement.
 async fn wait_for_stall(pool: &Pool<Session>, backend: i32) -> Error {
     let mut failures = 0;
     let mut watcher = None;

@@ -112,12 +112,12 @@ impl Schema {
         })
     }
 
-    /// Rehearses a visit, and a reading, which needs other objects. Returns the total if it could be
-    /// read.
+    /// Rehearses a visit, and a reading, which needs other objects. Returns the total if it could
+    /// be read.
     async fn rehearse_on(&self, link: &mut Link<PgConnection>) -> Result<Option<i64>, Error> {
         if !self.pool.call_on(link, &IS_ADOPTED, is_adopted).await? {
-            // Adopting another server's rows, or counting the rows of a copy, can exceed the timeout
-            // of a visit's call.
+            // Adopting another server's rows, or counting the rows of a copy, can exceed the
+            // timeout of a visit's call.
             let mut session = LongSession::open(&self.pool, &self.session).await?;
             Box::pin(session.call(&ADOPT, adopt)).await?;
         }

@@ -53,8 +53,8 @@ pub struct Recount {
 /// One in this many readings checks everything that can make a recount due.
 const THOROUGH_READING: u64 = 5;
 
-/// The writer uses one connection and the monitor one; the others are a reserve for connections that
-/// an outage has left in doubt.
+/// The writer uses one connection and the monitor one; the others are a reserve for connections
+/// that an outage has left in doubt.
 const POOL_SIZE: u32 = 4;
 
 impl Postgres {
@@ -146,8 +146,8 @@ impl Postgres {
     ///
     /// # Errors
     ///
-    /// Why a migration failed. Those applied before it stay; a migration is applied entirely or not at
-    /// all.
+    /// Why a migration failed. Those applied before it stay; a migration is applied entirely or not
+    /// at all.
     pub async fn migrate(&self) -> Result<usize, Error> {
         let (_, applied) = self.schema.migrate_and_rehearse().await?;
         Ok(applied)
@@ -164,8 +164,8 @@ impl Postgres {
         Ok(Recount { before, after })
     }
 
-    /// Runs `work` with the total while no visit can be counted. The lock is released when `work` ends
-    /// or is dropped.
+    /// Runs `work` with the total while no visit can be counted. The lock is released when `work`
+    /// ends or is dropped.
     ///
     /// # Errors
     ///
@@ -195,8 +195,8 @@ impl Postgres {
         result
     }
 
-    /// Applies pending migrations, then rehearses a visit. Returns the connection, and the total if it
-    /// could be read.
+    /// Applies pending migrations, then rehearses a visit. Returns the connection, and the total if
+    /// it could be read.
     async fn rehearse(&self) -> Result<(Link<PgConnection>, Option<i64>), Error> {
         let (rehearsal, _) = self.schema.migrate_and_rehearse().await?;
         let mut link = match rehearsal {

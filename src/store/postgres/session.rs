@@ -27,8 +27,8 @@ const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
 
 static PING: Operation = Operation::command("PING");
 
-/// How to open a session. It sets every parameter that exact counting depends on, so that no default
-/// of the server, the database or the role can weaken it.
+/// How to open a session. It sets every parameter that exact counting depends on, so that no
+/// default of the server, the database or the role can weaken it.
 #[derive(Debug, Clone)]
 pub(super) struct Session {
     options: PgConnectOptions,
@@ -60,7 +60,8 @@ impl Session {
             options = options.socket(&config.db_host);
         }
         options = options.options([
-            // Each statement of the recording function must see the changes of the lock's last holder.
+            // Each statement of the recording function must see the changes of the lock's last
+            // holder.
             ("default_transaction_isolation", "read committed"),
             // A 200 means committed and flushed.
             ("synchronous_commit", "on"),
@@ -75,8 +76,8 @@ impl Session {
             ("tcp_keepalives_interval", "5"),
             ("tcp_keepalives_count", "2"),
             ("tcp_user_timeout", "15000"),
-            // Compiling or planning a statement of the recording function costs more than running it,
-            // and by default Postgres plans some of them at every call.
+            // Compiling or planning a statement of the recording function costs more than running
+            // it, and by default Postgres plans some of them at every call.
             ("jit", "off"),
             ("plan_cache_mode", "force_generic_plan"),
         ]);
@@ -137,8 +138,8 @@ impl Roots {
         }
     }
 
-    /// Reads the certificates to trust, in PEM, from the file as it is now. As with psql, an authority
-    /// that was removed from the file is no longer trusted, and without the file none is.
+    /// Reads the certificates to trust, in PEM, from the file as it is now. As with psql, an
+    /// authority that was removed from the file is no longer trusted, and without the file none is.
     async fn read(&self) -> Result<Vec<u8>, Error> {
         let reading = Arc::clone(&self.reading).lock_owned().await;
         let file = self.file.clone();

@@ -1,5 +1,5 @@
-//! Every statement that the service sends to Postgres: its operation, and the function that sends it
-//! and reads the response. `migrations/` has the statements of the migrations.
+//! Every statement that the service sends to Postgres: its operation, and the function that sends
+//! it and reads the response. `migrations/` has the statements of the migrations.
 //!
 //! Must not know: when a statement is sent, and how the caller handles a failure.
 
@@ -99,8 +99,8 @@ pub(super) static IS_ACTIVE: Operation = Operation::query(
 const REHEARSED: &str = "VS001";
 pub(super) const UNIQUE_VIOLATION: &str = "23505";
 const UNDEFINED_TABLE: &str = "42P01";
-/// The SQLSTATEs of a missing table, column, function, type or schema. It can be ours, in a database
-/// that was emptied or replaced, or one that another program's trigger needs.
+/// The SQLSTATEs of a missing table, column, function, type or schema. It can be ours, in a
+/// database that was emptied or replaced, or one that another program's trigger needs.
 const MISSING: [&str; 5] = [UNDEFINED_TABLE, "42703", "42883", "42704", "3F000"];
 
 /// A migration that the database has: its version and its checksum.
@@ -172,8 +172,8 @@ pub(super) async fn recount(connection: &mut PgConnection) -> Result<(i64, i64),
         .map_err(failure)
 }
 
-/// Reads the ledger without a lock, so that an up-to-date database is ready at once even while another
-/// session holds the migration lock.
+/// Reads the ledger without a lock, so that an up-to-date database is ready at once even while
+/// another session holds the migration lock.
 pub(super) async fn read_ledger(
     connection: &mut PgConnection,
 ) -> Result<Vec<AppliedMigration>, Error> {

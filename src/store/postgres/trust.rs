@@ -1,9 +1,9 @@
 //! Selects the certificates of `DB_SSLROOTCERT` that rustls may trust.
 //!
-//! rustls trusts every certificate that it gets as a root. OpenSSL, and so psql, checks more, and this
-//! file refuses the certificates of `DB_SSLROOTCERT` that psql refuses. Only rustls checks the
-//! certificates that the server sends, and the driver offers no way to add checks. rustls reads no key
-//! usage in them, and does not enforce the `pathLenConstraint` of an authority in the file.
+//! rustls trusts every certificate that it gets as a root. OpenSSL, and so psql, checks more, and
+//! this file refuses the certificates of `DB_SSLROOTCERT` that psql refuses. Only rustls checks the
+//! certificates that the server sends, and the driver offers no way to add checks. rustls reads no
+//! key usage in them, and does not enforce the `pathLenConstraint` of an authority in the file.
 //! `SECURITY.md` lists the certificates that psql refuses and rustls accepts. Must not know: how a
 //! connection is opened.
 
@@ -104,8 +104,8 @@ impl<'a> Authority<'a> {
             && named_serial.is_none_or(|named| named == *content.serial_number())
     }
 
-    /// Whether `other` can be trusted because this authority has issued it. rustls would not see this
-    /// authority's name constraints, so an authority with name constraints vouches for none.
+    /// Whether `other` can be trusted because this authority has issued it. rustls would not see
+    /// this authority's name constraints, so an authority with name constraints vouches for none.
     fn vouches_for(&self, other: &Self) -> bool {
         let content = self.parsed.tbs_certificate();
         let signature = other.parsed.signature().raw_bytes();
