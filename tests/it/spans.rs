@@ -105,8 +105,8 @@ async fn call_without_a_reply_has_no_error_code_of_the_store() {
     for (error, break_it) in breaks {
         let (world, collector) = (World::new(), Collector::start().await);
         let service = traced(&world, &collector).await;
-        // After a call the next reading, which could discover the fault first, is a second away.
         service.visit().await;
+        after_a_reading_of_redis(&service).await;
         break_it(&world);
         let spans = collector.trace_of(&service.get("/").await, 3).await;
         let call = named(&spans, "INCRBY");
@@ -116,6 +116,21 @@ async fn call_without_a_reply_has_no_error_code_of_the_store() {
         let server = named(&spans, "GET /");
         assert_eq!(status(server), SpanStatus::Unset, "the visit is recorded");
     }
+}
+
+/// Waits until the monitor has read Redis twice. The next reading, which could discover a fault before
+/// a visit does, is then at least a quarter of a second away.
+async fn after_a_reading_of_redis(service: &Service) {
+    let calls = async || {
+        let series = "visitas_store_calls_total{db_system_name=\"redis\",\
+            db_operation_name=\"INCRBY\",outcome=\"ok\"}";
+        service.metric(series).await.unwrap_or_default()
+    };
+    let before = calls().await;
+    eventually("the monitor reads Redis", SOON, async || {
+        calls().await >= before + 2.0
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
