@@ -105,7 +105,8 @@ impl<C: Connect> Pool<C> {
         };
         let connections = bb8::Pool::builder()
             .max_size(size)
-            .connection_timeout(timeout)
+            // Before the call's own timeout, so that a checkout that times out is counted as one.
+            .connection_timeout(timeout.mul_f64(0.98))
             .retry_connection(false)
             .test_on_check_out(true)
             // The oldest first, so that connections from before an outage are closed.
