@@ -7,7 +7,8 @@ cargo-mutants (`cargo install cargo-mutants --locked`) lists the mutants. The sc
 in a separate work tree and runs the tests of the committed revision against it: first a few quick
 integration tests, then the tests listed below for the mutated file, then the unit tests of its module.
 A mutant is caught if a test fails or hangs, and missed if all tests pass. A mutant that does not
-compile is not counted.
+compile is not counted. Results are kept in target/mutants.json, so a run that was stopped continues
+where it ended; a mutant is tried again when its file has changed.
 """
 
 import argparse
@@ -21,6 +22,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TREE = ROOT / "target" / "mutants"
+# What earlier runs found, by file and mutant.
+KNOWN = ROOT / "target" / "mutants.json"
 
 # Seconds after which a run of tests counts as hanging.
 QUICK_TIMEOUT = 60
@@ -56,15 +59,20 @@ def main():
     print(f"{len(mutants)} mutants", flush=True)
     ends = time.monotonic() + options.minutes * 60
     results = {"caught": [], "missed": [], "does not compile": []}
+    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
     for number, mutant in enumerate(mutants, 1):
-        if time.monotonic() > ends:
-            print(f"stopped: {options.minutes:g} minutes have passed", flush=True)
-            break
-        started = time.monotonic()
-        result, by = attempt(mutant, tests)
+        key = f"{source_of(mutant)} {mutant['name']}"
+        if key not in known:
+            if time.monotonic() > ends:
+                print(f"stopped: {options.minutes:g} minutes have passed", flush=True)
+                break
+            started = time.monotonic()
+            known[key] = attempt(mutant, tests)
+            KNOWN.write_text(json.dumps(known, indent=1))
+            seconds = time.monotonic() - started
+            print(f"{number:4} {known[key]:28} {seconds:4.0f} s  {mutant['name']}", flush=True)
+        result = known[key].removesuffix(" by a unit test").removesuffix(" by an integration test")
         results[result].append(mutant)
-        seconds = time.monotonic() - started
-        print(f"{number:4} {result:16} {seconds:4.0f} s  {mutant['name']}  {by}", flush=True)
     print(", ".join(f"{len(found)} {result}" for result, found in results.items()))
     for mutant in results["missed"]:
         print(f"missed: {mutant['name']}")
@@ -84,6 +92,11 @@ def list_mutants(files):
     mutants = json.loads(run("cargo", "mutants", "--list", "--json", "--diff", *patterns, cwd=TREE))
     unique = {mutant["name"]: mutant for mutant in mutants}
     return [unique[name] for name in sorted(unique)]
+
+
+def source_of(mutant):
+    """The version of the mutant's file, by git."""
+    return run("git", "hash-object", mutant["file"], cwd=TREE).strip()[:12]
 
 
 def build_tests():
@@ -107,16 +120,16 @@ def attempt(mutant, tests):
     subprocess.run(["patch", "--quiet", "--strip=0"], cwd=TREE, input=mutant["diff"], text=True, check=True)
     try:
         if not passes(["cargo", "build", "--locked", "--bin", "visitas"], 600):
-            return "does not compile", ""
+            return "does not compile"
         full = ["--include-ignored", *filters_of(mutant["file"])]
         for filters, timeout in ((QUICK, QUICK_TIMEOUT), (full, FULL_TIMEOUT)):
             if not passes([tests, *filters], timeout):
-                return "caught", "by an integration test"
+                return "caught by an integration test"
         module = mutant["file"].removeprefix("src/").removesuffix(".rs").removesuffix("/mod").replace("/", "::")
         unit = ["cargo", "test", "--package", "visitas", "--lib", "--locked", f"{module}::"]
         if not passes(unit, 600):
-            return "caught", "by a unit test"
-        return "missed", ""
+            return "caught by a unit test"
+        return "missed"
     finally:
         file.write_text(source)
 
