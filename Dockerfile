@@ -1,13 +1,17 @@
 # The service in a small image. Two rules keep a rebuild short: dependencies are compiled from the
 # manifests alone, and every step that depends on the source comes after them.
 
-FROM rust:1.95-slim-bookworm AS dependencies
+FROM docker.io/library/rust:1.95-slim-bookworm AS dependencies
 WORKDIR /build
 
 # The allocator's build needs make.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends make \
  && rm -rf /var/lib/apt/lists/*
+
+# A proxy that opens TLS signs with its own authority. The optional build secret `ca`, a PEM file, adds
+# it to the roots that cargo trusts; nothing of it gets into the service's image.
+ENV CARGO_HTTP_CAINFO=/tmp/roots.pem
 
 # Dependencies, with empty crates in place of ours: rebuilt only when a manifest changes.
 COPY Cargo.toml Cargo.lock ./
@@ -16,7 +20,10 @@ COPY chaos/Cargo.toml chaos/
 COPY devstack/Cargo.toml devstack/
 COPY lab/Cargo.toml lab/
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    mkdir -p src bench/src chaos/src devstack/src lab/src \
+    --mount=type=secret,id=ca \
+    cat /etc/ssl/certs/ca-certificates.crt >$CARGO_HTTP_CAINFO \
+ && if [ -e /run/secrets/ca ]; then cat /run/secrets/ca >>$CARGO_HTTP_CAINFO; fi \
+ && mkdir -p src bench/src chaos/src devstack/src lab/src \
  && touch src/lib.rs bench/src/lib.rs chaos/src/lib.rs devstack/src/lib.rs lab/src/lib.rs \
  && echo 'fn main() {}' >src/main.rs \
  && cargo build --release --locked --bin visitas
@@ -34,11 +41,11 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
      && head=$(cat ".git/$ref" 2>/dev/null || sed -n "s|^\([0-9a-f]*\) $ref\$|\1|p" .git/packed-refs 2>/dev/null || true) ;; esac \
  && VISITAS_REVISION=${VISITAS_REVISION:-$(printf %.12s "$head")} cargo build --release --locked --bin visitas
 
-FROM debian:bookworm-slim
+FROM docker.io/library/debian:bookworm-slim
 
 # Root certificates for TLS to stores and collectors, and the challenge's ping. Debian's ping has the
 # file capability cap_net_raw, and a process that cannot gain capabilities cannot run such a file. It
-# can run a plain copy, because the Engine lets every group open ping sockets.
+# can run a plain copy, because Docker, or docker-compose.yml, lets its group open ping sockets.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates iputils-ping \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log \

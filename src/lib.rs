@@ -12,9 +12,10 @@
 //!
 //! [`config`] reads the settings. [`app`] builds these parts and runs them until the service is
 //! stopped; [`lifecycle`] has the phases of a stop. [`command`] has the commands other than
-//! `serve`.
+//! `serve`. [`causes`] writes an error into one line.
 
 pub mod app;
+pub mod causes;
 pub mod command;
 pub mod config;
 pub mod lifecycle;

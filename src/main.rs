@@ -12,6 +12,7 @@ use tikv_jemallocator::Jemalloc;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use visitas::app::App;
+use visitas::causes;
 use visitas::command;
 use visitas::config::{self, Command, Config, LogConfig};
 use visitas::telemetry::Telemetry;
@@ -28,13 +29,13 @@ fn main() -> ExitCode {
     // A bad setting ends the program with exit status 2 before anything has started.
     let command = config::from_process().unwrap_or_else(|error| error.exit());
     if let Err(error) = config::trust_no_other(&command) {
-        eprintln!("visitas: {error:#}");
+        eprintln!("visitas: {}", causes::line(error.as_ref()));
         return ExitCode::FAILURE;
     }
     match run(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("visitas: {error:#}");
+            eprintln!("visitas: {}", causes::line(error.as_ref()));
             ExitCode::FAILURE
         }
     }

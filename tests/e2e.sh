@@ -18,6 +18,8 @@ cases=(
     cold_start_on_a_fresh_volume_is_healthy_five_times
     visit_answers_with_both_totals
     web_pings_db_and_cache
+    web_reaches_the_host_by_name
+    wrong_value_in_env_is_named_in_the_log
     ps_says_that_all_three_are_healthy
     total_survives_down_and_up
     web_reports_an_outage_of_db_and_continues_its_count
@@ -41,9 +43,11 @@ cases=(
     unreadable_password_file_ends_web_with_a_line_that_names_it
     db_is_never_healthy_while_it_is_initialised
     volume_of_the_flask_version_is_adopted
+    web_is_reached_by_both_families_on_a_network_with_ipv6
     absent_collector_neither_slows_web_nor_fills_its_log
-    watchers_start_without_web
+    watchers_start_without_web_from_a_private_clone_behind_a_proxy
     prometheus_scrapes_web_and_evaluates_every_expression
+    prometheus_without_rules_is_not_healthy
     trace_of_a_visit_shows_both_store_calls
     slow_visits_lead_from_the_alert_to_the_trace_and_the_log
     refused_visits_raise_the_availability_alert
@@ -67,6 +71,10 @@ names_are_derived_from_the_project() {
     grep -q 'name: other-net' <<<"$config" || fail "the network is not called other-net"
     grep -q 'name: other_db-data' <<<"$config" || fail "the volume is not called other_db-data"
     lacks "$config" -E 'name: .*desafio3' || fail "a name is that of the user's project"
+    # As in a second clone, whose .env has this line.
+    { cat "$env_file"; echo COMPOSE_PROJECT_NAME=other; } >"$work/other"
+    [ "$(clean docker compose --env-file "$work/other" --file docker-compose.yml --profile '*' config)" = "$config" ] ||
+        fail "COMPOSE_PROJECT_NAME in .env does not name the project"
 }
 
 cold_start_on_a_fresh_volume_is_healthy_five_times() {
@@ -89,6 +97,20 @@ visit_answers_with_both_totals() {
 web_pings_db_and_cache() {
     compose exec -T web ping -c 2 db
     compose exec -T web ping -c 2 cache
+}
+
+web_reaches_the_host_by_name() {
+    compose exec -T web getent hosts host.docker.internal
+}
+
+wrong_value_in_env_is_named_in_the_log() {
+    local status=0 started
+    { cat "$env_file"; echo DB_TIMEOUT=soon; } >"$work/wrong"
+    started=$(now)
+    (env_file=$work/wrong; compose up --detach --wait --wait-timeout 120 web) || status=$?
+    [ $status = 1 ] || fail "up --wait ends with $status"
+    note "$(since "$started") s until up --wait fails"
+    compose logs web | grep -F "invalid value 'soon' for '--db-timeout <DB_TIMEOUT>'" || fail "$(compose logs web)"
 }
 
 ps_says_that_all_three_are_healthy() {
@@ -323,7 +345,7 @@ change_of_the_source_does_not_rebuild_dependencies() {
 
 every_variable_of_env_example_takes_effect() {
     local -A sample=(
-        [WEB_PORT]=127.0.0.1:19001 [JAEGER_PORT]=19002 [PROMETHEUS_PORT]=19003 [GRAFANA_PORT]=19004
+        [WEB_PORT]=127.0.0.1:19001 [JAEGER_PORT]=19002 [PROMETHEUS_PORT]='[::1]:19003' [GRAFANA_PORT]=0.0.0.0:19004
         [DB_USER]=ana [DB_PASSWORD]="'s3nha \$x # y'" [DB_NAME]=outra_base [DB_HOST]=db.example [DB_PORT]=5433
         [REDIS_HOST]=cache.example [REDIS_PORT]=6380 [DB_SSLMODE]=require [SECRETS_DIR]="$work/elsewhere"
         [DB_TIMEOUT]=1900ms [REDIS_TIMEOUT]=123ms [VISIT_TIMEOUT]=2900ms [QUEUE_CAPACITY]=4321
@@ -339,7 +361,8 @@ every_variable_of_env_example_takes_effect() {
     done
     plain=$(with_secrets --profile '*' config && compose config)
     : >"$work/all"
-    for variable in $(sed -n 's/^#\([A-Z_]*\)=.*/\1/p' .env.example); do
+    # The project's name is a flag in these tests; another case is about it.
+    for variable in $(sed -n 's/^#\([A-Z_]*\)=.*/\1/p' .env.example | grep -vx COMPOSE_PROJECT_NAME); do
         [ -n "${sample[$variable]:-}" ] || fail "$variable has no sample here"
         echo "$variable=${sample[$variable]}" | tee "$work/one" >>"$work/all"
         changed=$(env_file=$work/one; with_secrets --profile '*' config && compose config) || fail "$variable is refused"
@@ -350,7 +373,7 @@ every_variable_of_env_example_takes_effect() {
     for variable in $(compose config --format json | tr ',{' '\n\n' | sed -n 's/^ *"\([A-Z_]*\)": .*/\1/p' | sort -u); do
         value=${sample[$variable]:-}
         [[ $variable == DB_PASSWORD ]] && value='****'
-        [[ $variable =~ ^(POSTGRES_.*|VISITAS_REVISION)$ ]] || grep -Eq "^$variable=${value//\*/\\*} +# environment$" <<<"$listing" ||
+        [[ $variable =~ ^(POSTGRES_.*|VISITAS_REVISION|HTTP_PROXY)$ ]] || grep -Eq "^$variable=${value//\*/\\*} +# environment$" <<<"$listing" ||
             fail "$variable has no effect in web: $(grep "^$variable=" <<<"$listing")"
     done
     # A password that needs quotes.
@@ -359,7 +382,7 @@ every_variable_of_env_example_takes_effect() {
 
 env_example_shows_the_defaults() {
     # OTEL_TRACES_SAMPLER_ARG contradicts the default sampler.
-    sed -n 's/^#\([A-Z_]*=\)/\1/p' .env.example | grep -v '^OTEL_TRACES_SAMPLER_ARG=' >"$work/uncommented"
+    sed -n 's/^#\([A-Z_]*=\)/\1/p' .env.example | grep -Ev '^(OTEL_TRACES_SAMPLER_ARG|COMPOSE_PROJECT_NAME)=' >"$work/uncommented"
     : >"$work/empty"
     local with without
     with=$(env_file=$work/uncommented; compose run --rm --no-deps -T web config && with_secrets --profile '*' config | grep -v '^      [A-Z_]*:') ||
@@ -440,6 +463,22 @@ volume_of_the_flask_version_is_adopted() {
     remove_everything
 }
 
+web_is_reached_by_both_families_on_a_network_with_ipv6() {
+    local port
+    port=$(free_port)
+    cat >"$work/ipv6.yml" <<END
+services: { web: { ports: !override ["$port:5000"] } }
+networks: { default: { enable_ipv6: true, ipam: { config: [{ subnet: "fd00:15::/64" }] } } }
+END
+    remove_everything
+    # Other cases have another network of this name.
+    trap remove_everything EXIT
+    compose --file "$work/ipv6.yml" up --detach --wait --wait-timeout 120
+    for address in 127.0.0.1 '[::1]' localhost; do
+        curl -fsS --max-time 10 "http://$address:$port/" || fail "no visit by $address"
+    done
+}
+
 absent_collector_neither_slows_web_nor_fills_its_log() {
     local peer lines
     peer=$(free_port)
@@ -462,10 +501,11 @@ absent_collector_neither_slows_web_nor_fills_its_log() {
     [ "$lines" -gt 0 ] && [ "$lines" -lt 20 ] || fail "$lines log lines"
 }
 
-watchers_start_without_web() {
+watchers_start_without_web_from_a_private_clone_behind_a_proxy() {
     need_watchers
     compose down
-    compose --profile obs up --detach --wait --wait-timeout 60 "${watchers[@]}"
+    (umask 077 && mkdir "$work/clone" && cp -r docker-compose.yml observability "$work/clone")
+    behind_a_proxy compose --project-directory "$work/clone" --profile obs up --detach --build --wait --wait-timeout 60 "${watchers[@]}"
     refuses 'No such container' docker container inspect "$project-web" || fail "web was started too"
 }
 
@@ -484,6 +524,19 @@ prometheus_scrapes_web_and_evaluates_every_expression() {
     rules=$(curl -fsg "http://127.0.0.1:$PROMETHEUS_PORT/api/v1/rules")
     grep -q '"health":"ok"' <<<"$rules" || fail "no rule was evaluated: $rules"
     lacks "$rules" -F '"health":"err"' || fail "a rule cannot be evaluated"
+}
+
+prometheus_without_rules_is_not_healthy() {
+    need_image prometheus
+    cat >"$work/no-rules.yml" <<'END'
+services:
+  prometheus:
+    command: ["--config.file=/dev/null", "--storage.tsdb.path=/prometheus"]
+    healthcheck: { interval: 500ms, retries: 2, start_period: 1s }
+END
+    compose --file "$work/no-rules.yml" --profile obs up --detach prometheus
+    within 30 curl -fs "http://127.0.0.1:$PROMETHEUS_PORT/-/healthy"
+    within 30 health_is unhealthy prometheus
 }
 
 slow_visits_lead_from_the_alert_to_the_trace_and_the_log() {
@@ -608,7 +661,19 @@ with_secrets() { compose --file docker-compose.secrets.yml "$@"; }
 
 clean() {
     env -i PATH="$PATH" HOME="$HOME" ${DOCKER_HOST:+DOCKER_HOST="$DOCKER_HOST"} ${DOCKER_CONTEXT:+DOCKER_CONTEXT="$DOCKER_CONTEXT"} \
-        timeout --foreground --kill-after 10 "${deadline:-900}" "$@"
+        ${DOCKER_CONFIG:+DOCKER_CONFIG="$DOCKER_CONFIG"} timeout --foreground --kill-after 10 "${deadline:-900}" "$@"
+}
+
+# Runs a command with a Docker client that gives every container the variables of a proxy, which does
+# not answer.
+behind_a_proxy() {
+    local user=${DOCKER_CONFIG:-$HOME/.docker} name proxy=http://127.0.0.1:9
+    mkdir -p "$work/docker"
+    # Plugins and contexts are there, too.
+    for name in cli-plugins contexts; do [ ! -e "$user/$name" ] || ln -sfn "$user/$name" "$work/docker/$name"; done
+    printf '{"currentContext":"%s","proxies":{"default":{"httpProxy":"%s","httpsProxy":"%s","allProxy":"%s","noProxy":"%s"}}}' \
+        "$(clean docker context show)" $proxy $proxy $proxy localhost,127.0.0.1,.example >"$work/docker/config.json"
+    DOCKER_CONFIG=$work/docker "$@"
 }
 
 visit() { curl -fsS --max-time 10 "$url/"; }
@@ -722,7 +787,8 @@ expressions() {
 # Starts with fresh volumes and with tracing, so that earlier measurements have no influence.
 start_observed() {
     remove_everything
-    compose --profile obs up --detach --wait --wait-timeout 120 web prometheus jaeger
+    # Spans and scrapes, too, must take no notice of it.
+    behind_a_proxy compose --profile obs up --detach --wait --wait-timeout 120 web prometheus jaeger
     within 60 some_trace_shows INCRBY
     within 30 prometheus_has 'up{job="visitas"} == 1'
 }
@@ -813,7 +879,7 @@ need_watchers() { need_image jaeger; need_image prometheus; }
 find_watchers() {
     local name
     for service in jaeger prometheus grafana; do
-        name=$(compose --profile '*' config --images | grep "/$service:")
+        name=$(sed -n "s/^FROM \(.*\) AS $service$/\1/p" observability/Dockerfile)
         if docker image inspect "$name" >/dev/null 2>&1 || deadline=600 clean docker pull --quiet "$name" >/dev/null 2>&1; then
             watchers+=("$service")
         fi
@@ -847,7 +913,7 @@ make_decoy() {
 clean_up() {
     trap '' INT TERM HUP
     remove_everything >/dev/null 2>&1 || echo "could not remove everything of project $project"
-    docker image rm --force "$image" >/dev/null 2>&1 || true
+    docker image rm --force "$image" "$project"-{jaeger,prometheus,grafana} >/dev/null 2>&1 || true
     if [ -n "$decoy" ]; then docker volume rm $users_volume >/dev/null 2>&1 || true; fi
     rm -rf "$work"
 }
@@ -886,8 +952,8 @@ main() {
     WEB_PORT=$(free_port) JAEGER_PORT=$(free_port) PROMETHEUS_PORT=$(free_port) GRAFANA_PORT=$(free_port)
     url=http://127.0.0.1:$WEB_PORT
     env_file=$work/env
-    printf '%s\n' >"$env_file" WEB_PORT=127.0.0.1:$WEB_PORT JAEGER_PORT=$JAEGER_PORT \
-        PROMETHEUS_PORT=$PROMETHEUS_PORT GRAFANA_PORT=$GRAFANA_PORT "SECRETS_DIR=$work/secrets"
+    printf '%s\n' >"$env_file" WEB_PORT=127.0.0.1:$WEB_PORT JAEGER_PORT=127.0.0.1:$JAEGER_PORT \
+        PROMETHEUS_PORT=127.0.0.1:$PROMETHEUS_PORT GRAFANA_PORT=127.0.0.1:$GRAFANA_PORT "SECRETS_DIR=$work/secrets"
     make_decoy
     users_volume_before=$(users_volume)
     find_watchers

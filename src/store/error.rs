@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use crate::causes;
 use crate::metrics::limit::OTHER;
 
 /// Which of the two stores.
@@ -104,14 +105,7 @@ impl Error {
     /// The error and its causes in one line, for the log.
     #[must_use]
     pub fn chain(&self) -> String {
-        let mut line = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(source) = cause {
-            line.push_str(": ");
-            line.push_str(&source.to_string());
-            cause = source.source();
-        }
-        line
+        causes::line(self)
     }
 }
 

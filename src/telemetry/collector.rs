@@ -78,8 +78,12 @@ const REJECTION_INTERVAL: Duration = Duration::from_mins(1);
 impl Collector {
     /// Whether a request can be sampled now.
     pub(super) fn admits(&self) -> bool {
-        self.failures.load(Ordering::Relaxed) < FAILURES_UNTIL_OPEN
-            || self.admits_in(self.started.elapsed().as_secs() + 1)
+        !self.is_down() || self.admits_in(self.started.elapsed().as_secs() + 1)
+    }
+
+    /// Whether the breaker is open.
+    pub(super) fn is_down(&self) -> bool {
+        self.failures.load(Ordering::Relaxed) >= FAILURES_UNTIL_OPEN
     }
 
     fn admits_in(&self, second: u64) -> bool {

@@ -45,6 +45,10 @@ pub(super) fn declare_metrics() {
     collector::declare_metrics();
 }
 
+/// Timeout of the last export to a collector that is down: enough for one that has just come back,
+/// and too little for the retries of one that has not.
+const LAST_ATTEMPT: Duration = Duration::from_millis(100);
+
 /// The SDK's tracer provider, and the state of the collector that it exports to.
 #[derive(Debug)]
 pub(super) struct Pipeline {
@@ -96,15 +100,25 @@ impl Pipeline {
         })
     }
 
-    /// Sends the remaining spans, for at most `timeout`, and logs how many are lost. Blocks. A
-    /// second call does nothing.
+    /// Sends the remaining spans, for at most `timeout`, and logs how many are lost. Hardly waits
+    /// for a collector that is down. Blocks. A second call does nothing.
     pub(super) fn shut_down(&self, timeout: Duration) {
+        let down = self.collector.is_down();
+        let timeout = if down {
+            timeout.min(LAST_ATTEMPT)
+        } else {
+            timeout
+        };
         let result = self.provider.shutdown_with_timeout(timeout);
         let lost = self.collector.lost_spans();
         if lost > 0 && !matches!(result, Err(OTelSdkError::AlreadyShutdown)) {
             warn!(
                 spans.lost = lost,
-                error = result.err().map(|error| error.to_string()),
+                // The log has had the reason of an outage.
+                error = result
+                    .err()
+                    .filter(|_| !down)
+                    .map(|error| error.to_string()),
                 "the last spans were not exported"
             );
         }

@@ -9,7 +9,7 @@ use reqwest::StatusCode;
 use crate::support::collector::{Collector, Manner};
 use crate::support::load::{Load, Visit, are_one_to_n, visits};
 use crate::support::traces::traced_with;
-use crate::support::{SOON, Service, World, eventually};
+use crate::support::{SOON, Service, World, client, eventually};
 
 const DOWN: &str = "span export failing";
 const UP: &str = "span export recovered";
@@ -132,6 +132,36 @@ async fn spans_lost_by_a_stop_are_logged() {
         let line = &service.logged("the last spans were not exported")[0];
         assert_eq!(line["spans.lost"], 4 * 3);
     }
+}
+
+/// An export to an absent collector takes 0.8 s: four attempts, with pauses.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
+async fn stop_does_not_wait_for_a_collector_that_is_down() {
+    let (world, collector) = (World::of_its_own(), Collector::start().await);
+    collector.becomes(Manner::Absent).await;
+    let mut service = traced_with(&world, &collector, &[]).await;
+    service.visit().await;
+    eventually("the breaker is open", SOON, async || {
+        !service.logged(DOWN).is_empty()
+    })
+    .await;
+    let exported = Spans::of(&service).await.lost;
+    // Further spans, one visit a second, are waiting or being exported.
+    eventually("a visit is sampled", SOON, async || {
+        service.get("/").await;
+        Spans::of(&service).await.queued > exported
+    })
+    .await;
+    // An idle connection would stay open for one second.
+    service.client = client();
+    let stopped = Instant::now();
+    service.stop().await;
+    let took = stopped.elapsed();
+    assert!(took < Duration::from_millis(500), "{took:?}");
+    let line = &service.logged("the last spans were not exported")[0];
+    assert!(line["spans.lost"].as_u64() > Some(exported), "{line}");
+    assert!(line["error"].is_null(), "{line}");
 }
 
 /// A service that samples every visit takes 1.8 times as long as one that samples none.

@@ -1,5 +1,6 @@
 //! The log: the lines of requests, and the lines of stores that go down.
 
+use std::collections::HashSet;
 use std::io::{BufRead as _, BufReader};
 use std::process::Stdio;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use time::{Date, Month};
 
 use crate::support::collector::Collector;
 use crate::support::traces::{PARENT, UNSAMPLED, ask, traced_with};
-use crate::support::{HeldCount, SOON, Service, World, eventually, program};
+use crate::support::{Ended, HeldCount, SOON, Service, World, eventually, program};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn access_line_has_the_ids_of_its_request() {
@@ -180,6 +181,34 @@ async fn pretty_log_is_text_without_colours_in_a_pipe() {
 
 // --- wiring ---
 
+const IN_DOUBT: &str = "visits in doubt: statement sent, result unknown";
+
+async fn until_both_are_down(service: &Service) {
+    eventually("both stores are down", SOON, async || {
+        service.logged("store is down").len() == 2
+    })
+    .await;
+}
+
+/// Expects that no field of a line has a text twice.
+fn assert_no_line_repeats(service: &Service) {
+    for line in service.log() {
+        for (_, value) in line.as_object().expect("an object") {
+            let text = value.as_str().unwrap_or_default();
+            assert_eq!(repeated(text), None, "{line}");
+        }
+    }
+}
+
+/// A part of an error's text that occurs twice.
+fn repeated(text: &str) -> Option<&str> {
+    let mut parts = HashSet::new();
+    text.split(": ")
+        .map(str::trim)
+        .filter(|part| part.len() > 3)
+        .find(|part| !parts.insert(*part))
+}
+
 /// A service that refuses every visit.
 async fn without_postgres() -> (World, Service) {
     let world = World::of_its_own();
@@ -223,6 +252,52 @@ fn suppressed(service: &Service) -> u64 {
         .iter()
         .filter_map(|line| line["lines.suppressed"].as_u64())
         .sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn line_about_a_store_has_each_text_once() {
+    let world = World::of_its_own();
+    for (fault, word) in [
+        ([("DB_PORT", "1"), ("REDIS_PORT", "1")], "refused"),
+        (
+            [
+                ("DB_HOST", "nowhere.invalid"),
+                ("REDIS_HOST", "nowhere.invalid"),
+            ],
+            "",
+        ),
+        (
+            [("DB_USER", "stranger"), ("REDIS_PASSWORD", "wrong")],
+            "refused with",
+        ),
+    ] {
+        let settings = [("RUST_LOG", "debug"), fault[0], fault[1]];
+        let service = world.start(&settings).await;
+        until_both_are_down(&service).await;
+        for line in service.logged("store is down") {
+            let error = line["error"].as_str().unwrap();
+            assert!(error.contains(word), "{error}");
+        }
+        assert_no_line_repeats(&service);
+        for command in ["migrate", "reconcile"] {
+            let ended = Ended::of(&[command], &world.settings_but("RUST_LOG", &settings)).await;
+            assert_eq!(repeated(ended.error()), None, "{}", ended.errors);
+        }
+    }
+
+    let service = world.serve().await;
+    service.visit().await;
+    world.postgres.pause().unwrap();
+    world.redis.pause().unwrap();
+    assert_eq!(
+        service.get("/").await.status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+    until_both_are_down(&service).await;
+    assert_eq!(service.logged(IN_DOUBT).len(), 1);
+    assert_no_line_repeats(&service);
+    world.postgres.kill().unwrap();
+    world.redis.kill().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

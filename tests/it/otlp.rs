@@ -4,7 +4,7 @@ use reqwest::StatusCode;
 
 use crate::support::collector::{Collector, Export, text};
 use crate::support::traces::{traced, traced_with};
-use crate::support::{Service, World};
+use crate::support::{Ended, Service, World, settings};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn spans_are_sent_to_the_traces_path_of_the_endpoint() {
@@ -25,6 +25,25 @@ async fn traces_endpoint_is_used_unchanged() {
     let service = traced_with(&world, &collector, &settings).await;
     let export = first_export(&service, &collector).await;
     assert_eq!(export.path, "/as/it/is");
+}
+
+/// Docker gives containers such variables. No proxy listens at the address.
+#[tokio::test(flavor = "multi_thread")]
+async fn proxies_of_the_environment_take_no_part_in_exports_and_health_checks() {
+    let (world, collector) = (World::new(), Collector::start().await);
+    let proxies = [
+        "http_proxy",
+        "HTTP_PROXY",
+        "https_proxy",
+        "all_proxy",
+        "ALL_PROXY",
+    ];
+    let proxies = proxies.map(|name| (name, "http://127.0.0.1:1"));
+    let service = traced_with(&world, &collector, &proxies).await;
+    first_export(&service, &collector).await;
+    let check = ["healthcheck", "--url", &service.url("/health")];
+    let ended = Ended::of(&check, &settings(&proxies)).await;
+    assert_eq!(ended.code, Some(0), "{}", ended.errors);
 }
 
 #[tokio::test(flavor = "multi_thread")]
