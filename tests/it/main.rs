@@ -44,3 +44,4 @@ mod strangers;
 mod sweep;
 mod tls;
 mod unread;
+mod versions;

@@ -1,5 +1,7 @@
 //! Dumps and copies: however data gets into the tables, the total equals the rows, or the service
 //! reports that a recount is due.
+//!
+//! `make compat` runs these tests with one version of Postgres and restores into another.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -8,6 +10,10 @@ use devstack::{Postgres, PostgresOptions};
 use reqwest::StatusCode;
 
 use crate::support::{Ended, SOON, Service, World, eventually};
+
+/// The variable that names the folder of the programs of the Postgres that dumps are restored into.
+/// Unset, it is the one that the other tests use.
+const RESTORED_INTO: &str = "RESTORED_INTO_PG_BIN";
 
 /// Rows added and removed by hand, which no visit has added to the total yet.
 const BY_HAND: &str = "insert into visitas select from generate_series(1, 20); \
@@ -25,6 +31,29 @@ async fn dump_restored_into_an_empty_cluster_is_counted_exactly() {
     other.expect_exact(&service).await;
     other.sql("truncate visitas; insert into visitas default values");
     assert_eq!(service.visit().await.0, 2);
+    other.expect_exact(&service).await;
+}
+
+/// As `pg_dump -Fc` writes it and `pg_restore` reads it.
+#[tokio::test(flavor = "multi_thread")]
+async fn archive_restored_into_an_empty_cluster_is_counted_exactly() {
+    let (world, _) = dumped(&[]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let archive = folder.path().join("archive");
+    dump_of(
+        &world.postgres,
+        &world.database,
+        &["-Fc", "-f", archive.to_str().unwrap()],
+    );
+    let other = Other::new("restored");
+    let restored = client(&other.postgres, "pg_restore", &other.database)
+        .args(["--exit-on-error", "--no-owner"])
+        .arg(archive)
+        .output()
+        .unwrap();
+    assert!(restored.status.success(), "{restored:?}");
+    let service = other.serve(&world).await;
+    assert_eq!(service.visit().await.0, 22);
     other.expect_exact(&service).await;
 }
 
@@ -289,7 +318,11 @@ struct Other {
 impl Other {
     /// A new database on its own cluster.
     fn new(database: &str) -> Self {
-        let postgres = Postgres::start(PostgresOptions::default()).expect("Postgres starts");
+        let postgres = Postgres::start(PostgresOptions {
+            programs: std::env::var_os(RESTORED_INTO).map(Into::into),
+            ..PostgresOptions::default()
+        });
+        let postgres = postgres.expect("Postgres starts");
         // All clusters here are copies of one template: without this database, the next one would have
         // the same number as in the other cluster.
         postgres.create_database("first").expect("a database");
