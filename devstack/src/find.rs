@@ -15,7 +15,10 @@ pub(crate) struct Installation {
 /// The Postgres in the folder `programs`, or the one in `DEVSTACK_PG_BIN`, or the newest installed
 /// one from 14 to 18.
 pub(crate) fn postgres(programs: Option<&Path>) -> Result<Installation> {
-    find("find_postgres", programs.map(|path| ("DEVSTACK_PG_BIN", path)))
+    find(
+        "find_postgres",
+        programs.map(|path| ("DEVSTACK_PG_BIN", path)),
+    )
 }
 
 /// The installed Redis, at least 6, or the one that `DEVSTACK_REDIS_SERVER` names.

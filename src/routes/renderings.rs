@@ -111,11 +111,7 @@ mod tests {
             }
         }
 
-        fn ask(
-            &self,
-            kind: Kind,
-            meanwhile: impl FnOnce() + Send + 'static,
-        ) -> JoinHandle<Bytes> {
+        fn ask(&self, kind: Kind, meanwhile: impl FnOnce() + Send + 'static) -> JoinHandle<Bytes> {
             let renderings = self.renderings.clone();
             let started = Arc::clone(&self.started);
             tokio::spawn(async move {

@@ -144,7 +144,11 @@ mod tests {
             "ação, ;;,=",
             "application/openmetrics-text\\\";q=\"/,|",
         ] {
-            assert_eq!(format(&headers(ACCEPT, &[refused])), Format::Text, "{refused}");
+            assert_eq!(
+                format(&headers(ACCEPT, &[refused])),
+                Format::Text,
+                "{refused}"
+            );
         }
     }
 

@@ -71,11 +71,15 @@ async fn visits_and_their_ids_pass(program: Program) {
     assert_eq!(visit.json()["total_registros_db"], 1);
     assert_eq!(visit.header("x-request-id"), "given");
     let visit = ask(reqwest::Method::GET, "/", ("x-other", "1")).await;
-    assert_eq!(visit.header("x-request-id").len(), 36, "{visit:?}");
+    assert_eq!(visit.header("x-request-id").len(), 32, "{visit:?}");
     let head = ask(reqwest::Method::HEAD, "/", ("x-other", "1")).await;
     assert_eq!(head.status, StatusCode::OK);
     assert_eq!(world.rows().await, 2);
-    let metrics = ask(reqwest::Method::GET, "/metrics", ("accept-encoding", "gzip"));
+    let metrics = ask(
+        reqwest::Method::GET,
+        "/metrics",
+        ("accept-encoding", "gzip"),
+    );
     assert_eq!(metrics.await.header("content-encoding"), "gzip");
 }
 
@@ -384,7 +388,8 @@ impl Program {
             Self::Caddy => {
                 command.args(["run", "--adapter", "caddyfile", "--config"]);
                 command.arg(&file);
-                command.envs(["HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"].map(|name| (name, folder)));
+                command
+                    .envs(["HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"].map(|name| (name, folder)));
                 format!("{{\n\tadmin off\n}}\n{text}")
             }
         };
@@ -404,11 +409,7 @@ struct Front {
 impl Front {
     /// Starts a program with its recipe, in which these texts are changed, and waits until it
     /// responds.
-    async fn start(
-        program: Program,
-        replicas: [SocketAddr; 2],
-        changes: &[(&str, &str)],
-    ) -> Self {
+    async fn start(program: Program, replicas: [SocketAddr; 2], changes: &[(&str, &str)]) -> Self {
         let address = free_address().expect("a free port");
         let [one, other] = replicas.map(|replica| replica.to_string());
         let (listens, here) = program.settings(address);
@@ -460,7 +461,11 @@ fn at(way: &Proxy) -> SocketAddr {
 /// How many visits the front has sent.
 fn visits_sent(way: &Proxy) -> usize {
     let said = way.record();
-    let requests = |said: &Vec<u8>| String::from_utf8_lossy(said).matches("GET / HTTP/1").count();
+    let requests = |said: &Vec<u8>| {
+        String::from_utf8_lossy(said)
+            .matches("GET / HTTP/1")
+            .count()
+    };
     said.iter().map(requests).sum()
 }
 
