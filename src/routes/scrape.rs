@@ -124,7 +124,7 @@ mod tests {
             "application/openmetrics-text;q=0, application/openmetrics-text;q=0.2",
         ] {
             assert_eq!(
-                format(&headers(ACCEPT, &[accepted])),
+                format(&headers(&ACCEPT, &[accepted])),
                 Format::OpenMetrics,
                 "{accepted}"
             );
@@ -145,7 +145,7 @@ mod tests {
             "application/openmetrics-text\\\";q=\"/,|",
         ] {
             assert_eq!(
-                format(&headers(ACCEPT, &[refused])),
+                format(&headers(&ACCEPT, &[refused])),
                 Format::Text,
                 "{refused}"
             );
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn accept_can_be_several_lines() {
         let both = ["text/plain;q=0.5", "application/openmetrics-text"];
-        assert_eq!(format(&headers(ACCEPT, &both)), Format::OpenMetrics);
+        assert_eq!(format(&headers(&ACCEPT, &both)), Format::OpenMetrics);
         assert_eq!(format(&HeaderMap::new()), Format::Text);
     }
 
@@ -173,7 +173,7 @@ mod tests {
             "*",
             "gzip;q=0, gzip;q=0.2",
         ] {
-            let headers = headers(ACCEPT_ENCODING, &[accepted]);
+            let headers = headers(&ACCEPT_ENCODING, &[accepted]);
             assert!(accepts_gzip(&headers), "{accepted}");
         }
         for refused in [
@@ -192,15 +192,15 @@ mod tests {
             "gzip;",
             "ação, gzip\u{e9}",
         ] {
-            let headers = headers(ACCEPT_ENCODING, &[refused]);
+            let headers = headers(&ACCEPT_ENCODING, &[refused]);
             assert!(!accepts_gzip(&headers), "{refused}");
         }
         let lines = ["br", "gzip"];
-        assert!(accepts_gzip(&headers(ACCEPT_ENCODING, &lines)));
+        assert!(accepts_gzip(&headers(&ACCEPT_ENCODING, &lines)));
         assert!(!accepts_gzip(&HeaderMap::new()));
     }
 
-    fn headers(name: HeaderName, lines: &[&str]) -> HeaderMap {
+    fn headers(name: &HeaderName, lines: &[&str]) -> HeaderMap {
         let values = lines
             .iter()
             .map(|line| HeaderValue::from_bytes(line.as_bytes()));

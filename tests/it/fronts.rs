@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use lab::history::Outcome;
@@ -17,6 +17,9 @@ use tempfile::TempDir;
 
 use crate::support::load::are_one_to_n;
 use crate::support::{Answer, HeldCount, SOON, Service, Wire, World, eventually, without_stores};
+
+/// Where programs are. Debian keeps servers where only root looks for them.
+const PATH: &str = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/opt/homebrew/bin";
 
 /// For tests that wait longer than a visit may take.
 const PATIENT: [(&str, &str); 2] = [("DB_TIMEOUT", "8s"), ("VISIT_TIMEOUT", "9s")];
@@ -38,9 +41,7 @@ macro_rules! with_each_front {
         #[tokio::test(flavor = "multi_thread")]
         $(#[$attribute])*
         async fn $fact() {
-            if super::Program::$program.is_here() {
-                super::$fact(super::Program::$program).await;
-            }
+            super::$fact(super::Program::$program).await;
         }
     };
 }
@@ -228,9 +229,6 @@ async fn nginx_as_it_comes_sends_a_visit_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn caddy_that_keeps_connections_sends_a_visit_again() {
-    if !Program::Caddy.is_here() {
-        return;
-    }
     let world = World::new();
     let service = world.serve_with(&PATIENT).await;
     let way = way_to(&service).await;
@@ -291,7 +289,7 @@ async fn cache_of_nginx_makes_visits_of_head_requests_unless_told_not_to() {
 
 // --- wiring ---
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 enum Program {
     Nginx,
     Haproxy,
@@ -308,29 +306,9 @@ impl Program {
         }
     }
 
-    /// Whether it can be tried. `make test` installs nginx and HAProxy; Caddy is in no package of
-    /// Debian 12, so its tests pass with a word where it is not installed.
-    fn is_here(self) -> bool {
-        let mut command = self.command();
-        command.arg(if self == Self::Caddy { "version" } else { "-v" });
-        let asked = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
-        let is_here = asked.is_ok_and(|status| status.success());
-        assert!(
-            is_here || self == Self::Caddy,
-            "{0} was not found; `devstack/install.sh {0}={0}` installs it",
-            self.name()
-        );
-        if !is_here {
-            eprintln!("SKIPPED: caddy was not found, so its recipe has not run");
-        }
-        is_here
-    }
-
     fn command(self) -> Command {
         let mut command = process::command(self.name());
-        // Debian keeps servers where only root looks for programs.
-        let path = std::env::var("PATH").unwrap_or_default();
-        command.env("PATH", format!("{path}:/usr/sbin:/usr/local/sbin"));
+        command.env("PATH", PATH);
         command
     }
 
@@ -431,7 +409,8 @@ impl Front {
         };
         eventually("the front listens", SOON, async || {
             let has_ended = front.process.has_ended().expect("its status");
-            assert!(!has_ended, "it ended: {}", front.process.log_tail());
+            let log = front.process.log_tail();
+            assert!(!has_ended, "it ended (`make test` installs it): {log}");
             tokio::net::TcpStream::connect(address).await.is_ok()
         })
         .await;

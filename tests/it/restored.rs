@@ -4,16 +4,13 @@
 //! `make compat` runs these tests with one version of Postgres and restores into another.
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use devstack::{Postgres, PostgresOptions};
 use reqwest::StatusCode;
 
 use crate::support::{Ended, SOON, Service, World, eventually};
-
-/// The variable that names the folder of the programs of the Postgres that dumps are restored into.
-/// Unset, it is the one that the other tests use.
-const RESTORED_INTO: &str = "RESTORED_INTO_PG_BIN";
 
 /// Rows added and removed by hand, which no visit has added to the total yet.
 const BY_HAND: &str = "insert into visitas select from generate_series(1, 20); \
@@ -309,6 +306,15 @@ fn client(postgres: &Postgres, program: &str, database: &str) -> Command {
     command
 }
 
+/// The folder of the programs of the Postgres that dumps are restored into, if it is another one.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "`make compat` tells the test which servers it has"
+)]
+fn restored_into() -> Option<PathBuf> {
+    std::env::var_os("RESTORED_INTO_PG_BIN").map(Into::into)
+}
+
 /// A database that data is loaded into.
 struct Other {
     postgres: std::sync::Arc<Postgres>,
@@ -319,7 +325,7 @@ impl Other {
     /// A new database on its own cluster.
     fn new(database: &str) -> Self {
         let postgres = Postgres::start(PostgresOptions {
-            programs: std::env::var_os(RESTORED_INTO).map(Into::into),
+            programs: restored_into(),
             ..PostgresOptions::default()
         });
         let postgres = postgres.expect("Postgres starts");

@@ -9,7 +9,7 @@ use expect_test::expect_file;
 use http::{HeaderMap, Method};
 
 use crate::support::exposition::Exposition;
-use crate::support::{Answer, HeldCount, World};
+use crate::support::{Answer, HeldCount, SOON, World, eventually};
 
 /// The tables, functions and triggers, one a line.
 const OBJECTS: &str = "\
@@ -48,6 +48,11 @@ async fn every_version_of_the_stores_gives_the_same() {
         &service.ask(Method::HEAD, "/", HeaderMap::new()).await,
     );
     note("health", &service.get("/health").await);
+    // A refused visit shows what the monitor has read last.
+    eventually("the monitor has read both visits", SOON, async || {
+        service.metric("visitas_redis_visits").await == Some(2.0)
+    })
+    .await;
     // Postgres ends the call by its own lock_timeout.
     let held = HeldCount::of(&world).await;
     let refused = service.get("/").await;
