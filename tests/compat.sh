@@ -30,7 +30,7 @@ all=("${ends[@]}" abandoned:: commands:: http:: load:: metrics:: outage:: relaps
 golden='versions::|exposition::first_scrape'
 
 main() {
-    local majors modules package postgres redis
+    local majors modules package major redis
     case ${1-} in
         '') majors='14 15 16 17 18' modules=("${all[@]}") ;;
         ends) majors='14 18' modules=("${ends[@]}") ;;
@@ -46,7 +46,8 @@ main() {
     for package in "${postgres_packages[@]}"; do
         case " $majors " in *" ${package%%.*} "*) postgres "$package" ;; esac
     done
-    cargo test --locked --quiet --test it --no-run
+    program=$(cargo test --locked --test it --no-run 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
+    [ -x "$program" ] || fail "the tests do not compile"
 
     for major in $majors; do
         run "$("$folder/postgres-$major/bin/postgres" --version | sed 's/^postgres (\(.*\))/\1/')" \
@@ -76,7 +77,7 @@ run() {
     echo "== $1"
     # The other programs of a machine's own PostgreSQL cannot read a newer one's dumps.
     case $2 in DEVSTACK_PG_BIN=*) into=(RESTORED_INTO_PG_BIN="$folder/postgres-18/bin") ;; esac
-    env "${@:2}" ${into[@]+"${into[@]}"} cargo test --locked --test it -- "${modules[@]}" >"$log" 2>&1 || true
+    env CARGO_MANIFEST_DIR="$PWD" "${@:2}" ${into[@]+"${into[@]}"} "$program" "${modules[@]}" >"$log" 2>&1 || true
     result=$(sed -n 's/^test result: .*\. \([0-9]*\) passed; \([0-9]*\) failed;.*/\1 \2/p' "$log")
     if [ -z "$result" ]; then
         tail -n 20 "$log" >&2

@@ -10,7 +10,7 @@ use lab::proxy::{Protocol, Proxy};
 use reqwest::Response;
 
 use crate::support::exposition::PROMETHEUS_ACCEPTS;
-use crate::support::prometheus::Prometheus;
+use crate::support::prometheus::{Prometheus, installed};
 use crate::support::{SOON, Service, eventually, without_stores};
 
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -160,6 +160,21 @@ async fn prometheus_reads_the_compressed_answer() {
     .await;
     let asked = String::from_utf8_lossy(&way.record().concat()).to_lowercase();
     assert!(asked.contains("\r\naccept-encoding: gzip\r\n"), "{asked}");
+}
+
+#[test]
+fn prometheus_accepts_the_configuration_in_the_document() {
+    let document = include_str!("../../docs/connecting.md");
+    let (_, configuration) = document.split_once("```yaml\n# prometheus.yml\n").unwrap();
+    let (configuration, _) = configuration.split_once("```").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prometheus.yml");
+    std::fs::write(&file, configuration).unwrap();
+    let checked = installed("promtool")
+        .args(["check", "config"])
+        .arg(file)
+        .status();
+    assert!(checked.unwrap().success());
 }
 
 async fn scrape(
