@@ -3,7 +3,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test faults sweep bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
+.PHONY: help run check map test faults sweep compat compat-ends bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,8 +23,9 @@ check: ## Check format and lints and run the unit tests, in seconds; needs no se
 map: ## Print who imports whom in src
 	@cargo test --package visitas --test imports --locked --quiet -- rooms --nocapture | grep -e ' -> ' -e arrows
 
-# Programs that tests need in addition to the servers, each with its package.
-test faults: PACKAGES = promtool=prometheus python3:prometheus_client=python3-prometheus-client
+# Programs that tests need in addition to the stores, each with its package.
+test faults: PACKAGES = promtool=prometheus python3:prometheus_client=python3-prometheus-client \
+	nginx=nginx haproxy=haproxy caddy=caddy
 
 # Tests wait for servers most of the time, so more of them run than there are processors.
 test: export RUST_TEST_THREADS = 8
@@ -68,6 +69,13 @@ chaos-long: chaos-ready ## Kill each part at a hundred random moments, restart r
 
 chaos-ready: setup
 	@cargo build --release --locked --quiet --bin visitas --bin chaos --workspace
+
+compat compat-ends: PACKAGES = npm=npm python3:pip=python3-pip
+compat: setup ## Test with PostgreSQL 14 to 18, Redis and Valkey, and restore dumps of each into 18
+	@tests/compat.sh
+
+compat-ends: setup ## Test with PostgreSQL 14 and 18 what their versions can change
+	@tests/compat.sh ends
 
 e2e: ## Test the Compose stack, also with outages; needs Docker
 	@tests/e2e.sh

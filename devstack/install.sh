@@ -8,6 +8,8 @@
 # Otherwise it prints the commands to type. It never installs Rust.
 set -eu
 . "$(dirname "$0")/src/find.sh"
+# Debian keeps nginx and HAProxy where only root looks for programs.
+PATH=$PATH:/usr/sbin
 
 minor=$(rustc --version 2>/dev/null | sed -n 's/^rustc 1\.\([0-9]*\)\..*/\1/p')
 if [ "${minor:-0}" -lt 94 ] || [ -z "$(command -v cargo)" ]; then

@@ -1,6 +1,6 @@
 //! Finds the installed servers. Knows nothing of running them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -12,14 +12,18 @@ pub(crate) struct Installation {
     pub(crate) path: PathBuf,
 }
 
-/// The newest installed Postgres from 14 to 18, or the one in `DEVSTACK_PG_BIN`.
-pub(crate) fn postgres() -> Result<Installation> {
-    find("find_postgres")
+/// The Postgres in the folder `programs`, or the one in `DEVSTACK_PG_BIN`, or the newest installed
+/// one from 14 to 18.
+pub(crate) fn postgres(programs: Option<&Path>) -> Result<Installation> {
+    find(
+        "find_postgres",
+        programs.map(|path| ("DEVSTACK_PG_BIN", path)),
+    )
 }
 
 /// The installed Redis, at least 6, or the one that `DEVSTACK_REDIS_SERVER` names.
 pub(crate) fn redis() -> Result<Installation> {
-    find("find_redis")
+    find("find_redis", None)
 }
 
 /// Describes the servers that would be used, one per line.
@@ -28,7 +32,7 @@ pub(crate) fn redis() -> Result<Installation> {
 ///
 /// When a server is missing. The error contains the commands that install it.
 pub fn check() -> Result<String> {
-    match (postgres(), redis()) {
+    match (postgres(None), redis()) {
         (Ok(postgres), Ok(redis)) => Ok(format!(
             "PostgreSQL {} in {}\nRedis {} at {}",
             postgres.major,
@@ -41,7 +45,7 @@ pub fn check() -> Result<String> {
     }
 }
 
-fn find(function: &str) -> Result<Installation> {
+fn find(function: &str, chosen: Option<(&str, &Path)>) -> Result<Installation> {
     let output = Command::new("/bin/sh")
         .args([
             "-c",
@@ -49,6 +53,7 @@ fn find(function: &str) -> Result<Installation> {
             "find",
             function,
         ])
+        .envs(chosen)
         .output()
         .context("cannot run /bin/sh")?;
     if !output.status.success() {

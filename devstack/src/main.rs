@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 const USAGE: &str = "\
 usage: devstack run -- COMMAND [ARGUMENT...]   run a command with PostgreSQL and Redis up
-       devstack check                          show which PostgreSQL and Redis would be used";
+       devstack check                          show which PostgreSQL and Redis would be used
+       devstack folder                         show where the servers keep their files";
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
@@ -16,6 +17,10 @@ fn main() -> ExitCode {
     let outcome = match *words {
         ["check"] => devstack::check().map(|found| {
             println!("{found}");
+            0
+        }),
+        ["folder"] => devstack::folder().map(|folder| {
+            println!("{}", folder.display());
             0
         }),
         ["run", "--", _, ..] => devstack::run(&arguments[2..]),

@@ -25,6 +25,8 @@ pub struct PostgresOptions {
     pub config: Vec<(String, String)>,
     /// Whether it offers TLS. Clients without TLS are still accepted.
     pub tls: bool,
+    /// The folder of its programs, if it is not the installed one that devstack would choose.
+    pub programs: Option<PathBuf>,
 }
 
 /// A Postgres on 127.0.0.1 with the superuser [`USER`] and the database [`DATABASE`]. See
@@ -46,7 +48,7 @@ impl Postgres {
         let Installation {
             major,
             path: programs,
-        } = find::postgres()?;
+        } = find::postgres(options.programs.as_deref())?;
         let home = Home::open(options.data)?;
         let mut supervisor = Supervisor::for_home(&home)?;
         let data = home.path.join(format!("postgres-{major}"));
@@ -308,7 +310,7 @@ mod tests {
         let first = Postgres::start(options()).unwrap();
         let other = Postgres::start(PostgresOptions::default()).unwrap();
         first.kill().unwrap();
-        let data = format!("postgres-{}", find::postgres().unwrap().major);
+        let data = format!("postgres-{}", find::postgres(None).unwrap().major);
         let pid_file = first.folder().join(data).join("postmaster.pid");
         let content = std::fs::read_to_string(&pid_file).unwrap();
         let (_, rest) = content.split_once('\n').unwrap();

@@ -159,6 +159,12 @@ impl Proxy {
         self.change(|rules| rules.lost_below = next);
     }
 
+    /// Resets the open connections; new ones work.
+    pub fn reset_established(&self) {
+        let next = self.lane.next.load(Ordering::Acquire);
+        self.change(|rules| rules.reset_below = next);
+    }
+
     /// The bytes that each client has sent, in the order of their connections. Empty unless the
     /// proxy was opened by [`Self::recording`].
     pub fn record(&self) -> Vec<Vec<u8>> {

@@ -1,33 +1,43 @@
-//! `GET /metrics`: every metric, in the format that the scraper prefers.
+//! `GET /metrics`: every metric, in the format that the scraper prefers, compressed if it accepts
+//! that.
 //!
 //! Must not know: any metric by its name.
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::HeaderMap;
-use http::header::{ACCEPT, CONTENT_TYPE, VARY};
+use http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, VARY};
+use http::{HeaderMap, HeaderValue};
 use mediatype::{MediaType, MediaTypeList, Name, ReadParams as _};
 
+use super::renderings::Kind;
 use super::state::AppState;
 use crate::metrics::Format;
 use crate::store::Store as _;
 
 /// Renders every metric, in the format that the scraper prefers.
 pub(super) async fn render(State(state): State<AppState>, headers: HeaderMap) -> Response {
-    let format = format(&headers);
+    let (format, gzip) = (format(&headers), accepts_gzip(&headers));
     let content_type = match format {
         Format::Text => "text/plain; version=0.0.4; charset=utf-8",
         Format::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
     };
     let renderings = state.renderings.clone();
-    let text = renderings.text(format, move || {
+    let rendering = renderings.share(Kind { format, gzip }, move || {
         state.postgres.report();
         state.redis.report();
         state.recorder.report();
         state.telemetry.render_metrics(format)
     });
-    let headers = [(CONTENT_TYPE, content_type), (VARY, ACCEPT.as_str())];
-    (headers, text.await).into_response()
+    let headers = [
+        (CONTENT_TYPE, content_type),
+        (VARY, "Accept, Accept-Encoding"),
+    ];
+    let mut response = (headers, rendering.await).into_response();
+    if gzip {
+        let gzip = HeaderValue::from_static("gzip");
+        response.headers_mut().insert(CONTENT_ENCODING, gzip);
+    }
+    response
 }
 
 /// OpenMetrics for a scraper that names it and prefers nothing else; otherwise the text format, even
@@ -52,6 +62,28 @@ fn format(headers: &HeaderMap) -> Format {
     }
 }
 
+/// Whether the scraper accepts gzip and prefers nothing else. One that does not say what it accepts
+/// gets plain text, which everything can read (RFC 9110, 12.5.3).
+fn accepts_gzip(headers: &HeaderMap) -> bool {
+    let (mut gzip, mut identity, mut others) = (None, None, None);
+    for line in headers.get_all(ACCEPT_ENCODING) {
+        for coding in line.to_str().unwrap_or_default().split(',') {
+            let (name, parameter) = coding.split_once(';').unwrap_or((coding, "q=1"));
+            let weight = parameter.trim_ascii().split_once('=');
+            let weight = weight.and_then(|(_q, weight)| weight.parse::<f32>().ok());
+            let named = match &*name.trim_ascii().to_ascii_lowercase() {
+                "gzip" | "x-gzip" => &mut gzip,
+                "identity" => &mut identity,
+                "*" => &mut others,
+                _ => continue,
+            };
+            *named = Some(weight.unwrap_or(0.0).max(named.unwrap_or(0.0)));
+        }
+    }
+    let gzip = gzip.or(others).unwrap_or(0.0);
+    gzip > 0.0 && gzip >= identity.or(others).unwrap_or(0.0)
+}
+
 /// Whether `media` is the type `main/sub`, in this version if it names a version.
 fn is_type(media: &MediaType<'_>, main: &str, sub: &str, version: &str) -> bool {
     let named = media.get_param(Name::new_unchecked("version"));
@@ -68,7 +100,7 @@ fn weight(media: &MediaType<'_>) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
+    use http::HeaderName;
 
     use super::*;
 
@@ -92,7 +124,7 @@ mod tests {
             "application/openmetrics-text;q=0, application/openmetrics-text;q=0.2",
         ] {
             assert_eq!(
-                format(&accept(&[accepted])),
+                format(&headers(&ACCEPT, &[accepted])),
                 Format::OpenMetrics,
                 "{accepted}"
             );
@@ -112,23 +144,68 @@ mod tests {
             "ação, ;;,=",
             "application/openmetrics-text\\\";q=\"/,|",
         ] {
-            assert_eq!(format(&accept(&[refused])), Format::Text, "{refused}");
+            assert_eq!(
+                format(&headers(&ACCEPT, &[refused])),
+                Format::Text,
+                "{refused}"
+            );
         }
     }
 
     #[test]
     fn accept_can_be_several_lines() {
         let both = ["text/plain;q=0.5", "application/openmetrics-text"];
-        assert_eq!(format(&accept(&both)), Format::OpenMetrics);
+        assert_eq!(format(&headers(&ACCEPT, &both)), Format::OpenMetrics);
         assert_eq!(format(&HeaderMap::new()), Format::Text);
     }
 
-    fn accept(lines: &[&str]) -> HeaderMap {
+    #[test]
+    fn gzip_is_for_a_scraper_that_names_it_and_prefers_nothing_else() {
+        for accepted in [
+            "gzip",
+            "GZip",
+            "x-gzip",
+            "gzip, deflate, br, zstd",
+            "deflate;q=0.9 , gzip ; Q=0.001",
+            "gzip;q=1.0, identity; q=0.5, *;q=0",
+            "identity;q=0.5, gzip;q=0.5",
+            "identity;q=0, *",
+            "*",
+            "gzip;q=0, gzip;q=0.2",
+        ] {
+            let headers = headers(&ACCEPT_ENCODING, &[accepted]);
+            assert!(accepts_gzip(&headers), "{accepted}");
+        }
+        for refused in [
+            "",
+            "identity",
+            "gzip;q=0",
+            "gzip;q=0.000, *",
+            "gzip;q=0.5, identity",
+            "gzip;q=0.2, *;q=0.5",
+            "*;q=0",
+            "deflate, br",
+            "gzipped",
+            "gzip;q=nan",
+            "gzip;q=-1",
+            "gzip;q=much",
+            "gzip;",
+            "ação, gzip\u{e9}",
+        ] {
+            let headers = headers(&ACCEPT_ENCODING, &[refused]);
+            assert!(!accepts_gzip(&headers), "{refused}");
+        }
+        let lines = ["br", "gzip"];
+        assert!(accepts_gzip(&headers(&ACCEPT_ENCODING, &lines)));
+        assert!(!accepts_gzip(&HeaderMap::new()));
+    }
+
+    fn headers(name: &HeaderName, lines: &[&str]) -> HeaderMap {
         let values = lines
             .iter()
             .map(|line| HeaderValue::from_bytes(line.as_bytes()));
         values
-            .map(|value| (ACCEPT, value.expect("a header's value")))
+            .map(|value| (name.clone(), value.expect("a header's value")))
             .collect()
     }
 }

@@ -416,7 +416,8 @@ async fn columns_named(world: &World, name: &str) -> i64 {
     .unwrap()
 }
 
-/// The columns that visits fill and the primary key, as SQL describes them.
+/// The columns that visits fill and the primary key, as SQL describes them. Since Postgres 18,
+/// NOT NULL is a constraint, too.
 async fn columns(world: &World) -> Vec<(String, String, String, Option<String>, String)> {
     sqlx::query_as(
         "select column_name::text, data_type::text, is_nullable::text, column_default::text, \
@@ -428,6 +429,7 @@ async fn columns(world: &World) -> Vec<(String, String, String, Option<String>, 
          select pg_get_constraintdef(oid), '', '', '', '' \
            from pg_constraint \
           where conrelid = 'visitas'::regclass \
+            and contype <> 'n' \
           order by 1",
     )
     .fetch_all(&mut world.session().await)

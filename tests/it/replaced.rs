@@ -161,6 +161,11 @@ async fn replicas_migrate_an_emptied_database_under_load_once() {
     world
         .sql("set lock_timeout = '5s'; drop schema public cascade; create schema public")
         .await;
+    // Until a visit or the monitor has noticed, the replicas call themselves ready.
+    eventually("the table is there again", SOON, async || {
+        world.number("select count(to_regclass('visitas'))").await == 1
+    })
+    .await;
     for service in [&one, &two, &three] {
         service.until_ready().await;
     }

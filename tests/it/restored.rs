@@ -1,7 +1,10 @@
 //! Dumps and copies: however data gets into the tables, the total equals the rows, or the service
 //! reports that a recount is due.
+//!
+//! `make compat` runs these tests with one version of Postgres and restores into another.
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use devstack::{Postgres, PostgresOptions};
@@ -25,6 +28,29 @@ async fn dump_restored_into_an_empty_cluster_is_counted_exactly() {
     other.expect_exact(&service).await;
     other.sql("truncate visitas; insert into visitas default values");
     assert_eq!(service.visit().await.0, 2);
+    other.expect_exact(&service).await;
+}
+
+/// As `pg_dump -Fc` writes it and `pg_restore` reads it.
+#[tokio::test(flavor = "multi_thread")]
+async fn archive_restored_into_an_empty_cluster_is_counted_exactly() {
+    let (world, _) = dumped(&[]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let archive = folder.path().join("archive");
+    dump_of(
+        &world.postgres,
+        &world.database,
+        &["-Fc", "-f", archive.to_str().unwrap()],
+    );
+    let other = Other::new("restored");
+    let restored = client(&other.postgres, "pg_restore", &other.database)
+        .args(["--exit-on-error", "--no-owner"])
+        .arg(archive)
+        .output()
+        .unwrap();
+    assert!(restored.status.success(), "{restored:?}");
+    let service = other.serve(&world).await;
+    assert_eq!(service.visit().await.0, 22);
     other.expect_exact(&service).await;
 }
 
@@ -280,6 +306,15 @@ fn client(postgres: &Postgres, program: &str, database: &str) -> Command {
     command
 }
 
+/// The folder of the programs of the Postgres that dumps are restored into, if it is another one.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "`make compat` tells the test which servers it has"
+)]
+fn restored_into() -> Option<PathBuf> {
+    std::env::var_os("RESTORED_INTO_PG_BIN").map(Into::into)
+}
+
 /// A database that data is loaded into.
 struct Other {
     postgres: std::sync::Arc<Postgres>,
@@ -289,7 +324,11 @@ struct Other {
 impl Other {
     /// A new database on its own cluster.
     fn new(database: &str) -> Self {
-        let postgres = Postgres::start(PostgresOptions::default()).expect("Postgres starts");
+        let postgres = Postgres::start(PostgresOptions {
+            programs: restored_into(),
+            ..PostgresOptions::default()
+        });
+        let postgres = postgres.expect("Postgres starts");
         // All clusters here are copies of one template: without this database, the next one would have
         // the same number as in the other cluster.
         postgres.create_database("first").expect("a database");

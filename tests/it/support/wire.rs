@@ -61,8 +61,9 @@ impl Wire {
             if let Some((head, body)) = text.split_once("\r\n\r\n") {
                 let length = head
                     .lines()
-                    .find_map(|line| line.strip_prefix("content-length: "))
-                    .map_or(0, |length| length.parse().expect("a length"));
+                    .filter_map(|line| line.split_once(": "))
+                    .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
+                    .map_or(0, |(_, length)| length.parse().expect("a length"));
                 if body.len() >= length {
                     return Some(text.into_owned());
                 }
