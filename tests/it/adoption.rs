@@ -286,7 +286,7 @@ async fn program_that_inserts_during_the_migration_continues_and_its_rows_are_co
 async fn database_that_a_newer_version_has_migrated_is_accepted() {
     let world = World::new();
     drop(world.serve().await);
-    let newer = "insert into _sqlx_migrations (version, description, success, checksum, execution_time) \
+    let newer = "insert into visitas_migracoes (version, description, success, checksum, execution_time) \
                  values (9999, 'newer', true, '', 0)";
     world.sql(newer).await;
     assert_eq!(world.serve().await.visit().await.0, 1);
@@ -300,7 +300,7 @@ async fn migration_that_a_newer_version_skipped_is_applied() {
     let world = World::new();
     drop(world.serve().await);
     world
-        .sql("update _sqlx_migrations set version = 9999 where version = 2")
+        .sql("update visitas_migracoes set version = 9999 where version = 2")
         .await;
     world
         .sql(

@@ -18,6 +18,7 @@ mod count;
 mod exposition;
 mod http;
 mod kept;
+mod ledger;
 mod load;
 mod log;
 mod metrics;

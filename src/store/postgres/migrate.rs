@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::PgConnection;
-use sqlx::migrate::{MigrateError, Migration, Migrator};
+use sqlx::migrate::{Migrate as _, MigrateError, Migration, Migrator};
 
 use super::error::failure;
 use super::long_session::LongSession;
@@ -24,11 +24,17 @@ use crate::store::error::{Cause, Error};
 use crate::store::pool::{Link, Pool};
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
+/// The table that says which migrations the database has. The driver's default is one table for
+/// all programs that use the driver, where the numbers of other programs' migrations collide.
+const LEDGER_TABLE: &str = "public.visitas_migracoes";
 const UNINSTALL: &str = include_str!("uninstall.sql");
 
 pub(super) static UNINSTALL_OBJECTS: Operation = Operation::command("DROP");
 pub(super) static APPLY: Operation = Operation::command("MIGRATE");
 
+/// The class of SQLSTATEs of a statement that does not fit the database's objects, or whose role
+/// has no right to them.
+const ACCESS_RULE_VIOLATION: &str = "42";
 /// The SQLSTATEs of an object that exists already: a table, function, column or other object.
 const DUPLICATES: [&str; 4] = ["42P07", "42723", "42701", "42710"];
 /// The advisory lock that serialises migrations between instances; an arbitrary constant.
@@ -183,6 +189,7 @@ async fn take_migration_lock(session: &mut LongSession<'_>) -> Result<(), Error>
 /// Applies the migrations that no other instance has applied meanwhile. If the ledger and the
 /// database's objects disagree, all objects except the visits are created again.
 async fn apply_locked(session: &mut LongSession<'_>) -> Result<usize, Error> {
+    session.call_briefly(&APPLY, prepare_ledger).await?;
     let due = pending(&session.call_briefly(&LEDGER, read_ledger).await?);
     if due > 0 {
         match run_migrations(session).await {
@@ -202,9 +209,47 @@ async fn apply_locked(session: &mut LongSession<'_>) -> Result<usize, Error> {
     Ok(MIGRATIONS.iter().count())
 }
 
+/// Creates the ledger. If it is empty, copies into it what an earlier version wrote to the driver's
+/// default table. That table is left unchanged, so that the earlier version still starts.
+async fn prepare_ledger(connection: &mut PgConnection) -> Result<(), Error> {
+    connection
+        .ensure_migrations_table(LEDGER_TABLE)
+        .await
+        .map_err(migration_failure)?;
+    let (versions, checksums): (Vec<_>, Vec<_>) = MIGRATIONS
+        .iter()
+        .map(|migration| (migration.version, &*migration.checksum))
+        .unzip();
+    // By checksum: another program's migrations can have the same numbers.
+    let copied = sqlx::query(
+        "insert into public.visitas_migracoes \
+             (version, description, installed_on, success, checksum, execution_time) \
+         select m.version, m.description, m.installed_on, m.success, m.checksum, m.execution_time \
+           from public._sqlx_migrations as m \
+           join unnest($1, $2) as o (version, checksum) \
+             on o.version = m.version \
+            and o.checksum = m.checksum \
+          where m.success \
+            and not exists (select from public.visitas_migracoes)",
+    )
+    .bind(versions)
+    .bind(checksums)
+    .execute(connection)
+    .await
+    .map_err(failure);
+    let is_not_ours = |code: &str| code.starts_with(ACCESS_RULE_VIOLATION);
+    match copied {
+        // The table does not exist, has other columns, or belongs to a role that keeps it to
+        // itself: it is not ours.
+        Err(error) if error.code().is_some_and(is_not_ours) => Ok(()),
+        copied => copied.map(drop),
+    }
+}
+
 async fn run_migrations(session: &mut LongSession<'_>) -> Result<(), Error> {
     let migrator = Migrator {
         migrations: Cow::Borrowed(&MIGRATIONS.migrations),
+        table_name: Cow::Borrowed(LEDGER_TABLE),
         // A newer version can have migrated further; its additions do not concern this version.
         ignore_missing: true,
         // sqlx's own lock waits without limit; ours is held already.
@@ -249,14 +294,14 @@ async fn uninstall(
         .execute(&mut *connection)
         .await
         .map_err(failure)?;
-    // Only our own migrations: another program's can have the same numbers.
+    // Those of a newer version stay.
     let ours: Vec<i64> = MIGRATIONS
         .iter()
         .filter(|migration| is_applied(ledger, migration))
         .map(|migration| migration.version)
         .collect();
     if !ours.is_empty() {
-        sqlx::query("delete from public._sqlx_migrations where version = any ($1)")
+        sqlx::query("delete from public.visitas_migracoes where version = any ($1)")
             .bind(ours)
             .execute(&mut *connection)
             .await
@@ -268,6 +313,10 @@ async fn uninstall(
 fn migration_failure(error: MigrateError) -> Error {
     match error {
         MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => failure(error),
+        // The driver's own message names its default table.
+        MigrateError::Dirty(version) => Error::Unexpected(Cause::from(format!(
+            "{LEDGER_TABLE} says that migration {version} has failed: delete its row"
+        ))),
         other => Error::Unexpected(other.into()),
     }
 }

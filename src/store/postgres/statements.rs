@@ -32,7 +32,7 @@ pub(super) static READ: Operation = Operation::procedure(
     "SELECT estado_da_contagem",
     "estado_da_contagem",
     "select e.total, e.recontagem, \
-            (select max(m.version) from public._sqlx_migrations as m where m.success) \
+            (select max(m.version) from public.visitas_migracoes as m where m.success) \
        from public.estado_da_contagem($1) as e",
 );
 pub(super) static LOCK_COUNT: Operation = Operation::procedure(
@@ -49,8 +49,8 @@ pub(super) static BEGIN: Operation = Operation::command("BEGIN");
 pub(super) static ROLLBACK: Operation = Operation::command("ROLLBACK");
 /// The migrations that the database has.
 pub(super) static LEDGER: Operation = Operation::query(
-    "SELECT _sqlx_migrations",
-    "select version, checksum from public._sqlx_migrations where success",
+    "SELECT visitas_migracoes",
+    "select version, checksum from public.visitas_migracoes where success",
 );
 pub(super) static TAKE_LOCK: Operation = Operation::query(
     "SELECT pg_try_advisory_lock",
