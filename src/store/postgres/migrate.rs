@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use sqlx::PgConnection;
 use sqlx::migrate::{Migrate as _, MigrateError, Migration, Migrator};
+use sqlx::{PgConnection, SqlSafeStr as _};
 
 use super::error::failure;
 use super::long_session::LongSession;
@@ -27,6 +27,10 @@ static MIGRATIONS: Migrator = sqlx::migrate!();
 /// The table that says which migrations the database has. The driver's default is one table for
 /// all programs that use the driver, where the numbers of other programs' migrations collide.
 const LEDGER_TABLE: &str = "public.visitas_migracoes";
+/// The migration whose text [`ADOPTION`] replaces. Its checksum stays, so that a database counts as
+/// migrated whichever text it was migrated by.
+const ADOPTION_VERSION: i64 = 2;
+const ADOPTION: &str = include_str!("adoption.sql");
 const UNINSTALL: &str = include_str!("uninstall.sql");
 
 pub(super) static UNINSTALL_OBJECTS: Operation = Operation::command("DROP");
@@ -247,8 +251,14 @@ async fn prepare_ledger(connection: &mut PgConnection) -> Result<(), Error> {
 }
 
 async fn run_migrations(session: &mut LongSession<'_>) -> Result<(), Error> {
+    let migrations = MIGRATIONS.iter().cloned().map(|mut migration| {
+        if migration.version == ADOPTION_VERSION {
+            migration.sql = ADOPTION.into_sql_str();
+        }
+        migration
+    });
     let migrator = Migrator {
-        migrations: Cow::Borrowed(&MIGRATIONS.migrations),
+        migrations: migrations.collect(),
         table_name: Cow::Borrowed(LEDGER_TABLE),
         // A newer version can have migrated further; its additions do not concern this version.
         ignore_missing: true,
