@@ -31,6 +31,7 @@ mod repair;
 mod replaced;
 mod resources;
 mod restored;
+mod roles;
 mod rolling;
 mod roots;
 mod sampled;

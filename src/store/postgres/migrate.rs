@@ -15,8 +15,9 @@ use super::error::failure;
 use super::long_session::LongSession;
 use super::session::Session;
 use super::statements::{
-    ADOPT, AppliedMigration, INSTALLED, IS_ADOPTED, LEDGER, READ, REHEARSE, TAKE_LOCK, adopt,
-    execute, is_adopted, is_installed, is_missing, read_count, read_ledger, rehearse, take_lock,
+    ADOPT, AppliedMigration, INSTALLED, IS_ADOPTED, LEDGER, MISSING_RIGHT, READ, REHEARSE,
+    TAKE_LOCK, adopt, execute, is_adopted, is_installed, is_missing, missing_right, read_count,
+    read_ledger, rehearse, take_lock,
 };
 use crate::metrics::catalog::RECOUNT_DUE;
 use crate::store::call::Operation;
@@ -36,11 +37,16 @@ const UNINSTALL: &str = include_str!("uninstall.sql");
 pub(super) static UNINSTALL_OBJECTS: Operation = Operation::command("DROP");
 pub(super) static APPLY: Operation = Operation::command("MIGRATE");
 
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
+const TOO_MANY_CONNECTIONS: &str = "53300";
 /// The class of SQLSTATEs of a statement that does not fit the database's objects, or whose role
 /// has no right to them.
 const ACCESS_RULE_VIOLATION: &str = "42";
 /// The SQLSTATEs of an object that exists already: a table, function, column or other object.
 const DUPLICATES: [&str; 4] = ["42P07", "42723", "42701", "42710"];
+/// What a limit on sessions must leave room for. Serving takes the pool's four, a probe's, and the
+/// two of a long call.
+const SESSIONS: &str = "migrating takes 2 sessions at once, serving up to 7";
 /// The advisory lock that serialises migrations between instances; an arbitrary constant.
 const MIGRATION_LOCK: i64 = 0x7669_7369_7461_7300;
 /// How long to wait for another instance's migration before the attempt fails.
@@ -102,7 +108,7 @@ impl Schema {
         let (mut link, ledger) = self.pool.call_on_new(&LEDGER, read_ledger).await?;
         let mut applied = 0;
         if pending(&ledger) > 0 {
-            applied = Box::pin(self.apply(pending(&ledger))).await?;
+            applied = Box::pin(self.apply(&mut link, pending(&ledger))).await?;
         }
         let mut rehearsal = self.rehearse_on(&mut link).await;
         if rehearsal.as_ref().is_err_and(is_missing)
@@ -111,7 +117,7 @@ impl Schema {
                 .call_on(&mut link, &INSTALLED, is_installed)
                 .await?
         {
-            applied = Box::pin(self.apply(MIGRATIONS.iter().count())).await?;
+            applied = Box::pin(self.apply(&mut link, MIGRATIONS.iter().count())).await?;
             rehearsal = self.rehearse_on(&mut link).await;
         }
         self.migrated.store(true, Ordering::Release);
@@ -128,7 +134,7 @@ impl Schema {
         if !self.pool.call_on(link, &IS_ADOPTED, is_adopted).await? {
             // Adopting another server's rows, or counting the rows of a copy, can exceed the
             // timeout of a visit's call.
-            let mut session = LongSession::open(&self.pool, &self.session).await?;
+            let mut session = self.open_long().await?;
             Box::pin(session.call(&ADOPT, adopt)).await?;
         }
         self.pool.call_on(link, &REHEARSE, rehearse).await?;
@@ -144,15 +150,28 @@ impl Schema {
         }
     }
 
-    async fn apply(&self, pending: usize) -> Result<usize, Error> {
+    async fn apply(&self, link: &mut Link<PgConnection>, pending: usize) -> Result<usize, Error> {
         self.note_missing();
+        // A role that stopped halfway would own a part of the objects, and no other role could
+        // finish. So nothing is begun that this role cannot finish.
+        let missing = self.pool.call_on(link, &MISSING_RIGHT, missing_right);
+        if let Some(missing) = missing.await? {
+            return Err(Error::Refused {
+                code: INSUFFICIENT_PRIVILEGE.to_owned(),
+                source: format!(
+                    "the database needs migrations, and {missing}: \
+                     run `visitas migrate` as a role that can"
+                )
+                .into(),
+            });
+        }
         // Logged once: the store's availability logs why the migration does not succeed.
         if !self.migration_announced.swap(true, Ordering::Relaxed) {
             tracing::info!(migrations.pending = pending, "migrating the database");
         }
         let started = Instant::now();
         // The lock is released when the session ends.
-        let mut session = LongSession::open(&self.pool, &self.session).await?;
+        let mut session = self.open_long().await?;
         take_migration_lock(&mut session).await?;
         let applied = apply_locked(&mut session).await?;
         tracing::info!(
@@ -161,6 +180,18 @@ impl Schema {
             "the database is migrated"
         );
         Ok(applied)
+    }
+
+    /// Opens a session next to the probe's.
+    async fn open_long(&self) -> Result<LongSession<'_>, Error> {
+        let opened = LongSession::open(&self.pool, &self.session).await;
+        opened.map_err(|error| match error {
+            Error::Refused { code, source } if code == TOO_MANY_CONNECTIONS => Error::Refused {
+                code,
+                source: format!("{source} ({SESSIONS})").into(),
+            },
+            other => other,
+        })
     }
 }
 
