@@ -9,7 +9,7 @@ use crate::support::{HeldCount, Service, Way, World};
 pub(crate) const RECORD: &str = "select public.registrar_visitas($1)";
 /// The statement that reads the state of a store that is up, once a second.
 pub(crate) const READ: &str = "select e.total, e.recontagem, \
-    (select max(m.version) from public._sqlx_migrations as m where m.success) \
+    (select max(m.version) from public.visitas_migracoes as m where m.success) \
     from public.estado_da_contagem($1) as e";
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,7 +6,7 @@ use time::OffsetDateTime;
 use tokio::task::JoinHandle;
 
 use crate::support::load::{Visit, are_one_to_n, verdict, visits};
-use crate::support::{SOON, Service, World, eventually};
+use crate::support::{PATIENT, SOON, Service, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "floods: make faults"]
@@ -86,7 +86,7 @@ async fn five_instances_migrate_an_empty_database_once() {
         .filter_map(|line| line["migrations.applied"].as_i64());
     assert_eq!(applied.sum::<i64>(), 3);
     assert!(!log.iter().any(|line| line["message"] == "store is down"));
-    let migrations = "select count(*) from _sqlx_migrations where success";
+    let migrations = "select count(*) from visitas_migracoes where success";
     assert_eq!(world.number(migrations).await, 3);
     let visits = visits(&instances.each_ref(), 10, 500).await;
     assert!(are_one_to_n(visits.iter().map(Visit::total)));
@@ -94,13 +94,7 @@ async fn five_instances_migrate_an_empty_database_once() {
 
 /// A service whose timeouts are longer than a busy machine takes.
 async fn patient(world: &World) -> Service {
-    world
-        .serve_with(&[
-            ("DB_TIMEOUT", "10s"),
-            ("REDIS_TIMEOUT", "5s"),
-            ("VISIT_TIMEOUT", "20s"),
-        ])
-        .await
+    world.serve_with(&PATIENT).await
 }
 
 /// Makes visits one after another while the count's lock is held, so that all of them wait: the

@@ -45,7 +45,7 @@ async fn missing_object_is_created_again_and_the_rows_are_counted() {
         "drop table visitas_contagem cascade",
         "drop table visitas_ajustes cascade",
         "drop table visitas cascade",
-        "drop table _sqlx_migrations",
+        "drop table visitas_migracoes",
     ] {
         let world = World::new();
         let service = world.serve().await;
@@ -80,6 +80,7 @@ async fn database_of_an_older_version_is_migrated_without_a_visit() {
         .await;
     let mut older = sqlx::migrate!("./migrations");
     older.migrations.to_mut().truncate(2);
+    older.dangerous_set_table_name("visitas_migracoes");
     older
         .run(&mut world.session().await)
         .await
@@ -89,7 +90,7 @@ async fn database_of_an_older_version_is_migrated_without_a_visit() {
         .await;
     eventually("all migrations are there", SOON, async || {
         world
-            .number("select max(version) from _sqlx_migrations")
+            .number("select max(version) from visitas_migracoes")
             .await
             > 2
     })
@@ -101,9 +102,9 @@ async fn database_of_an_older_version_is_migrated_without_a_visit() {
 #[tokio::test(flavor = "multi_thread")]
 async fn older_ledger_with_newer_objects_is_migrated() {
     for loss in [
-        "delete from _sqlx_migrations where version = 3",
-        "delete from _sqlx_migrations where version = 1",
-        "truncate _sqlx_migrations",
+        "delete from visitas_migracoes where version = 3",
+        "delete from visitas_migracoes where version = 1",
+        "truncate visitas_migracoes",
     ] {
         let world = World::new();
         let service = world.serve().await;

@@ -162,7 +162,7 @@ async fn replicated_tables_are_counted_exactly_after_the_switch() {
         &world.database,
         &[
             "--data-only",
-            "--table=_sqlx_migrations",
+            "--table=visitas_migracoes",
             "--table=visitas",
             "--table=visitas_contagem",
             "--table=visitas_ajustes",

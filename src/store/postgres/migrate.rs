@@ -8,15 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use sqlx::PgConnection;
-use sqlx::migrate::{MigrateError, Migration, Migrator};
+use sqlx::migrate::{Migrate as _, MigrateError, Migration, Migrator};
+use sqlx::{PgConnection, SqlSafeStr as _};
 
 use super::error::failure;
 use super::long_session::LongSession;
 use super::session::Session;
 use super::statements::{
-    ADOPT, AppliedMigration, INSTALLED, IS_ADOPTED, LEDGER, READ, REHEARSE, TAKE_LOCK, adopt,
-    execute, is_adopted, is_installed, is_missing, read_count, read_ledger, rehearse, take_lock,
+    ADOPT, AppliedMigration, INSTALLED, IS_ADOPTED, LEDGER, MISSING_RIGHT, READ, REHEARSE,
+    TAKE_LOCK, adopt, execute, is_adopted, is_installed, is_missing, missing_right, read_count,
+    read_ledger, rehearse, take_lock,
 };
 use crate::metrics::catalog::RECOUNT_DUE;
 use crate::store::call::Operation;
@@ -24,13 +25,28 @@ use crate::store::error::{Cause, Error};
 use crate::store::pool::{Link, Pool};
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
+/// The table that says which migrations the database has. The driver's default is one table for
+/// all programs that use the driver, where the numbers of other programs' migrations collide.
+const LEDGER_TABLE: &str = "public.visitas_migracoes";
+/// The migration whose text [`ADOPTION`] replaces. Its checksum stays, so that a database counts as
+/// migrated whichever text it was migrated by.
+const ADOPTION_VERSION: i64 = 2;
+const ADOPTION: &str = include_str!("adoption.sql");
 const UNINSTALL: &str = include_str!("uninstall.sql");
 
 pub(super) static UNINSTALL_OBJECTS: Operation = Operation::command("DROP");
 pub(super) static APPLY: Operation = Operation::command("MIGRATE");
 
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
+const TOO_MANY_CONNECTIONS: &str = "53300";
+/// The class of SQLSTATEs of a statement that does not fit the database's objects, or whose role
+/// has no right to them.
+const ACCESS_RULE_VIOLATION: &str = "42";
 /// The SQLSTATEs of an object that exists already: a table, function, column or other object.
 const DUPLICATES: [&str; 4] = ["42P07", "42723", "42701", "42710"];
+/// What a limit on sessions must leave room for. Serving takes the pool's four, a probe's, and the
+/// two of a long call.
+const SESSIONS: &str = "migrating takes 2 sessions at once, serving up to 7";
 /// The advisory lock that serialises migrations between instances; an arbitrary constant.
 const MIGRATION_LOCK: i64 = 0x7669_7369_7461_7300;
 /// How long to wait for another instance's migration before the attempt fails.
@@ -92,7 +108,7 @@ impl Schema {
         let (mut link, ledger) = self.pool.call_on_new(&LEDGER, read_ledger).await?;
         let mut applied = 0;
         if pending(&ledger) > 0 {
-            applied = Box::pin(self.apply(pending(&ledger))).await?;
+            applied = Box::pin(self.apply(&mut link, pending(&ledger))).await?;
         }
         let mut rehearsal = self.rehearse_on(&mut link).await;
         if rehearsal.as_ref().is_err_and(is_missing)
@@ -101,7 +117,7 @@ impl Schema {
                 .call_on(&mut link, &INSTALLED, is_installed)
                 .await?
         {
-            applied = Box::pin(self.apply(MIGRATIONS.iter().count())).await?;
+            applied = Box::pin(self.apply(&mut link, MIGRATIONS.iter().count())).await?;
             rehearsal = self.rehearse_on(&mut link).await;
         }
         self.migrated.store(true, Ordering::Release);
@@ -118,7 +134,7 @@ impl Schema {
         if !self.pool.call_on(link, &IS_ADOPTED, is_adopted).await? {
             // Adopting another server's rows, or counting the rows of a copy, can exceed the
             // timeout of a visit's call.
-            let mut session = LongSession::open(&self.pool, &self.session).await?;
+            let mut session = self.open_long().await?;
             Box::pin(session.call(&ADOPT, adopt)).await?;
         }
         self.pool.call_on(link, &REHEARSE, rehearse).await?;
@@ -134,15 +150,28 @@ impl Schema {
         }
     }
 
-    async fn apply(&self, pending: usize) -> Result<usize, Error> {
+    async fn apply(&self, link: &mut Link<PgConnection>, pending: usize) -> Result<usize, Error> {
         self.note_missing();
+        // A role that stopped halfway would own a part of the objects, and no other role could
+        // finish. So nothing is begun that this role cannot finish.
+        let missing = self.pool.call_on(link, &MISSING_RIGHT, missing_right);
+        if let Some(missing) = missing.await? {
+            return Err(Error::Refused {
+                code: INSUFFICIENT_PRIVILEGE.to_owned(),
+                source: format!(
+                    "the database needs migrations, and {missing}: \
+                     run `visitas migrate` as a role that can"
+                )
+                .into(),
+            });
+        }
         // Logged once: the store's availability logs why the migration does not succeed.
         if !self.migration_announced.swap(true, Ordering::Relaxed) {
             tracing::info!(migrations.pending = pending, "migrating the database");
         }
         let started = Instant::now();
         // The lock is released when the session ends.
-        let mut session = LongSession::open(&self.pool, &self.session).await?;
+        let mut session = self.open_long().await?;
         take_migration_lock(&mut session).await?;
         let applied = apply_locked(&mut session).await?;
         tracing::info!(
@@ -151,6 +180,18 @@ impl Schema {
             "the database is migrated"
         );
         Ok(applied)
+    }
+
+    /// Opens a session next to the probe's.
+    async fn open_long(&self) -> Result<LongSession<'_>, Error> {
+        let opened = LongSession::open(&self.pool, &self.session).await;
+        opened.map_err(|error| match error {
+            Error::Refused { code, source } if code == TOO_MANY_CONNECTIONS => Error::Refused {
+                code,
+                source: format!("{source} ({SESSIONS})").into(),
+            },
+            other => other,
+        })
     }
 }
 
@@ -183,6 +224,7 @@ async fn take_migration_lock(session: &mut LongSession<'_>) -> Result<(), Error>
 /// Applies the migrations that no other instance has applied meanwhile. If the ledger and the
 /// database's objects disagree, all objects except the visits are created again.
 async fn apply_locked(session: &mut LongSession<'_>) -> Result<usize, Error> {
+    session.call_briefly(&APPLY, prepare_ledger).await?;
     let due = pending(&session.call_briefly(&LEDGER, read_ledger).await?);
     if due > 0 {
         match run_migrations(session).await {
@@ -202,9 +244,53 @@ async fn apply_locked(session: &mut LongSession<'_>) -> Result<usize, Error> {
     Ok(MIGRATIONS.iter().count())
 }
 
+/// Creates the ledger. If it is empty, copies into it what an earlier version wrote to the driver's
+/// default table. That table is left unchanged, so that the earlier version still starts.
+async fn prepare_ledger(connection: &mut PgConnection) -> Result<(), Error> {
+    connection
+        .ensure_migrations_table(LEDGER_TABLE)
+        .await
+        .map_err(migration_failure)?;
+    let (versions, checksums): (Vec<_>, Vec<_>) = MIGRATIONS
+        .iter()
+        .map(|migration| (migration.version, &*migration.checksum))
+        .unzip();
+    // By checksum: another program's migrations can have the same numbers.
+    let copied = sqlx::query(
+        "insert into public.visitas_migracoes \
+             (version, description, installed_on, success, checksum, execution_time) \
+         select m.version, m.description, m.installed_on, m.success, m.checksum, m.execution_time \
+           from public._sqlx_migrations as m \
+           join unnest($1, $2) as o (version, checksum) \
+             on o.version = m.version \
+            and o.checksum = m.checksum \
+          where m.success \
+            and not exists (select from public.visitas_migracoes)",
+    )
+    .bind(versions)
+    .bind(checksums)
+    .execute(connection)
+    .await
+    .map_err(failure);
+    let is_not_ours = |code: &str| code.starts_with(ACCESS_RULE_VIOLATION);
+    match copied {
+        // The table does not exist, has other columns, or belongs to a role that keeps it to
+        // itself: it is not ours.
+        Err(error) if error.code().is_some_and(is_not_ours) => Ok(()),
+        copied => copied.map(drop),
+    }
+}
+
 async fn run_migrations(session: &mut LongSession<'_>) -> Result<(), Error> {
+    let migrations = MIGRATIONS.iter().cloned().map(|mut migration| {
+        if migration.version == ADOPTION_VERSION {
+            migration.sql = ADOPTION.into_sql_str();
+        }
+        migration
+    });
     let migrator = Migrator {
-        migrations: Cow::Borrowed(&MIGRATIONS.migrations),
+        migrations: migrations.collect(),
+        table_name: Cow::Borrowed(LEDGER_TABLE),
         // A newer version can have migrated further; its additions do not concern this version.
         ignore_missing: true,
         // sqlx's own lock waits without limit; ours is held already.
@@ -249,14 +335,14 @@ async fn uninstall(
         .execute(&mut *connection)
         .await
         .map_err(failure)?;
-    // Only our own migrations: another program's can have the same numbers.
+    // Those of a newer version stay.
     let ours: Vec<i64> = MIGRATIONS
         .iter()
         .filter(|migration| is_applied(ledger, migration))
         .map(|migration| migration.version)
         .collect();
     if !ours.is_empty() {
-        sqlx::query("delete from public._sqlx_migrations where version = any ($1)")
+        sqlx::query("delete from public.visitas_migracoes where version = any ($1)")
             .bind(ours)
             .execute(&mut *connection)
             .await
@@ -268,6 +354,10 @@ async fn uninstall(
 fn migration_failure(error: MigrateError) -> Error {
     match error {
         MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => failure(error),
+        // The driver's own message names its default table.
+        MigrateError::Dirty(version) => Error::Unexpected(Cause::from(format!(
+            "{LEDGER_TABLE} says that migration {version} has failed: delete its row"
+        ))),
         other => Error::Unexpected(other.into()),
     }
 }

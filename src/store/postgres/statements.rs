@@ -32,7 +32,7 @@ pub(super) static READ: Operation = Operation::procedure(
     "SELECT estado_da_contagem",
     "estado_da_contagem",
     "select e.total, e.recontagem, \
-            (select max(m.version) from public._sqlx_migrations as m where m.success) \
+            (select max(m.version) from public.visitas_migracoes as m where m.success) \
        from public.estado_da_contagem($1) as e",
 );
 pub(super) static LOCK_COUNT: Operation = Operation::procedure(
@@ -49,8 +49,27 @@ pub(super) static BEGIN: Operation = Operation::command("BEGIN");
 pub(super) static ROLLBACK: Operation = Operation::command("ROLLBACK");
 /// The migrations that the database has.
 pub(super) static LEDGER: Operation = Operation::query(
-    "SELECT _sqlx_migrations",
-    "select version, checksum from public._sqlx_migrations where success",
+    "SELECT visitas_migracoes",
+    "select version, checksum from public.visitas_migracoes where success",
+);
+/// What the session's role lacks to migrate, or null. Ownership counts as Postgres counts it: a
+/// member that inherits nothing has to become the owner (`set role`) first.
+pub(super) static MISSING_RIGHT: Operation = Operation::query(
+    "SELECT has_schema_privilege",
+    "select case \
+            when not has_schema_privilege(to_regnamespace('public'), 'create') \
+            then format('role %I has no CREATE on schema public', current_user) \
+            else (select format('role %I does not own table %s, which role %I owns', \
+                                current_user, c.oid::regclass, pg_get_userbyid(c.relowner)) \
+                    from pg_class as c \
+                   where c.oid in (to_regclass('public.visitas'), \
+                                   to_regclass('public.visitas_contagem'), \
+                                   to_regclass('public.visitas_ajustes'), \
+                                   to_regclass('public.visitas_migracoes')) \
+                     and not pg_has_role(c.relowner, 'usage') \
+                   order by c.relname \
+                   limit 1) \
+            end",
 );
 pub(super) static TAKE_LOCK: Operation = Operation::query(
     "SELECT pg_try_advisory_lock",
@@ -185,6 +204,14 @@ pub(super) async fn read_ledger(
         Err(error) if error.code() == Some(UNDEFINED_TABLE) => Ok(Vec::new()),
         ledger => ledger,
     }
+}
+
+/// Reads what the session's role lacks to migrate.
+pub(super) async fn missing_right(connection: &mut PgConnection) -> Result<Option<String>, Error> {
+    sqlx::query_scalar(MISSING_RIGHT.text())
+        .fetch_one(connection)
+        .await
+        .map_err(failure)
 }
 
 /// Tries to take a session's advisory lock.

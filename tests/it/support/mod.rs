@@ -18,3 +18,10 @@ pub(crate) use self::proxy::Way;
 pub(crate) use self::service::{Answer, Reader, Service, client, program};
 pub(crate) use self::wire::Wire;
 pub(crate) use self::world::{HeldCount, World, execute, without_stores};
+
+/// Timeouts that are longer than a busy machine takes.
+pub(crate) const PATIENT: [(&str, &str); 3] = [
+    ("DB_TIMEOUT", "10s"),
+    ("REDIS_TIMEOUT", "5s"),
+    ("VISIT_TIMEOUT", "20s"),
+];
