@@ -41,7 +41,7 @@ use self::sources::{Sources, invalid, variable_of};
 pub use self::telemetry::{
     Compression, ExporterConfig, LogConfig, LogFormat, Root, Sampler, TelemetryConfig, TracesConfig,
 };
-pub use self::value::{Certificates, Secret};
+pub use self::value::{Certificates, Credentials, Identity, PrivateKey, Secret};
 
 /// The program's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

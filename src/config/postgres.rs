@@ -7,10 +7,11 @@ use std::time::Duration;
 use clap::Args;
 use sqlx::postgres::PgSslMode;
 
-use super::sources::{Sources, invalid};
+use super::sources::{Sources, identity, invalid};
 use super::url::StoreUrl;
 use super::value::{
-    Accept, Certificates, Secret, SecretFile, accept, duration, host, one_of, port, text, within,
+    Accept, Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, accept, duration,
+    host, one_of, port, text, within,
 };
 
 const SSL_MODES: &[(&str, PgSslMode)] = &[
@@ -21,6 +22,8 @@ const SSL_MODES: &[(&str, PgSslMode)] = &[
     ("verify-ca", PgSslMode::VerifyCa),
     ("verify-full", PgSslMode::VerifyFull),
 ];
+
+const SCHEMES: &[&str] = &["postgres", "postgresql"];
 
 const FORM: &str = "postgres://user:password@host:port/database, percent-encoded";
 
@@ -40,8 +43,8 @@ const PARTS_OF_A_URL: [&str; 7] = [
 const OBEYED_BY_THE_DRIVER: [(&str, &str); 4] = [
     ("PGOPTIONS", "session options are not supported"),
     ("PGSSLROOTCERT", "set DB_SSLROOTCERT instead"),
-    ("PGSSLCERT", "client certificates are not supported"),
-    ("PGSSLKEY", "client certificates are not supported"),
+    ("PGSSLCERT", "set DB_SSLCERT instead"),
+    ("PGSSLKEY", "set DB_SSLKEY instead"),
 ];
 
 /// The database. After `finish` the fields hold the values from a URL or a file too.
@@ -66,6 +69,12 @@ pub struct PostgresConfig {
     /// PEM file of certificates to trust instead of the system's, for DB_SSLMODE verify-ca and verify-full; read again for each session
     #[arg(long, env)]
     pub db_sslrootcert: Option<Certificates>,
+    /// PEM file of the client certificate and its issuers; read again for each session
+    #[arg(long, env)]
+    db_sslcert: Option<Certificates>,
+    /// PEM file of DB_SSLCERT's private key; read again for each session
+    #[arg(long, env)]
+    db_sslkey: Option<PrivateKey>,
     /// Timeout of one call; the server gives up waiting for a lock at 70 % of it, and a statement at 85 %
     #[arg(long, env, default_value = "1s", value_parser = within(duration, "10ms", "1m"))]
     pub db_timeout: Duration,
@@ -81,6 +90,9 @@ pub struct PostgresConfig {
     /// File that holds DATABASE_URL
     #[arg(long, env, conflicts_with_all = PARTS_OF_A_URL)]
     database_url_file: Option<SecretFile>,
+    /// The client certificate at the start.
+    #[arg(skip)]
+    identity: Option<Identity>,
 }
 
 impl PostgresConfig {
@@ -96,6 +108,45 @@ impl PostgresConfig {
     #[must_use]
     pub fn statement_timeout(&self) -> Duration {
         self.percent_of_timeout(85)
+    }
+
+    /// The role and the password for a new session: those at the start, or what `DB_PASSWORD_FILE`
+    /// or `DATABASE_URL_FILE` holds now. Blocks while it reads the file.
+    ///
+    /// # Errors
+    ///
+    /// Why the file is refused, with its variable and path and without its contents.
+    pub fn credentials(&self) -> Result<Credentials<String>, String> {
+        let mut credentials = Credentials {
+            user: self.db_user.clone(),
+            password: self.db_password.clone(),
+        };
+        if let Some(file) = &self.db_password_file {
+            let password = file.read_again();
+            credentials.password =
+                Some(password.map_err(|why| format!("DB_PASSWORD_FILE {why}"))?);
+        }
+        if let Some(file) = &self.database_url_file {
+            let url = file
+                .read_again()
+                .and_then(|url| StoreUrl::parse(&url, SCHEMES))
+                .map_err(|why| format!("DATABASE_URL_FILE {why}"))?;
+            credentials.password = url.password;
+            if let Some(user) = url.user {
+                credentials.user = user;
+            }
+        }
+        Ok(credentials)
+    }
+
+    /// The client certificate for a new session, from its files as they are now, if there is one.
+    /// Blocks while it reads the files.
+    ///
+    /// # Errors
+    ///
+    /// Why a file is refused, with its path.
+    pub fn identity(&self) -> Result<Option<Identity>, String> {
+        self.identity.as_ref().map(Identity::read_again).transpose()
     }
 
     fn percent_of_timeout(&self, percent: u128) -> Duration {
@@ -123,6 +174,15 @@ impl PostgresConfig {
                 sources.refuse("DATABASE_URL", &format!("{why}; expected {FORM}"))
             })?;
         }
+        self.identity = identity(
+            ("DB_SSLCERT", self.db_sslcert.as_ref()),
+            ("DB_SSLKEY", self.db_sslkey.as_ref()),
+        )?;
+        if self.identity.is_some() && matches!(self.db_sslmode, PgSslMode::Disable) {
+            return Err(invalid(
+                "DB_SSLCERT has no effect while DB_SSLMODE is disable: expected another mode",
+            ));
+        }
         // The other modes accept any certificate, so DB_SSLROOTCERT would only look safe.
         let verifies = matches!(self.db_sslmode, PgSslMode::VerifyCa | PgSslMode::VerifyFull);
         if self.db_sslrootcert.is_some() && !verifies {
@@ -136,7 +196,7 @@ impl PostgresConfig {
     }
 
     fn take_url(&mut self, url: &Secret, sources: &mut Sources<'_>) -> Result<(), String> {
-        let url = StoreUrl::parse(url, &["postgres", "postgresql"])?;
+        let url = StoreUrl::parse(url, SCHEMES)?;
         let mut parts = sources.parts_of("DATABASE_URL", url.masked);
         parts.take(
             "DB_HOST",
@@ -167,6 +227,26 @@ impl PostgresConfig {
                     self.db_sslrootcert = Some(file?);
                     parts.note("DB_SSLROOTCERT", &value);
                 }
+                "sslcert" if self.db_sslcert.is_some() => {
+                    return Err("has an sslcert, which contradicts DB_SSLCERT".to_owned());
+                }
+                "sslcert" => {
+                    let file = value
+                        .parse()
+                        .map_err(|why| format!("has an sslcert that {why}"));
+                    self.db_sslcert = Some(file?);
+                    parts.note("DB_SSLCERT", &value);
+                }
+                "sslkey" if self.db_sslkey.is_some() => {
+                    return Err("has an sslkey, which contradicts DB_SSLKEY".to_owned());
+                }
+                "sslkey" => {
+                    let file = value
+                        .parse()
+                        .map_err(|why| format!("has an sslkey that {why}"));
+                    self.db_sslkey = Some(file?);
+                    parts.note("DB_SSLKEY", &value);
+                }
                 _ => return Err(unsupported(&parameter)),
             }
         }
@@ -178,7 +258,7 @@ impl PostgresConfig {
 /// contains a question mark.
 fn unsupported(parameter: &str) -> String {
     const KNOWN_ELSEWHERE: &str = "application_name channel_binding connect_timeout host hostaddr \
-        options password pgbouncer sslcert sslkey statement-cache-capacity target_session_attrs";
+        options password pgbouncer statement-cache-capacity target_session_attrs";
     if KNOWN_ELSEWHERE.split(' ').any(|known| known == parameter) {
         format!("has the parameter {parameter}, which is not supported")
     } else {

@@ -7,11 +7,14 @@ use std::time::Duration;
 use clap::Args;
 
 use super::roots;
-use super::sources::{Sources, invalid};
+use super::sources::{Sources, identity, invalid};
 use super::url::StoreUrl;
 use super::value::{
-    Accept, Certificates, Secret, SecretFile, accept, duration, host, parsed, port, within,
+    Accept, Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, accept, duration,
+    host, parsed, port, within,
 };
+
+const SCHEMES: &[&str] = &["redis", "rediss"];
 
 const FORM: &str = "redis:// or rediss:// and user:password@host:port/number, percent-encoded";
 
@@ -36,6 +39,12 @@ pub struct RedisConfig {
     /// PEM file of certificates to trust instead of the system's, for a rediss:// URL
     #[arg(long, env)]
     pub redis_tls_ca: Option<Certificates>,
+    /// PEM file of the client certificate and its issuers, for a rediss:// URL; read again for each connection
+    #[arg(long, env)]
+    redis_tls_cert: Option<Certificates>,
+    /// PEM file of REDIS_TLS_CERT's private key; read again for each connection
+    #[arg(long, env)]
+    redis_tls_key: Option<PrivateKey>,
     /// Timeout of one call; below 70 % of DB_TIMEOUT
     #[arg(long, env, default_value = "250ms", value_parser = within(duration, "1ms", "30s"))]
     pub redis_timeout: Duration,
@@ -60,9 +69,51 @@ pub struct RedisConfig {
     /// The database's number in the URL, otherwise 0.
     #[arg(skip)]
     pub database: i64,
+    /// The client certificate at the start.
+    #[arg(skip)]
+    identity: Option<Identity>,
 }
 
 impl RedisConfig {
+    /// The user and the password for a new connection: those at the start, or what
+    /// `REDIS_PASSWORD_FILE` or `REDIS_URL_FILE` holds now. Blocks while it reads the file.
+    ///
+    /// # Errors
+    ///
+    /// Why the file is refused, with its variable and path and without its contents.
+    pub fn credentials(&self) -> Result<Credentials<Option<String>>, String> {
+        let mut credentials = Credentials {
+            user: self.username.clone(),
+            password: self.redis_password.clone(),
+        };
+        if let Some(file) = &self.redis_password_file {
+            let password = file.read_again();
+            credentials.password =
+                Some(password.map_err(|why| format!("REDIS_PASSWORD_FILE {why}"))?);
+        }
+        if let Some(file) = &self.redis_url_file {
+            let url = file
+                .read_again()
+                .and_then(|url| StoreUrl::parse(&url, SCHEMES))
+                .map_err(|why| format!("REDIS_URL_FILE {why}"))?;
+            credentials = Credentials {
+                user: url.user,
+                password: url.password,
+            };
+        }
+        Ok(credentials)
+    }
+
+    /// The client certificate for a new connection, from its files as they are now, if there is
+    /// one. Blocks while it reads the files.
+    ///
+    /// # Errors
+    ///
+    /// Why a file is refused, with its path.
+    pub fn identity(&self) -> Result<Option<Identity>, String> {
+        self.identity.as_ref().map(Identity::read_again).transpose()
+    }
+
     /// Reads the settings that the URL and the files of secrets contain, and refuses
     /// contradictions.
     pub(super) fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
@@ -79,6 +130,15 @@ impl RedisConfig {
                 "REDIS_TLS_CA has no effect without TLS: expected REDIS_URL to be a rediss:// URL",
             ));
         }
+        self.identity = identity(
+            ("REDIS_TLS_CERT", self.redis_tls_cert.as_ref()),
+            ("REDIS_TLS_KEY", self.redis_tls_key.as_ref()),
+        )?;
+        if self.identity.is_some() && !self.tls {
+            return Err(invalid(
+                "REDIS_TLS_CERT has no effect without TLS: expected REDIS_URL to be a rediss:// URL",
+            ));
+        }
         if self.tls && self.redis_tls_ca.is_none() {
             self.redis_tls_ca = roots::load_system_roots(sources.environment);
         }
@@ -86,7 +146,7 @@ impl RedisConfig {
     }
 
     fn take_url(&mut self, url: &Secret, sources: &mut Sources<'_>) -> Result<(), String> {
-        let url = StoreUrl::parse(url, &["redis", "rediss"])?;
+        let url = StoreUrl::parse(url, SCHEMES)?;
         if !url.query.is_empty() {
             return Err("has query parameters".to_owned());
         }

@@ -12,7 +12,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches};
 
 use super::roots::Environment;
-use super::value::{Accept, Secret, SecretFile};
+use super::value::{Accept, Certificates, Identity, PrivateKey, Secret, SecretFile, is_one_line};
 
 /// The name of a setting's variable: its field's name in upper case.
 pub(super) fn variable_of(setting: &Arg) -> String {
@@ -26,6 +26,22 @@ pub(super) fn invalid(message: impl fmt::Display) -> clap::Error {
 
 /// Shown for a setting that has no value.
 const NONE: &str = "(none)";
+
+/// Puts the client certificate of two settings together.
+pub(super) fn identity(
+    (certificate, certificates): (&str, Option<&Certificates>),
+    (variable, key): (&str, Option<&PrivateKey>),
+) -> Result<Option<Identity>, clap::Error> {
+    match (certificates, key) {
+        (None, None) => Ok(None),
+        (Some(certificates), Some(key)) => Identity::new(certificates.clone(), key.clone())
+            .map(Some)
+            .map_err(|why| invalid(format!("{certificate} and {variable} {why}"))),
+        _ => Err(invalid(format!(
+            "{certificate} and {variable} are one client certificate: expected both or neither"
+        ))),
+    }
+}
 
 /// The value of each setting that a command uses, and its origin.
 pub(super) struct Sources<'a> {
@@ -63,7 +79,7 @@ impl<'a> Sources<'a> {
                 .insert(variable, (Secret::MASK.to_owned(), origin));
         }
         match secret {
-            Some(secret) if secret.expose().contains(['\0', '\r', '\n']) => {
+            Some(secret) if !is_one_line(secret.expose()) => {
                 Err(self.refuse(variable, "expected one line of text"))
             }
             _ => Ok(()),
