@@ -10,6 +10,7 @@ use rustls::pki_types::UnixTime;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
 use tokio::sync::Mutex;
+use url::Url;
 
 use super::error::{connect_failure, failure};
 use super::trust;
@@ -40,7 +41,7 @@ pub(super) struct Session {
 
 impl Session {
     pub(super) fn new(config: &PostgresConfig) -> Self {
-        let mut options = PgConnectOptions::new_without_pgpass()
+        let mut options = driver_options(config.options.as_deref())
             .host(&config.db_host)
             .port(config.db_port)
             .username(&config.db_user)
@@ -120,6 +121,17 @@ impl Session {
         }
         Ok(connection)
     }
+}
+
+/// The driver's options, with command-line options for the server that precede this program's: the
+/// last one of a name wins. The driver reads such options from a URL only.
+fn driver_options(for_the_server: Option<&str>) -> PgConnectOptions {
+    // With a password in the URL the driver looks for none in the user's files.
+    const IGNORED: &str = "postgres://ignored:ignored@ignored";
+    let url = for_the_server
+        .and_then(|options| Url::parse_with_params(IGNORED, [("options", options)]).ok());
+    url.and_then(|url| PgConnectOptions::from_url(&url).ok())
+        .unwrap_or_else(PgConnectOptions::new_without_pgpass)
 }
 
 /// The file of `DB_SSLROOTCERT`.
