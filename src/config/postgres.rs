@@ -93,6 +93,8 @@ pub struct PostgresConfig {
     /// The client certificate at the start.
     #[arg(skip)]
     identity: Option<Identity>,
+    #[arg(skip)]
+    by_url: bool,
 }
 
 impl PostgresConfig {
@@ -123,8 +125,7 @@ impl PostgresConfig {
         };
         if let Some(file) = &self.db_password_file {
             let password = file.read_again();
-            credentials.password =
-                Some(password.map_err(|why| format!("DB_PASSWORD_FILE {why}"))?);
+            credentials.password = Some(password.map_err(|why| format!("DB_PASSWORD_FILE {why}"))?);
         }
         if let Some(file) = &self.database_url_file {
             let url = file
@@ -137,6 +138,17 @@ impl PostgresConfig {
             }
         }
         Ok(credentials)
+    }
+
+    /// The setting that the password comes from, or could come from.
+    #[must_use]
+    pub fn password_setting(&self) -> &'static str {
+        match (self.by_url, &self.db_password_file, &self.database_url_file) {
+            (_, Some(_), _) => "DB_PASSWORD_FILE",
+            (_, _, Some(_)) => "DATABASE_URL_FILE",
+            (true, ..) => "DATABASE_URL",
+            (false, ..) => "DB_PASSWORD",
+        }
     }
 
     /// The client certificate for a new session, from its files as they are now, if there is one.
@@ -169,6 +181,7 @@ impl PostgresConfig {
         sources.secret("DB_PASSWORD", &mut self.db_password, file)?;
         let file = self.database_url_file.as_ref();
         sources.secret("DATABASE_URL", &mut self.database_url, file)?;
+        self.by_url = self.database_url.is_some();
         if let Some(url) = self.database_url.take() {
             self.take_url(&url, sources).map_err(|why| {
                 sources.refuse("DATABASE_URL", &format!("{why}; expected {FORM}"))
