@@ -14,9 +14,12 @@
     reason = "the doc comments of settings are the help, which is not Markdown"
 )]
 
+mod database_url;
 mod http;
+mod parameters;
 mod postgres;
 mod redis;
+mod redis_url;
 mod roots;
 mod sources;
 mod telemetry;
@@ -34,6 +37,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, FromArgMatches as _, Subcommand};
 
 pub use self::http::{HealthcheckConfig, HttpConfig, ListenConfig, ShutdownConfig, VisitConfig};
+pub use self::parameters::Unenforced;
 pub use self::postgres::PostgresConfig;
 pub use self::redis::RedisConfig;
 use self::roots::Environment;

@@ -6,13 +6,14 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::str::FromStr;
 
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches};
 
 use super::roots::Environment;
-use super::value::{Accept, Certificates, Identity, PrivateKey, Secret, SecretFile, is_one_line};
+use super::value::{Certificates, Identity, PrivateKey, Secret, SecretFile, is_one_line};
 
 /// The name of a setting's variable: its field's name in upper case.
 pub(super) fn variable_of(setting: &Arg) -> String {
@@ -105,6 +106,12 @@ impl<'a> Sources<'a> {
         self.derived.insert(variable, (shown.to_owned(), origin));
     }
 
+    /// Notes that a setting has this value because of the setting `origin`.
+    pub(super) fn note(&mut self, variable: &'static str, shown: &str, origin: &str) {
+        let noted = (shown.to_owned(), origin.to_owned());
+        self.derived.insert(variable, noted);
+    }
+
     /// Whether a setting has its default.
     pub(super) fn is_default(&self, variable: &str) -> bool {
         self.effective(variable).1 == "default"
@@ -163,28 +170,40 @@ pub(super) struct Parts<'s, 'a> {
 }
 
 impl Parts<'_, '_> {
-    /// Sets a setting from its part, if the URL has that part. The same values are accepted as for
-    /// the setting itself.
-    pub(super) fn take<T>(
+    /// Sets a setting from its part, if the URL has that part.
+    pub(super) fn set<T: ToString>(
         &mut self,
         variable: &'static str,
-        part: Option<impl ToString>,
-        accept: &Accept<T>,
+        part: Option<T>,
         field: &mut T,
-    ) -> Result<(), String> {
+    ) {
         if let Some(part) = part {
-            let part = part.to_string();
-            *field = accept.read(&part).map_err(|expected| {
-                format!("has a part for {variable} that is not accepted: {expected}")
-            })?;
-            self.note(variable, &part);
+            self.note(variable, &part.to_string());
+            *field = part;
         }
+    }
+
+    /// Reads the file that a parameter names, if the URL has that parameter.
+    pub(super) fn read<T: FromStr<Err = String>>(
+        &mut self,
+        variable: &'static str,
+        (parameter, path): (&str, Option<String>),
+        field: &mut Option<T>,
+    ) -> Result<(), String> {
+        let Some(path) = path else {
+            return Ok(());
+        };
+        if field.is_some() {
+            return Err(format!("has an {parameter}, which contradicts {variable}"));
+        }
+        let file = path.parse();
+        *field = Some(file.map_err(|why| format!("has an {parameter} that {why}"))?);
+        self.note(variable, &path);
         Ok(())
     }
 
     /// Notes that a setting got this value from the URL.
     pub(super) fn note(&mut self, variable: &'static str, shown: &str) {
-        let noted = (shown.to_owned(), self.url.to_owned());
-        self.sources.derived.insert(variable, noted);
+        self.sources.note(variable, shown, self.url);
     }
 }

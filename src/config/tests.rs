@@ -213,7 +213,7 @@ fn redis_url_is_taken_apart_and_decoded() {
     let redis = config.redis;
     assert_eq!((&*redis.redis_host, redis.redis_port), ("cache", 6380));
     assert_eq!((redis.tls, redis.database), (true, 3));
-    assert_eq!(redis.username.as_deref(), Some("ana"));
+    assert_eq!(redis.redis_username.as_deref(), Some("ana"));
     assert_eq!(
         redis.redis_password.expect("a password").expose(),
         "c4@nary"
@@ -338,7 +338,11 @@ fn systems_roots_are_handed_to_clients_that_do_not_find_them() {
             .traces()
             .and_then(|traces| traces.exporter.clone());
         let of_exporter = exporter.expect("an exporter").roots.map(|roots| roots.pem);
-        let of_redis = config.redis.redis_tls_ca.map(|roots| roots.pem);
+        let of_redis = config
+            .redis
+            .roots()
+            .expect("readable")
+            .map(|roots| roots.pem);
         assert_eq!(of_exporter, of_redis);
         of_redis.map(|pem| String::from_utf8(pem).expect("text").replace('\n', ""))
     };

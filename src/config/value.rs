@@ -278,6 +278,13 @@ pub struct Certificates {
 
 impl Certificates {
     const MAX_BYTES: u64 = 4 << 20;
+    /// Names the system's certificates, as in libpq's `sslrootcert=system`.
+    const SYSTEM: &str = "system";
+
+    /// Whether these are the system's certificates, by name.
+    pub(super) fn are_the_systems(&self) -> bool {
+        self.path == Path::new(Self::SYSTEM)
+    }
 
     /// Reads a file in PEM with at least one certificate.
     ///
@@ -314,6 +321,12 @@ impl FromStr for Certificates {
     type Err = String;
 
     fn from_str(path: &str) -> Result<Self, String> {
+        if path == Self::SYSTEM {
+            return Ok(Self {
+                path: path.into(),
+                pem: Vec::new(),
+            });
+        }
         Self::read(Path::new(path))
             .map_err(|why| format!("{why}; expected a PEM file with at least one certificate"))
     }

@@ -64,8 +64,13 @@ impl Login {
     }
 
     /// The error of an attempt that could not begin.
-    pub(super) fn obstacle(&self, why: impl fmt::Display, check: &str) -> Error {
-        Error::Connection(self.cause(why.to_string(), check.to_owned()))
+    pub(super) fn obstacle(&self, error: Error, check: &str) -> Error {
+        match error {
+            Error::Connection(why) => {
+                Error::Connection(self.cause(why.to_string(), check.to_owned()))
+            }
+            other => other,
+        }
     }
 
     /// The error of an attempt that took too long.
@@ -272,7 +277,8 @@ fn tls_words(error: &rustls::Error) -> Words {
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             return words(
                 error,
-                "set DB_HOST to a name in the certificate, or add this one to it",
+                "set DB_HOST to a name in the certificate's subjectAltName, or add this one there \
+                 (a name in its subject does not count)",
             );
         }
         other => {

@@ -10,7 +10,6 @@ use std::time::Duration;
 use rustls::pki_types::UnixTime;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
-use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 
 use super::error::{connect_failure, failure, is_about_a_certificate, tls_error};
@@ -18,7 +17,8 @@ use super::login::Login;
 use super::{route, trust};
 use crate::config::{Certificates, Credentials, Identity, PostgresConfig};
 use crate::store::call::Operation;
-use crate::store::error::{Cause, Error};
+use crate::store::error::Error;
+use crate::store::files::Files;
 use crate::store::pool::Connect;
 
 /// How long a migration or a recount waits for a lock. It is well above Postgres's
@@ -40,8 +40,9 @@ static PING: Operation = Operation::command("PING");
 pub(super) struct Session {
     config: Arc<PostgresConfig>,
     options: PgConnectOptions,
-    files: Turn,
-    resolver: Turn,
+    files: Files,
+    /// Looking up a name blocks, too.
+    names: Files,
 }
 
 /// What the files of a session hold.
@@ -90,8 +91,8 @@ impl Session {
         Self {
             config: Arc::new(config.clone()),
             options,
-            files: Turn::default(),
-            resolver: Turn::default(),
+            files: Files::default(),
+            names: Files::default(),
         }
     }
 
@@ -106,19 +107,19 @@ impl Session {
         let mut login = self.login();
 
         let Ok(contents) = timeout_at(deadline, self.read_files()).await else {
-            let why = "the files of its settings could not be read in time";
+            let why = "the files of the settings could not be read in time";
             return Err(login.timeout(timeout, why, "check the file system"));
         };
-        let contents = contents?.map_err(|why| login.obstacle(why, ""))?;
+        let contents = contents.map_err(|error| login.obstacle(error, ""))?;
         login.user.clone_from(&contents.credentials.user);
         login.has_password = contents.credentials.password.is_some();
 
-        let Ok(addresses) = timeout_at(deadline, self.resolve()).await else {
+        let Ok(addresses) = timeout_at(deadline, self.look_up()).await else {
             let why = "the host name could not be looked up in time";
             return Err(login.timeout(timeout, why, "check the DNS"));
         };
         let addresses =
-            addresses?.map_err(|why| login.obstacle(why, "check DB_HOST, and the DNS"))?;
+            addresses.map_err(|error| login.obstacle(error, "check DB_HOST, and the DNS"))?;
 
         let options = self.with_timeouts(lock, statement);
         let options = with_contents(options, contents);
@@ -151,7 +152,7 @@ impl Session {
 
     /// Reads what the files of the settings hold now. As with psql, an authority that was removed
     /// from its file is no longer trusted, and without the file none is.
-    async fn read_files(&self) -> Result<Result<Contents, String>, Error> {
+    async fn read_files(&self) -> Result<Contents, Error> {
         let config = Arc::clone(&self.config);
         let read = move || {
             let roots = config.db_sslrootcert.as_ref().map(|roots| {
@@ -164,17 +165,21 @@ impl Session {
                 identity: config.identity()?,
             })
         };
-        self.files.run(read).await
+        self.files.read(read).await
     }
 
-    /// The addresses of the host's name; none if the host has no name.
-    async fn resolve(&self) -> Result<std::io::Result<Vec<SocketAddr>>, Error> {
+    /// Looks up the addresses of the host; none if it has no name.
+    async fn look_up(&self) -> Result<Vec<SocketAddr>, Error> {
         let (host, port) = (self.config.db_host.clone(), self.config.db_port);
         if host.starts_with('/') || host.parse::<IpAddr>().is_ok() {
-            return Ok(Ok(Vec::new()));
+            return Ok(Vec::new());
         }
-        let resolve = move || (host, port).to_socket_addrs().map(Iterator::collect);
-        self.resolver.run(resolve).await
+        let look_up = move || {
+            let addresses = (host, port).to_socket_addrs();
+            let addresses = addresses.map_err(|error| error.to_string())?;
+            Ok(addresses.collect())
+        };
+        self.names.read(look_up).await
     }
 
     fn with_timeouts(&self, lock: Duration, statement: Duration) -> PgConnectOptions {
@@ -263,26 +268,6 @@ fn second_mode(mode: PgSslMode, failure: &sqlx::Error) -> Option<PgSslMode> {
         }
         PgSslMode::Allow => code.is_some().then_some(PgSslMode::Prefer),
         _ => None,
-    }
-}
-
-/// The right to a thread for calls that block. One call has it at a time, so a file system or a
-/// resolver that hangs blocks one thread at most.
-#[derive(Debug, Clone, Default)]
-struct Turn(Arc<Mutex<()>>);
-
-impl Turn {
-    async fn run<R: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> R + Send + 'static,
-    ) -> Result<R, Error> {
-        let turn = Arc::clone(&self.0).lock_owned().await;
-        let work = move || {
-            let _turn = turn;
-            work()
-        };
-        let done = tokio::task::spawn_blocking(work).await;
-        done.map_err(|error| Error::Connection(Cause::from(error)))
     }
 }
 
