@@ -95,6 +95,8 @@ fn run_once(
         .build()
         .context("starting the runtime")?;
     let done = runtime.block_on(command);
+    // A thread can still wait for a file system or a resolver.
+    runtime.shutdown_background();
     // The log's own thread writes to stdout too: without this the result could precede its last
     // lines.
     drop(telemetry);

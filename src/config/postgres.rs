@@ -98,6 +98,8 @@ pub struct PostgresConfig {
     /// The client certificate at the start.
     #[arg(skip)]
     identity: Option<Identity>,
+    #[arg(skip)]
+    by_url: bool,
     /// Which database the URL named at the start.
     #[arg(skip)]
     at_the_start: Option<Database>,
@@ -152,6 +154,17 @@ impl PostgresConfig {
         Ok(credentials)
     }
 
+    /// The setting that the password comes from, or could come from.
+    #[must_use]
+    pub fn password_setting(&self) -> &'static str {
+        match (self.by_url, &self.db_password_file, &self.database_url_file) {
+            (_, Some(_), _) => "DB_PASSWORD_FILE",
+            (_, _, Some(_)) => "DATABASE_URL_FILE",
+            (true, ..) => "DATABASE_URL",
+            (false, ..) => "DB_PASSWORD",
+        }
+    }
+
     /// The client certificate for a new session, from its files as they are now, if there is one.
     /// Blocks while it reads the files.
     ///
@@ -182,6 +195,7 @@ impl PostgresConfig {
         sources.secret("DB_PASSWORD", &mut self.db_password, file)?;
         let file = self.database_url_file.as_ref();
         sources.secret("DATABASE_URL", &mut self.database_url, file)?;
+        self.by_url = self.database_url.is_some();
         if let Some(url) = self.database_url.take() {
             DatabaseUrl::parse(&url)
                 .and_then(|url| self.take_url(url, sources))
