@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustls::pki_types::UnixTime;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
-use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
+use sqlx::{ConnectOptions as _, Connection as _, PgConnection, Row as _};
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
@@ -61,6 +61,8 @@ impl Session {
             .database(&config.db_name)
             .ssl_mode(config.db_sslmode)
             .application_name("visitas")
+            // No number here is a fraction, and a pooler refuses the parameter.
+            .extra_float_digits(None)
             // Errors are logged once, where they are handled, and slow calls are a histogram.
             .disable_statement_logging();
         if config.db_host.starts_with('/') {
@@ -223,12 +225,21 @@ impl Session {
                     .map_err(|second| login.failure(first, Some(second)))?
             }
         };
-        if connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT) {
-            // Not among the options above, since an older server refuses a session that names it.
-            sqlx::query("set transaction_timeout = 0")
-                .execute(&mut connection)
-                .await
-                .map_err(connect_failure)?;
+        // Not among the options above, since an older server refuses a session that names it.
+        let has_transaction_timeout =
+            connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT);
+        let check = if has_transaction_timeout {
+            "select current_setting('plan_cache_mode') = 'force_generic_plan' \
+             from set_config('transaction_timeout', '0', false)"
+        } else {
+            "select current_setting('plan_cache_mode') = 'force_generic_plan'"
+        };
+        let row = sqlx::raw_sql(check).fetch_one(&mut connection).await;
+        let has_options: bool = row
+            .and_then(|row| row.try_get(0))
+            .map_err(connect_failure)?;
+        if !has_options {
+            return Err(login.without_settings());
         }
         Ok(connection)
     }

@@ -76,26 +76,24 @@ impl Opener {
         Ok(())
     }
 
-    /// What is tried, for an error.
-    fn attempt(&self, login: &Login) -> String {
+    /// What was tried, for an error.
+    fn tried(&self, login: &Login) -> String {
         let user = match (&login.user, &login.password) {
-            (Some(user), _) => format!("as user {user}"),
+            (Some(user), _) => format!("as {user}"),
             (None, Some(_)) => "with a password".to_owned(),
             (None, None) => "without a password".to_owned(),
         };
-        let RedisConfig {
-            redis_host: host,
-            redis_port: port,
-            ..
-        } = &*self.config;
-        let tls = if self.config.tls { "with" } else { "without" };
-        if host.starts_with('/') {
-            format!("logging in to Redis at {host} {user}")
+        let config = &self.config;
+        let (host, port) = (&config.redis_host, config.redis_port);
+        let place = if host.starts_with('/') {
+            host.clone()
         } else if host.contains(':') {
-            format!("logging in to Redis at [{host}]:{port} {user}, {tls} TLS")
+            format!("[{host}]:{port}")
         } else {
-            format!("logging in to Redis at {host}:{port} {user}, {tls} TLS")
-        }
+            format!("{host}:{port}")
+        };
+        let tls = if config.tls { "with" } else { "without" };
+        format!("tried {user} at {place}, {tls} TLS")
     }
 }
 
@@ -109,7 +107,7 @@ impl Connect for Opener {
         let read = move || Ok((client(&config)?, config.credentials()?));
         let (client, login) = self.files.read(read).await?;
         let refused =
-            |error: RedisError| login_failure(&error, &self.attempt(&login), self.config.tls);
+            |error: RedisError| login_failure(&error, &self.tried(&login), self.config.tls);
         let mut connection = client
             .get_multiplexed_async_connection_with_config(&self.driver)
             .await
