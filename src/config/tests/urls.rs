@@ -361,6 +361,19 @@ fn credentials_are_those_that_the_file_holds_now() {
 }
 
 #[test]
+fn secret_of_a_pipe_is_read_once() {
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    writer.write_all(b"c4nary\n").expect("room in the pipe");
+    drop(writer);
+    let path = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader));
+    let config = serve(&["--redis-password-file", &path]);
+    for _ in 0..2 {
+        let login = config.redis.credentials().expect("the secret of the start");
+        assert_eq!(login.password.expect("a password").expose(), CANARY);
+    }
+}
+
+#[test]
 fn client_certificate_needs_its_own_key_and_is_read_again() {
     let (one, other) = (certificate(), certificate());
     let pair = |certificate: &NamedTempFile, key: &NamedTempFile| {
