@@ -20,6 +20,7 @@ mod http;
 mod kept;
 mod load;
 mod log;
+mod logins;
 mod metrics;
 mod observability;
 mod otlp;
