@@ -8,7 +8,6 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use devstack::{PostgresOptions, RedisOptions};
-use reqwest::StatusCode;
 use tempfile::TempDir;
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -186,7 +185,7 @@ async fn error_says_what_was_tried_and_what_to_check() {
         (
             "",
             &[],
-            &["28000: no pg_hba.conf entry", "check pg_hba.conf"],
+            &["28000: with TLS: no pg_hba.conf entry", "check pg_hba.conf"],
         ),
         (
             scram,
@@ -513,17 +512,30 @@ async fn name_whose_first_address_is_silent_leads_to_the_next() {
 #[tokio::test(flavor = "multi_thread")]
 async fn first_visit_after_a_restart_of_postgres_while_idle_is_not_in_doubt() {
     let world = World::of_its_own();
-    let service = world.serve().await;
+    // A busy machine must not make the visit time out.
+    let patient = [("DB_TIMEOUT", "5s"), ("VISIT_TIMEOUT", "6s")];
+    let service = world.serve_with(&patient).await;
     service.visit().await;
-    for _ in 0..3 {
+    let rounds = std::env::var("ROUNDS").map_or(3, |rounds| rounds.parse().unwrap());
+    let mut seen = Vec::new();
+    for _ in 0..rounds {
         world.postgres.stop().unwrap();
         world.postgres.start_again().unwrap();
         let first = service.get("/").await;
-        // The monitor can have found Postgres down meanwhile, and not up yet.
-        let is_certain = first.status == StatusCode::OK || first.header("retry-after") == "1";
-        assert!(is_certain, "{first:?}");
+        seen.push((
+            first.status.as_u16(),
+            first.header("retry-after").to_owned(),
+        ));
         service.until_ready().await;
     }
+    println!("SEEN {seen:?} {}", service.counted("in_doubt").await);
+    // The monitor can have found Postgres down meanwhile, and not up yet.
+    assert!(
+        seen.iter()
+            .all(|(status, retry)| *status == 200 || retry == "1"),
+        "{seen:?}: {}",
+        service.printed()
+    );
     assert_eq!(service.counted("in_doubt").await, 0);
 }
 
@@ -573,7 +585,7 @@ impl House {
             world,
         };
         let create = format!("create role {ROLE} login superuser password '{PASSWORD}'");
-        house.world.sql(&create).await;
+        house.sql(&create);
         house
     }
 
@@ -583,35 +595,39 @@ impl House {
         fs::write(&self.rules, own + lines).unwrap();
         self.reload().await;
         let wrong = "select count(*) from pg_hba_file_rules where error is not null";
-        assert_eq!(self.world.number(wrong).await, 0, "{lines}");
+        assert_eq!(self.sql(wrong), "0", "{lines}");
     }
 
     async fn alter(&self, setting: &str) {
         let alter = format!("alter system {setting}");
-        self.world.postgres.sql("postgres", &alter).unwrap();
+        self.sql(&alter);
         self.reload().await;
     }
 
     async fn reload(&self) {
-        let loaded = "select (extract(epoch from pg_conf_load_time()) * 1000000)::bigint";
-        let before = self.world.number(loaded).await;
-        self.world.sql("select pg_reload_conf()").await;
+        let loaded = "select pg_conf_load_time()";
+        let before = self.sql(loaded);
+        self.sql("select pg_reload_conf()");
         eventually("Postgres has read its files again", SOON, async || {
-            self.world.number(loaded).await > before
+            self.sql(loaded) != before
         })
         .await;
     }
 
+    /// One result of the superuser, by psql: it accepts whatever TLS the server has.
+    fn sql(&self, statement: &str) -> String {
+        let result = self.world.postgres.sql(&self.world.database, statement);
+        result.expect("the statement succeeds")
+    }
+
     async fn set_password(&self, password: &str) {
-        self.world
-            .sql(&format!("alter role {ROLE} password '{password}'"))
-            .await;
+        self.sql(&format!("alter role {ROLE} password '{password}'"));
     }
 
     async fn end_sessions(&self) {
         let end = "select pg_terminate_backend(pid, 1000) from pg_stat_activity \
                    where application_name = 'visitas'";
-        self.world.sql(end).await;
+        self.sql(end);
     }
 
     fn url(&self, password: &str) -> String {
