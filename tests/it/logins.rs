@@ -516,26 +516,15 @@ async fn first_visit_after_a_restart_of_postgres_while_idle_is_not_in_doubt() {
     let patient = [("DB_TIMEOUT", "5s"), ("VISIT_TIMEOUT", "6s")];
     let service = world.serve_with(&patient).await;
     service.visit().await;
-    let rounds = std::env::var("ROUNDS").map_or(3, |rounds| rounds.parse().unwrap());
-    let mut seen = Vec::new();
-    for _ in 0..rounds {
+    for _ in 0..3 {
         world.postgres.stop().unwrap();
         world.postgres.start_again().unwrap();
         let first = service.get("/").await;
-        seen.push((
-            first.status.as_u16(),
-            first.header("retry-after").to_owned(),
-        ));
+        // The monitor can have found Postgres down meanwhile, and not up yet.
+        let is_certain = first.status == 200 || first.header("retry-after") == "1";
+        assert!(is_certain, "{first:?}: {}", service.printed());
         service.until_ready().await;
     }
-    println!("SEEN {seen:?} {}", service.counted("in_doubt").await);
-    // The monitor can have found Postgres down meanwhile, and not up yet.
-    assert!(
-        seen.iter()
-            .all(|(status, retry)| *status == 200 || retry == "1"),
-        "{seen:?}: {}",
-        service.printed()
-    );
     assert_eq!(service.counted("in_doubt").await, 0);
 }
 
