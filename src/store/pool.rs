@@ -78,7 +78,7 @@ struct PoolMetrics {
 /// A connection that was idle for this long is pinged before it is used: the store can have closed
 /// it, or a firewall dropped it, and a call that is sent on it would be in doubt. No store restarts
 /// within this time. The extra round trip is paid only where calls are rare.
-const TRUSTED_IDLE: Duration = Duration::from_millis(100);
+const TRUSTED_IDLE: Duration = Duration::from_millis(50);
 /// Timeout of that ping.
 const PING_TIMEOUT: Duration = Duration::from_millis(250);
 

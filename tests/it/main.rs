@@ -21,6 +21,7 @@ mod kept;
 mod listen;
 mod load;
 mod log;
+mod logins;
 mod metrics;
 mod observability;
 mod otlp;

@@ -38,6 +38,10 @@ const OTHER_METHODS: &str = "or let pg_hba.conf ask the role for md5, password o
 
 const NO_POOLER: &str = "connect to the server itself: a pooler such as PgBouncer is not supported";
 
+/// How to make a certificate that is accepted.
+const REPLACE: &str = "let an authority of your own sign another one, as docs/connecting.md shows, \
+    and set DB_SSLROOTCERT to the authority's";
+
 impl Login {
     /// The error of an attempt, and of the second one if `mode` asks for another.
     pub(super) fn failure(&self, first: sqlx::Error, second: Option<sqlx::Error>) -> Error {
@@ -263,16 +267,19 @@ fn tls_words(error: &rustls::Error) -> Words {
             "UnknownIssuer",
             "set DB_SSLROOTCERT to the certificate of the authority that signed it",
         ),
-        CertificateError::Other(other)
-            if other.0.downcast_ref() == Some(&webpki::Error::CaUsedAsEndEntity) =>
-        {
-            (
+        CertificateError::Other(other) => match other.0.downcast_ref() {
+            Some(webpki::Error::CaUsedAsEndEntity) => (
                 "the server's certificate is one of an authority, such as a self-signed one",
                 "CaUsedAsEndEntity",
-                "let an authority of your own sign a server's certificate, as docs/connecting.md \
-             shows, and set DB_SSLROOTCERT to the authority's",
-            )
-        }
+                REPLACE,
+            ),
+            Some(webpki::Error::UnsupportedCertVersion) => (
+                "the server's certificate has version 1, which has no names of hosts",
+                "UnsupportedCertVersion",
+                REPLACE,
+            ),
+            _ => return unverified(certificate),
+        },
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => (
             "the server's certificate has expired",
             "Expired",
@@ -290,16 +297,16 @@ fn tls_words(error: &rustls::Error) -> Words {
                  (a name in its subject does not count)",
             );
         }
-        other => {
-            return words(
-                format!(
-                    "the server's certificate cannot be verified (invalid peer certificate: {other})"
-                ),
-                "replace it",
-            );
-        }
+        _ => return unverified(certificate),
     };
     words(format!("{why} (invalid peer certificate: {term})"), check)
+}
+
+fn unverified(term: &CertificateError) -> Words {
+    words(
+        format!("the server's certificate cannot be verified (invalid peer certificate: {term})"),
+        REPLACE,
+    )
 }
 
 /// A mode as `DB_SSLMODE` has it.

@@ -23,9 +23,9 @@ const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 pub(super) async fn connect_to_any(
     options: &PgConnectOptions,
     addresses: &[SocketAddr],
-    deadline: Instant,
+    reached_by: Instant,
 ) -> sqlx::Result<PgConnection> {
-    let stream = race(addresses, deadline).await?;
+    let stream = race(addresses, reached_by).await?;
     let address = stream.peer_addr()?.ip();
     // On this host the way through a socket would cost more than the network does, and a server
     // here needs its name only where its certificate is checked for it.

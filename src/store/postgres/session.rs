@@ -126,7 +126,9 @@ impl Session {
 
         let options = self.with_timeouts(lock, statement);
         let options = with_contents(options, contents);
-        let connecting = self.connect(&options, &addresses, deadline, &login);
+        // Before the deadline, so that the error names the addresses that are silent.
+        let reached_by = deadline - timeout / 10;
+        let connecting = self.connect(&options, &addresses, reached_by, &login);
         timeout_at(deadline, connecting).await.unwrap_or_else(|_| {
             let check = "check the network and firewalls, and whether the server hangs";
             Err(login.timeout(timeout, "no answer", check))
@@ -204,7 +206,7 @@ impl Session {
         &self,
         options: &PgConnectOptions,
         addresses: &[SocketAddr],
-        deadline: Instant,
+        reached_by: Instant,
         login: &Login,
     ) -> Result<PgConnection, Error> {
         let connect = async |options: &PgConnectOptions| {
@@ -212,7 +214,7 @@ impl Session {
             if addresses.len() < 2 {
                 return options.connect().await;
             }
-            route::connect_to_any(options, addresses, deadline).await
+            route::connect_to_any(options, addresses, reached_by).await
         };
         let mut connection = match connect(options).await {
             Ok(connection) => connection,
