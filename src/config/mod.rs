@@ -14,9 +14,12 @@
     reason = "the doc comments of settings are the help, which is not Markdown"
 )]
 
+mod database_url;
 mod http;
+mod parameters;
 mod postgres;
 mod redis;
+mod redis_url;
 mod roots;
 mod sources;
 mod telemetry;
@@ -34,6 +37,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, FromArgMatches as _, Subcommand};
 
 pub use self::http::{HealthcheckConfig, HttpConfig, ListenConfig, ShutdownConfig, VisitConfig};
+pub use self::parameters::Unenforced;
 pub use self::postgres::PostgresConfig;
 pub use self::redis::RedisConfig;
 use self::roots::Environment;
@@ -41,7 +45,7 @@ use self::sources::{Sources, invalid, variable_of};
 pub use self::telemetry::{
     Compression, ExporterConfig, LogConfig, LogFormat, Root, Sampler, TelemetryConfig, TracesConfig,
 };
-pub use self::value::{Certificates, Secret};
+pub use self::value::{Certificates, Credentials, Identity, PrivateKey, Secret};
 
 /// The program's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -129,8 +133,26 @@ impl Command {
             Self::Reconcile(config) => {
                 finish_stores(&mut config.postgres, &mut config.redis, sources)
             }
-            Self::Healthcheck(config) => config.url().map(drop),
+            Self::Healthcheck(config) => config.finish(sources),
         }
+    }
+
+    /// The parameters of URLs that ask for something that the command does not do.
+    #[must_use]
+    pub fn unenforced(&self) -> Vec<Unenforced> {
+        let (postgres, redis) = match self {
+            Self::Serve(config) | Self::Config(config) => (&config.postgres, Some(&config.redis)),
+            Self::Migrate(config) | Self::Recount(config) => (&config.postgres, None),
+            Self::Reconcile(config) => (&config.postgres, Some(&config.redis)),
+            Self::Healthcheck(_) => return Vec::new(),
+        };
+        let of_redis = redis.iter().flat_map(|redis| &redis.unenforced);
+        postgres
+            .unenforced
+            .iter()
+            .chain(of_redis)
+            .cloned()
+            .collect()
     }
 
     /// The settings of the database, if the command opens sessions with it.
@@ -147,7 +169,7 @@ impl Command {
 impl Config {
     fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
         finish_stores(&mut self.postgres, &mut self.redis, sources)?;
-        self.http.check()?;
+        self.http.finish(sources)?;
         // A visit waits for one call to each store, one after the other.
         let calls = self.postgres.db_timeout + self.redis.redis_timeout;
         if self.visit.visit_timeout < calls {

@@ -7,10 +7,12 @@ use std::time::Duration;
 use clap::Args;
 use sqlx::postgres::PgSslMode;
 
-use super::sources::{Sources, invalid};
-use super::url::StoreUrl;
+use super::database_url::{Database, DatabaseUrl, host_or_directory, role_or_database};
+use super::parameters::Unenforced;
+use super::sources::{Sources, identity, invalid};
 use super::value::{
-    Accept, Certificates, Secret, SecretFile, accept, duration, host, one_of, port, text, within,
+    Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, duration, one_of, port,
+    within,
 };
 
 const SSL_MODES: &[(&str, PgSslMode)] = &[
@@ -40,8 +42,8 @@ const PARTS_OF_A_URL: [&str; 7] = [
 const OBEYED_BY_THE_DRIVER: [(&str, &str); 4] = [
     ("PGOPTIONS", "session options are not supported"),
     ("PGSSLROOTCERT", "set DB_SSLROOTCERT instead"),
-    ("PGSSLCERT", "client certificates are not supported"),
-    ("PGSSLKEY", "client certificates are not supported"),
+    ("PGSSLCERT", "set DB_SSLCERT instead"),
+    ("PGSSLKEY", "set DB_SSLKEY instead"),
 ];
 
 /// The database. After `finish` the fields hold the values from a URL or a file too.
@@ -55,17 +57,23 @@ pub struct PostgresConfig {
     #[arg(long, env, default_value = "5432", value_parser = port())]
     pub db_port: u16,
     /// Role to log in as
-    #[arg(long, env, default_value = "usuario", value_parser = name())]
+    #[arg(long, env, default_value = "usuario", value_parser = role_or_database())]
     pub db_user: String,
     /// Database
-    #[arg(long, env, default_value = "desafio3db", value_parser = name())]
+    #[arg(long, env, default_value = "desafio3db", value_parser = role_or_database())]
     pub db_name: String,
     /// Whether the connection is encrypted and the server's certificate verified
     #[arg(long, env, default_value = "prefer", value_parser = one_of(SSL_MODES))]
     pub db_sslmode: PgSslMode,
-    /// PEM file of certificates to trust instead of the system's, for DB_SSLMODE verify-ca and verify-full; read again for each session
+    /// PEM file of certificates to trust instead of the system's, for DB_SSLMODE verify-ca and verify-full; read again for each session. With it require means verify-ca; system names the system's
     #[arg(long, env)]
     pub db_sslrootcert: Option<Certificates>,
+    /// PEM file of the client certificate and its issuers; read again for each session
+    #[arg(long, env)]
+    db_sslcert: Option<Certificates>,
+    /// PEM file of DB_SSLCERT's private key; read again for each session
+    #[arg(long, env)]
+    db_sslkey: Option<PrivateKey>,
     /// Timeout of one call; the server gives up waiting for a lock at 70 % of it, and a statement at 85 %
     #[arg(long, env, default_value = "1s", value_parser = within(duration, "10ms", "1m"))]
     pub db_timeout: Duration,
@@ -75,12 +83,26 @@ pub struct PostgresConfig {
     /// File that holds DB_PASSWORD
     #[arg(long, env)]
     db_password_file: Option<SecretFile>,
-    /// postgres://user:password@host:port/database?sslmode=…&sslrootcert=…, percent-encoded, instead of the settings of its parts
+    /// postgres://user:password@host:port/database?sslmode=…&sslrootcert=…, percent-encoded, instead of the settings of its parts; libpq's other parameters are accepted
     #[arg(long, env, hide = true, conflicts_with_all = PARTS_OF_A_URL, conflicts_with = "database_url_file")]
     database_url: Option<Secret>,
     /// File that holds DATABASE_URL
     #[arg(long, env, conflicts_with_all = PARTS_OF_A_URL)]
     database_url_file: Option<SecretFile>,
+    /// Command-line options for the server, from the URL. The service's own follow them.
+    #[arg(skip)]
+    pub options: Option<String>,
+    /// The parameters of the URL that ask for something that the service does not do.
+    #[arg(skip)]
+    pub unenforced: Vec<Unenforced>,
+    /// The client certificate at the start.
+    #[arg(skip)]
+    identity: Option<Identity>,
+    #[arg(skip)]
+    by_url: bool,
+    /// Which database the URL named at the start.
+    #[arg(skip)]
+    at_the_start: Option<Database>,
 }
 
 impl PostgresConfig {
@@ -96,6 +118,61 @@ impl PostgresConfig {
     #[must_use]
     pub fn statement_timeout(&self) -> Duration {
         self.percent_of_timeout(85)
+    }
+
+    /// The role and the password for a new session: those at the start, or what `DB_PASSWORD_FILE`
+    /// or `DATABASE_URL_FILE` holds now. Blocks while it reads the file.
+    ///
+    /// # Errors
+    ///
+    /// Why the file is refused, with its variable and path and without its contents.
+    pub fn credentials(&self) -> Result<Credentials<String>, String> {
+        let mut credentials = Credentials {
+            user: self.db_user.clone(),
+            password: self.db_password.clone(),
+        };
+        if let Some(file) = &self.db_password_file {
+            let password = file.read_again();
+            credentials.password = Some(password.map_err(|why| format!("DB_PASSWORD_FILE {why}"))?);
+        }
+        if let Some(file) = &self.database_url_file {
+            let url = file
+                .read_again()
+                .and_then(|url| DatabaseUrl::parse(&url))
+                .map_err(|why| format!("DATABASE_URL_FILE {why}"))?;
+            if self.at_the_start.as_ref() != Some(&url.database) {
+                return Err(
+                    "DATABASE_URL_FILE has changed in more than user and password: restart to use it"
+                        .to_owned(),
+                );
+            }
+            credentials = Credentials {
+                user: url.user.unwrap_or(credentials.user),
+                password: url.password,
+            };
+        }
+        Ok(credentials)
+    }
+
+    /// The setting that the password comes from, or could come from.
+    #[must_use]
+    pub fn password_setting(&self) -> &'static str {
+        match (self.by_url, &self.db_password_file, &self.database_url_file) {
+            (_, Some(_), _) => "DB_PASSWORD_FILE",
+            (_, _, Some(_)) => "DATABASE_URL_FILE",
+            (true, ..) => "DATABASE_URL",
+            (false, ..) => "DB_PASSWORD",
+        }
+    }
+
+    /// The client certificate for a new session, from its files as they are now, if there is one.
+    /// Blocks while it reads the files.
+    ///
+    /// # Errors
+    ///
+    /// Why a file is refused, with its path.
+    pub fn identity(&self) -> Result<Option<Identity>, String> {
+        self.identity.as_ref().map(Identity::read_again).transpose()
     }
 
     fn percent_of_timeout(&self, percent: u128) -> Duration {
@@ -118,85 +195,96 @@ impl PostgresConfig {
         sources.secret("DB_PASSWORD", &mut self.db_password, file)?;
         let file = self.database_url_file.as_ref();
         sources.secret("DATABASE_URL", &mut self.database_url, file)?;
+        self.by_url = self.database_url.is_some();
         if let Some(url) = self.database_url.take() {
-            self.take_url(&url, sources).map_err(|why| {
-                sources.refuse("DATABASE_URL", &format!("{why}; expected {FORM}"))
-            })?;
+            DatabaseUrl::parse(&url)
+                .and_then(|url| self.take_url(url, sources))
+                .map_err(|why| {
+                    sources.refuse("DATABASE_URL", &format!("{why}; expected {FORM}"))
+                })?;
         }
-        // The other modes accept any certificate, so DB_SSLROOTCERT would only look safe.
-        let verifies = matches!(self.db_sslmode, PgSslMode::VerifyCa | PgSslMode::VerifyFull);
-        if self.db_sslrootcert.is_some() && !verifies {
-            return Err(invalid(format!(
-                "DB_SSLROOTCERT has no effect while DB_SSLMODE is {}: expected verify-ca or \
-                 verify-full",
-                sources.shown("DB_SSLMODE"),
-            )));
+        self.check_roots(sources)?;
+        self.identity = identity(
+            ("DB_SSLCERT", self.db_sslcert.as_ref()),
+            ("DB_SSLKEY", self.db_sslkey.as_ref()),
+        )?;
+        if self.identity.is_some() && matches!(self.db_sslmode, PgSslMode::Disable) {
+            return Err(invalid(
+                "DB_SSLCERT has no effect while DB_SSLMODE is disable: expected another mode",
+            ));
         }
         Ok(())
     }
 
-    fn take_url(&mut self, url: &Secret, sources: &mut Sources<'_>) -> Result<(), String> {
-        let url = StoreUrl::parse(url, &["postgres", "postgresql"])?;
+    fn take_url(&mut self, url: DatabaseUrl, sources: &mut Sources<'_>) -> Result<(), String> {
         let mut parts = sources.parts_of("DATABASE_URL", url.masked);
-        parts.take(
-            "DB_HOST",
-            Some(url.host),
-            &host_or_directory(),
-            &mut self.db_host,
-        )?;
-        parts.take("DB_PORT", url.port, &port(), &mut self.db_port)?;
-        parts.take("DB_USER", url.user, &name(), &mut self.db_user)?;
-        parts.take("DB_NAME", url.path, &name(), &mut self.db_name)?;
+        let database = url.database.clone();
+        parts.set("DB_HOST", Some(database.host), &mut self.db_host);
+        parts.set("DB_PORT", database.port, &mut self.db_port);
+        parts.set("DB_USER", url.user, &mut self.db_user);
+        parts.set("DB_NAME", database.name, &mut self.db_name);
+        if let Some(mode) = database.sslmode {
+            self.db_sslmode = one_of(SSL_MODES).read(mode)?;
+            parts.note("DB_SSLMODE", mode);
+        }
         if url.password.is_some() {
             parts.note("DB_PASSWORD", Secret::MASK);
         }
         self.db_password = url.password;
-        for (parameter, value) in url.query {
-            match parameter.as_str() {
-                "sslmode" => {
-                    let modes = one_of(SSL_MODES);
-                    parts.take("DB_SSLMODE", Some(value), &modes, &mut self.db_sslmode)?;
-                }
-                "sslrootcert" if self.db_sslrootcert.is_some() => {
-                    return Err("has an sslrootcert, which contradicts DB_SSLROOTCERT".to_owned());
-                }
-                "sslrootcert" => {
-                    let file = value
-                        .parse()
-                        .map_err(|why| format!("has an sslrootcert that {why}"));
-                    self.db_sslrootcert = Some(file?);
-                    parts.note("DB_SSLROOTCERT", &value);
-                }
-                _ => return Err(unsupported(&parameter)),
+        let file = ("sslrootcert", database.sslrootcert);
+        parts.read("DB_SSLROOTCERT", file, &mut self.db_sslrootcert)?;
+        parts.read(
+            "DB_SSLCERT",
+            ("sslcert", database.sslcert),
+            &mut self.db_sslcert,
+        )?;
+        parts.read(
+            "DB_SSLKEY",
+            ("sslkey", database.sslkey),
+            &mut self.db_sslkey,
+        )?;
+        self.options = database.options;
+        self.unenforced = url.unenforced;
+        self.at_the_start = Some(url.database);
+        Ok(())
+    }
+
+    /// Derives the TLS mode from the authorities to trust, as libpq does, and refuses authorities
+    /// that would not be used.
+    fn check_roots(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
+        let roots = self.db_sslrootcert.as_ref();
+        let by_name = roots.is_some_and(Certificates::are_the_systems);
+        let implied = match self.db_sslmode {
+            // Every public authority is trusted, so the name must be verified, too.
+            _ if by_name && sources.is_default("DB_SSLMODE") => {
+                Some((PgSslMode::VerifyFull, "verify-full"))
             }
+            PgSslMode::Require if roots.is_some() && !by_name => {
+                Some((PgSslMode::VerifyCa, "verify-ca"))
+            }
+            _ => None,
+        };
+        if let Some((mode, shown)) = implied {
+            self.db_sslmode = mode;
+            sources.note("DB_SSLMODE", shown, "DB_SSLROOTCERT");
+        }
+        let expected = match self.db_sslmode {
+            PgSslMode::VerifyFull => None,
+            _ if by_name => Some("verify-full"),
+            PgSslMode::VerifyCa => None,
+            // The other modes accept any certificate, so the file would only look safe.
+            _ if self.db_sslrootcert.is_some() => Some("require, verify-ca or verify-full"),
+            _ => None,
+        };
+        if let Some(expected) = expected {
+            return Err(invalid(format!(
+                "DB_SSLROOTCERT has no effect while DB_SSLMODE is {}: expected {expected}",
+                sources.shown("DB_SSLMODE"),
+            )));
+        }
+        if by_name {
+            self.db_sslrootcert = None;
         }
         Ok(())
     }
-}
-
-/// Names a parameter only if other drivers know it: an unknown one can be part of a password that
-/// contains a question mark.
-fn unsupported(parameter: &str) -> String {
-    const KNOWN_ELSEWHERE: &str = "application_name channel_binding connect_timeout host hostaddr \
-        options password pgbouncer sslcert sslkey statement-cache-capacity target_session_attrs";
-    if KNOWN_ELSEWHERE.split(' ').any(|known| known == parameter) {
-        format!("has the parameter {parameter}, which is not supported")
-    } else {
-        "has a parameter other than sslmode and sslrootcert".to_owned()
-    }
-}
-
-fn name() -> Accept<String> {
-    accept("1 to 63 bytes without control characters", |name| {
-        text(name, 63)
-    })
-}
-
-fn host_or_directory() -> Accept<String> {
-    accept("a host name, an IP address or an absolute path", |text| {
-        if text.starts_with('/') {
-            return (!text.contains(char::is_control)).then(|| text.to_owned());
-        }
-        host(text)
-    })
 }

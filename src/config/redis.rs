@@ -6,19 +6,23 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::parameters::Unenforced;
+use super::redis_url::{Cache, RedisUrl, host_or_socket};
 use super::roots;
-use super::sources::{Sources, invalid};
-use super::url::StoreUrl;
+use super::sources::{Sources, identity, invalid};
 use super::value::{
-    Accept, Certificates, Secret, SecretFile, accept, duration, host, parsed, port, within,
+    Accept, Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, accept, duration,
+    port, text, within,
 };
 
-const FORM: &str = "redis:// or rediss:// and user:password@host:port/number, percent-encoded";
+const FORM: &str = "redis:// or rediss:// and user:password@host:port/number, percent-encoded, or \
+    unix:///path?db=number";
 
 /// The settings that a URL contains.
-const PARTS_OF_A_URL: [&str; 4] = [
+const PARTS_OF_A_URL: [&str; 5] = [
     "redis_host",
     "redis_port",
+    "redis_username",
     "redis_password",
     "redis_password_file",
 ];
@@ -27,15 +31,24 @@ const PARTS_OF_A_URL: [&str; 4] = [
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Redis")]
 pub struct RedisConfig {
-    /// Host name or address
-    #[arg(long, env, default_value = "localhost", value_parser = a_host())]
+    /// Host name or address, or the absolute path of a Unix socket
+    #[arg(long, env, default_value = "localhost", value_parser = host_or_socket())]
     pub redis_host: String,
     /// TCP port
     #[arg(long, env, default_value = "6379", value_parser = port())]
     pub redis_port: u16,
-    /// PEM file of certificates to trust instead of the system's, for a rediss:// URL
+    /// User of the access control list; without it the default user logs in
+    #[arg(long, env, value_parser = user())]
+    pub redis_username: Option<String>,
+    /// PEM file of certificates to trust instead of the system's, for a rediss:// URL; read again for each connection
     #[arg(long, env)]
-    pub redis_tls_ca: Option<Certificates>,
+    redis_tls_ca: Option<Certificates>,
+    /// PEM file of the client certificate and its issuers, for a rediss:// URL; read again for each connection
+    #[arg(long, env)]
+    redis_tls_cert: Option<Certificates>,
+    /// PEM file of REDIS_TLS_CERT's private key; read again for each connection
+    #[arg(long, env)]
+    redis_tls_key: Option<PrivateKey>,
     /// Timeout of one call; below 70 % of DB_TIMEOUT
     #[arg(long, env, default_value = "250ms", value_parser = within(duration, "1ms", "30s"))]
     pub redis_timeout: Duration,
@@ -45,24 +58,94 @@ pub struct RedisConfig {
     /// File that holds REDIS_PASSWORD
     #[arg(long, env)]
     redis_password_file: Option<SecretFile>,
-    /// redis:// or rediss:// and user:password@host:port/number, percent-encoded, instead of the settings of its parts
+    /// redis:// or rediss:// and user:password@host:port/number, percent-encoded, or unix:///path?db=number, instead of the settings of its parts
     #[arg(long, env, hide = true, conflicts_with_all = PARTS_OF_A_URL, conflicts_with = "redis_url_file")]
     redis_url: Option<Secret>,
     /// File that holds REDIS_URL
     #[arg(long, env, conflicts_with_all = PARTS_OF_A_URL)]
     redis_url_file: Option<SecretFile>,
-    /// Whether the URL's scheme is `rediss`.
+    /// Whether the URL asks for TLS.
     #[arg(skip)]
     pub tls: bool,
-    /// The user in the URL.
-    #[arg(skip)]
-    pub username: Option<String>,
     /// The database's number in the URL, otherwise 0.
     #[arg(skip)]
     pub database: i64,
+    /// The parameters of the URL that ask for something that the service does not do.
+    #[arg(skip)]
+    pub unenforced: Vec<Unenforced>,
+    /// The system's authorities, if the driver cannot find them.
+    #[arg(skip)]
+    system_roots: Option<Certificates>,
+    /// The client certificate at the start.
+    #[arg(skip)]
+    identity: Option<Identity>,
+    /// Which database the URL named at the start.
+    #[arg(skip)]
+    at_the_start: Option<Cache>,
 }
 
 impl RedisConfig {
+    /// The user and the password for a new connection: those at the start, or what
+    /// `REDIS_PASSWORD_FILE` or `REDIS_URL_FILE` holds now. Blocks while it reads the file.
+    ///
+    /// # Errors
+    ///
+    /// Why the file is refused, with its variable and path and without its contents.
+    pub fn credentials(&self) -> Result<Credentials<Option<String>>, String> {
+        let mut credentials = Credentials {
+            user: self.redis_username.clone(),
+            password: self.redis_password.clone(),
+        };
+        if let Some(file) = &self.redis_password_file {
+            let password = file.read_again();
+            credentials.password =
+                Some(password.map_err(|why| format!("REDIS_PASSWORD_FILE {why}"))?);
+        }
+        if let Some(file) = &self.redis_url_file {
+            let url = file
+                .read_again()
+                .and_then(|url| RedisUrl::parse(&url))
+                .map_err(|why| format!("REDIS_URL_FILE {why}"))?;
+            if self.at_the_start.as_ref() != Some(&url.cache) {
+                return Err(
+                    "REDIS_URL_FILE has changed in more than user and password: restart to use it"
+                        .to_owned(),
+                );
+            }
+            credentials = Credentials {
+                user: url.user,
+                password: url.password,
+            };
+        }
+        Ok(credentials)
+    }
+
+    /// The authorities to trust for a new connection, from `REDIS_TLS_CA` as it is now. `None` if
+    /// the driver finds those of the system by itself. Blocks while it reads the file.
+    ///
+    /// # Errors
+    ///
+    /// Why the file is refused, with its path.
+    pub fn roots(&self) -> Result<Option<Certificates>, String> {
+        let Some(file) = &self.redis_tls_ca else {
+            return Ok(self.system_roots.clone());
+        };
+        let roots = Certificates::read(&file.path);
+        roots
+            .map(Some)
+            .map_err(|why| format!("REDIS_TLS_CA ({}) {why}", file.path.display()))
+    }
+
+    /// The client certificate for a new connection, from its files as they are now, if there is
+    /// one. Blocks while it reads the files.
+    ///
+    /// # Errors
+    ///
+    /// Why a file is refused, with its path.
+    pub fn identity(&self) -> Result<Option<Identity>, String> {
+        self.identity.as_ref().map(Identity::read_again).transpose()
+    }
+
     /// Reads the settings that the URL and the files of secrets contain, and refuses
     /// contradictions.
     pub(super) fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
@@ -71,51 +154,53 @@ impl RedisConfig {
         let file = self.redis_url_file.as_ref();
         sources.secret("REDIS_URL", &mut self.redis_url, file)?;
         if let Some(url) = self.redis_url.take() {
-            self.take_url(&url, sources)
+            let url = RedisUrl::parse(&url)
                 .map_err(|why| sources.refuse("REDIS_URL", &format!("{why}; expected {FORM}")))?;
+            self.take_url(url, sources);
         }
         if self.redis_tls_ca.is_some() && !self.tls {
             return Err(invalid(
                 "REDIS_TLS_CA has no effect without TLS: expected REDIS_URL to be a rediss:// URL",
             ));
         }
+        self.identity = identity(
+            ("REDIS_TLS_CERT", self.redis_tls_cert.as_ref()),
+            ("REDIS_TLS_KEY", self.redis_tls_key.as_ref()),
+        )?;
+        if self.identity.is_some() && !self.tls {
+            return Err(invalid(
+                "REDIS_TLS_CERT has no effect without TLS: expected REDIS_URL to be a rediss:// URL",
+            ));
+        }
+        self.redis_tls_ca.take_if(|roots| roots.are_the_systems());
         if self.tls && self.redis_tls_ca.is_none() {
-            self.redis_tls_ca = roots::load_system_roots(sources.environment);
+            self.system_roots = roots::load_system_roots(sources.environment);
         }
         Ok(())
     }
 
-    fn take_url(&mut self, url: &Secret, sources: &mut Sources<'_>) -> Result<(), String> {
-        let url = StoreUrl::parse(url, &["redis", "rediss"])?;
-        if !url.query.is_empty() {
-            return Err("has query parameters".to_owned());
-        }
-        if url.user.is_some() && url.password.is_none() {
-            // The user is most likely a password without the colon before it.
-            return Err("has a user without a password".to_owned());
-        }
+    fn take_url(&mut self, url: RedisUrl, sources: &mut Sources<'_>) {
         let mut parts = sources.parts_of("REDIS_URL", url.masked);
-        parts.take(
-            "REDIS_HOST",
-            Some(url.host),
-            &a_host(),
-            &mut self.redis_host,
-        )?;
-        parts.take("REDIS_PORT", url.port, &port(), &mut self.redis_port)?;
+        let cache = url.cache.clone();
+        parts.set("REDIS_HOST", Some(cache.host), &mut self.redis_host);
+        parts.set("REDIS_PORT", cache.port, &mut self.redis_port);
+        if let Some(user) = &url.user {
+            parts.note("REDIS_USERNAME", user);
+        }
         if url.password.is_some() {
             parts.note("REDIS_PASSWORD", Secret::MASK);
         }
+        self.redis_username = url.user;
         self.redis_password = url.password;
-        self.tls = url.scheme == "rediss";
-        self.username = url.user;
-        if let Some(path) = url.path {
-            let number: u32 = parsed(&path).ok_or("has a database that is not a number")?;
-            self.database = number.into();
-        }
-        Ok(())
+        self.tls = cache.tls;
+        self.database = cache.database;
+        self.unenforced = url.unenforced;
+        self.at_the_start = Some(url.cache);
     }
 }
 
-fn a_host() -> Accept<String> {
-    accept("a host name or an IP address", host)
+fn user() -> Accept<String> {
+    accept("1 to 255 bytes without control characters", |name| {
+        text(name, 255)
+    })
 }

@@ -6,13 +6,14 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::str::FromStr;
 
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches};
 
 use super::roots::Environment;
-use super::value::{Accept, Secret, SecretFile};
+use super::value::{Certificates, Identity, PrivateKey, Secret, SecretFile, is_one_line};
 
 /// The name of a setting's variable: its field's name in upper case.
 pub(super) fn variable_of(setting: &Arg) -> String {
@@ -26,6 +27,22 @@ pub(super) fn invalid(message: impl fmt::Display) -> clap::Error {
 
 /// Shown for a setting that has no value.
 const NONE: &str = "(none)";
+
+/// Puts the client certificate of two settings together.
+pub(super) fn identity(
+    (certificate, certificates): (&str, Option<&Certificates>),
+    (variable, key): (&str, Option<&PrivateKey>),
+) -> Result<Option<Identity>, clap::Error> {
+    match (certificates, key) {
+        (None, None) => Ok(None),
+        (Some(certificates), Some(key)) => Identity::new(certificates.clone(), key.clone())
+            .map(Some)
+            .map_err(|why| invalid(format!("{certificate} and {variable} {why}"))),
+        _ => Err(invalid(format!(
+            "{certificate} and {variable} are one client certificate: expected both or neither"
+        ))),
+    }
+}
 
 /// The value of each setting that a command uses, and its origin.
 pub(super) struct Sources<'a> {
@@ -63,7 +80,7 @@ impl<'a> Sources<'a> {
                 .insert(variable, (Secret::MASK.to_owned(), origin));
         }
         match secret {
-            Some(secret) if secret.expose().contains(['\0', '\r', '\n']) => {
+            Some(secret) if !is_one_line(secret.expose()) => {
                 Err(self.refuse(variable, "expected one line of text"))
             }
             _ => Ok(()),
@@ -87,6 +104,12 @@ impl<'a> Sources<'a> {
     pub(super) fn derive(&mut self, variable: &'static str, shown: &str, from: &'static str) {
         let (_, origin) = self.effective(from);
         self.derived.insert(variable, (shown.to_owned(), origin));
+    }
+
+    /// Notes that a setting has this value because of the setting `origin`.
+    pub(super) fn note(&mut self, variable: &'static str, shown: &str, origin: &str) {
+        let noted = (shown.to_owned(), origin.to_owned());
+        self.derived.insert(variable, noted);
     }
 
     /// Whether a setting has its default.
@@ -147,28 +170,40 @@ pub(super) struct Parts<'s, 'a> {
 }
 
 impl Parts<'_, '_> {
-    /// Sets a setting from its part, if the URL has that part. The same values are accepted as for
-    /// the setting itself.
-    pub(super) fn take<T>(
+    /// Sets a setting from its part, if the URL has that part.
+    pub(super) fn set<T: ToString>(
         &mut self,
         variable: &'static str,
-        part: Option<impl ToString>,
-        accept: &Accept<T>,
+        part: Option<T>,
         field: &mut T,
-    ) -> Result<(), String> {
+    ) {
         if let Some(part) = part {
-            let part = part.to_string();
-            *field = accept.read(&part).map_err(|expected| {
-                format!("has a part for {variable} that is not accepted: {expected}")
-            })?;
-            self.note(variable, &part);
+            self.note(variable, &part.to_string());
+            *field = part;
         }
+    }
+
+    /// Reads the file that a parameter names, if the URL has that parameter.
+    pub(super) fn read<T: FromStr<Err = String>>(
+        &mut self,
+        variable: &'static str,
+        (parameter, path): (&str, Option<String>),
+        field: &mut Option<T>,
+    ) -> Result<(), String> {
+        let Some(path) = path else {
+            return Ok(());
+        };
+        if field.is_some() {
+            return Err(format!("has an {parameter}, which contradicts {variable}"));
+        }
+        let file = path.parse();
+        *field = Some(file.map_err(|why| format!("has an {parameter} that {why}"))?);
+        self.note(variable, &path);
         Ok(())
     }
 
     /// Notes that a setting got this value from the URL.
     pub(super) fn note(&mut self, variable: &'static str, shown: &str) {
-        let noted = (shown.to_owned(), self.url.to_owned());
-        self.sources.derived.insert(variable, noted);
+        self.sources.note(variable, shown, self.url);
     }
 }

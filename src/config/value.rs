@@ -1,4 +1,4 @@
-//! Reads each kind of value from its text, and has the types of secrets and certificates.
+//! Reads each kind of value from its text, and has the types of secrets, certificates and keys.
 //!
 //! No error from here repeats a value, which can be a misplaced password. Must not know: any
 //! setting.
@@ -18,8 +18,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use clap::builder::{PossibleValue, TypedValueParser};
 use percent_encoding::percent_decode_str;
-use rustls::pki_types::CertificateDer;
+use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
 
 /// A value parser, with the description of accepted values that errors, `--help` and
 /// `docs/settings.md` show.
@@ -205,29 +207,71 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// The secret that a file held when the program started.
+/// The user that logs in to a store, and the password.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Credentials<User> {
+    /// The role, or the user of Redis.
+    pub user: User,
+    /// The password, if there is one.
+    pub password: Option<Secret>,
+}
+
+/// A secret's file, which is read again for each new session.
 #[derive(Clone, Debug)]
 pub(super) struct SecretFile {
+    path: PathBuf,
+    /// The secret that the file held at the start.
     pub(super) secret: Secret,
+    /// Whether it can be read again: not if it is a pipe, and the next read would never end.
+    is_regular: bool,
+}
+
+impl SecretFile {
+    fn read(path: &Path) -> Result<Self, String> {
+        const MAX_BYTES: u64 = 16_384;
+        let is_regular = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
+        let bytes = read_bounded(path, MAX_BYTES)?;
+        let text = String::from_utf8(bytes).map_err(|_| "is not UTF-8")?;
+        let secret = text.trim_end_matches(['\r', '\n']);
+        if secret.is_empty() {
+            return Err("is empty".to_owned());
+        }
+        if !is_one_line(secret) {
+            return Err("holds more than one line of text".to_owned());
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            secret: secret.to_owned().into(),
+            is_regular,
+        })
+    }
+
+    /// Reads the secret that the file holds now. Blocks.
+    ///
+    /// # Errors
+    /// Why the file is refused, to follow the variable's name.
+    pub(super) fn read_again(&self) -> Result<Secret, String> {
+        if !self.is_regular {
+            return Ok(self.secret.clone());
+        }
+        let now = Self::read(&self.path);
+        now.map(|file| file.secret)
+            .map_err(|why| format!("({}) {why}", self.path.display()))
+    }
 }
 
 impl FromStr for SecretFile {
     type Err = String;
 
     fn from_str(path: &str) -> Result<Self, String> {
-        const MAX_BYTES: u64 = 16_384;
-        let read = || {
-            let bytes = read_bounded(Path::new(path), MAX_BYTES)?;
-            let text = String::from_utf8(bytes).map_err(|_| "is not UTF-8")?;
-            match text.trim_end_matches(['\r', '\n']) {
-                "" => Err("is empty".to_owned()),
-                secret => Ok(Self {
-                    secret: secret.to_owned().into(),
-                }),
-            }
-        };
-        read().map_err(|why: String| format!("{why}; expected a file that holds a secret"))
+        Self::read(Path::new(path))
+            .map_err(|why| format!("{why}; expected a file that holds a secret"))
     }
+}
+
+/// Whether a secret is one line of text.
+pub(super) fn is_one_line(secret: &str) -> bool {
+    !secret.contains(['\0', '\r', '\n'])
 }
 
 /// Certificates to trust.
@@ -241,6 +285,13 @@ pub struct Certificates {
 
 impl Certificates {
     const MAX_BYTES: u64 = 4 << 20;
+    /// Names the system's certificates, as in libpq's `sslrootcert=system`.
+    const SYSTEM: &str = "system";
+
+    /// Whether these are the system's certificates, by name.
+    pub(super) fn are_the_systems(&self) -> bool {
+        self.path == Path::new(Self::SYSTEM)
+    }
 
     /// Reads a file in PEM with at least one certificate.
     ///
@@ -277,6 +328,12 @@ impl FromStr for Certificates {
     type Err = String;
 
     fn from_str(path: &str) -> Result<Self, String> {
+        if path == Self::SYSTEM {
+            return Ok(Self {
+                path: path.into(),
+                pem: Vec::new(),
+            });
+        }
         Self::read(Path::new(path))
             .map_err(|why| format!("{why}; expected a PEM file with at least one certificate"))
     }
@@ -285,6 +342,92 @@ impl FromStr for Certificates {
 impl fmt::Debug for Certificates {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "Certificates({})", self.path.display())
+    }
+}
+
+/// The private key of a client certificate. No output contains it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PrivateKey {
+    path: PathBuf,
+    pem: Vec<u8>,
+}
+
+impl PrivateKey {
+    const MAX_BYTES: u64 = 64 << 10;
+
+    fn read(path: &Path) -> Result<Self, String> {
+        let pem = read_bounded(path, Self::MAX_BYTES)?;
+        PrivateKeyDer::from_pem_slice(&pem)
+            .map_err(|_| "holds no private key in PEM, or an encrypted one")?;
+        Ok(Self {
+            path: path.to_owned(),
+            pem,
+        })
+    }
+
+    /// The key in PEM, for the one call that needs it.
+    #[must_use]
+    pub fn expose(&self) -> &[u8] {
+        &self.pem
+    }
+}
+
+impl FromStr for PrivateKey {
+    type Err = String;
+
+    fn from_str(path: &str) -> Result<Self, String> {
+        Self::read(Path::new(path))
+            .map_err(|why| format!("{why}; expected a PEM file with an unencrypted private key"))
+    }
+}
+
+impl fmt::Debug for PrivateKey {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "PrivateKey({})", self.path.display())
+    }
+}
+
+/// A client certificate, which a store can ask for, and its key.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The certificate, followed by those of its issuers.
+    pub certificates: Certificates,
+    /// The certificate's key.
+    pub key: PrivateKey,
+}
+
+impl Identity {
+    /// Puts a certificate and its key together.
+    ///
+    /// # Errors
+    /// Why they do not fit, without a noun before it.
+    pub(super) fn new(certificates: Certificates, key: PrivateKey) -> Result<Self, String> {
+        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&certificates.pem).collect();
+        let (Ok(chain), Ok(own)) = (chain, PrivateKeyDer::from_pem_slice(&key.pem)) else {
+            return Err("are not PEM".to_owned());
+        };
+        match CertifiedKey::from_der(chain, own, &ring::default_provider()) {
+            Ok(_) => Ok(Self { certificates, key }),
+            Err(rustls::Error::InconsistentKeys(_)) => {
+                Err("do not belong together: the key is that of another certificate".to_owned())
+            }
+            Err(error) => Err(format!("cannot be used: {error}")),
+        }
+    }
+
+    /// Reads both files as they are now. Blocks.
+    ///
+    /// # Errors
+    /// Why a file is refused, with its path.
+    pub(super) fn read_again(&self) -> Result<Self, String> {
+        let at = |path: &Path, why| format!("{} {why}", path.display());
+        let (path, key) = (&self.certificates.path, &self.key.path);
+        let certificates = Certificates::read(path).map_err(|why| at(path, why))?;
+        let key = PrivateKey::read(key).map_err(|why| at(key, why))?;
+        Self::new(certificates, key).map_err(|why| {
+            let (path, key) = (path.display(), self.key.path.display());
+            format!("{path} and {key} {why}")
+        })
     }
 }
 

@@ -247,7 +247,7 @@ impl ActiveCall<'_> {
         self.ended = true;
         match result {
             Ok(_) => self.metrics.record_success(self.started.elapsed()),
-            Err(error @ Error::Timeout(_)) => {
+            Err(error @ (Error::Timeout(_) | Error::NoSession(..))) => {
                 self.fail(CallOutcome::Timeout, error.kind(), error.code());
             }
             Err(error) => self.fail(CallOutcome::Error, error.kind(), error.code()),

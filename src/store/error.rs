@@ -32,6 +32,9 @@ pub enum Error {
     /// The store did not respond before the call's deadline. The call can still take effect.
     #[error("no response within {0:?}")]
     Timeout(Duration),
+    /// No session could be opened before its deadline: no call was sent.
+    #[error("no session within {0:?}")]
+    NoSession(Duration, #[source] Cause),
     /// The store could not be reached, or the connection broke before a response was read.
     #[error("connection failed")]
     Connection(#[source] Cause),
@@ -76,7 +79,9 @@ impl Error {
     pub fn code(&self) -> Option<&str> {
         match self {
             Self::Refused { code, .. } | Self::Ended { code, .. } => Some(code),
-            Self::Timeout(_) | Self::Connection(_) | Self::Unexpected(_) => None,
+            Self::Timeout(_) | Self::NoSession(..) | Self::Connection(_) | Self::Unexpected(_) => {
+                None
+            }
         }
     }
 
@@ -84,7 +89,7 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> &str {
         match self {
-            Self::Timeout(_) => "timeout",
+            Self::Timeout(_) | Self::NoSession(..) => "timeout",
             Self::Connection(_) => "connection",
             Self::Unexpected(_) => OTHER,
             Self::Refused { code, .. } | Self::Ended { code, .. } => code,

@@ -7,6 +7,7 @@ mod availability;
 mod call;
 mod call_metrics;
 mod error;
+mod files;
 mod pool;
 mod postgres;
 mod redis;

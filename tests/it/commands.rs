@@ -363,8 +363,8 @@ async fn driver_variable_that_would_take_effect_is_exit_2() {
     for (variable, ours) in [
         ("PGOPTIONS", "PGOPTIONS"),
         ("PGSSLROOTCERT", "DB_SSLROOTCERT"),
-        ("PGSSLCERT", "client certificates are not supported"),
-        ("PGSSLKEY", "client certificates are not supported"),
+        ("PGSSLCERT", "DB_SSLCERT"),
+        ("PGSSLKEY", "DB_SSLKEY"),
     ] {
         for command in ["serve", "migrate", "recount", "reconcile", "config"] {
             let ended = Ended::of(&[command], &settings(&[(variable, "c4nary")])).await;

@@ -136,7 +136,10 @@ async fn paused_postgres_costs_one_timeout_and_then_nothing() {
     let later = timed_visit(&service).await;
     assert_eq!(later.0, StatusCode::SERVICE_UNAVAILABLE);
     assert!(later.1 < Duration::from_millis(250), "{:?}", later.1);
-    assert_eq!(counted(&service, "in_doubt").await, 1);
+    // The first is in doubt only if its connection was not idle before: otherwise the ping fails.
+    let in_doubt = counted(&service, "in_doubt").await;
+    assert!(in_doubt <= 1, "{in_doubt}");
+    assert_eq!(in_doubt + counted(&service, "failed").await, 2);
 
     world.postgres.resume().unwrap();
     let took = until_visit(&service, |visit| visit["db_status"] == "ok").await;
@@ -145,7 +148,7 @@ async fn paused_postgres_costs_one_timeout_and_then_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "reads a clock: make faults"]
-async fn connections_that_fall_silent_cost_one_timeout() {
+async fn visit_is_recorded_although_the_idle_connections_have_fallen_silent() {
     let world = World::new();
     let way = Way::to(world.postgres.port()).await;
     let service = world
@@ -171,9 +174,10 @@ async fn connections_that_fall_silent_cost_one_timeout() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     way.fall_silent();
     let first = timed_visit(&service).await;
-    assert_eq!(first.0, StatusCode::SERVICE_UNAVAILABLE);
-    let took = until_visit(&service, |visit| visit["db_status"] == "ok").await;
-    assert!(took < Duration::from_millis(500), "{took:?}");
+    assert_eq!(first.0, StatusCode::OK);
+    // Each of the two connections is given up after a ping of 250 ms.
+    assert!(first.1 < Duration::from_secs(1), "{:?}", first.1);
+    assert_eq!(counted(&service, "in_doubt").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -149,7 +149,7 @@ proptest! {
         prop_assert_eq!((postgres.db_port, &postgres.db_user, &postgres.db_name), (port, &user, &name));
         prop_assert_eq!(postgres.db_password.as_ref().map(Secret::expose), Some(&*password));
         prop_assert_eq!((redis.redis_port, redis.database), (port, i64::from(number)));
-        prop_assert_eq!(redis.username.as_ref(), Some(&user));
+        prop_assert_eq!(redis.redis_username.as_ref(), Some(&user));
         prop_assert_eq!(redis.redis_password.as_ref().map(Secret::expose), Some(&*password));
     }
 

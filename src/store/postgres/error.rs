@@ -6,22 +6,26 @@ use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use crate::store::error::{Cause, Error};
 
-/// The server's message with its detail and hint. The driver would add a line number of the
-/// server's own source.
+/// An error of the server, shown as [`message`] has it.
 #[derive(Debug, thiserror::Error)]
 struct ServerError(Box<PgDatabaseError>);
 
 impl std::fmt::Display for ServerError {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(self.0.message())?;
-        if let Some(detail) = self.0.detail() {
-            write!(formatter, " (detail: {detail})")?;
-        }
-        if let Some(hint) = self.0.hint() {
-            write!(formatter, " (hint: {hint})")?;
-        }
-        Ok(())
+        formatter.write_str(&message(&self.0))
     }
+}
+
+/// The server's message with its detail and hint. The driver would add a line number of the
+/// server's own source.
+pub(super) fn message(error: &PgDatabaseError) -> String {
+    let mut text = error.message().to_owned();
+    for (name, part) in [("detail", error.detail()), ("hint", error.hint())] {
+        if let Some(part) = part {
+            text.push_str(&format!(" ({name}: {part})"));
+        }
+    }
+    text
 }
 
 /// Converts the error of a statement.
@@ -52,4 +56,36 @@ pub(super) fn connect_failure(error: sqlx::Error) -> Error {
         Error::Ended { code, source } => Error::Refused { code, source },
         other => other,
     }
+}
+
+/// The error of TLS that ended an attempt to open a session, if one did.
+pub(super) fn tls_error(error: &sqlx::Error) -> Option<&rustls::Error> {
+    match error {
+        sqlx::Error::Tls(error) => error.downcast_ref(),
+        sqlx::Error::Io(error) => error.get_ref()?.downcast_ref(),
+        _ => None,
+    }
+}
+
+/// Whether the server refuses the client's certificate, or its absence.
+pub(super) fn is_about_a_certificate(error: &rustls::Error) -> bool {
+    use rustls::AlertDescription::{
+        AccessDenied, BadCertificate, CertificateExpired, CertificateRequired, CertificateRevoked,
+        CertificateUnknown, DecryptError, NoCertificate, UnknownCA, UnsupportedCertificate,
+    };
+    matches!(
+        error,
+        rustls::Error::AlertReceived(
+            AccessDenied
+                | BadCertificate
+                | CertificateExpired
+                | CertificateRequired
+                | CertificateRevoked
+                | CertificateUnknown
+                | DecryptError
+                | NoCertificate
+                | UnknownCA
+                | UnsupportedCertificate
+        )
+    )
 }

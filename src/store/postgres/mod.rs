@@ -4,8 +4,10 @@
 //! `migrations/` has the functions that count. Must not know: HTTP and Redis.
 
 mod error;
+mod login;
 mod long_session;
 mod migrate;
+mod route;
 mod session;
 mod statements;
 mod trust;

@@ -2,25 +2,33 @@
 //!
 //! Must not know: statements.
 
-use std::path::{Path, PathBuf};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::UnixTime;
-use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
-use tokio::sync::Mutex;
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
+use sqlx::{ConnectOptions as _, Connection as _, PgConnection, Row as _};
+use tokio::time::{Instant, timeout_at};
+use url::Url;
 
-use super::error::{connect_failure, failure};
-use super::trust;
-use crate::config::{Certificates, PostgresConfig};
+use super::error::{connect_failure, failure, is_about_a_certificate, tls_error};
+use super::login::Login;
+use super::{route, trust};
+use crate::config::{Certificates, Credentials, Identity, PostgresConfig};
 use crate::store::call::Operation;
 use crate::store::error::Error;
+use crate::store::files::Files;
 use crate::store::pool::Connect;
 
 /// How long a migration or a recount waits for a lock. It is well above Postgres's
 /// `deadlock_timeout`, after which an autovacuum that holds the lock is cancelled.
 const LONG_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The share of a call's timeout after which an attempt to open a session ends, so that its error,
+/// which says what was tried, comes before the call's own.
+const SHARE: f64 = 0.95;
 
 /// The first `server_version_num` that has `transaction_timeout`.
 const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
@@ -31,33 +39,35 @@ static PING: Operation = Operation::command("PING");
 /// default of the server, the database or the role can weaken it.
 #[derive(Debug, Clone)]
 pub(super) struct Session {
+    config: Arc<PostgresConfig>,
     options: PgConnectOptions,
-    roots: Option<Roots>,
-    lock_timeout: Duration,
-    statement_timeout: Duration,
-    timeout: Duration,
+    files: Files,
+    /// Looking up a name blocks, too.
+    names: Files,
+}
+
+/// What the files of a session hold.
+struct Contents {
+    credentials: Credentials<String>,
+    roots: Option<Vec<u8>>,
+    identity: Option<Identity>,
 }
 
 impl Session {
     pub(super) fn new(config: &PostgresConfig) -> Self {
-        let mut options = PgConnectOptions::new_without_pgpass()
+        let mut options = driver_options(config.options.as_deref())
             .host(&config.db_host)
             .port(config.db_port)
-            .username(&config.db_user)
-            // Without a password sqlx would read one from the environment.
-            .password(
-                config
-                    .db_password
-                    .as_ref()
-                    .map_or("", |password| password.expose()),
-            )
             .database(&config.db_name)
             .ssl_mode(config.db_sslmode)
             .application_name("visitas")
+            // No number here is a fraction, and a pooler refuses the parameter.
+            .extra_float_digits(None)
             // Errors are logged once, where they are handled, and slow calls are a histogram.
             .disable_statement_logging();
         if config.db_host.starts_with('/') {
-            options = options.socket(&config.db_host);
+            // As in libpq, a Unix socket is never encrypted.
+            options = options.socket(&config.db_host).ssl_mode(PgSslMode::Disable);
         }
         options = options.options([
             // Each statement of the recording function must see the changes of the lock's last
@@ -82,11 +92,10 @@ impl Session {
             ("plan_cache_mode", "force_generic_plan"),
         ]);
         Self {
+            config: Arc::new(config.clone()),
             options,
-            roots: config.db_sslrootcert.as_ref().map(Roots::new),
-            lock_timeout: config.lock_timeout(),
-            statement_timeout: config.statement_timeout(),
-            timeout: config.db_timeout,
+            files: Files::default(),
+            names: Files::default(),
         }
     }
 
@@ -96,62 +105,194 @@ impl Session {
     }
 
     async fn open_with(&self, lock: Duration, statement: Duration) -> Result<PgConnection, Error> {
+        let timeout = self.config.db_timeout.mul_f64(SHARE);
+        let deadline = Instant::now() + timeout;
+        let mut login = self.login();
+
+        let Ok(contents) = timeout_at(deadline, self.read_files()).await else {
+            let why = "the files of the settings could not be read in time";
+            return Err(login.timeout(timeout, why, "check the file system"));
+        };
+        let contents = contents.map_err(|error| login.obstacle(error, ""))?;
+        login.user.clone_from(&contents.credentials.user);
+        login.has_password = contents.credentials.password.is_some();
+
+        let Ok(addresses) = timeout_at(deadline, self.look_up()).await else {
+            let why = "the host name could not be looked up in time";
+            return Err(login.timeout(timeout, why, "check the DNS"));
+        };
+        let addresses =
+            addresses.map_err(|error| login.obstacle(error, "check DB_HOST, and the DNS"))?;
+
+        let options = self.with_timeouts(lock, statement);
+        let options = with_contents(options, contents);
+        // Before the deadline, so that the error names the addresses that are silent.
+        let reached_by = deadline - timeout / 10;
+        let connecting = self.connect(&options, &addresses, reached_by, &login);
+        timeout_at(deadline, connecting).await.unwrap_or_else(|_| {
+            let check = "check the network and firewalls, and whether the server hangs";
+            Err(login.timeout(timeout, "no answer", check))
+        })
+    }
+
+    fn login(&self) -> Login {
+        let config = &self.config;
+        let (host, port) = (&config.db_host, config.db_port);
+        let place = if host.starts_with('/') {
+            format!("{host}/.s.PGSQL.{port}")
+        } else if host.contains(':') {
+            format!("[{host}]:{port}")
+        } else {
+            format!("{host}:{port}")
+        };
+        Login {
+            place,
+            database: config.db_name.clone(),
+            user: config.db_user.clone(),
+            mode: config.db_sslmode,
+            password_setting: config.password_setting(),
+            has_password: config.db_password.is_some(),
+        }
+    }
+
+    /// Reads what the files of the settings hold now. As with psql, an authority that was removed
+    /// from its file is no longer trusted, and without the file none is.
+    async fn read_files(&self) -> Result<Contents, Error> {
+        let config = Arc::clone(&self.config);
+        let read = move || {
+            let roots = config.db_sslrootcert.as_ref().map(|roots| {
+                let file = &roots.path;
+                trusted(file).map_err(|why| format!("{} {why}", file.display()))
+            });
+            Ok(Contents {
+                credentials: config.credentials()?,
+                roots: roots.transpose()?,
+                identity: config.identity()?,
+            })
+        };
+        self.files.read(read).await
+    }
+
+    /// Looks up the addresses of the host; none if it has no name.
+    async fn look_up(&self) -> Result<Vec<SocketAddr>, Error> {
+        let (host, port) = (self.config.db_host.clone(), self.config.db_port);
+        if host.starts_with('/') || host.parse::<IpAddr>().is_ok() {
+            return Ok(Vec::new());
+        }
+        let look_up = move || {
+            let addresses = (host, port).to_socket_addrs();
+            let addresses = addresses.map_err(|error| error.to_string())?;
+            Ok(addresses.collect())
+        };
+        self.names.read(look_up).await
+    }
+
+    fn with_timeouts(&self, lock: Duration, statement: Duration) -> PgConnectOptions {
         // The server times out before the client does, so that a wait ends in a definite failure.
         let milliseconds = |duration: Duration| duration.as_millis().to_string();
-        let mut options = self.options.clone().options([
+        self.options.clone().options([
             ("lock_timeout", milliseconds(lock)),
             ("statement_timeout", milliseconds(statement)),
             // A transaction is idle only while `reconcile` asks Redis.
             (
                 "idle_in_transaction_session_timeout",
-                milliseconds(self.timeout.saturating_mul(4)),
+                milliseconds(self.config.db_timeout.saturating_mul(4)),
             ),
-        ]);
-        if let Some(roots) = &self.roots {
-            options = options.ssl_root_cert_from_pem(roots.read().await?);
-        }
-        let mut connection = options.connect().await.map_err(connect_failure)?;
-        if connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT) {
-            // Not among the options above, since an older server refuses a session that names it.
-            sqlx::query("set transaction_timeout = 0")
-                .execute(&mut connection)
-                .await
-                .map_err(connect_failure)?;
+        ])
+    }
+
+    /// Opens a session, by a second attempt without TLS or with it where libpq makes one, too.
+    async fn connect(
+        &self,
+        options: &PgConnectOptions,
+        addresses: &[SocketAddr],
+        reached_by: Instant,
+        login: &Login,
+    ) -> Result<PgConnection, Error> {
+        let connect = async |options: &PgConnectOptions| {
+            // A name with one address has no second way.
+            if addresses.len() < 2 {
+                return options.connect().await;
+            }
+            route::connect_to_any(options, addresses, reached_by).await
+        };
+        let mut connection = match connect(options).await {
+            Ok(connection) => connection,
+            Err(first) => {
+                let Some(mode) = second_mode(options.get_ssl_mode(), &first) else {
+                    return Err(login.failure(first, None));
+                };
+                connect(&options.clone().ssl_mode(mode))
+                    .await
+                    .map_err(|second| login.failure(first, Some(second)))?
+            }
+        };
+        // Not among the options above, since an older server refuses a session that names it.
+        let has_transaction_timeout =
+            connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT);
+        let check = if has_transaction_timeout {
+            "select current_setting('plan_cache_mode') = 'force_generic_plan' \
+             from set_config('transaction_timeout', '0', false)"
+        } else {
+            "select current_setting('plan_cache_mode') = 'force_generic_plan'"
+        };
+        let row = sqlx::raw_sql(check).fetch_one(&mut connection).await;
+        let has_options: bool = row
+            .and_then(|row| row.try_get(0))
+            .map_err(connect_failure)?;
+        if !has_options {
+            return Err(login.without_settings());
         }
         Ok(connection)
     }
 }
 
-/// The file of `DB_SSLROOTCERT`.
-#[derive(Debug, Clone)]
-struct Roots {
-    file: PathBuf,
-    /// Held while a thread reads, so that a file system that hangs blocks one thread at most.
-    reading: Arc<Mutex<()>>,
+/// The driver's options, with command-line options for the server that precede this program's: the
+/// last one of a name wins. The driver reads such options from a URL only.
+fn driver_options(for_the_server: Option<&str>) -> PgConnectOptions {
+    // With a password in the URL the driver looks for none in the user's files.
+    const IGNORED: &str = "postgres://ignored:ignored@ignored";
+    let url = for_the_server
+        .and_then(|options| Url::parse_with_params(IGNORED, [("options", options)]).ok());
+    url.and_then(|url| PgConnectOptions::from_url(&url).ok())
+        .unwrap_or_else(PgConnectOptions::new_without_pgpass)
 }
 
-impl Roots {
-    fn new(certificates: &Certificates) -> Self {
-        Self {
-            file: certificates.path.clone(),
-            reading: Arc::default(),
-        }
+fn with_contents(options: PgConnectOptions, contents: Contents) -> PgConnectOptions {
+    let Credentials { user, password } = contents.credentials;
+    // Without a password sqlx would read one from the environment.
+    let password = password.as_ref().map_or("", |password| password.expose());
+    let mut options = options.username(&user).password(password);
+    if let Some(roots) = contents.roots {
+        options = options.ssl_root_cert_from_pem(roots);
     }
+    if let Some(identity) = contents.identity {
+        options = options
+            .ssl_client_cert_from_pem(identity.certificates.pem)
+            .ssl_client_key_from_pem(identity.key.expose());
+    }
+    options
+}
 
-    /// Reads the certificates to trust, in PEM, from the file as it is now. As with psql, an
-    /// authority that was removed from the file is no longer trusted, and without the file none is.
-    async fn read(&self) -> Result<Vec<u8>, Error> {
-        let reading = Arc::clone(&self.reading).lock_owned().await;
-        let file = self.file.clone();
-        let read = tokio::task::spawn_blocking(move || {
-            let _reading = reading;
-            trusted(&file).map_err(|why| format!("{} {why}", file.display()))
-        });
-        match read.await {
-            Ok(Ok(pem)) => Ok(pem),
-            Ok(Err(why)) => Err(Error::Connection(why.into())),
-            Err(error) => Err(Error::Connection(error.into())),
+/// How libpq tries once more after this failure, if it does. The driver alone never encrypts in the
+/// mode `allow`, and always in the mode `prefer` if the server can.
+fn second_mode(mode: PgSslMode, failure: &sqlx::Error) -> Option<PgSslMode> {
+    let code = failure
+        .as_database_error()
+        .map(|refusal| refusal.code().unwrap_or_default());
+    match mode {
+        // A second attempt without TLS sends the password in the clear to a server that asks for
+        // it, so only what can depend on encryption leads to one: a login that was refused (class
+        // 28), a server or pooler that breaks the protocol off (class 08), or TLS itself.
+        PgSslMode::Prefer => {
+            let is_refused =
+                code.is_some_and(|code| code.starts_with("28") || code.starts_with("08"));
+            // libpq, too, sees a refusal of its certificate only after the handshake.
+            let is_tls = tls_error(failure).is_some_and(|error| !is_about_a_certificate(error));
+            (is_refused || is_tls).then_some(PgSslMode::Disable)
         }
+        PgSslMode::Allow => code.is_some().then_some(PgSslMode::Prefer),
+        _ => None,
     }
 }
 
@@ -174,8 +315,8 @@ impl Connect for Session {
     const PING: &'static Operation = &PING;
 
     async fn open(&self) -> Result<PgConnection, Error> {
-        self.open_with(self.lock_timeout, self.statement_timeout)
-            .await
+        let (lock, statement) = (self.config.lock_timeout(), self.config.statement_timeout());
+        self.open_with(lock, statement).await
     }
 
     async fn ping(&self, connection: &mut PgConnection) -> Result<(), Error> {

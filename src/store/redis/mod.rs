@@ -3,19 +3,19 @@
 //! An increment is sent at most once: a retry after a lost response could count a visit twice. Must
 //! not know: HTTP and Postgres.
 
+mod connection;
+mod error;
+
 use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
-use redis::io::tcp::TcpSettings;
-use redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, IntoConnectionInfo,
-    RedisConnectionInfo, RedisError, TlsCertificates,
-};
 
+use self::connection::Opener;
+use self::error::failure;
 use super::availability::Availability;
 use super::call::{Batch, Operation, Target};
 use super::error::{CallError, Error, System};
-use super::pool::{Connect, Pool};
+use super::pool::Pool;
 use super::watch::Store;
 use crate::config::RedisConfig;
 
@@ -28,7 +28,6 @@ pub struct Redis {
 static INCREMENT: Operation = Operation::command("INCRBY").that_records_visits();
 /// The same command, for calls that count no visit.
 static ADJUST: Operation = Operation::command("INCRBY");
-static PING: Operation = Operation::command("PING");
 
 const KEY: &str = "visitas_home";
 /// Above this value a batch could overflow the counter, which `INCRBY` refuses.
@@ -42,7 +41,7 @@ impl Redis {
     ///
     /// # Errors
     ///
-    /// If the certificates of `REDIS_TLS_CA` cannot be used.
+    /// If the certificates of `REDIS_TLS_CA`, or those of the client, cannot be used.
     pub fn new(config: &RedisConfig) -> anyhow::Result<Self> {
         let target = Target {
             system: System::Redis,
@@ -148,90 +147,4 @@ async fn increment_by(connection: &mut MultiplexedConnection, by: i64) -> Result
         .query_async(connection)
         .await
         .map_err(failure)
-}
-
-/// How to open a connection.
-struct Opener {
-    client: Client,
-    config: AsyncConnectionConfig,
-}
-
-impl Opener {
-    fn new(config: &RedisConfig) -> anyhow::Result<Self> {
-        let address = if config.tls {
-            ConnectionAddr::TcpTls {
-                host: config.redis_host.clone(),
-                port: config.redis_port,
-                insecure: false,
-                tls_params: None,
-            }
-        } else {
-            ConnectionAddr::Tcp(config.redis_host.clone(), config.redis_port)
-        };
-        let mut settings = RedisConnectionInfo::default().set_db(config.database);
-        if let Some(username) = &config.username {
-            settings = settings.set_username(username);
-        }
-        if let Some(password) = &config.redis_password {
-            settings = settings.set_password(password.expose());
-        }
-        let info = address
-            .into_connection_info()?
-            .set_tcp_settings(TcpSettings::default().set_nodelay(true))
-            .set_redis_settings(settings);
-        let client = match &config.redis_tls_ca {
-            None => Client::open(info)?,
-            Some(certificates) => Client::build_with_tls(
-                info,
-                TlsCertificates {
-                    client_tls: None,
-                    root_cert: Some(certificates.pem.clone()),
-                },
-            )?,
-        };
-        // Without the driver's own timeouts: each call has one deadline, checkout included.
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(None)
-            .set_response_timeout(None);
-        Ok(Self { client, config })
-    }
-}
-
-impl Connect for Opener {
-    type Connection = MultiplexedConnection;
-
-    const PING: &'static Operation = &PING;
-
-    async fn open(&self) -> Result<MultiplexedConnection, Error> {
-        self.client
-            .get_multiplexed_async_connection_with_config(&self.config)
-            .await
-            .map_err(failure)
-    }
-
-    async fn ping(&self, connection: &mut MultiplexedConnection) -> Result<(), Error> {
-        redis::cmd("PING")
-            .query_async(connection)
-            .await
-            .map_err(failure)
-    }
-}
-
-/// Converts the error of a command.
-fn failure(error: RedisError) -> Error {
-    match error.code() {
-        Some(code) => Error::Refused {
-            code: code.to_owned(),
-            source: error.into(),
-        },
-        // The driver drops the server's code of a refused login.
-        None if error.kind() == ErrorKind::AuthenticationFailed => Error::Refused {
-            code: "WRONGPASS".to_owned(),
-            source: error.into(),
-        },
-        None if error.is_io_error() || error.is_connection_dropped() => {
-            Error::Connection(error.into())
-        }
-        None => Error::Unexpected(error.into()),
-    }
 }

@@ -1,0 +1,145 @@
+//! `REDIS_URL`, in the forms of Redis, Valkey and the drivers of other languages.
+//!
+//! Must not know: the settings of the parts.
+
+use super::parameters::{REDIS, Unenforced, is_known, is_secret, judge, plain};
+use super::url::{StoreUrl, read_part};
+use super::value::{Accept, Secret, accept, host, parsed, port};
+
+/// The URL of a cache, taken apart.
+pub(super) struct RedisUrl {
+    pub(super) user: Option<String>,
+    pub(super) password: Option<Secret>,
+    pub(super) cache: Cache,
+    /// The URL without its secrets.
+    pub(super) masked: String,
+    pub(super) unenforced: Vec<Unenforced>,
+}
+
+/// Which database of which server a URL leads to, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Cache {
+    /// A host, or the path of a Unix socket.
+    pub(super) host: String,
+    pub(super) port: Option<u16>,
+    pub(super) database: i64,
+    pub(super) tls: bool,
+}
+
+/// The parameters that set something here, without underscores and hyphens.
+const HONOURED: &str = "database db ssl tls user username virtualhost";
+
+const NO_SENTINEL: &str =
+    "leads to Redis Sentinel, which is not supported: name the primary itself";
+const NO_CLUSTER: &str =
+    "leads to a Redis Cluster, which is not supported: name a server that keeps every key";
+
+impl RedisUrl {
+    /// Takes a URL apart.
+    ///
+    /// # Errors
+    /// Why the URL is refused, to follow the variable's name.
+    pub(super) fn parse(url: &Secret) -> Result<Self, String> {
+        let url = StoreUrl::parse(url)?;
+        let (mut tls, is_socket) = match &*url.scheme {
+            "redis" | "valkey" => (false, false),
+            "rediss" | "valkeys" => (true, false),
+            "unix" | "redis+unix" | "valkey+unix" | "redis+socket" | "redis-socket" => {
+                (false, true)
+            }
+            scheme if scheme.contains("sentinel") => return Err(NO_SENTINEL.to_owned()),
+            scheme if scheme.contains("cluster") => return Err(NO_CLUSTER.to_owned()),
+            _ => return Err("is not a redis:// URL".to_owned()),
+        };
+        if let Some(fragment) = &url.fragment {
+            return Err(match &**fragment {
+                "insecure" => {
+                    "has #insecure, but certificates are always verified: set REDIS_TLS_CA"
+                }
+                _ => "has a fragment (encode # as %23)",
+            }
+            .to_owned());
+        }
+        let (mut user, mut password) = (url.user.clone(), url.password.clone());
+        let mut number = if is_socket { None } else { url.database()? };
+        let mut unenforced = Vec::new();
+        for (parameter, value) in &url.query {
+            let given = Some(value.clone()).filter(|value| !value.is_empty());
+            match &*plain(parameter) {
+                "user" | "username" => user = given.or(user),
+                "pass" | "password" => password = given.map(Secret::from).or(password),
+                "database" | "db" | "virtualhost" => number = given.or(number),
+                "ssl" | "tls" => match &*value.to_ascii_lowercase() {
+                    "1" | "on" | "true" | "yes" => tls = true,
+                    "" | "0" | "false" | "no" | "off" if !tls => {}
+                    _ => return Err(format!("has the parameter {parameter}: expected true")),
+                },
+                _ => unenforced.extend(judge("REDIS_URL", REDIS, parameter, value)?),
+            }
+        }
+        if user.is_some() && password.is_none() {
+            // The user is most likely a password without the colon before it.
+            return Err(
+                "has a user without a password (a password alone has a colon before it: \
+                 redis://:password@host)"
+                    .to_owned(),
+            );
+        }
+        if tls && is_socket {
+            return Err("asks for TLS on a Unix socket".to_owned());
+        }
+        let host = if is_socket {
+            if url.host.is_some() {
+                return Err(
+                    "has a host, but leads to a Unix socket (write unix:///path)".to_owned(),
+                );
+            }
+            Some(url.file()?)
+        } else {
+            url.host.clone()
+        };
+        let host = host.ok_or("has no host")?;
+        let number = number.map(|number| {
+            let number: Option<u32> = parsed(&number);
+            number.ok_or("has a database that is not a number")
+        });
+        // A user can have no password, and logs in with an empty one. Without a user there is
+        // nothing to log in with.
+        let password = password.filter(|password| user.is_some() || !password.expose().is_empty());
+        Ok(Self {
+            user,
+            password,
+            cache: Cache {
+                host: read_part("REDIS_HOST", &host, &host_or_socket())?,
+                port: url
+                    .port
+                    .as_ref()
+                    .map(|text| read_part("REDIS_PORT", text, &port()))
+                    .transpose()?,
+                database: number.transpose()?.map_or(0, i64::from),
+                tls,
+            },
+            masked: url.masked(is_shown),
+            unenforced,
+        })
+    }
+}
+
+fn is_shown(parameter: &str) -> bool {
+    let is_honoured = HONOURED.split(' ').any(|known| known == plain(parameter));
+    is_honoured || is_known(REDIS, parameter) && !is_secret(parameter)
+}
+
+/// Accepts where a server listens.
+pub(super) fn host_or_socket() -> Accept<String> {
+    accept(
+        "one host name, one IP address or the absolute path of a socket",
+        |text| {
+            if text.starts_with('/') {
+                let is_path = text.len() > 1 && !text.contains(char::is_control);
+                return is_path.then(|| text.to_owned());
+            }
+            host(text)
+        },
+    )
+}

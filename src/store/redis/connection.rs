@@ -1,0 +1,185 @@
+//! Opens a connection to Redis and logs in, with the secrets and certificates that the files hold
+//! at that moment.
+//!
+//! Must not know: the counter.
+
+use std::sync::Arc;
+
+use redis::aio::MultiplexedConnection;
+use redis::io::tcp::TcpSettings;
+use redis::{
+    AsyncConnectionConfig, Client, ClientTlsConfig, ConnectionAddr, IntoConnectionInfo,
+    RedisConnectionInfo, RedisError, TlsCertificates,
+};
+
+use super::error::{failure, login_failure};
+use crate::config::{Credentials, RedisConfig};
+use crate::store::call::Operation;
+use crate::store::error::{Cause, Error};
+use crate::store::files::Files;
+use crate::store::pool::Connect;
+
+static PING: Operation = Operation::command("PING");
+
+/// The share of a call's timeout after which an attempt to open a connection ends, so that its
+/// error, which says what was tried, comes before the call's own.
+const SHARE: f64 = 0.95;
+
+/// How to open a connection.
+pub(super) struct Opener {
+    config: Arc<RedisConfig>,
+    files: Files,
+    driver: AsyncConnectionConfig,
+}
+
+type Login = Credentials<Option<String>>;
+
+impl Opener {
+    pub(super) fn new(config: &RedisConfig) -> anyhow::Result<Self> {
+        // A certificate that cannot be used ends the program at its start.
+        client(config).map_err(anyhow::Error::msg)?;
+        Ok(Self {
+            config: Arc::new(config.clone()),
+            files: Files::default(),
+            // Without the driver's own timeouts: each call has one deadline, checkout included.
+            driver: AsyncConnectionConfig::new()
+                .set_connection_timeout(None)
+                .set_response_timeout(None),
+        })
+    }
+
+    async fn open_and_log_in(&self) -> Result<MultiplexedConnection, Error> {
+        let config = Arc::clone(&self.config);
+        let read = move || Ok((client(&config)?, config.credentials()?));
+        let (client, login) = self.files.read(read).await?;
+        let refused =
+            |error: RedisError| login_failure(&error, &self.tried(&login), self.config.tls);
+        let mut connection = client
+            .get_multiplexed_async_connection_with_config(&self.driver)
+            .await
+            .map_err(refused)?;
+        self.log_in(&mut connection, &login)
+            .await
+            .map_err(refused)?;
+        Ok(connection)
+    }
+
+    /// Logs in, which takes one round trip even without a password: every reason why a connection
+    /// cannot be used is found here. The driver could log in, but drops the server's reason.
+    async fn log_in(
+        &self,
+        connection: &mut MultiplexedConnection,
+        login: &Login,
+    ) -> Result<(), RedisError> {
+        let mut command = redis::cmd("PING");
+        if login.user.is_some() || login.password.is_some() {
+            command = redis::cmd("AUTH");
+            command.arg(login.user.as_deref());
+            // A user without a password logs in with any.
+            command.arg(
+                login
+                    .password
+                    .as_ref()
+                    .map_or("", |password| password.expose()),
+            );
+        }
+        match command.query_async::<()>(connection).await {
+            // A user can log in without the permission to send PING.
+            Err(error) if error.code() == Some("NOPERM") => {}
+            result => result?,
+        }
+        if self.config.database != 0 {
+            let mut select = redis::cmd("SELECT");
+            select.arg(self.config.database);
+            select.query_async::<()>(connection).await?;
+        }
+        Ok(())
+    }
+
+    /// What was tried, for an error.
+    fn tried(&self, login: &Login) -> String {
+        let user = match (&login.user, &login.password) {
+            (Some(user), _) => format!("as {user}"),
+            (None, Some(_)) => "with a password".to_owned(),
+            (None, None) => "without a password".to_owned(),
+        };
+        let config = &self.config;
+        let (host, port) = (&config.redis_host, config.redis_port);
+        let place = if host.starts_with('/') {
+            host.clone()
+        } else if host.contains(':') {
+            format!("[{host}]:{port}")
+        } else {
+            format!("{host}:{port}")
+        };
+        let tls = if config.tls { "with" } else { "without" };
+        format!("tried {user} at {place}, {tls} TLS")
+    }
+}
+
+impl Connect for Opener {
+    type Connection = MultiplexedConnection;
+
+    const PING: &'static Operation = &PING;
+
+    async fn open(&self) -> Result<MultiplexedConnection, Error> {
+        let timeout = self.config.redis_timeout.mul_f64(SHARE);
+        let opening = tokio::time::timeout(timeout, self.open_and_log_in()).await;
+        opening.unwrap_or_else(|_| {
+            let tried = self.tried(&Login {
+                user: self.config.redis_username.clone(),
+                password: self.config.redis_password.clone(),
+            });
+            let check = if self.config.tls {
+                "check the network and firewalls, and that the port is one for TLS"
+            } else {
+                "check the network and firewalls, and whether the server hangs"
+            };
+            let why = Cause::from(format!("no answer; {tried}; {check}"));
+            Err(Error::NoSession(timeout, why))
+        })
+    }
+
+    async fn ping(&self, connection: &mut MultiplexedConnection) -> Result<(), Error> {
+        redis::cmd("PING")
+            .query_async(connection)
+            .await
+            .map_err(failure)
+    }
+}
+
+/// The driver's client, with the certificates that the files hold now. Blocks while it reads them.
+fn client(config: &RedisConfig) -> Result<Client, String> {
+    let address = if config.redis_host.starts_with('/') {
+        ConnectionAddr::Unix(config.redis_host.clone().into())
+    } else if config.tls {
+        ConnectionAddr::TcpTls {
+            host: config.redis_host.clone(),
+            port: config.redis_port,
+            insecure: false,
+            tls_params: None,
+        }
+    } else {
+        ConnectionAddr::Tcp(config.redis_host.clone(), config.redis_port)
+    };
+    // The login is this program's own.
+    let settings = RedisConnectionInfo::default().set_skip_set_lib_name();
+    let unusable = |error: RedisError| format!("the certificates cannot be used: {error}");
+    let info = address
+        .into_connection_info()
+        .map_err(unusable)?
+        .set_tcp_settings(TcpSettings::default().set_nodelay(true))
+        .set_redis_settings(settings);
+    let (roots, identity) = (config.roots()?, config.identity()?);
+    if roots.is_none() && identity.is_none() {
+        return Client::open(info).map_err(unusable);
+    }
+    let certificates = TlsCertificates {
+        client_tls: identity.map(|identity| ClientTlsConfig {
+            client_cert: identity.certificates.pem.clone(),
+            client_key: identity.key.expose().to_owned(),
+        }),
+        root_cert: roots.map(|roots| roots.pem),
+    };
+    Client::build_with_tls(info, certificates).map_err(unusable)
+}
