@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use tikv_jemallocator::Jemalloc;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::warn;
 use visitas::app::App;
 use visitas::command;
 use visitas::config::{self, Command, Config, LogConfig};
@@ -45,13 +46,29 @@ fn run(command: Command) -> anyhow::Result<()> {
     rustls::crypto::ring::default_provider()
         .install_default()
         .map_err(|_provider| anyhow::anyhow!("a TLS provider is installed already"))?;
+    let unenforced = command.unenforced();
+    // The log starts with the command.
+    let report = move || {
+        for parameter in unenforced {
+            warn!(
+                setting = parameter.setting,
+                parameter = parameter.parameter,
+                reason = parameter.reason,
+                "parameter of the URL has no effect"
+            );
+        }
+    };
     match command {
-        Command::Serve(config) => serve(*config),
-        Command::Migrate(config) => run_once(&config.log, command::migrate(&config.postgres)),
-        Command::Recount(config) => run_once(&config.log, command::recount(&config.postgres)),
+        Command::Serve(config) => serve(*config, report),
+        Command::Migrate(config) => {
+            run_once(&config.log, report, command::migrate(&config.postgres))
+        }
+        Command::Recount(config) => {
+            run_once(&config.log, report, command::recount(&config.postgres))
+        }
         Command::Reconcile(config) => {
             let reconcile = command::reconcile(&config.postgres, &config.redis);
-            run_once(&config.log, reconcile)
+            run_once(&config.log, report, reconcile)
         }
         Command::Healthcheck(config) => {
             let result = command::healthcheck(&config.url()?)?;
@@ -68,9 +85,11 @@ fn run(command: Command) -> anyhow::Result<()> {
 /// Runs a command that ends by itself and prints what it did.
 fn run_once(
     log: &LogConfig,
+    report: impl FnOnce(),
     command: impl Future<Output = anyhow::Result<String>>,
 ) -> anyhow::Result<()> {
     let telemetry = Telemetry::start(log, None, false, LOG_TIMEOUT)?;
+    report();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -91,7 +110,7 @@ fn print(text: &str) {
     std::io::stdout().write_all(text.as_bytes()).ok();
 }
 
-fn serve(config: Config) -> anyhow::Result<()> {
+fn serve(config: Config, report: impl FnOnce()) -> anyhow::Result<()> {
     let shutdown = config.shutdown.clone();
     let telemetry = Arc::new(Telemetry::start(
         &config.telemetry.log,
@@ -99,6 +118,7 @@ fn serve(config: Config) -> anyhow::Result<()> {
         config.telemetry.trace_context(),
         shutdown.for_log(),
     )?);
+    report();
     let runtime = Runtime::new().context("starting the runtime")?;
     let result = runtime.block_on(async {
         let stop = stop_signal()?;

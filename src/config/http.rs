@@ -2,21 +2,36 @@
 //!
 //! Must not know: how a connection is served.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use clap::Args;
 use url::Url;
 
-use super::sources::invalid;
-use super::value::{Accept, accept, duration, parsed, within};
+use super::sources::{Sources, invalid};
+use super::value::{Accept, accept, duration, parsed, port, within};
 
 /// The address that visitors are served on, which `visitas healthcheck` asks too.
 #[derive(Args, Clone, Debug)]
 pub struct ListenConfig {
-    /// Address to serve on; with port 0 the system chooses one
-    #[arg(long, env, default_value = "0.0.0.0:5000", value_parser = address())]
+    /// Address to serve on; [::] is every address of this host, IPv4 too. With port 0 the system chooses one
+    #[arg(long, env, default_value = "[::]:5000", value_parser = address())]
     pub bind_addr: SocketAddr,
+    /// TCP port to serve on in place of 5000, as platforms set it; without effect if BIND_ADDR is set
+    #[arg(long, env, value_parser = port())]
+    port: Option<u16>,
+}
+
+impl ListenConfig {
+    /// Takes the port from `PORT`, unless there is a `BIND_ADDR`: platforms set `PORT` always.
+    pub(super) fn finish(&mut self, sources: &mut Sources<'_>) {
+        if let Some(port) = self.port
+            && sources.is_default("BIND_ADDR")
+        {
+            self.bind_addr.set_port(port);
+            sources.note("BIND_ADDR", &self.bind_addr.to_string(), "PORT");
+        }
+    }
 }
 
 /// Listening and connections.
@@ -41,8 +56,9 @@ pub struct HttpConfig {
 }
 
 impl HttpConfig {
-    /// Refuses contradictory settings.
-    pub(super) fn check(&self) -> Result<(), clap::Error> {
+    /// Takes `PORT`, and refuses contradictory settings.
+    pub(super) fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
+        self.listen.finish(sources);
         let bind_addr = self.listen.bind_addr;
         if bind_addr.port() != 0 && self.metrics_addr == Some(bind_addr) {
             return Err(invalid(format!(
@@ -125,6 +141,12 @@ pub struct HealthcheckConfig {
 }
 
 impl HealthcheckConfig {
+    /// Takes `PORT`, and refuses an address that has no port to ask.
+    pub(super) fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
+        self.listen.finish(sources);
+        self.url().map(drop)
+    }
+
     /// The URL to ask.
     ///
     /// # Errors
@@ -136,10 +158,8 @@ impl HealthcheckConfig {
         }
         let mut address = self.listen.bind_addr;
         if address.ip().is_unspecified() {
-            address.set_ip(match address {
-                SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-                SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-            });
+            // [::] accepts IPv4 too, and the host can have no address of IPv6.
+            address.set_ip(Ipv4Addr::LOCALHOST.into());
         }
         health_url(&format!("http://{address}/health"))
             .filter(|_| address.port() != 0)

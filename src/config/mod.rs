@@ -133,8 +133,26 @@ impl Command {
             Self::Reconcile(config) => {
                 finish_stores(&mut config.postgres, &mut config.redis, sources)
             }
-            Self::Healthcheck(config) => config.url().map(drop),
+            Self::Healthcheck(config) => config.finish(sources),
         }
+    }
+
+    /// The parameters of URLs that ask for something that the command does not do.
+    #[must_use]
+    pub fn unenforced(&self) -> Vec<Unenforced> {
+        let (postgres, redis) = match self {
+            Self::Serve(config) | Self::Config(config) => (&config.postgres, Some(&config.redis)),
+            Self::Migrate(config) | Self::Recount(config) => (&config.postgres, None),
+            Self::Reconcile(config) => (&config.postgres, Some(&config.redis)),
+            Self::Healthcheck(_) => return Vec::new(),
+        };
+        let of_redis = redis.iter().flat_map(|redis| &redis.unenforced);
+        postgres
+            .unenforced
+            .iter()
+            .chain(of_redis)
+            .cloned()
+            .collect()
     }
 
     /// The settings of the database, if the command opens sessions with it.
@@ -151,7 +169,7 @@ impl Command {
 impl Config {
     fn finish(&mut self, sources: &mut Sources<'_>) -> Result<(), clap::Error> {
         finish_stores(&mut self.postgres, &mut self.redis, sources)?;
-        self.http.check()?;
+        self.http.finish(sources)?;
         // A visit waits for one call to each store, one after the other.
         let calls = self.postgres.db_timeout + self.redis.redis_timeout;
         if self.visit.visit_timeout < calls {

@@ -2,6 +2,7 @@
 //! `tests/it/settings.rs` tests variables, with the real program.
 
 mod property;
+mod urls;
 
 use std::ffi::OsString;
 use std::io::Write as _;
@@ -150,7 +151,7 @@ fn healthcheck_asks_this_host_at_the_bound_port() {
         other => panic!("{other:?}"),
     };
     assert_eq!(url(&[]), "http://127.0.0.1:5000/health");
-    assert_eq!(url(&["--bind-addr=[::]:80"]), "http://[::1]/health");
+    assert_eq!(url(&["--bind-addr=[::]:80"]), "http://127.0.0.1/health");
     assert_eq!(
         url(&["--bind-addr=10.1.2.3:81"]),
         "http://10.1.2.3:81/health"
@@ -196,7 +197,7 @@ fn database_url_is_taken_apart_and_decoded() {
     );
     for line in [
         "DATABASE_URL=postgresql://an%40:****@[::1]:6543/vis%20itas?sslmode=require # DATABASE_URL_FILE",
-        "DB_HOST=[::1] # DATABASE_URL",
+        "DB_HOST=::1 # DATABASE_URL",
         "DB_PASSWORD=**** # DATABASE_URL",
         "DB_SSLMODE=require # DATABASE_URL",
     ] {
@@ -243,8 +244,14 @@ fn bad_url_never_appears_in_its_error() {
         "c4nary",
         "postgres:c4nary",
         "postgres://ana:c4nary/x@db/visitas",
-        "postgres://ana:1?c4nary=@db/visitas",
-        "postgres://ana:c4nary#@db/visitas",
+        "postgres://ana:@x#c4nary@db/visitas",
+        "postgres://ana:c4nary/@db/visitas",
+        "postgres://ana:12?c4nary",
+        "postgres://ana:x@db/visitas?c4nary",
+        "postgres://ana:x@db/visitas?c4n/c4nary=1",
+        "postgres://ana:x@c4nary,c4nary/visitas",
+        "postgres://ana:x@db/visitas?options=-c%20search_path%3Dc4nary",
+        "postgres://ana:x@db/visitas?service=c4nary",
         "postgres://ana:c4nary%@db/visitas",
         "postgres://ana:c4nary@db:0/visitas",
         "postgres://ana:12/c4nary@db",
@@ -275,8 +282,6 @@ fn bad_url_never_appears_in_its_error() {
                 .starts_with("error: REDIS_URL ")
         );
     }
-    let url = file("postgres://ana:c4nary@db/visitas?channel_binding=require");
-    assert!(error(&["--database-url-file", path(&url)]).contains("channel_binding"));
 }
 
 #[test]
@@ -298,7 +303,8 @@ fn root_certificates_need_a_mode_that_verifies() {
             mode,
         ];
         let refusal = run(&arguments).err();
-        assert_eq!(refusal.is_none(), mode.starts_with("verify"), "{refusal:?}");
+        let verifies = mode == "require" || mode.starts_with("verify");
+        assert_eq!(refusal.is_none(), verifies, "{refusal:?}");
         assert!(
             refusal.is_none_or(|error| error.contains("DB_SSLROOTCERT") && error.contains(mode))
         );

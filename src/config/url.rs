@@ -20,8 +20,8 @@ pub(super) struct StoreUrl {
     pub(super) fragment: Option<String>,
     /// The path as it was written, without the slash before it.
     path: String,
-    /// The URL up to the password, and between the password and the query, as they were written.
-    written: [String; 2],
+    /// The URL up to its query as it was written, without the password.
+    written: String,
 }
 
 /// Why a URL of several hosts is refused.
@@ -38,10 +38,10 @@ impl StoreUrl {
     /// Why the URL is refused, to follow the variable's name.
     pub(super) fn parse(url: &Secret) -> Result<Self, String> {
         let text = url.expose();
+        let (scheme, rest) = text.split_once("://").ok_or("is not a URL")?;
         if text.contains(|character: char| character == ' ' || character.is_control()) {
             return Err("has a blank or a control character (encode a blank as %20)".to_owned());
         }
-        let (scheme, rest) = text.split_once("://").ok_or("is not a URL")?;
         let (login, rest) = split_login(rest)?;
         let (before_fragment, fragment) = split_off(rest, '#');
         let (before_query, query) = split_off(before_fragment, '?');
@@ -54,11 +54,9 @@ impl StoreUrl {
         if user.is_some_and(|user| user.contains(['?', '#', '[', ']'])) {
             return Err(UNENCODED.to_owned());
         }
-        let mut written = [format!("{scheme}://"), before_query.to_owned()];
-        if let Some(user) = user {
-            let mask = password.map_or(String::new(), |_| format!(":{}", Secret::MASK));
-            written[0] += &format!("{user}{mask}@");
-        }
+        let mask = password.map_or(String::new(), |_| format!(":{}", Secret::MASK));
+        let login = user.map_or(String::new(), |user| format!("{user}{mask}@"));
+        let written = format!("{scheme}://{login}{before_query}");
         let decoded_unless_empty = |text: Option<&str>| match text {
             None | Some("") => Ok(None),
             Some(text) => decoded(text).map(Some),
@@ -98,7 +96,7 @@ impl StoreUrl {
 
     /// The URL without its password and without the values of the parameters that `shows` refuses.
     pub(super) fn masked(&self, shows: impl Fn(&str) -> bool) -> String {
-        let mut masked = self.written.concat();
+        let mut masked = self.written.clone();
         for (number, (name, value)) in self.query.iter().enumerate() {
             masked.push(if number == 0 { '?' } else { '&' });
             masked += name;

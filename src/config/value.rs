@@ -222,11 +222,14 @@ pub(super) struct SecretFile {
     path: PathBuf,
     /// The secret that the file held at the start.
     pub(super) secret: Secret,
+    /// Whether it can be read again: not if it is a pipe, and the next read would never end.
+    is_regular: bool,
 }
 
 impl SecretFile {
     fn read(path: &Path) -> Result<Self, String> {
         const MAX_BYTES: u64 = 16_384;
+        let is_regular = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
         let bytes = read_bounded(path, MAX_BYTES)?;
         let text = String::from_utf8(bytes).map_err(|_| "is not UTF-8")?;
         let secret = text.trim_end_matches(['\r', '\n']);
@@ -239,6 +242,7 @@ impl SecretFile {
         Ok(Self {
             path: path.to_owned(),
             secret: secret.to_owned().into(),
+            is_regular,
         })
     }
 
@@ -247,6 +251,9 @@ impl SecretFile {
     /// # Errors
     /// Why the file is refused, to follow the variable's name.
     pub(super) fn read_again(&self) -> Result<Secret, String> {
+        if !self.is_regular {
+            return Ok(self.secret.clone());
+        }
         let now = Self::read(&self.path);
         now.map(|file| file.secret)
             .map_err(|why| format!("({}) {why}", self.path.display()))

@@ -4,34 +4,57 @@
 //! Must not know: what happens to accepted connections.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::time::Instant;
 
 /// Opens a listener on `addr` with a backlog of `backlog` connections (the kernel caps it, on Linux
-/// at `net.core.somaxconn`). Must be called within a tokio runtime.
+/// at `net.core.somaxconn`). The address `[::]` means every address, those of IPv4 too; where the
+/// kernel has no IPv6, it means `0.0.0.0`. Must be called within a tokio runtime.
 ///
 /// # Errors
 ///
 /// The system's error, with the address.
 pub fn bind(addr: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
-    let listen = || {
-        let socket = if addr.is_ipv4() {
-            TcpSocket::new_v4()?
-        } else {
-            TcpSocket::new_v6()?
-        };
-        // Without this a restart fails while connections of the last run are in TIME_WAIT. On
-        // Windows the option would let another program share the port.
-        #[cfg(unix)]
-        socket.set_reuseaddr(true)?;
-        socket.bind(addr)?;
-        socket.listen(backlog)
+    let every_ipv4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, addr.port()));
+    let is_every_ipv6 = addr.is_ipv6() && addr.ip().is_unspecified();
+    let bound = match listen(addr, backlog) {
+        Err(error) if is_every_ipv6 && has_no_ipv6(&error) => listen(every_ipv4, backlog),
+        bound => bound,
     };
-    listen()
-        .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {addr}: {error}")))
+    bound.map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {addr}: {error}")))
+}
+
+fn listen(addr: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
+    let socket = if addr.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    if addr.is_ipv6() && addr.ip().is_unspecified() {
+        // The kernel's default can be changed (net.ipv6.bindv6only).
+        SockRef::from(&socket).set_only_v6(false)?;
+    }
+    // Without this a restart fails while connections of the last run are in TIME_WAIT. On
+    // Windows the option would let another program share the port.
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    socket.listen(backlog)
+}
+
+/// Whether the kernel was built or started without IPv6.
+fn has_no_ipv6(error: &io::Error) -> bool {
+    let errno = error
+        .raw_os_error()
+        .map(rustix::io::Errno::from_raw_os_error);
+    matches!(
+        errno,
+        Some(rustix::io::Errno::AFNOSUPPORT | rustix::io::Errno::ADDRNOTAVAIL)
+    )
 }
 
 /// Whether an accept failed because of the connection it was about to return, so that the next
@@ -83,9 +106,7 @@ pub(super) fn block_handshakes(listener: &std::net::TcpListener) -> bool {
         SockFilter::new(0x06, 0, 0, 0),
         SockFilter::new(0x06, 0, 0, u32::MAX),
     ];
-    socket2::SockRef::from(listener)
-        .attach_filter(&program)
-        .is_ok()
+    SockRef::from(listener).attach_filter(&program).is_ok()
 }
 
 #[cfg(not(target_os = "linux"))]

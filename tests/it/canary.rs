@@ -123,7 +123,28 @@ async fn secrets_in_rejected_settings_never_appear_in_output() {
             "DATABASE_URL",
             format!("postgres://ana@db/visitas?{encoded}=1"),
         ),
+        (
+            "DATABASE_URL",
+            format!("postgres://ana@db/visitas?sslmod={encoded}"),
+        ),
+        (
+            "DATABASE_URL",
+            format!("postgres://ana@db/visitas?schema={encoded}"),
+        ),
+        (
+            "DATABASE_URL",
+            format!("postgres://ana@db/visitas?service={encoded}&sslpassword={encoded}"),
+        ),
+        (
+            "DATABASE_URL",
+            format!("postgres://ana:{encoded}@db1,db2/visitas"),
+        ),
         ("DATABASE_URL_FILE", path.to_owned()),
+        (
+            "REDIS_URL",
+            format!("redis://:{encoded}@cache?sslcertfile={encoded}"),
+        ),
+        ("REDIS_URL", format!("redis+cluster://:{encoded}@cache")),
         ("REDIS_URL", format!("http://:{encoded}@cache")),
         ("REDIS_URL", format!("redis://{encoded}@cache")),
         ("REDIS_URL", format!("redis://:{plain}@cache")),

@@ -40,6 +40,8 @@ const OTHER_METHODS: &str = "or let pg_hba.conf ask the role for md5, password o
 const REPLACE: &str = "let an authority of your own sign another one, as docs/connecting.md shows, \
     and set DB_SSLROOTCERT to the authority's";
 
+const NO_POOLER: &str = "connect to the server itself: a pooler such as PgBouncer is not supported";
+
 impl Login {
     /// The error of an attempt, and of the second one if `mode` asks for another.
     pub(super) fn failure(&self, first: sqlx::Error, second: Option<sqlx::Error>) -> Error {
@@ -80,6 +82,12 @@ impl Login {
     /// The error of an attempt that took too long.
     pub(super) fn timeout(&self, after: Duration, why: &str, check: &str) -> Error {
         Error::NoSession(after, self.cause(why.to_owned(), check.to_owned()))
+    }
+
+    /// The error of a session that lacks the settings that exact counting depends on.
+    pub(super) fn without_settings(&self) -> Error {
+        let why = "a pooler drops the settings of the session";
+        Error::Connection(self.cause(why.to_owned(), NO_POOLER.to_owned()))
     }
 
     fn cause(&self, why: String, check: String) -> Cause {
@@ -141,6 +149,7 @@ impl Login {
                     format!("rename the role, {OTHER_METHODS}"),
                 );
             }
+            "08P01" if message.starts_with("unsupported startup parameter") => NO_POOLER,
             "28P01" if self.has_password => {
                 return words(message, format!("check {setting} and the role"));
             }

@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use rustls::pki_types::UnixTime;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
-use sqlx::{ConnectOptions as _, Connection as _, PgConnection};
+use sqlx::{ConnectOptions as _, Connection as _, PgConnection, Row as _};
 use tokio::time::{Instant, timeout_at};
+use url::Url;
 
 use super::error::{connect_failure, failure, is_about_a_certificate, tls_error};
 use super::login::Login;
@@ -54,12 +55,14 @@ struct Contents {
 
 impl Session {
     pub(super) fn new(config: &PostgresConfig) -> Self {
-        let mut options = PgConnectOptions::new_without_pgpass()
+        let mut options = driver_options(config.options.as_deref())
             .host(&config.db_host)
             .port(config.db_port)
             .database(&config.db_name)
             .ssl_mode(config.db_sslmode)
             .application_name("visitas")
+            // No number here is a fraction, and a pooler refuses the parameter.
+            .extra_float_digits(None)
             // Errors are logged once, where they are handled, and slow calls are a histogram.
             .disable_statement_logging();
         if config.db_host.starts_with('/') {
@@ -224,15 +227,35 @@ impl Session {
                     .map_err(|second| login.failure(first, Some(second)))?
             }
         };
-        if connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT) {
-            // Not among the options above, since an older server refuses a session that names it.
-            sqlx::query("set transaction_timeout = 0")
-                .execute(&mut connection)
-                .await
-                .map_err(connect_failure)?;
+        // Not among the options above, since an older server refuses a session that names it.
+        let has_transaction_timeout =
+            connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT);
+        let check = if has_transaction_timeout {
+            "select current_setting('plan_cache_mode') = 'force_generic_plan' \
+             from set_config('transaction_timeout', '0', false)"
+        } else {
+            "select current_setting('plan_cache_mode') = 'force_generic_plan'"
+        };
+        let row = sqlx::raw_sql(check).fetch_one(&mut connection).await;
+        let has_options: bool = row
+            .and_then(|row| row.try_get(0))
+            .map_err(connect_failure)?;
+        if !has_options {
+            return Err(login.without_settings());
         }
         Ok(connection)
     }
+}
+
+/// The driver's options, with command-line options for the server that precede this program's: the
+/// last one of a name wins. The driver reads such options from a URL only.
+fn driver_options(for_the_server: Option<&str>) -> PgConnectOptions {
+    // With a password in the URL the driver looks for none in the user's files.
+    const IGNORED: &str = "postgres://ignored:ignored@ignored";
+    let url = for_the_server
+        .and_then(|options| Url::parse_with_params(IGNORED, [("options", options)]).ok());
+    url.and_then(|url| PgConnectOptions::from_url(&url).ok())
+        .unwrap_or_else(PgConnectOptions::new_without_pgpass)
 }
 
 fn with_contents(options: PgConnectOptions, contents: Contents) -> PgConnectOptions {

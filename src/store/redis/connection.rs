@@ -15,11 +15,15 @@ use redis::{
 use super::error::{failure, login_failure};
 use crate::config::{Credentials, RedisConfig};
 use crate::store::call::Operation;
-use crate::store::error::Error;
+use crate::store::error::{Cause, Error};
 use crate::store::files::Files;
 use crate::store::pool::Connect;
 
 static PING: Operation = Operation::command("PING");
+
+/// The share of a call's timeout after which an attempt to open a connection ends, so that its
+/// error, which says what was tried, comes before the call's own.
+const SHARE: f64 = 0.95;
 
 /// How to open a connection.
 pub(super) struct Opener {
@@ -42,6 +46,22 @@ impl Opener {
                 .set_connection_timeout(None)
                 .set_response_timeout(None),
         })
+    }
+
+    async fn open_and_log_in(&self) -> Result<MultiplexedConnection, Error> {
+        let config = Arc::clone(&self.config);
+        let read = move || Ok((client(&config)?, config.credentials()?));
+        let (client, login) = self.files.read(read).await?;
+        let refused =
+            |error: RedisError| login_failure(&error, &self.tried(&login), self.config.tls);
+        let mut connection = client
+            .get_multiplexed_async_connection_with_config(&self.driver)
+            .await
+            .map_err(refused)?;
+        self.log_in(&mut connection, &login)
+            .await
+            .map_err(refused)?;
+        Ok(connection)
     }
 
     /// Logs in, which takes one round trip even without a password: every reason why a connection
@@ -76,26 +96,24 @@ impl Opener {
         Ok(())
     }
 
-    /// What is tried, for an error.
-    fn attempt(&self, login: &Login) -> String {
+    /// What was tried, for an error.
+    fn tried(&self, login: &Login) -> String {
         let user = match (&login.user, &login.password) {
-            (Some(user), _) => format!("as user {user}"),
+            (Some(user), _) => format!("as {user}"),
             (None, Some(_)) => "with a password".to_owned(),
             (None, None) => "without a password".to_owned(),
         };
-        let RedisConfig {
-            redis_host: host,
-            redis_port: port,
-            ..
-        } = &*self.config;
-        let tls = if self.config.tls { "with" } else { "without" };
-        if host.starts_with('/') {
-            format!("logging in to Redis at {host} {user}")
+        let config = &self.config;
+        let (host, port) = (&config.redis_host, config.redis_port);
+        let place = if host.starts_with('/') {
+            host.clone()
         } else if host.contains(':') {
-            format!("logging in to Redis at [{host}]:{port} {user}, {tls} TLS")
+            format!("[{host}]:{port}")
         } else {
-            format!("logging in to Redis at {host}:{port} {user}, {tls} TLS")
-        }
+            format!("{host}:{port}")
+        };
+        let tls = if config.tls { "with" } else { "without" };
+        format!("tried {user} at {place}, {tls} TLS")
     }
 }
 
@@ -105,19 +123,21 @@ impl Connect for Opener {
     const PING: &'static Operation = &PING;
 
     async fn open(&self) -> Result<MultiplexedConnection, Error> {
-        let config = Arc::clone(&self.config);
-        let read = move || Ok((client(&config)?, config.credentials()?));
-        let (client, login) = self.files.read(read).await?;
-        let refused =
-            |error: RedisError| login_failure(&error, &self.attempt(&login), self.config.tls);
-        let mut connection = client
-            .get_multiplexed_async_connection_with_config(&self.driver)
-            .await
-            .map_err(refused)?;
-        self.log_in(&mut connection, &login)
-            .await
-            .map_err(refused)?;
-        Ok(connection)
+        let timeout = self.config.redis_timeout.mul_f64(SHARE);
+        let opening = tokio::time::timeout(timeout, self.open_and_log_in()).await;
+        opening.unwrap_or_else(|_| {
+            let tried = self.tried(&Login {
+                user: self.config.redis_username.clone(),
+                password: self.config.redis_password.clone(),
+            });
+            let check = if self.config.tls {
+                "check the network and firewalls, and that the port is one for TLS"
+            } else {
+                "check the network and firewalls, and whether the server hangs"
+            };
+            let why = Cause::from(format!("no answer; {tried}; {check}"));
+            Err(Error::NoSession(timeout, why))
+        })
     }
 
     async fn ping(&self, connection: &mut MultiplexedConnection) -> Result<(), Error> {

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use redis::RedisError;
-use rustls::{AlertDescription, CertificateError};
+use rustls::CertificateError;
 
 use crate::store::error::{Cause, Error};
 
@@ -28,31 +28,30 @@ pub(super) fn failure(error: RedisError) -> Error {
     }
 }
 
-/// Converts the error of an attempt to connect and log in. `attempt` says what was tried, and
+/// Converts the error of an attempt to connect and log in. `tried` says what was tried, and
 /// `is_encrypted` whether by TLS.
 ///
 /// The server's own words are left out: a server that does not know `AUTH` repeats the password.
-pub(super) fn login_failure(error: &RedisError, attempt: &str, is_encrypted: bool) -> Error {
+pub(super) fn login_failure(error: &RedisError, tried: &str, is_encrypted: bool) -> Error {
     if let Some(code) = error.code() {
-        let why = hint(error).unwrap_or("the server refuses the login");
+        let check = hint(error).unwrap_or("the server refuses the login: check its log");
         return Error::Refused {
             code: code.to_owned(),
-            source: Cause::from(format!("{attempt}: {why}")),
+            source: Cause::from(format!("{tried}; {check}")),
         };
     }
-    let by_tls = tls_error(error);
-    let hint = match by_tls.as_ref().and_then(tls_hint) {
-        Some(hint) => hint,
-        None if by_tls.is_none() && error.is_connection_dropped() && !is_encrypted => {
-            " (hint: a port for TLS needs a rediss:// URL)"
+    let has_ended = error.is_connection_dropped();
+    let check = match tls_error(error) {
+        Some(error) => tls_hint(&error),
+        None if has_ended && is_encrypted => {
+            "check that the port is the one for TLS, and whether the server wants a client \
+             certificate (REDIS_TLS_CERT and REDIS_TLS_KEY)"
         }
-        None if by_tls.is_none() && error.is_connection_dropped() => {
-            " (hint: the server closed the connection; it can want a client certificate)"
-        }
-        None => "",
+        None if has_ended => "check whether the port is one for TLS, which needs a rediss:// URL",
+        None => "check that Redis is running there",
     };
-    let cause = Cause::from(format!("{attempt}: {error}{hint}"));
-    if error.is_io_error() || error.is_connection_dropped() {
+    let cause = Cause::from(format!("{error}; {tried}; {check}"));
+    if error.is_io_error() || has_ended {
         Error::Connection(cause)
     } else {
         Error::Unexpected(cause)
@@ -108,33 +107,30 @@ fn tls_error(error: &RedisError) -> Option<rustls::Error> {
 }
 
 /// What to check after a TLS handshake that failed.
-fn tls_hint(error: &rustls::Error) -> Option<&'static str> {
-    Some(match error {
+fn tls_hint(error: &rustls::Error) -> &'static str {
+    match error {
         rustls::Error::InvalidMessage(_) => {
-            " (hint: the port does not speak TLS: a redis:// URL leads to it)"
+            "check whether the port is one for TLS: without TLS it needs a redis:// URL"
         }
         rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
-            " (hint: the certificate is not from a trusted authority: REDIS_TLS_CA names others)"
+            "set REDIS_TLS_CA to the certificate of the authority that signed the server's"
         }
         rustls::Error::InvalidCertificate(
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-        ) => " (hint: REDIS_URL must have a name of the server's certificate)",
-        rustls::Error::InvalidCertificate(CertificateError::Other(other))
-            if other.to_string().contains("CaUsedAsEndEntity") =>
-        {
-            " (hint: the server shows an authority's own certificate: make it one that an \
-             authority has signed)"
-        }
-        rustls::Error::AlertReceived(
-            AlertDescription::CertificateRequired
-            | AlertDescription::HandshakeFailure
-            | AlertDescription::BadCertificate
-            | AlertDescription::UnknownCA
-            | AlertDescription::CertificateUnknown,
         ) => {
-            " (hint: the server wants a client certificate of its authority: REDIS_TLS_CERT and \
-             REDIS_TLS_KEY)"
+            "set the host to a name in the certificate's subjectAltName, or add this one there \
+             (a name in its subject does not count)"
         }
-        _ => return None,
-    })
+        rustls::Error::InvalidCertificate(CertificateError::Other(other))
+            if other.0.downcast_ref() == Some(&webpki::Error::CaUsedAsEndEntity) =>
+        {
+            "the server's certificate is one of an authority, such as a self-signed one: let an \
+             authority of your own sign a server's certificate, as docs/connecting.md shows"
+        }
+        rustls::Error::AlertReceived(_) => {
+            "check REDIS_TLS_CERT and REDIS_TLS_KEY, and the server's tls-ca-cert-file: it can \
+             want a client certificate of its authority"
+        }
+        _ => "check the server's certificate",
+    }
 }
