@@ -104,11 +104,13 @@ impl DatabaseUrl {
                     }
                 }
                 _ => {
-                    unenforced.extend(judge(POSTGRES, parameter, value)?.map(|reason| Unenforced {
-                        setting: "DATABASE_URL",
-                        parameter: parameter.clone(),
-                        reason,
-                    }))
+                    unenforced.extend(judge(POSTGRES, parameter, value)?.map(|reason| {
+                        Unenforced {
+                            setting: "DATABASE_URL",
+                            parameter: parameter.clone(),
+                            reason,
+                        }
+                    }));
                 }
             }
         }
