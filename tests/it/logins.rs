@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use devstack::{PostgresOptions, RedisOptions};
 use tempfile::TempDir;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::support::{Ended, SOON, Service, World, eventually, program, settings};
@@ -18,7 +19,7 @@ const PASSWORD: &str = "s3nha";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn modes_open_and_encrypt_the_sessions_that_psql_does() {
-    let house = House::new(&[]).await;
+    let gate = Gate::new(&[]);
     let scram = |how: &str| format!("{how} all all all scram-sha-256\n");
     let rules = [
         ("either way", scram("host"), PASSWORD),
@@ -56,16 +57,16 @@ async fn modes_open_and_encrypt_the_sessions_that_psql_does() {
     let mut opened = 0;
     for (server, setting) in servers {
         if server == "TLS 1.1" {
-            house.alter("set ssl_min_protocol_version = 'TLSv1'").await;
+            gate.alter("set ssl_min_protocol_version = 'TLSv1'").await;
         }
-        house.alter(setting).await;
+        gate.alter(setting).await;
         for (rule, lines, password) in &rules {
-            house.admit(lines).await;
+            gate.admit(lines).await;
             for mode in ["disable", "allow", "prefer", "require"] {
-                let psql = house.psql(&format!("password={password} sslmode={mode}"), &[]);
+                let psql = gate.psql(&format!("password={password} sslmode={mode}"), &[]);
                 let expected = psql.as_deref().ok().map(|text| text == "t");
                 let given = [("DB_SSLMODE", mode), ("DB_PASSWORD", password)];
-                let ours = house.opens(&given).await;
+                let ours = gate.opens(&given).await;
                 assert_eq!(
                     ours, expected,
                     "{mode}, {server}, {rule}: psql says {psql:?}"
@@ -80,7 +81,7 @@ async fn modes_open_and_encrypt_the_sessions_that_psql_does() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn password_that_the_driver_cannot_send_is_named_by_its_setting_alone() {
-    let house = House::new(&[]).await;
+    let gate = Gate::new(&[]);
     let folder = TempDir::new().unwrap();
     // An emoji, TAB, DEL, and letters of both directions; with the characters that must not show.
     for (password, hidden) in [
@@ -89,20 +90,19 @@ async fn password_that_the_driver_cannot_send_is_named_by_its_setting_alone() {
         ("del\u{7f}ete", "7f"),
         ("abc\u{5d0}def", "\u{5d0}"),
     ] {
-        house.admit("host all all all scram-sha-256\n").await;
-        house.set_password(password).await;
-        house
-            .psql(&format!("password='{password}'"), &[])
+        gate.admit("host all all all scram-sha-256\n").await;
+        gate.set_password(password);
+        gate.psql(&format!("password='{password}'"), &[])
             .expect("psql accepts the password");
         let file = folder.path().join("password");
         fs::write(&file, password).unwrap();
-        let url = house.url(&percent_encoded(password));
+        let url = gate.url(&percent_encoded(password));
         for (setting, value) in [
             ("DB_PASSWORD", password),
             ("DB_PASSWORD_FILE", file.to_str().unwrap()),
             ("DATABASE_URL", &*url),
         ] {
-            let error = house.refusal(&[(setting, value)]).await;
+            let error = gate.refusal(&[(setting, value)]).await;
             assert!(
                 error.contains(&format!("the password of {setting} has characters")),
                 "{error}"
@@ -114,55 +114,43 @@ async fn password_that_the_driver_cannot_send_is_named_by_its_setting_alone() {
             );
         }
         // Other methods send the password as it is.
-        house.admit("host all all all password\n").await;
-        assert!(house.opens(&[("DB_PASSWORD", password)]).await.is_some());
+        gate.admit("host all all all password\n").await;
+        assert!(gate.opens(&[("DB_PASSWORD", password)]).await.is_some());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn role_whose_name_has_a_comma_is_told_so() {
-    let house = House::new(&[]).await;
+    let gate = Gate::new(&[]);
     let name = "ana,bia";
-    house
-        .world
+    gate.world
         .sql(&format!(
             "create role \"{name}\" login superuser password '{PASSWORD}'"
         ))
         .await;
-    house.admit("host all all all scram-sha-256\n").await;
-    house
-        .psql(&format!("user='{name}'"), &[])
+    gate.admit("host all all all scram-sha-256\n").await;
+    gate.psql(&format!("user='{name}'"), &[])
         .expect("psql accepts the role");
-    let error = house.refusal(&[("DB_USER", name)]).await;
+    let error = gate.refusal(&[("DB_USER", name)]).await;
     assert!(error.contains("name has a comma"), "{error}");
-    house.admit("host all all all password\n").await;
-    assert!(house.opens(&[("DB_USER", name)]).await.is_some());
+    gate.admit("host all all all password\n").await;
+    assert!(gate.opens(&[("DB_USER", name)]).await.is_some());
     // An equals sign is no difficulty.
-    house
-        .world
+    gate.world
         .sql(&format!(
             "create role \"a=b\" login superuser password '{PASSWORD}'"
         ))
         .await;
-    house.admit("host all all all scram-sha-256\n").await;
-    assert!(house.opens(&[("DB_USER", "a=b")]).await.is_some());
+    gate.admit("host all all all scram-sha-256\n").await;
+    assert!(gate.opens(&[("DB_USER", "a=b")]).await.is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn error_says_what_was_tried_and_what_to_check() {
-    let house = House::new(&[]).await;
-    let port = house.world.postgres.port();
-    let (_silent, silence) = silent(0).await;
+    let gate = Gate::new(&[]);
+    let (_silent, silence) = silent_at(Ipv4Addr::LOCALHOST, 0).await;
     let silence = silence.to_string();
-    let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let http = other.local_addr().unwrap().port().to_string();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = other.accept().await {
-            tokio::io::AsyncWriteExt::write_all(&mut stream, b"HTTP/1.1 400 Bad Request\r\n\r\n")
-                .await
-                .ok();
-        }
-    });
+    let http = http_server().await.to_string();
     let scram = "host all all all scram-sha-256\n";
     for (lines, given, expected) in [
         (
@@ -242,8 +230,8 @@ async fn error_says_what_was_tried_and_what_to_check() {
             &["28000: ", "check pg_hba.conf"],
         ),
     ] {
-        house.admit(lines).await;
-        let error = house.refusal(given).await;
+        gate.admit(lines).await;
+        let error = gate.refusal(given).await;
         let tried = format!("tried as {ROLE} at ");
         for part in expected.iter().chain([&&*tried, &"database ", &"sslmode "]) {
             assert!(error.contains(part), "{part} is not in {error}");
@@ -252,14 +240,13 @@ async fn error_says_what_was_tried_and_what_to_check() {
         assert_eq!(error.lines().count(), 1, "{error}");
         assert!(!error.contains(PASSWORD), "{error}");
     }
-    assert!(port > 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn failures_of_both_ways_are_told_once_each() {
-    let house = House::new(&[]).await;
-    house.admit("hostssl all all all scram-sha-256\n").await;
-    let error = house.refusal(&[("DB_PASSWORD", "wrong")]).await;
+    let gate = Gate::new(&[]);
+    gate.admit("hostssl all all all scram-sha-256\n").await;
+    let error = gate.refusal(&[("DB_PASSWORD", "wrong")]).await;
     assert!(
         error.contains("28P01: with TLS: password authentication failed"),
         "{error}"
@@ -268,40 +255,40 @@ async fn failures_of_both_ways_are_told_once_each() {
         error.contains("; without TLS: no pg_hba.conf entry"),
         "{error}"
     );
-    house.admit("hostnossl all all all scram-sha-256\n").await;
-    let error = house.refusal(&[("DB_PASSWORD", "wrong")]).await;
+    gate.admit("hostnossl all all all scram-sha-256\n").await;
+    let error = gate.refusal(&[("DB_PASSWORD", "wrong")]).await;
     assert!(
         error.contains("28P01: without TLS: password authentication failed"),
         "{error}"
     );
-    house.admit("host all all all scram-sha-256\n").await;
-    let error = house.refusal(&[("DB_PASSWORD", "wrong")]).await;
+    gate.admit("host all all all scram-sha-256\n").await;
+    let error = gate.refusal(&[("DB_PASSWORD", "wrong")]).await;
     assert_eq!(error.matches("authentication failed").count(), 1, "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rotated_password_is_used_by_the_next_session() {
-    let house = House::new(&[]).await;
-    house.admit("host all all all scram-sha-256\n").await;
+    let gate = Gate::new(&[]);
+    gate.admit("host all all all scram-sha-256\n").await;
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("secret");
     let path = file.to_str().unwrap();
     for setting in ["DB_PASSWORD_FILE", "DATABASE_URL_FILE"] {
         let secret = |password: &str| match setting {
             "DB_PASSWORD_FILE" => password.to_owned(),
-            _ => house.url(password),
+            _ => gate.url(password),
         };
-        house.set_password(PASSWORD).await;
+        gate.set_password(PASSWORD);
         fs::write(&file, secret(PASSWORD)).unwrap();
-        let service = Service::start(&house.settings(&[(setting, path)])).await;
+        let service = Service::start(&gate.settings(&[(setting, path)])).await;
         service.until_ready().await;
         let before = service.visit().await.0;
 
         // A session that is open stays; a new one needs the new password.
-        house.set_password("rotated").await;
+        gate.set_password("rotated");
         assert_eq!(service.visit().await.0, before + 1);
         fs::remove_file(&file).unwrap();
-        house.end_sessions().await;
+        gate.end_sessions();
         eventually("the log names the file", SOON, async || {
             let printed = service.printed();
             printed.contains(setting) && printed.contains(path)
@@ -317,10 +304,10 @@ async fn rotated_password_is_used_by_the_next_session() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn certificates_made_as_the_documentation_says_are_accepted() {
-    let house = House::new(&[]).await;
+    let gate = Gate::new(&[]);
     let folder = recipe("usuario", ROLE);
     let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let server = house.world.postgres.folder();
+    let server = gate.world.postgres.folder();
     // They replace devstack's files, whose owner and mode suit the server.
     for (from, to) in [
         ("server.crt", "server.pem"),
@@ -330,8 +317,7 @@ async fn certificates_made_as_the_documentation_says_are_accepted() {
         fs::copy(file(from), server.join(to)).unwrap();
     }
     let ca = server.join("ca.pem");
-    house
-        .alter(&format!("set ssl_ca_file = '{}'", ca.display()))
+    gate.alter(&format!("set ssl_ca_file = '{}'", ca.display()))
         .await;
     let (root, certificate, key) = (file("root.crt"), file("client.crt"), file("client.key"));
     let trusting = [
@@ -347,35 +333,33 @@ async fn certificates_made_as_the_documentation_says_are_accepted() {
     let client = format!("host=localhost sslmode=verify-full sslrootcert={root}");
     let with_certificate = format!("{client} sslcert={certificate} sslkey={key}");
 
-    house.admit("hostssl all all all scram-sha-256\n").await;
-    house.psql(&client, &[]).expect("psql trusts the authority");
-    assert_eq!(house.opens(&trusting).await, Some(true));
+    gate.admit("hostssl all all all scram-sha-256\n").await;
+    gate.psql(&client, &[]).expect("psql trusts the authority");
+    assert_eq!(gate.opens(&trusting).await, Some(true));
     for rule in [
         "cert",
         "scram-sha-256 clientcert=verify-full",
         "scram-sha-256 clientcert=verify-ca",
     ] {
-        house.admit(&format!("hostssl all all all {rule}\n")).await;
-        house
-            .psql(&with_certificate, &[])
+        gate.admit(&format!("hostssl all all all {rule}\n")).await;
+        gate.psql(&with_certificate, &[])
             .expect("psql presents its certificate");
-        assert_eq!(house.opens(&presenting).await, Some(true), "{rule}");
-        house
-            .psql(&client, &[])
+        assert_eq!(gate.opens(&presenting).await, Some(true), "{rule}");
+        gate.psql(&client, &[])
             .expect_err("the certificate is asked for");
-        let error = house.refusal(&trusting).await;
+        let error = gate.refusal(&trusting).await;
         assert!(
             error.contains("28000: ") && error.contains("client certificate"),
             "{error}"
         );
     }
     // The mode prefer presents it, too, and a URL can name it.
-    house.admit("hostssl all all all cert\n").await;
+    gate.admit("hostssl all all all cert\n").await;
     let url = format!(
         "{}?sslmode=require&sslcert={certificate}&sslkey={key}",
-        house.url("")
+        gate.url("")
     );
-    assert_eq!(house.opens(&[("DATABASE_URL", &url)]).await, Some(true));
+    assert_eq!(gate.opens(&[("DATABASE_URL", &url)]).await, Some(true));
 
     // Of an authority that the server does not know.
     let other = recipe("usuario", ROLE);
@@ -383,15 +367,14 @@ async fn certificates_made_as_the_documentation_says_are_accepted() {
     let (certificate, key) = (file("client.crt"), file("client.key"));
     for mode in ["require", "prefer"] {
         let stranger = format!("sslmode={mode} sslcert={certificate} sslkey={key}");
-        house
-            .psql(&stranger, &[])
+        gate.psql(&stranger, &[])
             .expect_err("the server knows no such authority");
         let given = [
             ("DB_SSLMODE", mode),
             ("DB_SSLCERT", &certificate),
             ("DB_SSLKEY", &key),
         ];
-        let error = house.refusal(&given).await;
+        let error = gate.refusal(&given).await;
         assert!(error.contains("refuses the client certificate"), "{error}");
         assert!(error.contains("check DB_SSLCERT"), "{error}");
     }
@@ -399,10 +382,10 @@ async fn certificates_made_as_the_documentation_says_are_accepted() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn certificates_that_only_psql_accepts_are_told_apart() {
-    let house = House::new(&[]).await;
-    house.admit("host all all all scram-sha-256\n").await;
+    let gate = Gate::new(&[]);
+    gate.admit("host all all all scram-sha-256\n").await;
     let folder = TempDir::new().unwrap();
-    let server = house.world.postgres.folder();
+    let server = gate.world.postgres.folder();
     // The commands of PostgreSQL's documentation, section 19.9.5.
     for (commands, root, expected) in [
         (
@@ -426,22 +409,21 @@ async fn certificates_that_only_psql_accepts_are_told_apart() {
         for (from, to) in [("server.crt", "server.pem"), ("server.key", "server.key")] {
             fs::copy(folder.path().join(from), server.join(to)).unwrap();
         }
-        house.reload().await;
+        gate.reload().await;
         let root = folder.path().join(root);
         let root = root.to_str().unwrap();
         for mode in ["verify-ca", "verify-full"] {
-            house
-                .psql(
-                    &format!("host=localhost sslmode={mode} sslrootcert={root}"),
-                    &[],
-                )
-                .expect("psql accepts the certificate");
+            gate.psql(
+                &format!("host=localhost sslmode={mode} sslrootcert={root}"),
+                &[],
+            )
+            .expect("psql accepts the certificate");
             let given = [
                 ("DB_HOST", "localhost"),
                 ("DB_SSLMODE", mode),
                 ("DB_SSLROOTCERT", root),
             ];
-            let error = house.refusal(&given).await;
+            let error = gate.refusal(&given).await;
             assert!(error.contains(expected), "{error}");
             assert!(error.contains("connecting.md"), "{error}");
         }
@@ -450,16 +432,16 @@ async fn certificates_that_only_psql_accepts_are_told_apart() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn name_whose_first_address_is_silent_leads_to_the_next() {
-    let house = House::new(&[("listen_addresses", "127.0.0.1,127.0.0.9")]).await;
-    house.admit("host all all all scram-sha-256\n").await;
-    let port = house.world.postgres.port();
+    let gate = Gate::new(&[("listen_addresses", "127.0.0.1,127.0.0.9")]);
+    gate.admit("host all all all scram-sha-256\n").await;
+    let port = gate.world.postgres.port();
     let (_queue, _) = silent_at(Ipv4Addr::new(127, 0, 0, 2), port).await;
     let hosts = tempfile::NamedTempFile::new().unwrap();
     fs::write(hosts.path(), "127.0.0.2 localhost\n127.0.0.9 localhost\n").unwrap();
-    let program_here = |command: Command| in_place_of_hosts(&hosts, command);
+    let program_here = |command: &Command| in_place_of_hosts(&hosts, command);
     let mut getent = Command::new("getent");
     getent.args(["ahostsv4", "localhost"]);
-    let names = program_here(getent).output();
+    let names = program_here(&getent).output();
     let names = names.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
     if !names
         .as_ref()
@@ -473,9 +455,9 @@ async fn name_whose_first_address_is_silent_leads_to_the_next() {
         "the silent address comes first"
     );
 
-    let ca = house.world.postgres.ca().unwrap().to_str().unwrap();
+    let ca = gate.world.postgres.ca().unwrap().to_str().unwrap();
     // psql waits for as long as it is told to; the service has a second for all.
-    let psql = program_here(house.psql_command("host=localhost connect_timeout=2"));
+    let psql = program_here(&gate.psql_command("host=localhost connect_timeout=2"));
     let said = run(psql);
     assert!(said.status.success(), "{said:?}");
     for given in [
@@ -484,22 +466,22 @@ async fn name_whose_first_address_is_silent_leads_to_the_next() {
         // The name of the certificate is checked.
         &[("DB_SSLMODE", "verify-full"), ("DB_SSLROOTCERT", ca)],
     ] {
-        let mut all = house.settings(&[("DB_HOST", "localhost")]);
+        let mut all = gate.settings(&[("DB_HOST", "localhost")]);
         all.extend(settings(given));
-        let service = Service::spawn(program_here(program(&["serve"], &all))).await;
+        let service = Service::spawn(program_here(&program(&["serve"], &all))).await;
         service.until_ready().await;
         let before = service.visit().await.0;
         assert_eq!(service.visit().await.0, before + 1);
         // A session that ends is followed by another.
-        house.end_sessions().await;
+        gate.end_sessions();
         service.until_ready().await;
         assert_eq!(service.visit().await.0, before + 2);
         service.stop().await;
     }
     // Both are silent or refuse.
     fs::write(hosts.path(), "127.0.0.2 localhost\n127.0.0.3 localhost\n").unwrap();
-    let all = house.settings(&[("DB_HOST", "localhost")]);
-    let ended = run(program_here(program(&["migrate"], &all)));
+    let all = gate.settings(&[("DB_HOST", "localhost")]);
+    let ended = run(program_here(&program(&["migrate"], &all)));
     let error = String::from_utf8(ended.stderr).unwrap();
     assert!(
         error.contains(&format!(
@@ -551,13 +533,13 @@ async fn visit_after_its_idle_session_was_ended_is_recorded() {
 }
 
 /// A Postgres with TLS whose `pg_hba.conf` tests write, and a role of theirs.
-struct House {
+struct Gate {
     world: World,
     rules: PathBuf,
 }
 
-impl House {
-    async fn new(config: &[(&str, &str)]) -> Self {
+impl Gate {
+    fn new(config: &[(&str, &str)]) -> Self {
         let mut options = PostgresOptions {
             tls: true,
             config: vec![("log_connections".to_owned(), "on".to_owned())],
@@ -569,13 +551,13 @@ impl House {
         options.config.extend(config);
         let world = World::with(options, RedisOptions::default());
         let rules = world.postgres.sql("postgres", "show hba_file").unwrap();
-        let house = Self {
+        let gate = Self {
             rules: rules.into(),
             world,
         };
         let create = format!("create role {ROLE} login superuser password '{PASSWORD}'");
-        house.sql(&create);
-        house
+        gate.sql(&create);
+        gate
     }
 
     /// Lets the test itself in, and others by these rules.
@@ -609,11 +591,11 @@ impl House {
         result.expect("the statement succeeds")
     }
 
-    async fn set_password(&self, password: &str) {
+    fn set_password(&self, password: &str) {
         self.sql(&format!("alter role {ROLE} password '{password}'"));
     }
 
-    async fn end_sessions(&self) {
+    fn end_sessions(&self) {
         let end = "select pg_terminate_backend(pid, 1000) from pg_stat_activity \
                    where application_name = 'visitas'";
         self.sql(end);
@@ -709,7 +691,7 @@ fn run(mut command: Command) -> Output {
 }
 
 /// The same command with this file in the place of `/etc/hosts`, which needs a mount of its own.
-fn in_place_of_hosts(hosts: &tempfile::NamedTempFile, command: Command) -> Command {
+fn in_place_of_hosts(hosts: &tempfile::NamedTempFile, command: &Command) -> Command {
     let mut wrapped = Command::new("unshare");
     wrapped
         .args(["--map-root-user", "--mount", "sh", "-c"])
@@ -739,8 +721,19 @@ async fn silent_at(ip: Ipv4Addr, port: u16) -> (impl Sized, u16) {
     ((listener, queued), address.port())
 }
 
-async fn silent(port: u16) -> (impl Sized, u16) {
-    silent_at(Ipv4Addr::LOCALHOST, port).await
+/// The port of a server that answers everything as a web server does.
+async fn http_server() -> u16 {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            stream
+                .write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                .await
+                .ok();
+        }
+    });
+    port
 }
 
 /// Files made by the commands of `docs/connecting.md`, for another role.
@@ -766,5 +759,6 @@ fn shell(folder: &TempDir, commands: &str) {
 }
 
 fn percent_encoded(text: &str) -> String {
-    text.bytes().map(|byte| format!("%{byte:02X}")).collect()
+    percent_encoding::percent_encode(text.as_bytes(), percent_encoding::NON_ALPHANUMERIC)
+        .to_string()
 }

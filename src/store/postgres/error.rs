@@ -22,7 +22,7 @@ pub(super) fn message(error: &PgDatabaseError) -> String {
     let mut text = error.message().to_owned();
     for (name, part) in [("detail", error.detail()), ("hint", error.hint())] {
         if let Some(part) = part {
-            text.push_str(&format!(" ({name}: {part})"));
+            text.extend([" (", name, ": ", part, ")"]);
         }
     }
     text

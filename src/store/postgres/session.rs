@@ -128,7 +128,7 @@ impl Session {
         let options = with_contents(options, contents);
         // Before the deadline, so that the error names the addresses that are silent.
         let reached_by = deadline - timeout / 10;
-        let connecting = self.connect(&options, &addresses, reached_by, &login);
+        let connecting = Box::pin(self.connect(&options, &addresses, reached_by, &login));
         timeout_at(deadline, connecting).await.unwrap_or_else(|_| {
             let check = "check the network and firewalls, and whether the server hangs";
             Err(login.timeout(timeout, "no answer", check))
