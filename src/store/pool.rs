@@ -29,10 +29,7 @@ pub(super) trait Connect: Send + Sync + 'static {
     fn open(&self) -> impl Future<Output = Result<Self::Connection, Error>> + Send;
 
     /// Makes one cheap round trip.
-    fn ping(
-        &self,
-        connection: &mut Self::Connection,
-    ) -> impl Future<Output = Result<(), Error>> + Send;
+    fn ping(connection: &mut Self::Connection) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
 /// The connections of one store, at most `size` of them, and whether the store is up.
@@ -57,7 +54,6 @@ pub(super) struct Link<T> {
 /// Opens and checks connections for `bb8`.
 pub(super) struct Manager<C> {
     connect: C,
-    target: Arc<Target>,
     outages: Arc<AtomicU64>,
     timeout: Duration,
 }
@@ -75,8 +71,8 @@ struct PoolMetrics {
     wait: Histogram,
 }
 
-/// A connection that was idle for this long is pinged before it is used: the store can have closed
-/// it, or a firewall dropped it, and a call that is sent on it would be in doubt. No store restarts
+/// A visit's call pings a connection that was idle for this long before it is sent: the store can
+/// have closed it, or a firewall dropped it, and the call would be in doubt. No store restarts
 /// within this time. The extra round trip is paid only where calls are rare.
 const TRUSTED_IDLE: Duration = Duration::from_millis(50);
 /// Timeout of that ping.
@@ -100,7 +96,6 @@ impl<C: Connect> Pool<C> {
         let last_failure = LastFailure::default();
         let manager = Manager {
             connect,
-            target: Arc::clone(&target),
             outages: Arc::clone(&outages),
             timeout,
         };
@@ -148,7 +143,7 @@ impl<C: Connect> Pool<C> {
         let started = Instant::now();
         let sent = AtomicBool::new(false);
         let result = observe(&self.target, operation, batch, self.timeout, async {
-            let mut link = self.check_out().await?;
+            let mut link = self.check_out_open().await?;
             sent.store(true, Ordering::Relaxed);
             link.call(work).await
         })
@@ -263,13 +258,34 @@ impl<C: Connect> Pool<C> {
         let taken = self.connections.get().await;
         self.metrics.wait.record(started.elapsed());
         taken.map_err(|error| match error {
-            RunError::User(error) => error,
+            RunError::User(error) => {
+                if matches!(error, Error::NoSession(..)) {
+                    self.metrics.timeouts.increment(1);
+                }
+                error
+            }
             RunError::TimedOut => {
                 self.metrics.timeouts.increment(1);
                 let failure = self.last_failure.since(started);
                 failure.unwrap_or(Error::Timeout(self.timeout))
             }
         })
+    }
+
+    /// Takes a connection that the store has not closed.
+    async fn check_out_open(&self) -> Result<PooledConnection<'_, Manager<C>>, Error> {
+        loop {
+            let mut link = self.check_out().await?;
+            if link.used.elapsed() < TRUSTED_IDLE {
+                return Ok(link);
+            }
+            let ping = link.call(C::ping);
+            let pinged = observe(&self.target, C::PING, None, PING_TIMEOUT, ping).await;
+            // A refusal is a response, too. Otherwise the pool closes the connection.
+            if pinged.is_ok() || !link.in_doubt {
+                return Ok(link);
+            }
+        }
     }
 
     fn forget_all(&self) {
@@ -332,11 +348,7 @@ impl<C: Connect> ManageConnection for Manager<C> {
         if link.outage != self.outages.load(Ordering::Acquire) {
             return Err(Error::Connection(Cause::from("opened before an outage")));
         }
-        if link.used.elapsed() < TRUSTED_IDLE {
-            return Ok(());
-        }
-        let ping = link.call(async |connection| self.connect.ping(connection).await);
-        observe(&self.target, C::PING, None, PING_TIMEOUT, ping).await
+        Ok(())
     }
 
     fn has_broken(&self, link: &mut Self::Connection) -> bool {

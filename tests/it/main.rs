@@ -50,5 +50,5 @@ mod strangers;
 mod sweep;
 mod tls;
 mod unread;
-mod versions;
 mod urls;
+mod versions;

@@ -319,7 +319,7 @@ impl Connect for Session {
         self.open_with(lock, statement).await
     }
 
-    async fn ping(&self, connection: &mut PgConnection) -> Result<(), Error> {
+    async fn ping(connection: &mut PgConnection) -> Result<(), Error> {
         connection.ping().await.map_err(failure)
     }
 }

@@ -140,7 +140,7 @@ impl Connect for Opener {
         })
     }
 
-    async fn ping(&self, connection: &mut MultiplexedConnection) -> Result<(), Error> {
+    async fn ping(connection: &mut MultiplexedConnection) -> Result<(), Error> {
         redis::cmd("PING")
             .query_async(connection)
             .await
