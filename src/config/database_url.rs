@@ -103,15 +103,7 @@ impl DatabaseUrl {
                         return Err(format!("has the parameter {parameter}: {IN_PUBLIC}"));
                     }
                 }
-                _ => {
-                    unenforced.extend(judge(POSTGRES, parameter, value)?.map(|reason| {
-                        Unenforced {
-                            setting: "DATABASE_URL",
-                            parameter: parameter.clone(),
-                            reason,
-                        }
-                    }));
-                }
+                _ => unenforced.extend(judge("DATABASE_URL", POSTGRES, parameter, value)?),
             }
         }
         let host = match (host, address) {

@@ -24,11 +24,13 @@ pub(super) type Rule = (&'static str, &'static str, Verdict);
 #[derive(Clone, Copy)]
 pub(super) enum Verdict {
     Ignored,
-    Unenforced(&'static str),
+    /// With what the service does instead.
+    Reported(&'static str),
+    /// With the reason.
     Refused(&'static str),
 }
 
-use Verdict::{Ignored, Refused, Unenforced as Reported};
+use Verdict::{Ignored, Refused, Reported};
 
 /// The rules for `DATABASE_URL`. The names are those of libpq, of the drivers of other languages
 /// and of providers.
@@ -227,23 +229,31 @@ pub(super) const REDIS: &[Rule] = &[
     ),
 ];
 
-/// What becomes of a parameter. `None` if it changes nothing; otherwise what the service does
-/// instead of what the parameter asks for.
+/// What becomes of a parameter of the URL in `setting`. `None` if it changes nothing.
 ///
 /// # Errors
 /// Why the parameter is refused, to follow the variable's name.
 pub(super) fn judge(
+    setting: &'static str,
     rules: &[Rule],
     parameter: &str,
     value: &str,
-) -> Result<Option<&'static str>, String> {
+) -> Result<Option<Unenforced>, String> {
+    let report = |reason| {
+        let parameter = parameter.to_owned();
+        Ok(Some(Unenforced {
+            setting,
+            parameter,
+            reason,
+        }))
+    };
     if let Some((_, unchanging, verdict)) = find(rules, parameter) {
         if value.is_empty() || has_word(unchanging, &value.to_ascii_lowercase()) {
             return Ok(None);
         }
         return match verdict {
             Ignored => Ok(None),
-            Reported(reason) => Ok(Some(reason)),
+            Reported(reason) => report(reason),
             Refused(reason) => Err(format!("has the parameter {parameter}: {reason}")),
         };
     }
@@ -265,7 +275,7 @@ pub(super) fn judge(
     {
         return Err(format!("has the parameter {parameter}, which is unknown"));
     }
-    Ok(Some("the parameter is unknown"))
+    report("the parameter is unknown")
 }
 
 /// Whether there is a rule for this parameter.

@@ -74,11 +74,7 @@ impl RedisUrl {
                     "" | "0" | "false" | "no" | "off" if !tls => {}
                     _ => return Err(format!("has the parameter {parameter}: expected true")),
                 },
-                _ => unenforced.extend(judge(REDIS, parameter, value)?.map(|reason| Unenforced {
-                    setting: "REDIS_URL",
-                    parameter: parameter.clone(),
-                    reason,
-                })),
+                _ => unenforced.extend(judge("REDIS_URL", REDIS, parameter, value)?),
             }
         }
         if user.is_some() && password.is_none() {

@@ -1,5 +1,5 @@
-//! A real PgBouncer between the service and Postgres. It runs only where PgBouncer is installed
-//! (`apt-get install pgbouncer`), and says so where it is not.
+//! A real pooler between the service and Postgres: `pgbouncer`. The test runs only where it is
+//! installed (`apt-get install pgbouncer`), and says so where it is not.
 
 use std::fs;
 

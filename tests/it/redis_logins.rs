@@ -2,7 +2,7 @@
 //! what the log says when Redis refuses.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use devstack::RedisOptions;
@@ -258,7 +258,7 @@ async fn client_certificate_of_the_recipe_is_sent_and_read_again() {
     let file = |name: &str| folder.path().join(name);
     let text = |name: &str| file(name).to_str().expect("a path of ASCII").to_owned();
     for name in ["authority.pem", "cache.pem", "cache.key"] {
-        give_to_all(&file(name));
+        set_mode(&file(name), 0o644);
     }
     let world = World::with_redis(RedisOptions {
         tls: true,
@@ -343,11 +343,8 @@ async fn until_down(service: &Service, why: &str) -> String {
         reasons().iter().any(|reason| reason.contains(why))
     })
     .await;
-    let reasons = reasons().into_iter();
-    reasons
-        .filter(|reason| reason.contains(why))
-        .last()
-        .expect("a reason")
+    let found = reasons().into_iter().rfind(|reason| reason.contains(why));
+    found.expect("a reason")
 }
 
 /// Sends a command by another client.
@@ -370,10 +367,6 @@ fn open_folder() -> TempDir {
     let folder = TempDir::new().expect("a folder");
     set_mode(folder.path(), 0o777);
     folder
-}
-
-fn give_to_all(file: &PathBuf) {
-    set_mode(file, 0o644);
 }
 
 fn set_mode(path: &Path, mode: u32) {

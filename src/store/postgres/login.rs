@@ -36,11 +36,11 @@ struct Words {
 /// How to log in a role whose name or password the driver cannot send with SCRAM.
 const OTHER_METHODS: &str = "or let pg_hba.conf ask the role for md5, password or cert";
 
+const NO_POOLER: &str = "connect to the server itself: a pooler such as PgBouncer is not supported";
+
 /// How to make a certificate that is accepted.
 const REPLACE: &str = "let an authority of your own sign another one, as docs/connecting.md shows, \
     and set DB_SSLROOTCERT to the authority's";
-
-const NO_POOLER: &str = "connect to the server itself: a pooler such as PgBouncer is not supported";
 
 impl Login {
     /// The error of an attempt, and of the second one if `mode` asks for another.
