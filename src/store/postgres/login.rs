@@ -62,7 +62,7 @@ impl Login {
             let [main, also] = ways;
             why = format!("{main}: {why}; {also}: {other}");
         }
-        let source = self.cause(why, check);
+        let source = self.cause(&why, &check);
         match connect_failure(main) {
             Error::Refused { code, .. } => Error::Refused { code, source },
             _ => Error::Connection(source),
@@ -72,25 +72,23 @@ impl Login {
     /// The error of an attempt that could not begin.
     pub(super) fn obstacle(&self, error: Error, check: &str) -> Error {
         match error {
-            Error::Connection(why) => {
-                Error::Connection(self.cause(why.to_string(), check.to_owned()))
-            }
+            Error::Connection(why) => Error::Connection(self.cause(&why.to_string(), check)),
             other => other,
         }
     }
 
     /// The error of an attempt that took too long.
     pub(super) fn timeout(&self, after: Duration, why: &str, check: &str) -> Error {
-        Error::NoSession(after, self.cause(why.to_owned(), check.to_owned()))
+        Error::NoSession(after, self.cause(why, check))
     }
 
     /// The error of a session that lacks the settings that exact counting depends on.
     pub(super) fn without_settings(&self) -> Error {
         let why = "a pooler drops the settings of the session";
-        Error::Connection(self.cause(why.to_owned(), NO_POOLER.to_owned()))
+        Error::Connection(self.cause(why, NO_POOLER))
     }
 
-    fn cause(&self, why: String, check: String) -> Cause {
+    fn cause(&self, why: &str, check: &str) -> Cause {
         let Self {
             place,
             database,
@@ -103,7 +101,7 @@ impl Login {
             format!("{why}; tried as {user} at {place}, database {database}, sslmode {mode}");
         if !check.is_empty() {
             text.push_str("; ");
-            text.push_str(&check);
+            text.push_str(check);
         }
         text.into()
     }
