@@ -281,8 +281,8 @@ impl<C: Connect> Pool<C> {
             }
             let ping = link.call(C::ping);
             let pinged = observe(&self.target, C::PING, None, PING_TIMEOUT, ping).await;
-            // A refusal is a response, too. Otherwise the pool closes the connection.
-            if pinged.is_ok() || !link.in_doubt {
+            // Otherwise the pool closes the connection.
+            if pinged.is_ok() {
                 return Ok(link);
             }
         }
