@@ -28,7 +28,7 @@ test faults: PACKAGES = promtool=prometheus python3:prometheus_client=python3-pr
 	nginx=nginx haproxy=haproxy caddy=caddy
 
 # Tests wait for servers most of the time, so more of them run than there are processors.
-test: export RUST_TEST_THREADS = 8
+test compat compat-ends: export RUST_TEST_THREADS = 8
 ifdef T
 test: setup
 	@tests=$$(cargo test --workspace --locked --quiet -- --list '$(T)') && \

