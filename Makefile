@@ -25,7 +25,7 @@ map: ## Print who imports whom in src
 
 # Programs that tests need in addition to the stores, each with its package.
 test faults: PACKAGES = promtool=prometheus python3:prometheus_client=python3-prometheus-client \
-	nginx=nginx haproxy=haproxy caddy=caddy
+	nginx=nginx haproxy=haproxy caddy=caddy pgbouncer=pgbouncer
 
 # Tests wait for servers most of the time, so more of them run than there are processors.
 test compat compat-ends: export RUST_TEST_THREADS = 8
