@@ -67,7 +67,7 @@ impl DatabaseUrl {
         let mut name = url.database()?;
         let mut host = url.host.clone();
         let mut port_text = url.port.clone();
-        let (mut address, mut encrypted) = (None, false);
+        let (mut address, mut encrypted, mut ssl) = (None, false, None);
         let mut database = Database::default();
         let mut unenforced = Vec::new();
         for (parameter, value) in &url.query {
@@ -94,8 +94,7 @@ impl DatabaseUrl {
                     "" | "0" | "false" | "no" | "off" => {}
                     "1" | "on" | "true" | "yes" => encrypted = true,
                     mode => {
-                        let mode = read_part("DB_SSLMODE", mode, &one_of(SSL_MODES))?;
-                        database.sslmode.get_or_insert(mode);
+                        ssl = Some(read_part("DB_SSLMODE", mode, &one_of(SSL_MODES))?);
                     }
                 },
                 "currentschema" | "schema" | "schemasearchpath" | "searchpath" => {
@@ -126,7 +125,7 @@ impl DatabaseUrl {
         database.port = port_text
             .map(|text| read_part("DB_PORT", &text, &port()))
             .transpose()?;
-        database.take_mode(encrypted)?;
+        database.take_mode(encrypted, ssl)?;
         Ok(Self {
             user: read_name("DB_USER", user)?,
             password: password.filter(|password| !password.expose().is_empty()),
@@ -138,8 +137,11 @@ impl DatabaseUrl {
 }
 
 impl Database {
-    /// Derives the TLS mode from `ssl=true`, and refuses what contradicts it.
-    fn take_mode(&mut self, encrypted: bool) -> Result<(), String> {
+    /// Derives the TLS mode from `ssl`, true or a mode, and refuses what contradicts it.
+    fn take_mode(&mut self, encrypted: bool, ssl: Option<&'static str>) -> Result<(), String> {
+        if ssl.is_some_and(|mode| *self.sslmode.get_or_insert(mode) != mode) {
+            return Err("has ssl and sslmode, which contradict each other".to_owned());
+        }
         match self.sslmode {
             None if encrypted => self.sslmode = Some("require"),
             Some("disable" | "allow" | "prefer") if encrypted => {

@@ -269,13 +269,19 @@ pub(super) fn judge(
     }
     let plain = plain(parameter);
     // A misspelt parameter must not make a connection less secure than its author believes.
-    if ["auth", "cert", "ssl", "tls", "verify"]
-        .iter()
-        .any(|word| plain.contains(word))
-    {
+    if is_about_security(&plain) {
         return Err(format!("has the parameter {parameter}, which is unknown"));
     }
     report("the parameter is unknown")
+}
+
+/// Whether a parameter is about encryption or authentication, or is spelt nearly like one that is.
+fn is_about_security(plain: &str) -> bool {
+    let near = |word: &&str, distance| strsim::osa_distance(plain, word) <= distance;
+    ["auth", "cert", "encrypt", "ssl", "tls", "verify"]
+        .iter()
+        .any(|word| plain.contains(word) || near(word, 1))
+        || ["sslmode", "sslrootcert"].iter().any(|word| near(word, 2))
 }
 
 /// Whether there is a rule for this parameter.

@@ -154,13 +154,27 @@ begin
     end loop;
 
     -- id: numbers stay, the sequence of a serial column goes, rows without a number follow the
-    -- others. For a domain, tipo is the type beneath it.
+    -- others. For a domain, tipo is the type beneath it,
+    -- also where that is beneath another domain.
     select a.attnum, a.atttypid, a.attidentity, a.attgenerated,
-           coalesce(nullif(t.typbasetype, 0), t.oid)::regtype as tipo
+           (
+               with recursive base as (
+                   select a.atttypid as oid
+                    union all
+                   select t.typbasetype
+                     from base as b
+                     join pg_catalog.pg_type as t
+                       on t.oid = b.oid
+                    where t.typbasetype <> 0
+               )
+               select b.oid::regtype
+                 from base as b
+                 join pg_catalog.pg_type as t
+                   on t.oid = b.oid
+                where t.typbasetype = 0
+           ) as tipo
       into coluna_id
       from pg_catalog.pg_attribute as a
-      join pg_catalog.pg_type as t
-        on t.oid = a.atttypid
      where a.attrelid = tabela
        and a.attname = 'id'
        and not a.attisdropped;
@@ -210,11 +224,24 @@ begin
 
     -- data: what can be read as a moment stays one, anything else keeps its values beside it.
     select a.attnum, a.atttypid, a.atttypmod, a.attnotnull, a.attgenerated,
-           coalesce(nullif(t.typbasetype, 0), t.oid)::regtype as tipo
+           (
+               with recursive base as (
+                   select a.atttypid as oid
+                    union all
+                   select t.typbasetype
+                     from base as b
+                     join pg_catalog.pg_type as t
+                       on t.oid = b.oid
+                    where t.typbasetype <> 0
+               )
+               select b.oid::regtype
+                 from base as b
+                 join pg_catalog.pg_type as t
+                   on t.oid = b.oid
+                where t.typbasetype = 0
+           ) as tipo
       into coluna_data
       from pg_catalog.pg_attribute as a
-      join pg_catalog.pg_type as t
-        on t.oid = a.atttypid
      where a.attrelid = tabela
        and a.attname = 'data'
        and not a.attisdropped;
@@ -323,6 +350,11 @@ begin
                 );
         end;
     end if;
+    if exists (select from public.visitas as v where v.data is null) then
+        raise exception 'public.visitas.data is null in some rows, and a rule, trigger or policy keeps them as they are'
+            using errcode = 'not_null_violation',
+                  hint = 'Fill them, or drop what is in the way, migrate, and create it again.';
+    end if;
     alter table public.visitas
         alter column data set default now(),
         alter column data set not null;
@@ -392,13 +424,13 @@ begin
 
     -- A constraint that no visit can meet must stop the migration, not each visit.
     begin
-        insert into public.visitas (id)
-        values (maior_id + 1);
+        insert into public.visitas default values;
         raise exception using errcode = 'VS001';
     exception
         when sqlstate 'VS001' then
             null;
     end;
+    execute pg_catalog.format('alter table public.visitas alter column id restart with %s', maior_id + 1);
 exception
     when feature_not_supported
       or dependent_objects_still_exist
