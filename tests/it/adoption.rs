@@ -244,6 +244,13 @@ async fn table_that_cannot_be_adopted_is_reported_and_left_unchanged() {
             "create table visitas (id serial primary key, ip text, check (ip is not null))",
             "violates check constraint",
         ),
+        (
+            "create table visitas (id int primary key, data timestamptz); \
+             insert into visitas values (1, null); \
+             create view resumo as select data from visitas; \
+             create rule nada as on update to visitas do instead nothing",
+            "public.visitas.data is null in some rows",
+        ),
     ] {
         let world = World::new();
         world.sql(table).await;
@@ -357,8 +364,10 @@ async fn what_uses_other_columns_does_not_stop_the_adoption() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn domains_are_kept_where_they_hold_what_a_visit_writes() {
-    let table = "create domain momento as timestamptz check (value > '2000-01-01 00:00:00+00'); \
-                 create domain numero as int check (value > 0); \
+    let table = "create domain instante as timestamptz; \
+                 create domain momento as instante check (value > '2000-01-01 00:00:00+00'); \
+                 create domain inteiro as int; \
+                 create domain numero as inteiro check (value > 0); \
                  create table visitas (id numero primary key, data momento); \
                  create view momentos as select data from visitas; \
                  insert into visitas values (7, '2024-05-06 07:08:09+00')";
@@ -372,6 +381,25 @@ async fn domains_are_kept_where_they_hold_what_a_visit_writes() {
     );
     assert_eq!(columns_named(&world, "data_anterior").await, 0);
     assert_eq!(ids(&world).await[0], 7);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trigger_that_inserts_rows_does_not_stop_the_adoption() {
+    let statements = [
+        "create table visitas (id serial primary key, data timestamptz)",
+        "create function mais_uma() returns trigger language plpgsql as $$ begin \
+         if pg_trigger_depth() = 1 then insert into visitas default values; end if; \
+         return null; end $$",
+        "create trigger mais_uma after insert on visitas \
+         for each row execute function mais_uma()",
+    ];
+    let (world, service) = adopt(&statements).await;
+    service.visit().await;
+    service.visit().await;
+    assert_eq!(world.number("select count(*) from visitas").await, 4);
+    service.visit().await;
+    let (total, _) = service.visit().await;
+    assert_eq!(total, 8);
 }
 
 #[tokio::test(flavor = "multi_thread")]
