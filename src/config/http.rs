@@ -14,7 +14,7 @@ use super::value::{Accept, accept, duration, parsed, port, within};
 /// The address that visitors are served on, which `visitas healthcheck` asks too.
 #[derive(Args, Clone, Debug)]
 pub struct ListenConfig {
-    /// Address to serve on; [::] is every address of this host, IPv4 too. With port 0 the system chooses one
+    /// Address to serve on; the default is every address of this host, IPv4 and IPv6. With port 0 the system chooses one
     #[arg(long, env, default_value = "[::]:5000", value_parser = address())]
     pub bind_addr: SocketAddr,
     /// TCP port to serve on in place of 5000, as platforms set it; without effect if BIND_ADDR is set
