@@ -519,6 +519,7 @@ async fn visit_after_its_idle_session_was_ended_is_recorded() {
     let service = world.serve().await;
     for visits in 1..5 {
         assert_eq!(service.visit().await, (visits, visits));
+        // A connection that has been idle is what is looked at.
         tokio::time::sleep(Duration::from_millis(120)).await;
         world
             .sql(
