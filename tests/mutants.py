@@ -1,166 +1,211 @@
 #!/usr/bin/env python3
 """Break the service in one place at a time and see whether a test notices.
 
-    tests/mutants.py [--files PATH ...] [--every N] [--minutes N]
+    tests/mutants.py [--files PATH ...] [--every N] [--minutes N] [--workers N]
 
-cargo-mutants (`cargo install cargo-mutants --locked`) lists the mutants. The script builds each mutant
-in a separate work tree and runs the tests of the committed revision against it: first a few quick
-integration tests, then the tests listed below for the mutated file, then the unit tests of its module.
-A mutant is caught if a test fails or hangs, and missed if all tests pass. A mutant that does not
-compile is not counted. Results are kept in target/mutants.json, so a run that was stopped continues
-where it ended; a mutant is tried again when its file has changed.
+cargo-mutants (`cargo install cargo-mutants --locked`) lists the mutants. Each worker builds one mutant
+after the other in a work tree of its own, and runs the integration tests of the committed revision that
+are listed below for the mutated file, then the unit tests of its module. A mutant is caught as soon as
+a test fails, or when the tests hang, and missed if all tests pass. A mutant that does not compile is not
+counted. Results are kept in target/mutants.json, so a run that was stopped continues where it ended; a
+mutant is tried again when its file has changed, or when the tests hung with --retry-hangs.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import queue
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TREE = ROOT / "target" / "mutants"
+TREES = ROOT / "target" / "mutants"
 # What earlier runs found, by file and mutant.
 KNOWN = ROOT / "target" / "mutants.json"
 
-# Seconds after which a run of tests counts as hanging.
-QUICK_TIMEOUT = 60
-FULL_TIMEOUT = 400
+# Seconds after which a build, or a run of tests, counts as hanging.
+TIMEOUT = 300
 
 # Tests that most mutants fail, whichever file they are in.
 QUICK = ["http::second_visit_counts_two", "commands::"]
 STORE = [
-    "adoption::", "batch::", "commands::", "count::", "kept::", "outage::", "promise::", "relapse::",
-    "repair::", "replaced::", "restored::", "spans::", "spared::",
+    "adoption::", "batch::", "count::", "kept::", "outage::", "promise::", "relapse::", "repair::",
+    "replaced::", "resources::", "restored::", "roles::", "spans::", "spared::",
 ]
+POSTGRES = [*STORE, "ledger::", "logins::", "poolers::", "tls::", "urls::"]
 TESTS = {
     "src/recorder.rs": ["abandoned::", "batch::", "load::", "outage::", "promise::", "shutdown::", "spans::", "unread::"],
-    "src/routes/health.rs": ["adoption::", "http::", "outage::", "restored::", "shutdown::"],
-    "src/routes/visit.rs": ["http::", "outage::", "promise::"],
+    "src/routes/": ["adoption::", "http::", "outage::", "promise::", "restored::", "roles::", "shutdown::"],
     "src/lifecycle.rs": ["rolling::", "shutdown::"],
     "src/store/postgres/trust.rs": ["roots::"],
-    "src/store/postgres/session.rs": ["roots::", "tls::", *STORE],
+    "src/store/postgres/session.rs": ["roots::", *POSTGRES],
+    "src/store/postgres/": POSTGRES,
+    "src/store/redis/": [*STORE, "redis_logins::", "urls::"],
     "src/store/": STORE,
 }
+ROOMS = ["src/recorder.rs", "src/routes/health.rs", "src/routes/visit.rs", "src/lifecycle.rs", "src/store/"]
+
+results = threading.Lock()
 
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--files", nargs="+", default=list(TESTS), metavar="PATH")
+    arguments.add_argument("--files", nargs="+", default=ROOMS, metavar="PATH")
     arguments.add_argument("--every", type=int, default=1, metavar="N", help="try each Nth mutant only")
     arguments.add_argument("--minutes", type=float, default=240, metavar="N", help="stop after N minutes")
+    arguments.add_argument("--workers", type=int, default=2, metavar="N", help="mutants tried at a time")
+    arguments.add_argument("--retry-hangs", action="store_true", help="try mutants again whose tests hung")
     options = arguments.parse_args()
 
-    make_tree()
-    mutants = list_mutants(options.files)[:: options.every]
-    tests = build_tests()
-    print(f"{len(mutants)} mutants", flush=True)
-    ends = time.monotonic() + options.minutes * 60
-    results = {"caught": [], "missed": [], "does not compile": []}
+    trees = [Tree(number) for number in range(options.workers)]
+    mutants = list_mutants(trees[0], options.files)[:: options.every]
     known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
-    for number, mutant in enumerate(mutants, 1):
-        key = f"{source_of(mutant)} {mutant['name']}"
-        if key not in known:
-            if time.monotonic() > ends:
-                print(f"stopped: {options.minutes:g} minutes have passed", flush=True)
-                break
-            started = time.monotonic()
-            known[key] = attempt(mutant, tests)
-            KNOWN.write_text(json.dumps(known, indent=1))
-            seconds = time.monotonic() - started
-            print(f"{number:4} {known[key]:28} {seconds:4.0f} s  {mutant['name']}", flush=True)
-        result = known[key].removesuffix(" by a unit test").removesuffix(" by an integration test")
-        results[result].append(mutant)
-    print(", ".join(f"{len(found)} {result}" for result, found in results.items()))
-    for mutant in results["missed"]:
+    retried = "hangs" if options.retry_hangs else "-"
+    waiting = queue.SimpleQueue()
+    for mutant in mutants:
+        if retried in known.get(mutant["key"], retried):
+            waiting.put(mutant)
+    print(f"{len(mutants)} mutants, {waiting.qsize()} of them to try", flush=True)
+
+    ends = time.monotonic() + options.minutes * 60
+    workers = [threading.Thread(target=work, args=(tree, waiting, known, ends)) for tree in trees]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    tried = [mutant for mutant in mutants if mutant["key"] in known]
+    missed = [mutant for mutant in tried if known[mutant["key"]] == "missed"]
+    uncompiled = sum(known[mutant["key"]] == "does not compile" for mutant in tried)
+    caught = len(tried) - len(missed) - uncompiled
+    print(f"{caught} caught, {len(missed)} missed, {uncompiled} do not compile, {len(mutants) - len(tried)} not tried")
+    for mutant in missed:
         print(f"missed: {mutant['name']}")
-    return 1 if results["missed"] else 0
+    return 1 if missed else 0
 
 
-def make_tree():
-    """A work tree of the committed revision, built once with all its tests."""
-    if TREE.exists():
-        run("git", "-C", TREE, "checkout", "--quiet", "--force", "--detach", run("git", "rev-parse", "HEAD").strip())
-    else:
-        run("git", "worktree", "add", "--quiet", "--force", "--detach", TREE, "HEAD")
+def work(tree, waiting, known, ends):
+    """Tries mutants until none waits or the time is over."""
+    while time.monotonic() < ends:
+        try:
+            mutant = waiting.get_nowait()
+        except queue.Empty:
+            return
+        started = time.monotonic()
+        result = tree.attempt(mutant)
+        seconds = time.monotonic() - started
+        with results:
+            known[mutant["key"]] = result
+            KNOWN.write_text(json.dumps(known, indent=1))
+            print(f"{seconds:4.0f} s  {mutant['name']}: {result}", flush=True)
 
 
-def list_mutants(files):
+def list_mutants(tree, files):
     patterns = [argument for file in files for argument in ("--file", f"{file}**" if file.endswith("/") else file)]
-    mutants = json.loads(run("cargo", "mutants", "--list", "--json", "--diff", *patterns, cwd=TREE))
-    unique = {mutant["name"]: mutant for mutant in mutants}
+    unique = {}
+    for mutant in json.loads(tree.run("cargo", "mutants", "--list", "--json", "--diff", *patterns)):
+        # The version of the mutant's file, by git: another version is tried again.
+        version = tree.run("git", "hash-object", mutant["file"]).strip()[:12]
+        mutant["key"] = f"{version} {mutant['name']}"
+        unique[mutant["name"]] = mutant
     return [unique[name] for name in sorted(unique)]
 
 
-def source_of(mutant):
-    """The version of the mutant's file, by git."""
-    return run("git", "hash-object", mutant["file"], cwd=TREE).strip()[:12]
+class Tree:
+    """A work tree of the committed revision, with its tests built."""
+
+    def __init__(self, number):
+        self.path = TREES / str(number)
+        self.environment = {**os.environ, "CARGO_TARGET_DIR": str(self.path / "target")}
+        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+        if self.path.exists():
+            self.run("git", "checkout", "--quiet", "--force", "--detach", head)
+        else:
+            command = ["git", "worktree", "add", "--quiet", "--force", "--detach", self.path, head]
+            subprocess.run(command, cwd=ROOT, check=True)
+        self.tests = self.build_tests()
+
+    def build_tests(self):
+        messages = self.run("cargo", "test", "--package", "visitas", "--locked", "--no-run", "--message-format", "json")
+        for line in messages.splitlines():
+            message = json.loads(line)
+            if message.get("executable") and message["target"]["name"] == "it":
+                # A copy, since a later build of the mutated program can replace the file.
+                copy = self.path / "target" / "it"
+                copy.write_bytes(pathlib.Path(message["executable"]).read_bytes())
+                copy.chmod(0o755)
+                return copy
+        sys.exit("no test program was built")
+
+    def attempt(self, mutant):
+        file = self.path / mutant["file"]
+        source = file.read_text()
+        command = ["patch", "--quiet", "--strip=0"]
+        subprocess.run(command, cwd=self.path, input=mutant["diff"], text=True, check=True)
+        try:
+            if self.failure(["cargo", "build", "--locked", "--bin", "visitas"]):
+                return "does not compile"
+            full = ["--include-ignored", *filters_of(mutant["file"])]
+            unit = ["cargo", "test", "--package", "visitas", "--lib", "--locked", f"{module_of(mutant['file'])}::"]
+            # Golden files are found by this variable. Builds do not get it: build scripts would run again.
+            program = ["env", f"CARGO_MANIFEST_DIR={self.path}", self.tests]
+            for tests in ([*program, *QUICK], [*program, *full], unit):
+                if failure := self.failure(tests):
+                    return f"caught: {failure}"
+            return "missed"
+        finally:
+            file.write_text(source)
+
+    def failure(self, command):
+        """Runs a command; returns its first failed test, what else is wrong, or None. Its whole process group ends with it."""
+        process = subprocess.Popen(
+            command, cwd=self.path, env=self.environment, start_new_session=True, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )
+        hung = threading.Event()
+
+        def end():
+            hung.set()
+            kill(process)
+
+        timer = threading.Timer(TIMEOUT, end)
+        timer.start()
+        try:
+            for line in process.stdout:
+                if failed := re.match(r"test (\S+) .*\.\.\. FAILED", line):
+                    return failed[1]
+            if process.wait() == 0:
+                return None
+            return "hangs" if hung.is_set() else f"status {process.returncode}"
+        finally:
+            timer.cancel()
+            kill(process)
+            process.wait()
+
+    def run(self, *command):
+        command = [str(part) for part in command]
+        return subprocess.check_output(command, cwd=self.path, env=self.environment, text=True)
 
 
-def build_tests():
-    messages = run(
-        "cargo", "test", "--package", "visitas", "--locked", "--no-run", "--message-format", "json", cwd=TREE
-    )
-    for line in messages.splitlines():
-        message = json.loads(line)
-        if message.get("executable") and message["target"]["name"] == "it":
-            # A copy, since a later build of the mutated program can replace the file.
-            copy = TREE / "target" / "it"
-            copy.write_bytes(pathlib.Path(message["executable"]).read_bytes())
-            copy.chmod(0o755)
-            return copy
-    sys.exit("no test program was built")
-
-
-def attempt(mutant, tests):
-    file = TREE / mutant["file"]
-    source = file.read_text()
-    subprocess.run(["patch", "--quiet", "--strip=0"], cwd=TREE, input=mutant["diff"], text=True, check=True)
+def kill(process):
+    """Ends a process and all that it started."""
     try:
-        if not passes(["cargo", "build", "--locked", "--bin", "visitas"], 600):
-            return "does not compile"
-        full = ["--include-ignored", *filters_of(mutant["file"])]
-        for filters, timeout in ((QUICK, QUICK_TIMEOUT), (full, FULL_TIMEOUT)):
-            if not passes([tests, *filters], timeout):
-                return "caught by an integration test"
-        module = mutant["file"].removeprefix("src/").removesuffix(".rs").removesuffix("/mod").replace("/", "::")
-        unit = ["cargo", "test", "--package", "visitas", "--lib", "--locked", f"{module}::"]
-        if not passes(unit, 600):
-            return "caught by a unit test"
-        return "missed"
-    finally:
-        file.write_text(source)
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 
 
 def filters_of(file):
-    return TESTS[max((key for key in TESTS if file.startswith(key)), key=len)]
+    return TESTS[max((key for key in TESTS if file.startswith(key)), key=len, default="src/store/")]
 
 
-def passes(command, timeout):
-    """Whether a command succeeds in time. Its whole process group ends with it."""
-    environment = {**os.environ, "CARGO_MANIFEST_DIR": str(TREE), "CARGO_TARGET_DIR": str(TREE / "target")}
-    process = subprocess.Popen(
-        command, cwd=TREE, env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )
-    try:
-        return process.wait(timeout) == 0
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-
-
-def run(*command, cwd=ROOT):
-    environment = {**os.environ, "CARGO_TARGET_DIR": str(TREE / "target")}
-    command = [str(part) for part in command]
-    return subprocess.run(command, cwd=cwd, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout
+def module_of(file):
+    return file.removeprefix("src/").removesuffix(".rs").removesuffix("/mod").replace("/", "::")
 
 
 if __name__ == "__main__":
