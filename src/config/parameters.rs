@@ -284,22 +284,14 @@ fn is_about_security(plain: &str) -> bool {
         || ["sslmode", "sslrootcert"].iter().any(|word| near(word, 2))
 }
 
-/// Whether there is a rule for this parameter.
-pub(super) fn is_known(rules: &[Rule], parameter: &str) -> bool {
-    find(rules, parameter).is_some()
-}
-
 /// A parameter's name in lower case, without underscores and hyphens.
 pub(super) fn plain(parameter: &str) -> String {
     parameter.replace(['_', '-'], "").to_ascii_lowercase()
 }
 
-/// Whether a parameter's value can be a secret.
-pub(super) fn is_secret(parameter: &str) -> bool {
-    let plain = plain(parameter);
-    ["pass", "scram", "secret"]
-        .iter()
-        .any(|word| plain.contains(word))
+/// Whether the parameter is one of these words, which are written as [`plain`] writes them.
+pub(super) fn is_one_of(words: &str, parameter: &str) -> bool {
+    has_word(words, &plain(parameter))
 }
 
 fn find(rules: &[Rule], parameter: &str) -> Option<Rule> {
