@@ -270,7 +270,13 @@ pub(super) fn judge(
     let plain = plain(parameter);
     // A misspelt parameter must not make a connection less secure than its author believes.
     if is_about_security(&plain) {
-        return Err(format!("has the parameter {parameter}, which is unknown"));
+        let instead = match setting {
+            "REDIS_URL" => "rediss:// asks for TLS, and REDIS_TLS_CA names authorities to trust",
+            _ => "TLS is set by sslmode and sslrootcert",
+        };
+        return Err(format!(
+            "has the parameter {parameter}, which is unknown: {instead}"
+        ));
     }
     report("the parameter is unknown")
 }

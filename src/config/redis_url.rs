@@ -62,6 +62,16 @@ impl RedisUrl {
             }
             .to_owned());
         }
+        let host = match (&url.host, is_socket) {
+            (Some(host), false) => host.clone(),
+            (None, true) => url.file()?,
+            (None, false) => return Err("has no host (a Unix socket is unix:///path)".to_owned()),
+            (Some(_), true) => {
+                return Err(
+                    "has a host, but leads to a Unix socket (write unix:///path)".to_owned(),
+                );
+            }
+        };
         let (mut user, mut password) = (url.user.clone(), url.password.clone());
         let mut number = if is_socket { None } else { url.database()? };
         let mut unenforced = Vec::new();
@@ -74,6 +84,11 @@ impl RedisUrl {
                 "ssl" | "tls" => match &*value.to_ascii_lowercase() {
                     "1" | "on" | "true" | "yes" => tls = true,
                     "" | "0" | "false" | "no" | "off" if !tls => {}
+                    "0" | "false" | "no" | "off" => {
+                        return Err(format!(
+                            "has {parameter}={value}, which contradicts TLS by rediss://"
+                        ));
+                    }
                     _ => return Err(format!("has the parameter {parameter}: expected true")),
                 },
                 _ => unenforced.extend(judge("REDIS_URL", REDIS, parameter, value)?),
@@ -90,17 +105,6 @@ impl RedisUrl {
         if tls && is_socket {
             return Err("asks for TLS on a Unix socket".to_owned());
         }
-        let host = if is_socket {
-            if url.host.is_some() {
-                return Err(
-                    "has a host, but leads to a Unix socket (write unix:///path)".to_owned(),
-                );
-            }
-            Some(url.file()?)
-        } else {
-            url.host.clone()
-        };
-        let host = host.ok_or("has no host")?;
         let number = number.map(|number| {
             let number: Option<u32> = parsed(&number);
             number.ok_or("has a database that is not a number")

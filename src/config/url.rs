@@ -90,6 +90,12 @@ impl StoreUrl {
         if self.path.contains('/') {
             return Err("has a second / in its path (encode / as %2F)".to_owned());
         }
+        // A parameter taken for a name would be lost, and shown.
+        if self.path.contains('&') {
+            return Err(
+                "has an & in its path: parameters begin with ? (encode & as %26)".to_owned(),
+            );
+        }
         let name = Some(&self.path).filter(|name| !name.is_empty());
         name.map(|name| decoded(name)).transpose()
     }
