@@ -91,9 +91,10 @@ impl StoreUrl {
             return Err("has a second / in its path (encode / as %2F)".to_owned());
         }
         // A parameter taken for a name would be lost, and shown.
-        if self.path.contains('&') {
+        if self.path.contains(['&', '=']) {
             return Err(
-                "has an & in its path: parameters begin with ? (encode & as %26)".to_owned(),
+                "has a parameter in its path: parameters begin with ? (encode & as %26, = as %3D)"
+                    .to_owned(),
             );
         }
         let name = Some(&self.path).filter(|name| !name.is_empty());

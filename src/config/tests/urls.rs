@@ -333,7 +333,9 @@ fn credentials_are_those_that_the_file_holds_now() {
     assert_eq!(passwords(), Ok(("old".to_owned(), "old".to_owned())));
     rewrite(&secret, "new\r\n");
     assert_eq!(passwords(), Ok(("new".to_owned(), "new".to_owned())));
-    for bad in ["", "c4nary\nmore", "\n"] {
+    rewrite(&secret, "\u{feff}marked\n");
+    assert_eq!(passwords(), Ok(("marked".to_owned(), "marked".to_owned())));
+    for bad in ["", "c4nary\nmore", "\n", "\u{feff}"] {
         rewrite(&secret, bad);
         let why = passwords().expect_err(bad);
         assert!(
@@ -390,6 +392,25 @@ fn secret_of_a_pipe_is_read_once() {
         let login = config.redis.credentials().expect("the secret of the start");
         assert_eq!(login.password.expect("a password").expose(), CANARY);
     }
+}
+
+#[test]
+fn byte_order_mark_before_certificates_is_ignored() {
+    let (certificate, key) = certificate();
+    let marked = |file: &NamedTempFile| {
+        let text = std::fs::read_to_string(file.path()).expect("a file");
+        self::file(format!("\u{feff}{text}"))
+    };
+    let (certificate, key) = (marked(&certificate), marked(&key));
+    serve(&[
+        "--db-sslmode=verify-ca",
+        "--db-sslrootcert",
+        path(&certificate),
+        "--db-sslcert",
+        path(&certificate),
+        "--db-sslkey",
+        path(&key),
+    ]);
 }
 
 #[test]
