@@ -368,7 +368,7 @@ async fn certificate_that_has_expired_is_named_by_one_line() {
     let url = format!("rediss://localhost:{}", world.redis.port());
     let given = world.settings_but("REDIS_", &[("REDIS_URL", &url), ("REDIS_TLS_CA", &ca)]);
     let service = Service::start(&[given, settings(&PATIENT)].concat()).await;
-    let line = until_down(&service, "has expired (Expired)").await;
+    let line = until_down(&service, "has expired (invalid peer certificate: Expired)").await;
     assert_plain(
         &line,
         &[

@@ -139,6 +139,7 @@ impl Peer {
                 "check that Redis is running, and that its unixsocket is this path"
             }
             ConnectionRefused => CHECK_ADDRESS,
+            _ if self.is_socket => "check the path of the socket",
             _ => "check the network, and REDIS_HOST and REDIS_PORT, or those of REDIS_URL",
         };
         (error.to_string(), check)
@@ -221,8 +222,7 @@ fn tls_error(error: &RedisError) -> Option<rustls::Error> {
     cause.downcast_ref::<rustls::Error>().cloned()
 }
 
-/// Why a TLS handshake failed, and what to check. The driver's term stays, for a search; its texts
-/// about dates differ each second.
+/// Why a TLS handshake failed, and what to check.
 fn tls_words(error: &rustls::Error) -> (String, &'static str) {
     use rustls::AlertDescription::{HandshakeFailure, InsufficientSecurity, ProtocolVersion};
     let (why, check) = match error {
@@ -251,50 +251,51 @@ fn tls_words(error: &rustls::Error) -> (String, &'static str) {
 }
 
 fn certificate_words(certificate: &CertificateError) -> (String, &'static str) {
-    let (why, term, check) = match certificate {
-        CertificateError::UnknownIssuer => (
+    let fault = match certificate {
+        CertificateError::Other(other) => other.0.downcast_ref(),
+        _ => None,
+    };
+    let (why, check) = match (certificate, fault) {
+        (CertificateError::UnknownIssuer, _) => (
             "is signed by no trusted authority",
-            "UnknownIssuer",
             "set REDIS_TLS_CA to the certificate of the authority that signed it",
         ),
-        CertificateError::Expired | CertificateError::ExpiredContext { .. } => (
-            "has expired",
-            "Expired",
-            "renew it, or check this host's clock",
-        ),
-        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
-            ("is not valid yet", "NotValidYet", "check this host's clock")
+        (CertificateError::Expired | CertificateError::ExpiredContext { .. }, _) => {
+            ("has expired", "renew it, or check this host's clock")
         }
-        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+        (CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. }, _) => {
+            ("is not valid yet", "check this host's clock")
+        }
+        (
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            _,
+        ) => {
+            let why = format!(
+                "the server's certificate is for another name (invalid peer certificate: {certificate})"
+            );
             let check = "set the host of REDIS_URL to a name in the certificate's subjectAltName, \
                 or add this one there (a name in its subject does not count)";
-            return (
-                format!("the server's certificate is for another name ({certificate})"),
-                check,
-            );
+            return (why, check);
         }
-        CertificateError::Other(other)
-            if other.0.downcast_ref() == Some(&webpki::Error::CaUsedAsEndEntity) =>
-        {
-            (
-                "is one of an authority, such as a self-signed one",
-                "CaUsedAsEndEntity",
-                REPLACE,
-            )
+        (_, Some(webpki::Error::CaUsedAsEndEntity)) => {
+            ("is one of an authority, such as a self-signed one", REPLACE)
         }
-        CertificateError::Other(other)
-            if other.0.downcast_ref() == Some(&webpki::Error::UnsupportedCertVersion) =>
-        {
-            (
-                "has version 1, which has no names of hosts",
-                "UnsupportedCertVersion",
-                REPLACE,
-            )
+        (_, Some(webpki::Error::UnsupportedCertVersion)) => {
+            ("has version 1, which has no names of hosts", REPLACE)
         }
-        _ => {
-            let why = format!("the server's certificate cannot be verified ({certificate})");
-            return (why, REPLACE);
-        }
+        // Such as one by an authority that has the trusted one's name and another key.
+        _ => (
+            "cannot be verified",
+            "set REDIS_TLS_CA to the certificate of the authority that signed it, or make another \
+             one as docs/connecting.md shows",
+        ),
     };
-    (format!("the server's certificate {why} ({term})"), check)
+    // The driver's term stays, for a search. Its texts about dates differ each second, and others
+    // contain bytes.
+    let text = format!("{certificate:?}");
+    let mut words = text.split(|character: char| !character.is_alphanumeric());
+    let term = words.find(|word| !["Other", "OtherError"].contains(word));
+    let term = term.unwrap_or_default().trim_end_matches("Context");
+    let why = format!("the server's certificate {why} (invalid peer certificate: {term})");
+    (why, check)
 }

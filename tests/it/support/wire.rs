@@ -49,8 +49,8 @@ impl Wire {
     }
 
     /// The next response, or nothing if none comes soon.
-    pub(crate) async fn response_within(&mut self, patience: Duration) -> Option<String> {
-        timeout(patience, self.response()).await.ok().flatten()
+    pub(crate) async fn response_within(&mut self, limit: Duration) -> Option<String> {
+        timeout(limit, self.response()).await.ok().flatten()
     }
 
     /// The next response, or nothing if the connection closes first.
