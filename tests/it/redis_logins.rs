@@ -276,10 +276,10 @@ async fn another_program_at_the_address_is_explained() {
         stream.read_u8().await.ok();
     });
     let end_of_a_session = listener_that(|mut stream| async move {
-        let mut request = [0; 1024];
-        stream.read(&mut request).await.ok();
+        let mut ping = [0; b"*1\r\n$4\r\nPING\r\n".len()];
+        stream.read_exact(&mut ping).await.ok();
         stream.write_all(b"+PONG\r\n").await.ok();
-        stream.read(&mut request).await.ok();
+        stream.read_u8().await.ok();
     });
     let no_redis = "check that Redis is running there, and REDIS_HOST and REDIS_PORT";
     let closed = "the server closed the connection; ";
