@@ -9,7 +9,7 @@ use std::process::Command;
 
 fn main() {
     println!("cargo:rustc-env=VISITAS_RUSTC={}", rustc_version());
-    // A build without a repository, such as that of an image, is told its revision.
+    // A build without a repository, such as that of an image, gets its revision from a variable.
     println!("cargo:rerun-if-env-changed=VISITAS_REVISION");
     if env::var_os("VISITAS_REVISION").is_none()
         && let Some(revision) = git(&["rev-parse", "--short=12", "HEAD"])

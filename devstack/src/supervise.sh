@@ -46,8 +46,8 @@ any_left() {
         END { exit !found }'
 }
 
-# Only the runner holds the other end of standard input, so the input ends when the runner ends, for
-# whatever reason. Each line is the process to kill at that point, or 0 for none.
+# Only the runner holds the other end of standard input, so the input ends when the runner ends,
+# also when it is killed. Each line is the process to kill at that point, or 0 for none.
 watch() {
     trap '' HUP INT QUIT TERM
     server=0

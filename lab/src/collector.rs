@@ -44,7 +44,7 @@ pub struct Collector {
 
 /// How a collector handles requests.
 #[derive(Debug, Clone, Copy)]
-pub enum Manner {
+pub enum Behaviour {
     /// Keeps the spans.
     Takes,
     /// Keeps the spans, and responds after a delay.
@@ -87,7 +87,7 @@ pub struct Export {
 
 #[derive(Debug)]
 struct Inbox {
-    manner: Mutex<Manner>,
+    behaviour: Mutex<Behaviour>,
     /// Requests that have not been decoded yet.
     unread: Mutex<Vec<(String, HeaderMap, Bytes)>>,
     read: Mutex<(Vec<Export>, Vec<ExportedSpan>)>,
@@ -97,7 +97,7 @@ impl Collector {
     /// Starts a collector that keeps spans, on a free port.
     pub async fn start() -> Self {
         let inbox = Arc::new(Inbox {
-            manner: Mutex::new(Manner::Takes),
+            behaviour: Mutex::new(Behaviour::Takes),
             unread: Mutex::default(),
             read: Mutex::default(),
         });
@@ -118,15 +118,15 @@ impl Collector {
     }
 
     /// Closes all connections and changes the collector's behaviour.
-    pub async fn becomes(&self, manner: Manner) {
-        *locked(&self.inbox.manner) = manner;
+    pub async fn change_to(&self, behaviour: Behaviour) {
+        *locked(&self.inbox.behaviour) = behaviour;
         let nothing = tokio::spawn(std::future::ready(()));
         let served = std::mem::replace(&mut *locked(&self.serving), nothing);
         served.abort();
         served.await.ok();
-        let serving = match manner {
-            Manner::Absent => return,
-            Manner::Swallows => tokio::spawn(swallow(bind_again(self.address).await)),
+        let serving = match behaviour {
+            Behaviour::Absent => return,
+            Behaviour::Swallows => tokio::spawn(swallow(bind_again(self.address).await)),
             _ => {
                 let socket = bind_again(self.address).await;
                 let listener = socket.listen(1024).expect("the port again");
@@ -247,7 +247,7 @@ async fn serve(listener: TcpListener, inbox: Arc<Inbox>) {
         .with_state(Arc::clone(&inbox));
     let mut connections = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
-        if matches!(*locked(&inbox.manner), Manner::Resets) {
+        if matches!(*locked(&inbox.behaviour), Behaviour::Resets) {
             stream.set_zero_linger().expect("a socket's option");
             continue;
         }
@@ -270,10 +270,10 @@ async fn swallow(socket: TcpSocket) {
 }
 
 async fn receive(State(inbox): State<Arc<Inbox>>, request: Request) -> Response {
-    let manner = *locked(&inbox.manner);
-    match manner {
-        Manner::Silent => std::future::pending().await,
-        Manner::Refuses(status) => return status.into_response(),
+    let behaviour = *locked(&inbox.behaviour);
+    match behaviour {
+        Behaviour::Silent => std::future::pending().await,
+        Behaviour::Refuses(status) => return status.into_response(),
         _ => {}
     }
     let (parts, body) = request.into_parts();
@@ -285,9 +285,9 @@ async fn receive(State(inbox): State<Arc<Inbox>>, request: Request) -> Response 
     );
     locked(&inbox.unread).push(export);
     let mut response = ExportTraceServiceResponse::default();
-    match manner {
-        Manner::Slow(pause) => tokio::time::sleep(pause).await,
-        Manner::Rejects(rejected_spans) => {
+    match behaviour {
+        Behaviour::Slow(pause) => tokio::time::sleep(pause).await,
+        Behaviour::Rejects(rejected_spans) => {
             response.partial_success = Some(ExportTracePartialSuccess {
                 rejected_spans,
                 error_message: "too many".to_owned(),

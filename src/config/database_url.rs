@@ -2,7 +2,7 @@
 //!
 //! Must not know: the settings of the parts.
 
-use super::parameters::{POSTGRES, Unenforced, is_known, is_secret, judge, plain};
+use super::parameters::{POSTGRES, Unenforced, is_one_of, judge, plain};
 use super::url::{SEVERAL_HOSTS, StoreUrl, read_part};
 use super::value::{Accept, Secret, accept, host, one_of, port, text};
 
@@ -42,9 +42,13 @@ const SSL_MODES: &[(&str, &str)] = &[
     ("verify-full", "verify-full"),
 ];
 
-/// The parameters that set something here, without underscores and hyphens.
-const HONOURED: &str = "currentschema dbname host hostaddr options port schema schemasearchpath \
-    searchpath ssl sslcert sslkey sslmode sslrootcert user";
+/// The parameters whose values are shown, without underscores and hyphens. They are those that set
+/// something here; but options can contain a setting that is a secret.
+const SHOWN: &str = "currentschema dbname host hostaddr port schema schemasearchpath searchpath ssl \
+    sslcert sslkey sslmode sslrootcert user";
+
+/// The schemes of URLs that lead to PostgreSQL: libpq's, and names that frameworks use.
+const SCHEMES: &str = "pgsql postgis postgres postgresql psql timescale timescaledb";
 
 impl DatabaseUrl {
     /// Takes a URL apart.
@@ -56,7 +60,10 @@ impl DatabaseUrl {
         let scheme = url.scheme.strip_prefix("jdbc:").unwrap_or(&url.scheme);
         // SQLAlchemy names its driver in the scheme.
         let (scheme, _driver) = scheme.split_once('+').unwrap_or((scheme, ""));
-        if !["postgres", "postgresql"].contains(&scheme) {
+        if scheme.starts_with("cockroach") {
+            return Err("leads to CockroachDB, which is not supported".to_owned());
+        }
+        if !SCHEMES.split(' ').any(|known| known == scheme) {
             return Err("is not a postgres:// or postgresql:// URL".to_owned());
         }
         if url.fragment.is_some() {
@@ -85,16 +92,14 @@ impl DatabaseUrl {
                 "sslcert" => database.sslcert = given,
                 "sslkey" => database.sslkey = given,
                 "sslmode" => {
-                    database.sslmode = given
-                        .map(|mode| read_part("DB_SSLMODE", &mode, &one_of(SSL_MODES)))
-                        .transpose()?;
+                    database.sslmode = given.map(|mode| ssl_mode(&mode)).transpose()?;
                 }
                 "ssl" => match &*value.to_ascii_lowercase() {
                     // No word asks for an unencrypted connection, so the default stays.
                     "" | "0" | "false" | "no" | "off" => {}
                     "1" | "on" | "true" | "yes" => encrypted = true,
                     mode => {
-                        ssl = Some(read_part("DB_SSLMODE", mode, &one_of(SSL_MODES))?);
+                        ssl = Some(ssl_mode(mode)?);
                     }
                 },
                 "currentschema" | "schema" | "schemasearchpath" | "searchpath" => {
@@ -208,9 +213,12 @@ fn leads_to_public(path: &str) -> bool {
     first.is_empty() || first.trim_matches([' ', '"', '\'']) == "public"
 }
 
+fn ssl_mode(text: &str) -> Result<&'static str, String> {
+    read_part("DB_SSLMODE", &text.replace('_', "-"), &one_of(SSL_MODES))
+}
+
 fn is_shown(parameter: &str) -> bool {
-    let is_honoured = HONOURED.split(' ').any(|known| known == plain(parameter));
-    is_honoured || is_known(POSTGRES, parameter) && !is_secret(parameter)
+    is_one_of(SHOWN, parameter)
 }
 
 /// Accepts the name of a role or of a database.
@@ -223,7 +231,7 @@ pub(super) fn role_or_database() -> Accept<String> {
 /// Accepts where a server listens.
 pub(super) fn host_or_directory() -> Accept<String> {
     accept(
-        "one host name, one IP address or an absolute path",
+        "one host name, one IP address without a zone such as %eth0, or an absolute path",
         |text| {
             if text.starts_with('/') {
                 return (!text.contains(char::is_control)).then(|| text.to_owned());

@@ -270,7 +270,9 @@ fn parse(
             return Err(invalid(format!("{variable} is not UTF-8: expected text")));
         }
     }
-    let mut matches = program.try_get_matches_from(arguments).map_err(masked)?;
+    let mut matches = program
+        .try_get_matches_from(arguments)
+        .map_err(|error| readable(error, &command))?;
     let mut run = Command::from_arg_matches(&matches)?;
     if let Some((_, matches)) = matches.remove_subcommand() {
         refuse_secret_flags(&command, &matches)?;
@@ -360,9 +362,12 @@ fn refuse_secret_flags(command: &clap::Command, matches: &ArgMatches) -> Result<
     Ok(())
 }
 
-/// Masks the text before an `@` wherever clap's error quotes the command line or the environment:
-/// it can be the password of a URL that was set where a host or an address belongs.
-fn masked(mut error: clap::Error) -> clap::Error {
+/// An error of clap without secrets, and with the names that settings have.
+///
+/// Masks the text before an `@` wherever the error quotes the command line or the environment: it
+/// can be the password of a URL that was set where a host or an address belongs. Names a secret,
+/// which has no flag, by its variable.
+fn readable(mut error: clap::Error, command: &clap::Command) -> clap::Error {
     for kind in [
         ContextKind::InvalidArg,
         ContextKind::InvalidValue,
@@ -373,7 +378,39 @@ fn masked(mut error: clap::Error) -> clap::Error {
             error.insert(kind, text);
         }
     }
+    for kind in [
+        ContextKind::InvalidArg,
+        ContextKind::PriorArg,
+        ContextKind::SuggestedArg,
+    ] {
+        let named = match error.get(kind) {
+            Some(ContextValue::String(text)) => ContextValue::String(named(text, command)),
+            Some(ContextValue::Strings(texts)) => {
+                ContextValue::Strings(texts.iter().map(|text| named(text, command)).collect())
+            }
+            _ => continue,
+        };
+        error.insert(kind, named);
+    }
+    if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
+        && value.starts_with("tcp://")
+    {
+        let tip = "Kubernetes sets such a variable for a Service of that name: set \
+            enableServiceLinks: false in the pod, or the variable itself";
+        let tip = ContextValue::StyledStrs(vec![tip.into()]);
+        error.insert(ContextKind::Suggested, tip);
+    }
     error
+}
+
+/// The name of a setting in an error of clap: a secret's variable, otherwise the flag.
+fn named(flag: &str, command: &clap::Command) -> String {
+    let name = flag
+        .split(' ')
+        .next()
+        .and_then(|flag| flag.strip_prefix("--"));
+    let secret = secrets(command).find(|secret| secret.get_long() == name);
+    secret.map_or_else(|| flag.to_owned(), variable_of)
 }
 
 /// A text with everything before an `@` masked, escaped and cut to 100 characters.

@@ -270,7 +270,13 @@ pub(super) fn judge(
     let plain = plain(parameter);
     // A misspelt parameter must not make a connection less secure than its author believes.
     if is_about_security(&plain) {
-        return Err(format!("has the parameter {parameter}, which is unknown"));
+        let instead = match setting {
+            "REDIS_URL" => "rediss:// asks for TLS, and REDIS_TLS_CA names authorities to trust",
+            _ => "TLS is set by sslmode and sslrootcert",
+        };
+        return Err(format!(
+            "has the parameter {parameter}, which is unknown: {instead}"
+        ));
     }
     report("the parameter is unknown")
 }
@@ -284,22 +290,14 @@ fn is_about_security(plain: &str) -> bool {
         || ["sslmode", "sslrootcert"].iter().any(|word| near(word, 2))
 }
 
-/// Whether there is a rule for this parameter.
-pub(super) fn is_known(rules: &[Rule], parameter: &str) -> bool {
-    find(rules, parameter).is_some()
-}
-
 /// A parameter's name in lower case, without underscores and hyphens.
 pub(super) fn plain(parameter: &str) -> String {
     parameter.replace(['_', '-'], "").to_ascii_lowercase()
 }
 
-/// Whether a parameter's value can be a secret.
-pub(super) fn is_secret(parameter: &str) -> bool {
-    let plain = plain(parameter);
-    ["pass", "scram", "secret"]
-        .iter()
-        .any(|word| plain.contains(word))
+/// Whether the parameter is one of these words, which are written as [`plain`] writes them.
+pub(super) fn is_one_of(words: &str, parameter: &str) -> bool {
+    has_word(words, &plain(parameter))
 }
 
 fn find(rules: &[Rule], parameter: &str) -> Option<Rule> {

@@ -2,7 +2,7 @@
 //!
 //! Must not know: the settings of the parts.
 
-use super::parameters::{REDIS, Unenforced, is_known, is_secret, judge, plain};
+use super::parameters::{REDIS, Unenforced, is_one_of, judge, plain};
 use super::url::{StoreUrl, read_part};
 use super::value::{Accept, Secret, accept, host, parsed, port};
 
@@ -26,8 +26,9 @@ pub(super) struct Cache {
     pub(super) tls: bool,
 }
 
-/// The parameters that set something here, without underscores and hyphens.
-const HONOURED: &str = "database db ssl tls user username virtualhost";
+/// The parameters whose values are shown, those that set something here, without underscores and
+/// hyphens.
+const SHOWN: &str = "database db ssl tls user username virtualhost";
 
 const NO_SENTINEL: &str =
     "leads to Redis Sentinel, which is not supported: name the primary itself";
@@ -42,8 +43,9 @@ impl RedisUrl {
     pub(super) fn parse(url: &Secret) -> Result<Self, String> {
         let url = StoreUrl::parse(url)?;
         let (mut tls, is_socket) = match &*url.scheme {
-            "redis" | "valkey" => (false, false),
-            "rediss" | "valkeys" => (true, false),
+            "redis" | "valkey" | "keydb" | "dragonfly" => (false, false),
+            "rediss" | "valkeys" | "keydbs" | "dragonflys" | "redis+tls" | "redis+ssl"
+            | "valkey+tls" | "valkey+ssl" => (true, false),
             "unix" | "redis+unix" | "valkey+unix" | "redis+socket" | "redis-socket" => {
                 (false, true)
             }
@@ -60,6 +62,16 @@ impl RedisUrl {
             }
             .to_owned());
         }
+        let host = match (&url.host, is_socket) {
+            (Some(host), false) => host.clone(),
+            (None, true) => url.file()?,
+            (None, false) => return Err("has no host (a Unix socket is unix:///path)".to_owned()),
+            (Some(_), true) => {
+                return Err(
+                    "has a host, but leads to a Unix socket (write unix:///path)".to_owned(),
+                );
+            }
+        };
         let (mut user, mut password) = (url.user.clone(), url.password.clone());
         let mut number = if is_socket { None } else { url.database()? };
         let mut unenforced = Vec::new();
@@ -72,6 +84,11 @@ impl RedisUrl {
                 "ssl" | "tls" => match &*value.to_ascii_lowercase() {
                     "1" | "on" | "true" | "yes" => tls = true,
                     "" | "0" | "false" | "no" | "off" if !tls => {}
+                    "0" | "false" | "no" | "off" => {
+                        return Err(format!(
+                            "has {parameter}={value}, which contradicts TLS by rediss://"
+                        ));
+                    }
                     _ => return Err(format!("has the parameter {parameter}: expected true")),
                 },
                 _ => unenforced.extend(judge("REDIS_URL", REDIS, parameter, value)?),
@@ -88,17 +105,6 @@ impl RedisUrl {
         if tls && is_socket {
             return Err("asks for TLS on a Unix socket".to_owned());
         }
-        let host = if is_socket {
-            if url.host.is_some() {
-                return Err(
-                    "has a host, but leads to a Unix socket (write unix:///path)".to_owned(),
-                );
-            }
-            Some(url.file()?)
-        } else {
-            url.host.clone()
-        };
-        let host = host.ok_or("has no host")?;
         let number = number.map(|number| {
             let number: Option<u32> = parsed(&number);
             number.ok_or("has a database that is not a number")
@@ -126,14 +132,14 @@ impl RedisUrl {
 }
 
 fn is_shown(parameter: &str) -> bool {
-    let is_honoured = HONOURED.split(' ').any(|known| known == plain(parameter));
-    is_honoured || is_known(REDIS, parameter) && !is_secret(parameter)
+    is_one_of(SHOWN, parameter)
 }
 
 /// Accepts where a server listens.
 pub(super) fn host_or_socket() -> Accept<String> {
     accept(
-        "one host name, one IP address or the absolute path of a socket",
+        "one host name, one IP address without a zone such as %eth0, or the absolute path of a \
+         socket",
         |text| {
             if text.starts_with('/') {
                 let is_path = text.len() > 1 && !text.contains(char::is_control);

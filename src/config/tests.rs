@@ -42,6 +42,56 @@ fn secret_has_no_flag_and_the_error_says_what_to_do() {
 }
 
 #[test]
+fn error_names_a_secret_by_its_variable() {
+    let secret = file("c4nary");
+    let by_file = format!("--redis-password-file={}", path(&secret));
+    for (arguments, names) in [
+        (
+            &["--db-password=c4nary", "--database-url=c4nary"][..],
+            ["DB_PASSWORD", "DATABASE_URL"],
+        ),
+        (
+            &["--db-host=db", "--db-port=1", "--database-url=c4nary"],
+            ["DB_HOST", "DATABASE_URL"],
+        ),
+        (
+            &["--redis-url=c4nary", "--redis-host=a", "--redis-port=1"],
+            ["REDIS_HOST", "REDIS_URL"],
+        ),
+        (
+            &["--redis-password=c4nary", &by_file],
+            ["REDIS_PASSWORD", "--redis-password-file"],
+        ),
+        (&["--db-passwort=c4nary"], ["--db-passwort", "DB_PASSWORD"]),
+        (&["--database-url"], ["DATABASE_URL", "DATABASE_URL"]),
+    ] {
+        let error = error(arguments);
+        for name in names {
+            assert!(error.contains(name), "{name} in {error}");
+        }
+        let settings = Config::augment_args(clap::Command::default());
+        for secret in secrets(&settings) {
+            let flag = format!("--{}", secret.get_long().expect("a flag"));
+            let mut after = error.split(&flag).skip(1);
+            assert!(
+                !after.any(|after| after.starts_with([' ', '\''])),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn port_that_kubernetes_sets_is_explained() {
+    let why = error(&["--redis-port=tcp://10.0.0.1:6379"]);
+    assert!(
+        why.contains("--redis-port <REDIS_PORT>") && why.contains("enableServiceLinks"),
+        "{why}"
+    );
+    assert!(!error(&["--redis-port=0"]).contains("Kubernetes"));
+}
+
+#[test]
 fn help_of_a_command_has_the_settings_that_it_uses() {
     for (command, used, unused) in [
         ("serve", "--otel-sdk-disabled", "--url"),

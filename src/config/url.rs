@@ -1,7 +1,8 @@
-//! Splits the URLs of stores into their parts, as libpq does.
+//! Splits the URLs of stores into their parts, nearly as libpq does.
 //!
 //! A password that was not percent-encoded can look like a host, a path or a query. The user and
-//! the password end at the last @ before the first slash. No @ may stand behind them unless it is
+//! the password end at the last @ before the first slash, where libpq takes the first @: what it
+//! then takes for a host has an @, which no host has. No @ may stand behind them unless it is
 //! encoded, so nothing behind them belongs to a password. No error from here repeats any part of a
 //! URL. Must not know: which setting a part sets.
 
@@ -18,7 +19,7 @@ pub(super) struct StoreUrl {
     pub(super) port: Option<String>,
     pub(super) query: Pairs,
     pub(super) fragment: Option<String>,
-    /// The path as it was written, without the slash before it.
+    /// The path as it was written, without the slash before it and one at its end.
     path: String,
     /// The URL up to its query as it was written, without the password.
     written: String,
@@ -37,8 +38,15 @@ impl StoreUrl {
     /// # Errors
     /// Why the URL is refused, to follow the variable's name.
     pub(super) fn parse(url: &Secret) -> Result<Self, String> {
-        let text = url.expose();
+        let text = alone(url.expose());
         let (scheme, rest) = text.split_once("://").ok_or("is not a URL")?;
+        let is_scheme = |byte: u8| byte.is_ascii_alphanumeric() || b"+-.:".contains(&byte);
+        if !scheme.bytes().all(is_scheme) {
+            return Err(
+                "has more than a URL, such as a command before it: expected the URL alone"
+                    .to_owned(),
+            );
+        }
         if text.contains(|character: char| character == ' ' || character.is_control()) {
             return Err("has a blank or a control character (encode a blank as %20)".to_owned());
         }
@@ -69,7 +77,7 @@ impl StoreUrl {
             port: port.filter(|port| !port.is_empty()).map(str::to_owned),
             query: pairs(query.unwrap_or_default())?,
             fragment: fragment.map(str::to_owned),
-            path: path.unwrap_or_default().to_owned(),
+            path: without_slash(path.unwrap_or_default()).to_owned(),
             written,
         })
     }
@@ -81,6 +89,13 @@ impl StoreUrl {
     pub(super) fn database(&self) -> Result<Option<String>, String> {
         if self.path.contains('/') {
             return Err("has a second / in its path (encode / as %2F)".to_owned());
+        }
+        // A parameter taken for a name would be lost, and shown.
+        if self.path.contains(['&', '=']) {
+            return Err(
+                "has a parameter in its path: parameters begin with ? (encode & as %26, = as %3D)"
+                    .to_owned(),
+            );
         }
         let name = Some(&self.path).filter(|name| !name.is_empty());
         name.map(|name| decoded(name)).transpose()
@@ -116,6 +131,17 @@ pub(super) fn read_part<T>(variable: &str, part: &str, accept: &Accept<T>) -> Re
     accept.read(part).map_err(refused)
 }
 
+/// A URL without the blanks and the quotes that were copied with it.
+fn alone(text: &str) -> &str {
+    let text = text.trim();
+    let quoted = |quote| text.strip_prefix(quote)?.strip_suffix(quote);
+    quoted('\'').or_else(|| quoted('"')).unwrap_or(text)
+}
+
+fn without_slash(path: &str) -> &str {
+    path.strip_suffix('/').unwrap_or(path)
+}
+
 /// Splits user and password from what follows them.
 fn split_login(text: &str) -> Result<(Option<&str>, &str), String> {
     let (before_slash, _) = split_off(text, '/');
@@ -138,6 +164,20 @@ fn split_login(text: &str) -> Result<(Option<&str>, &str), String> {
 fn split_port(authority: &str) -> Result<(&str, Option<&str>), String> {
     if authority.contains(',') {
         return Err(SEVERAL_HOSTS.to_owned());
+    }
+    if authority.starts_with('[') && authority.contains('%') {
+        return Err(
+            "has an IPv6 address with a zone such as %eth0, which is not supported: expected an \
+             address without a zone, or a host name"
+                .to_owned(),
+        );
+    }
+    if !authority.starts_with('[') && authority.matches(':').count() > 1 {
+        return Err(
+            "has more than one : in its host (an IPv6 address stands in brackets, as in \
+             [::1]:5432; in a password, encode @ as %40 and : as %3A)"
+                .to_owned(),
+        );
     }
     let end_of_host = match authority.find(']') {
         Some(bracket) if authority.starts_with('[') => bracket + 1,

@@ -441,12 +441,16 @@ fn read_bounded(path: &Path, max_bytes: u64) -> Result<Vec<u8>, String> {
             .read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let bytes = read().map_err(|error| {
+    let mut bytes = read().map_err(|error| {
         let uid = rustix::process::geteuid().as_raw();
         format!("cannot be read by uid {uid}: {error}")
     })?;
     if bytes.len() as u64 > max_bytes {
         return Err(format!("is larger than {max_bytes} bytes"));
+    }
+    // Editors on Windows begin a file with a byte order mark, which no terminal shows.
+    if bytes.starts_with(b"\xef\xbb\xbf") {
+        bytes.drain(..3);
     }
     Ok(bytes)
 }

@@ -61,9 +61,12 @@ async fn visit_whose_client_shuts_down_its_sending_side_is_recorded_and_answered
 
     count.release().await;
     assert_eq!(first.await.unwrap().status, StatusCode::OK);
-    let answer = waiting.rest().await;
-    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    assert!(answer.contains(r#""total_registros_db":2,"#), "{answer}");
+    let response = waiting.rest().await;
+    assert!(response.starts_with("HTTP/1.1 200 "), "{response}");
+    assert!(
+        response.contains(r#""total_registros_db":2,"#),
+        "{response}"
+    );
     assert_eq!(service.counted("abandoned").await, 0);
 }
 

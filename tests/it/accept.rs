@@ -124,12 +124,12 @@ impl Server {
         TcpStream::connect(self.addr).await.expect("connect")
     }
 
-    async fn open_becomes(&self, wanted: usize) {
-        becomes(&self.open, wanted).await;
+    async fn until_open(&self, wanted: usize) {
+        until_equal(&self.open, wanted).await;
     }
 
     async fn heads_become(&self, wanted: usize) {
-        becomes(&self.heads, wanted).await;
+        until_equal(&self.heads, wanted).await;
     }
 
     fn rejected(&self) -> Vec<Rejection> {
@@ -148,7 +148,7 @@ impl Server {
     }
 }
 
-async fn becomes(number: &AtomicUsize, wanted: usize) {
+async fn until_equal(number: &AtomicUsize, wanted: usize) {
     let begun = Instant::now();
     while number.load(SeqCst) != wanted {
         let seen = number.load(SeqCst);
@@ -158,7 +158,7 @@ async fn becomes(number: &AtomicUsize, wanted: usize) {
 }
 
 /// One response, headers and body; `None` if the connection closes first.
-async fn answer(stream: &mut TcpStream) -> Option<String> {
+async fn response(stream: &mut TcpStream) -> Option<String> {
     let mut text = Vec::new();
     loop {
         let mut byte = [0];
@@ -187,7 +187,7 @@ async fn answer(stream: &mut TcpStream) -> Option<String> {
 /// Sends a request and returns its response.
 async fn ask(stream: &mut TcpStream, request: &[u8]) -> Option<String> {
     stream.write_all(request).await.ok()?;
-    answer(stream).await
+    response(stream).await
 }
 
 /// What arrives until the server closes the connection, and how long that took.
@@ -237,7 +237,7 @@ async fn silent_connection_is_closed_at_the_idle_timeout() {
     let (said, took) = rest(&mut server.connect().await).await;
     assert_eq!(said, "");
     near(took, LIMITS.idle_timeout);
-    server.open_becomes(0).await;
+    server.until_open(0).await;
     assert_eq!(server.rejected(), []);
 }
 
@@ -249,7 +249,7 @@ async fn header_timeout_starts_at_the_first_byte_and_trickling_gains_no_time() {
     sleep(LIMITS.header_timeout * 2).await;
     stream.write_all(HALF).await.expect("send");
     near(trickle(&mut stream, b'x').await, LIMITS.header_timeout);
-    server.open_becomes(0).await;
+    server.until_open(0).await;
     assert_eq!(server.rejected(), [Rejection::HeaderTimeout]);
 }
 
@@ -272,7 +272,7 @@ async fn header_timeout_of_a_pipelined_request_starts_at_the_previous_response()
     stream.write_all(GET_SLOW).await.expect("send");
     server.heads_become(1).await;
     stream.write_all(HALF).await.expect("send");
-    answer(&mut stream).await.expect("response");
+    response(&mut stream).await.expect("response");
     near(rest(&mut stream).await.1, LIMITS.header_timeout);
 }
 
@@ -299,7 +299,7 @@ async fn connection_is_idle_after_a_request_whose_headers_came_in_pieces() {
             sleep(Duration::from_millis(5)).await;
             stream.write_all(&[byte]).await.expect("send");
         }
-        answer(&mut stream).await.expect("response");
+        response(&mut stream).await.expect("response");
         sleep(LIMITS.header_timeout + SLACK).await;
         ask(&mut stream, GET).await.expect("response");
     }
@@ -363,7 +363,7 @@ async fn unread_body_that_never_ends_is_cut_after_a_second() {
     let mut stream = server.connect().await;
     let head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n";
     stream.write_all(head).await.expect("send");
-    server.open_becomes(1).await;
+    server.until_open(1).await;
     let begun = Instant::now();
     while server.open.load(SeqCst) == 1 && begun.elapsed() < LONG {
         let _ = stream.write_all(b"x").await;
@@ -418,7 +418,7 @@ async fn client_that_shuts_down_its_sending_side_gets_its_response() {
             assert!(said.len() > least, "{}", said.len());
         }
     }
-    server.open_becomes(0).await;
+    server.until_open(0).await;
     assert_eq!(server.rejected(), []);
 }
 
@@ -428,13 +428,13 @@ async fn reset_cancels_the_running_handler() {
     let server = start(LIMITS, LONG);
     let mut stream = server.connect().await;
     stream.write_all(GET_SLOWER).await.expect("send");
-    becomes(&server.working, 1).await;
+    until_equal(&server.working, 1).await;
     stream.set_zero_linger().expect("option");
     let begun = Instant::now();
     drop(stream);
-    becomes(&server.working, 0).await;
+    until_equal(&server.working, 0).await;
     near(begun.elapsed(), Duration::ZERO);
-    server.open_becomes(0).await;
+    server.until_open(0).await;
 }
 
 async fn connect_with_small_window(server: &Server) -> TcpStream {
@@ -449,9 +449,9 @@ async fn client_that_does_not_read_is_disconnected_at_the_stall_timeout() {
     let server = start(LIMITS, LONG);
     let mut stream = connect_with_small_window(&server).await;
     stream.write_all(GET_BIG).await.expect("send");
-    server.open_becomes(1).await;
+    server.until_open(1).await;
     let begun = Instant::now();
-    server.open_becomes(0).await;
+    server.until_open(0).await;
     near(begun.elapsed(), LIMITS.stall_timeout);
 }
 
@@ -462,7 +462,7 @@ async fn client_that_sends_without_reading_is_disconnected_at_the_stall_timeout(
     let mut stream = connect_with_small_window(&server).await;
     let post = b"POST /big HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n";
     stream.write_all(post).await.expect("send");
-    server.open_becomes(1).await;
+    server.until_open(1).await;
     let begun = Instant::now();
     while server.open.load(SeqCst) == 1 && begun.elapsed() < LONG {
         let _ = stream.write_all(b"x").await;
@@ -498,7 +498,7 @@ async fn connection_beyond_the_limit_evicts_the_one_idle_longest() {
     let mut idle_longest = server.connect().await;
     ask(&mut idle_longest, GET).await.expect("response");
     let mut silent = server.connect().await;
-    server.open_becomes(3).await;
+    server.until_open(3).await;
     ask(&mut used_again, GET).await.expect("response");
     let mut kept = Vec::new();
     for evicted in [&mut idle_longest, &mut silent] {
@@ -525,13 +525,13 @@ async fn connection_beyond_the_limit_waits_while_none_is_idle() {
     server.heads_become(2).await;
     let mut third = server.connect().await;
     third.write_all(GET).await.expect("send");
-    let early = timeout(Duration::from_millis(200), answer(&mut third)).await;
+    let early = timeout(Duration::from_millis(200), response(&mut third)).await;
     assert!(early.is_err());
     assert_eq!(server.open.load(SeqCst), 2);
-    answer(&mut third).await.expect("response");
+    response(&mut third).await.expect("response");
     // The third was served once one of the two had its response.
     for stream in &mut busy {
-        answer(stream).await.expect("response");
+        response(stream).await.expect("response");
     }
 }
 
@@ -548,7 +548,7 @@ async fn connection_with_an_unread_request_is_not_evicted() {
         ask(&mut idle, GET).await.expect("response");
         let other = std::net::TcpStream::connect(server.addr).expect("connect");
         assert_eq!(idle.try_write(GET).expect("send"), GET.len());
-        answer(&mut idle).await.expect("response");
+        response(&mut idle).await.expect("response");
         drop((idle, other));
     }
 }
@@ -557,9 +557,9 @@ async fn connection_with_an_unread_request_is_not_evicted() {
 async fn open_connections_are_reported() {
     let server = start(LIMITS, LONG);
     let streams = [server.connect().await, server.connect().await];
-    server.open_becomes(2).await;
+    server.until_open(2).await;
     drop(streams);
-    server.open_becomes(0).await;
+    server.until_open(0).await;
 }
 
 #[tokio::test]
@@ -572,8 +572,8 @@ async fn pipelined_requests_are_answered_in_order() {
     stream.write_all(&requests).await.expect("send");
     for _ in 0..40 {
         for status in ["200", "200", "404"] {
-            let answer = answer(&mut stream).await.expect("response");
-            assert_eq!(&answer[9..12], status);
+            let response = response(&mut stream).await.expect("response");
+            assert_eq!(&response[9..12], status);
         }
     }
     near(rest(&mut stream).await.1, LIMITS.idle_timeout);
@@ -632,7 +632,7 @@ async fn stop_closes_idle_and_silent_connections_after_a_second_and_refuses_new_
     let mut idle = server.connect().await;
     ask(&mut idle, GET).await.expect("response");
     let mut silent = server.connect().await;
-    server.open_becomes(2).await;
+    server.until_open(2).await;
     let (drained, took) = server.stop().await;
     assert_eq!(drained, DrainReport { aborted: 0 });
     near(took, Duration::from_secs(1));
@@ -686,7 +686,7 @@ async fn while_leaving_responses_say_close_and_new_connections_are_accepted() {
     busy.write_all(GET_SLOW).await.expect("send");
     server.heads_become(1).await;
     server.lifecycle.enter(Phase::Leaving);
-    let said = answer(&mut busy).await.expect("response");
+    let said = response(&mut busy).await.expect("response");
     assert!(said.contains("\r\nconnection: close\r\n"), "{said}");
     assert_eq!(rest(&mut busy).await.0, "");
     for stream in [&mut idle, &mut server.connect().await] {
@@ -732,7 +732,7 @@ async fn last_response_arrives_although_the_client_has_sent_more() {
         stream.write_all(GET_SLOW).await.expect("send");
         sleep(Duration::from_millis(20)).await;
         stream.write_all(&GET.repeat(3000)).await.expect("send");
-        let said = answer(&mut stream).await.expect("response");
+        let said = response(&mut stream).await.expect("response");
         assert!(said.contains("\r\nconnection: close\r\n"), "{said}");
     }
 }
@@ -745,12 +745,12 @@ async fn request_that_is_unread_at_the_stop_is_answered() {
     let mut used = server.connect().await;
     ask(&mut used, GET).await.expect("response");
     let mut fresh = server.connect().await;
-    server.open_becomes(2).await;
+    server.until_open(2).await;
     assert_eq!(used.try_write(GET).expect("send"), GET.len());
     assert_eq!(fresh.try_write(GET).expect("send"), GET.len());
     let _ = server.stop().await;
     for stream in [&mut used, &mut fresh] {
-        let said = answer(stream).await.expect("response");
+        let said = response(stream).await.expect("response");
         assert!(said.contains("connection: close"), "{said}");
     }
 }
@@ -773,7 +773,7 @@ async fn backlog_at_the_stop_is_served() {
     let (drained, _) = server.stop().await;
     assert_eq!(drained, DrainReport { aborted: 0 });
     for stream in &mut waiting {
-        answer(stream).await.expect("response");
+        response(stream).await.expect("response");
     }
 }
 
@@ -857,7 +857,7 @@ async fn half_sent_headers_that_complete_during_the_stop_are_answered() {
     sleep(Duration::from_millis(200)).await;
     stream.write_all(b"st: a\r\n\r\n").await.expect("send");
     assert!(
-        answer(&mut stream)
+        response(&mut stream)
             .await
             .expect("response")
             .contains("connection: close")
@@ -876,7 +876,7 @@ async fn requests_open_at_the_drain_deadline_are_aborted_and_counted() {
     slow.write_all(GET_SLOWER).await.expect("send");
     let mut idle = server.connect().await;
     ask(&mut idle, GET).await.expect("response");
-    server.open_becomes(3).await;
+    server.until_open(3).await;
     let open = Arc::clone(&server.open);
     let (drained, took) = server.stop().await;
     assert_eq!(drained, DrainReport { aborted: 2 });
@@ -891,7 +891,7 @@ async fn requests_open_at_the_drain_deadline_are_aborted_and_counted() {
 async fn stop_with_a_drain_of_zero_aborts_at_once() {
     let server = start(LIMITS, Duration::ZERO);
     let _idle = server.connect().await;
-    server.open_becomes(1).await;
+    server.until_open(1).await;
     let (_, took) = server.stop().await;
     near(took, Duration::ZERO);
 }
@@ -899,18 +899,18 @@ async fn stop_with_a_drain_of_zero_aborts_at_once() {
 /// Sends requests until a response says close; returns the number of responses, and whether one
 /// said close.
 async fn busy_client(mut stream: TcpStream) -> (usize, bool) {
-    let mut answers = 0;
+    let mut responses = 0;
     while let Some(said) = ask(&mut stream, GET_SLOW).await {
         assert!(
             said.starts_with("HTTP/1.1 200") && said.ends_with("ok"),
             "{said}"
         );
-        answers += 1;
+        responses += 1;
         if said.contains("connection: close") {
-            return (answers, true);
+            return (responses, true);
         }
     }
-    (answers, false)
+    (responses, false)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

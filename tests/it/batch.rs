@@ -69,7 +69,7 @@ async fn record_one_and_then(visits: u32, world: &World, service: &Service) {
     service.until_queued(visits).await;
     count.release().await;
     for visit in waiting {
-        assert_eq!(visit.await.expect("an answer").status, 200);
+        assert_eq!(visit.await.expect("a response").status, 200);
     }
 }
 

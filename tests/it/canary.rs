@@ -18,7 +18,7 @@ use crate::settings::{secret_file, variables};
 use crate::support::collector::Collector;
 use crate::support::exposition::PROMETHEUS_ACCEPTS;
 use crate::support::traces::{PARENT, traced_with};
-use crate::support::{Answer, Ended, SOON, Service, Wire, World, eventually, settings};
+use crate::support::{Ended, Response, SOON, Service, Wire, World, eventually, settings};
 
 /// Part of every secret here. Escaping and percent-encoding do not change it.
 const CANARY: &str = "c4nary9Zx7Qk2";
@@ -209,7 +209,7 @@ async fn confidential_parts_of_requests_never_appear_in_output() {
         for method in [Method::GET, Method::POST] {
             let url = format!("{}?token={CANARY}", service.url(path));
             let request = service.client.request(method, url).headers(confidential());
-            output += &answer(request.body(CANARY)).await.text();
+            output += &response(request.body(CANARY)).await.text();
         }
     }
     collector.trace_of(&service.get("/").await, 3).await;
@@ -226,31 +226,31 @@ async fn responses_reveal_no_internals() {
     let world = World::new();
     let by_name = [("DB_HOST", "localhost"), ("REDIS_HOST", "localhost")];
     let service = world.serve_with(&by_name).await;
-    let answers = every_answer(&service).await;
-    let statuses: BTreeSet<_> = answers
+    let responses = every_response(&service).await;
+    let statuses: BTreeSet<_> = responses
         .iter()
-        .map(|answer| answer.status.as_u16())
+        .map(|response| response.status.as_u16())
         .collect();
     assert_eq!(statuses, BTreeSet::from([200, 400, 404, 405, 431]));
-    assert_no_internals(&world, &answers).await;
+    assert_no_internals(&world, &responses).await;
     let nowhere = [("DB_HOST", "db.invalid"), ("REDIS_HOST", "cache.invalid")];
     let service = world.start(&nowhere).await;
     until_both_stores_are_down(&service).await;
-    let answers = every_answer(&service).await;
-    let refused = answers
+    let responses = every_response(&service).await;
+    let refused = responses
         .iter()
-        .filter(|answer| answer.status == StatusCode::SERVICE_UNAVAILABLE);
+        .filter(|response| response.status == StatusCode::SERVICE_UNAVAILABLE);
     assert!(refused.count() >= 2);
-    assert_no_internals(&world, &answers).await;
+    assert_no_internals(&world, &responses).await;
 }
 
 /// Responses of every status, each to a request that contains the canary wherever possible.
-async fn every_answer(service: &Service) -> Vec<Answer> {
-    let mut answers = Vec::new();
+async fn every_response(service: &Service) -> Vec<Response> {
+    let mut responses = Vec::new();
     let confident = async |method: Method, path: &str, body: String| {
         let url = format!("{}?{CANARY}", service.url(path));
         let request = service.client.request(method, url).headers(confidential());
-        answer(request.body(body)).await
+        response(request.body(body)).await
     };
     for path in [
         "/",
@@ -261,32 +261,32 @@ async fn every_answer(service: &Service) -> Vec<Answer> {
         &format!("/{CANARY}"),
     ] {
         for method in [Method::GET, Method::HEAD, Method::POST] {
-            answers.push(confident(method, path, CANARY.to_owned()).await);
+            responses.push(confident(method, path, CANARY.to_owned()).await);
         }
     }
-    answers.push(confident(Method::GET, "/", CANARY.repeat(10_000)).await);
+    responses.push(confident(Method::GET, "/", CANARY.repeat(10_000)).await);
     let accept = HeaderMap::from_iter([(
         reqwest::header::ACCEPT,
         HeaderValue::from_static(PROMETHEUS_ACCEPTS),
     )]);
-    answers.push(service.ask(Method::GET, "/metrics", accept).await);
+    responses.push(service.ask(Method::GET, "/metrics", accept).await);
     let long = "x".repeat(256 * 1024);
     for head in [
         format!("{CANARY}\r\n"),
         format!("GET /{CANARY} HTTP/1.1\r\nhost: a/{CANARY}\r\n"),
         format!("GET / HTTP/1.1\r\n{CANARY}: {long}\r\n"),
     ] {
-        answers.push(raw_request(service, &format!("{head}\r\n")).await);
+        responses.push(raw_request(service, &format!("{head}\r\n")).await);
     }
-    answers
+    responses
 }
 
 /// A response that no route makes. The request is sent as raw bytes.
-async fn raw_request(service: &Service, request: &str) -> Answer {
+async fn raw_request(service: &Service, request: &str) -> Response {
     let mut wire = Wire::open(service).await;
     wire.send(request).await;
-    let answer = wire.rest().await;
-    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    let response = wire.rest().await;
+    let (head, body) = response.split_once("\r\n\r\n").expect("a head");
     let mut lines = head.lines();
     let status = lines
         .next()
@@ -297,7 +297,7 @@ async fn raw_request(service: &Service, request: &str) -> Answer {
         let name: HeaderName = name.parse().expect("a name");
         (name, value.parse().expect("a value"))
     });
-    Answer {
+    Response {
         status: status.parse().expect("a status"),
         headers: headers.collect(),
         body: body.to_owned(),
@@ -322,7 +322,7 @@ const HEADERS: [&str; 9] = [
 const INSIDE: &str = "localhost|.invalid|127.0.0.1|usuario|senha|select |insert |_visitas(|public.|\
     /tmp|/home|/root|/usr|/var|.rs|.sql|PostgreSQL|redis_version|Debian|sqlx|hyper|axum|os error";
 
-async fn assert_no_internals(world: &World, answers: &[Answer]) {
+async fn assert_no_internals(world: &World, responses: &[Response]) {
     let postgres: String = sqlx::query_scalar("select current_setting('server_version')")
         .fetch_one(&mut world.session().await)
         .await
@@ -332,11 +332,11 @@ async fn assert_no_internals(world: &World, answers: &[Answer]) {
         .lines()
         .find_map(|line| line.strip_prefix("redis_version:"));
     let versions = [postgres.split(' ').next(), redis].map(|version| version.expect("a version"));
-    for answer in answers {
-        for name in answer.headers.keys() {
-            assert!(HEADERS.contains(&name.as_str()), "{name} in {answer:?}");
+    for response in responses {
+        for name in response.headers.keys() {
+            assert!(HEADERS.contains(&name.as_str()), "{name} in {response:?}");
         }
-        let output = without_measures(answer);
+        let output = without_measures(response);
         for inside in INSIDE.split('|').chain(versions) {
             assert!(!output.contains(inside), "{inside} in {output}");
         }
@@ -345,10 +345,10 @@ async fn assert_no_internals(world: &World, answers: &[Answer]) {
 }
 
 /// The whole response except measured numbers, which can contain any digits.
-fn without_measures(answer: &Answer) -> String {
-    let mut output = format!("{} {:?}\n", answer.status, answer.headers);
-    let is_exposition = answer.body.starts_with("# ");
-    for line in answer.body.lines() {
+fn without_measures(response: &Response) -> String {
+    let mut output = format!("{} {:?}\n", response.status, response.headers);
+    let is_exposition = response.body.starts_with("# ");
+    for line in response.body.lines() {
         let series = line
             .rsplit_once(' ')
             .filter(|_| is_exposition && !line.starts_with('#'));
@@ -379,9 +379,9 @@ fn confidential() -> HeaderMap {
     ])
 }
 
-async fn answer(request: reqwest::RequestBuilder) -> Answer {
-    let response = request.send().await.expect("an answer");
-    Answer::of(response).await.expect("a whole answer")
+async fn response(request: reqwest::RequestBuilder) -> Response {
+    let response = request.send().await.expect("a response");
+    Response::read(response).await.expect("a whole response")
 }
 
 async fn until_both_stores_are_down(service: &Service) {
@@ -399,8 +399,8 @@ async fn assert_no_secret_in_output(
     code: Option<i32>,
 ) {
     let mut output = String::new();
-    for answer in every_visible(service).await {
-        output += &answer.text();
+    for response in every_visible(service).await {
+        output += &response.text();
     }
     let refused = "span export failing";
     eventually(refused, SOON, async || !service.logged(refused).is_empty()).await;
@@ -427,17 +427,17 @@ async fn assert_no_secret_in_output(
     assert_no_canary(&output);
 }
 
-async fn every_visible(service: &Service) -> Vec<Answer> {
-    let mut answers = Vec::new();
+async fn every_visible(service: &Service) -> Vec<Response> {
+    let mut responses = Vec::new();
     for path in ["/", "/health", "/health/live", "/metrics", "/nope"] {
         for method in [Method::GET, Method::POST] {
             let parent = HeaderValue::from_static(PARENT);
             let headers = HeaderMap::from_iter([(HeaderName::from_static("traceparent"), parent)]);
-            answers.push(service.ask(method, path, headers).await);
+            responses.push(service.ask(method, path, headers).await);
         }
     }
-    answers.push(raw_request(service, "nonsense\r\n\r\n").await);
-    answers
+    responses.push(raw_request(service, "nonsense\r\n\r\n").await);
+    responses
 }
 
 /// The command lines of a process and of its descendants.
@@ -605,14 +605,14 @@ fn collector_that_repeats(secret: &str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = listener.local_addr().expect("an address");
     let length = secret.len();
-    let answer = format!("HTTP/1.1 401 {secret}\r\ncontent-length: {length}\r\n\r\n{secret}");
+    let response = format!("HTTP/1.1 401 {secret}\r\ncontent-length: {length}\r\n\r\n{secret}");
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             let mut stream = stream.expect("a connection");
             let mut request = [0; 4096];
             if stream.read(&mut request).is_ok_and(|bytes| bytes > 0) {
                 // The client can have disconnected.
-                stream.write_all(answer.as_bytes()).ok();
+                stream.write_all(response.as_bytes()).ok();
             }
         }
     });

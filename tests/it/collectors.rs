@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use reqwest::StatusCode;
 
-use crate::support::collector::{Collector, Manner};
+use crate::support::collector::{Behaviour, Collector};
 use crate::support::load::{Load, Visit, are_one_to_n, visits};
 use crate::support::traces::traced_with;
 use crate::support::{SOON, Service, World, client, eventually};
@@ -18,45 +18,45 @@ const CLIENTS: usize = 64;
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "floods: make faults"]
 async fn absent_collector_harms_nothing() {
-    harms_nothing(Manner::Absent).await;
+    harms_nothing(Behaviour::Absent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "floods: make faults"]
 async fn refusing_collector_harms_nothing() {
-    harms_nothing(Manner::Refuses(StatusCode::SERVICE_UNAVAILABLE)).await;
+    harms_nothing(Behaviour::Refuses(StatusCode::SERVICE_UNAVAILABLE)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "floods: make faults"]
 async fn collector_that_answers_bad_request_harms_nothing() {
-    harms_nothing(Manner::Refuses(StatusCode::BAD_REQUEST)).await;
+    harms_nothing(Behaviour::Refuses(StatusCode::BAD_REQUEST)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "floods: make faults"]
 async fn silent_collector_harms_nothing() {
-    harms_nothing(Manner::Silent).await;
+    harms_nothing(Behaviour::Silent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "floods: make faults"]
 async fn swallowed_packets_harm_nothing() {
-    harms_nothing(Manner::Swallows).await;
+    harms_nothing(Behaviour::Swallows).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "floods: make faults"]
 async fn resetting_collector_harms_nothing() {
-    harms_nothing(Manner::Resets).await;
+    harms_nothing(Behaviour::Resets).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "floods: make faults"]
 async fn slow_collector_harms_nothing_and_dropped_spans_are_counted() {
     let (world, collector) = (World::new(), Collector::start().await);
-    let slow = Manner::Slow(Duration::from_secs(1));
-    collector.becomes(slow).await;
+    let slow = Behaviour::Slow(Duration::from_secs(1));
+    collector.change_to(slow).await;
     let service = exporting(&world, &collector, "10000").await;
     let load = Load::start(&[&service], CLIENTS);
     eventually("the queue of spans is full", SOON, async || {
@@ -77,10 +77,10 @@ async fn slow_collector_harms_nothing_and_dropped_spans_are_counted() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn log_says_why_spans_are_not_taken() {
-    let bad = Manner::Refuses(StatusCode::BAD_REQUEST);
-    for (manner, why) in [(Manner::Absent, "Connection refused"), (bad, "400")] {
+    let bad = Behaviour::Refuses(StatusCode::BAD_REQUEST);
+    for (behaviour, why) in [(Behaviour::Absent, "Connection refused"), (bad, "400")] {
         let (world, collector) = (World::new(), Collector::start().await);
-        collector.becomes(manner).await;
+        collector.change_to(behaviour).await;
         let service = exporting(&world, &collector, "1000").await;
         service.visit().await;
         eventually("it is logged", SOON, async || {
@@ -95,7 +95,7 @@ async fn log_says_why_spans_are_not_taken() {
 #[tokio::test(flavor = "multi_thread")]
 async fn spans_that_the_collector_rejects_are_counted_as_lost() {
     let (world, collector) = (World::new(), Collector::start().await);
-    collector.becomes(Manner::Rejects(1)).await;
+    collector.change_to(Behaviour::Rejects(1)).await;
     let service = exporting(&world, &collector, "10000").await;
     service.visit().await;
     let spans = at_rest(&service).await;
@@ -116,9 +116,12 @@ async fn spans_that_the_collector_rejects_are_counted_as_lost() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn spans_lost_by_a_stop_are_logged() {
-    for manner in [Manner::Refuses(StatusCode::BAD_GATEWAY), Manner::Silent] {
+    for behaviour in [
+        Behaviour::Refuses(StatusCode::BAD_GATEWAY),
+        Behaviour::Silent,
+    ] {
         let (world, collector) = (World::new(), Collector::start().await);
-        collector.becomes(manner).await;
+        collector.change_to(behaviour).await;
         let late = [("OTEL_BSP_SCHEDULE_DELAY", "600000")];
         let service = traced_with(&world, &collector, &late).await;
         for _ in 0..4 {
@@ -139,7 +142,7 @@ async fn spans_lost_by_a_stop_are_logged() {
 #[ignore = "reads a clock: make faults"]
 async fn stop_does_not_wait_for_a_collector_that_is_down() {
     let (world, collector) = (World::of_its_own(), Collector::start().await);
-    collector.becomes(Manner::Absent).await;
+    collector.change_to(Behaviour::Absent).await;
     let mut service = traced_with(&world, &collector, &[]).await;
     service.visit().await;
     eventually("the breaker is open", SOON, async || {
@@ -169,7 +172,7 @@ async fn stop_does_not_wait_for_a_collector_that_is_down() {
 #[ignore = "reads a clock: make faults"]
 async fn absent_collector_costs_no_throughput() {
     let (world, collector) = (World::of_its_own(), Collector::start().await);
-    collector.becomes(Manner::Absent).await;
+    collector.change_to(Behaviour::Absent).await;
     let without = world.serve().await;
     let with = exporting(&world, &collector, "1000").await;
     let load = Load::start(&[&with, &without], CLIENTS);
@@ -195,19 +198,19 @@ async fn absent_collector_costs_no_throughput() {
 }
 
 /// Load while the collector fails and recovers, then a stop while it fails.
-async fn harms_nothing(manner: Manner) {
+async fn harms_nothing(behaviour: Behaviour) {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = exporting(&world, &collector, "1000").await;
     let load = Load::start(&[&service], CLIENTS);
     until_sampled(&service, "every visit", |share| share >= 1.5).await;
-    collector.becomes(manner).await;
+    collector.change_to(behaviour).await;
     until_sampled(&service, "hardly a visit", |share| share <= 0.1).await;
     // It is logged once all attempts to export a batch have failed.
     eventually("it is logged", SOON, async || {
         !service.logged(DOWN).is_empty()
     })
     .await;
-    collector.becomes(Manner::Takes).await;
+    collector.change_to(Behaviour::Takes).await;
     until_sampled(&service, "every visit again", |share| share >= 1.5).await;
 
     let visits = load.stop().await;
@@ -221,7 +224,7 @@ async fn harms_nothing(manner: Manner) {
     assert!(up[0]["down.seconds"].as_f64().unwrap() > 0.0);
     assert_eq!(up[0]["spans.lost"], spans.lost);
 
-    collector.becomes(manner).await;
+    collector.change_to(behaviour).await;
     stops_under_load(&service).await;
 }
 

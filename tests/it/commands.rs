@@ -36,7 +36,7 @@ async fn healthcheck_fails_in_one_line_where_visits_are_not_recorded() {
 }
 
 #[tokio::test]
-async fn healthcheck_fails_in_one_line_where_no_service_answers() {
+async fn healthcheck_fails_in_one_line_where_no_service_responds() {
     let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let silent = silent.local_addr().expect("an address");
     for address in [silent.to_string(), "127.0.0.1:1".to_owned()] {
@@ -54,8 +54,8 @@ async fn healthcheck_refuses_a_url_with_a_password_and_does_not_repeat_it() {
         let ended = Ended::of(&["healthcheck", "--url", &url], &[]).await;
         assert_eq!(ended.code, Some(2), "{ended:?}");
         assert!(ended.errors.contains("without user"), "{ended:?}");
-        let told = ended.output + &ended.errors;
-        assert!(!told.contains("segredo"), "{told}");
+        let printed = ended.output + &ended.errors;
+        assert!(!printed.contains("segredo"), "{printed}");
     }
 }
 

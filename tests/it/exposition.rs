@@ -162,15 +162,15 @@ async fn bucket_has_the_trace_and_span_of_its_last_sampled_request() {
     let (fast, slow) = (service.get("/").await, slow_visit(&world, &service).await);
     let exemplars = exemplars(&service).await;
     assert_eq!(exemplars.len(), 2, "{exemplars:?}");
-    for (answer, (bounds, exemplar)) in [fast, slow].iter().zip(&exemplars) {
-        let ids = &answer.header("traceresponse")[3..52];
+    for (response, (bounds, exemplar)) in [fast, slow].iter().zip(&exemplars) {
+        let ids = &response.header("traceresponse")[3..52];
         let (trace, span) = (&exemplar.labels["trace_id"], &exemplar.labels["span_id"]);
         assert_eq!(format!("{trace}-{span}"), ids);
         assert!(bounds.contains(&exemplar.value), "{bounds:?} {exemplar:?}");
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         let age = now.as_secs_f64() - exemplar.timestamp;
         assert!((0.0..60.0).contains(&age), "{age} s old");
-        let spans = collector.trace_of(answer, 3).await;
+        let spans = collector.trace_of(response, 3).await;
         let server = spans.iter().find(|exported| exported.span.name == "GET /");
         assert_eq!(&hex(&server.unwrap().span.span_id), span);
     }
@@ -205,8 +205,8 @@ async fn prometheus_keeps_exemplars_that_lead_to_traces() {
     let slow = "http_server_request_duration_seconds_bucket{http_route=\"/\",le=\"0.5\"}";
     let always = [("query", slow), ("start", "0"), ("end", "32503680000")];
     eventually("the exemplar is stored", SOON, async || {
-        let answer = prometheus.api("query_exemplars", &always).await;
-        let labels = &answer["data"][0]["exemplars"][0]["labels"];
+        let response = prometheus.api("query_exemplars", &always).await;
+        let labels = &response["data"][0]["exemplars"][0]["labels"];
         labels["trace_id"] == visit.header("traceresponse")[3..35]
             && labels["span_id"] == visit.header("traceresponse")[36..52]
     })
@@ -241,7 +241,7 @@ async fn after_requests_of_all_kinds() -> (World, Collector, Service) {
 }
 
 /// A visit that waits for the count's lock long enough to fall into the bucket up to 0.5 s.
-async fn slow_visit(world: &World, service: &Service) -> crate::support::Answer {
+async fn slow_visit(world: &World, service: &Service) -> crate::support::Response {
     let mut held = HeldCount::of(world).await;
     let visit = service.begin_visit();
     held.until_waited_for().await;

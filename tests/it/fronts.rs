@@ -1,5 +1,5 @@
 //! The recipes of `docs/connecting.md` for reverse proxies, each with the real program in front of
-//! the real service: a request is at most one visit, whatever happens between the two.
+//! the real service: a request is at most one visit, also when a connection between the two breaks.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -16,7 +16,7 @@ use reqwest::StatusCode;
 use tempfile::TempDir;
 
 use crate::support::load::are_one_to_n;
-use crate::support::{Answer, HeldCount, SOON, Service, Wire, World, eventually, without_stores};
+use crate::support::{HeldCount, Response, SOON, Service, Wire, World, eventually, without_stores};
 
 /// Where programs are. Debian keeps servers where only root looks for them.
 const PATH: &str = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/opt/homebrew/bin";
@@ -65,7 +65,7 @@ async fn visits_and_their_ids_pass(program: Program) {
     let ask = async |method, path: &str, (name, value): (&str, &str)| {
         let request = service.client.request(method, front.url(path));
         let response = request.header(name, value).send().await;
-        Answer::of(response.expect("a response")).await.unwrap()
+        Response::read(response.expect("a response")).await.unwrap()
     };
     let visit = ask(reqwest::Method::GET, "/", ("x-request-id", "given")).await;
     assert_eq!(visit.status, StatusCode::OK);
@@ -91,9 +91,9 @@ async fn slow_visit_gets_the_response_of_the_service(program: Program) {
     let way = way_to(&service).await;
     let front = Front::start(program, [at(&way); 2], &[]).await;
     let held = HeldCount::of(&world).await;
-    let answer = front.open().await.get("/").await;
-    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
-    assert!(answer.contains(r#""db_status":"erro""#), "{answer}");
+    let response = front.open().await.get("/").await;
+    assert!(response.starts_with("HTTP/1.1 503"), "{response}");
+    assert!(response.contains(r#""db_status":"erro""#), "{response}");
     held.release().await;
     assert_eq!(visits_sent(&way), 1);
 }
@@ -111,9 +111,9 @@ async fn visit_whose_connection_breaks_is_sent_once(program: Program) {
             client.get("/").await;
             rows += 1;
         }
-        let answer = break_a_visit(&world, &way, client).await;
+        let response = break_a_visit(&world, &way, client).await;
         rows += 1;
-        assert!(!answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert!(!response.starts_with("HTTP/1.1 200"), "{response}");
         assert_eq!(visits_sent(&way), rows);
         assert_eq!(world.rows().await, i64::try_from(rows).unwrap());
     }
@@ -124,8 +124,8 @@ async fn visit_that_the_front_gives_up_is_sent_once(program: Program) {
     let service = world.serve_with(&PATIENT).await;
     let way = way_to(&service).await;
     let front = Front::start(program, [at(&way); 2], &[program.hasty()]).await;
-    let answer = give_up_a_visit(&world, &front).await;
-    assert!(answer.starts_with("HTTP/1.1 50"), "{answer}");
+    let response = give_up_a_visit(&world, &front).await;
+    assert!(response.starts_with("HTTP/1.1 50"), "{response}");
     assert_eq!(visits_sent(&way), 1);
 }
 
@@ -135,9 +135,9 @@ async fn replica_that_refuses_connections_costs_no_visit(program: Program) {
     let absent = free_address().unwrap();
     let front = Front::start(program, [absent, service.address], &[]).await;
     for visit in 1..=20 {
-        let answer = front.open().await.get("/").await;
+        let response = front.open().await.get("/").await;
         let number = format!("\"total_registros_db\":{visit},");
-        assert!(answer.contains(&number), "{answer}");
+        assert!(response.contains(&number), "{response}");
     }
 }
 
@@ -236,8 +236,8 @@ async fn caddy_that_keeps_connections_sends_a_visit_again() {
     let front = Front::start(Program::Caddy, [at(&way); 2], &changes).await;
     let mut client = front.open().await;
     client.get("/").await;
-    let answer = break_a_visit(&world, &way, client).await;
-    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let response = break_a_visit(&world, &way, client).await;
+    assert!(response.starts_with("HTTP/1.1 200"), "{response}");
     assert_eq!(visits_sent(&way), 3);
     assert_eq!(world.rows().await, 3);
 }
@@ -250,8 +250,8 @@ async fn haproxy_with_a_bare_check_takes_every_replica_out() {
     let changes = [(check, "option httpchk\n")];
     let front = Front::start(Program::Haproxy, [service.address; 2], &changes).await;
     eventually("the front has no replica", SOON, async || {
-        let answer = front.open().await.get("/health/live").await;
-        answer.starts_with("HTTP/1.1 503")
+        let response = front.open().await.get("/health/live").await;
+        response.starts_with("HTTP/1.1 503")
     })
     .await;
 }
@@ -263,22 +263,22 @@ async fn haproxy_takes_out_replicas_whose_postgres_is_down() {
     assert_eq!(head.status(), StatusCode::OK, "HEAD / is no check");
     let front = Front::start(Program::Haproxy, [service.address; 2], &[]).await;
     eventually("the front has no replica", SOON, async || {
-        let answer = front.open().await.get("/health/live").await;
-        answer.starts_with("HTTP/1.1 503")
+        let response = front.open().await.get("/health/live").await;
+        response.starts_with("HTTP/1.1 503")
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cache_of_nginx_makes_visits_of_head_requests_unless_told_not_to() {
+async fn cache_of_nginx_makes_visits_of_head_requests_unless_configured_not_to() {
     let world = World::new();
     let service = world.serve().await;
     let cache = "http {\n    proxy_cache_path cache keys_zone=cache:1m;\n    proxy_cache cache;";
-    let told = format!(
+    let configured = format!(
         "{cache}\n    proxy_cache_convert_head off;\n    \
          proxy_cache_key $request_method$proxy_host$request_uri;"
     );
-    for (cache, rows) in [(cache, 1), (&told, 1)] {
+    for (cache, rows) in [(cache, 1), (&configured, 1)] {
         let changes = [("http {", cache)];
         let front = Front::start(Program::Nginx, [service.address; 2], &changes).await;
         let head = service.client.head(front.url("/")).send().await.unwrap();
@@ -460,16 +460,16 @@ async fn break_a_visit(world: &World, way: &Proxy, mut client: Wire) -> String {
     .await;
     way.change(|rules| rules.delay_to_client = Duration::ZERO);
     way.reset_established();
-    client.answer_within(SOON).await.unwrap_or_default()
+    client.response_within(SOON).await.unwrap_or_default()
 }
 
 /// Makes a visit that Postgres keeps for longer than the front waits, and returns what the client
 /// gets.
 async fn give_up_a_visit(world: &World, front: &Front) -> String {
     let held = HeldCount::of(world).await;
-    let answer = front.open().await.get("/").await;
+    let response = front.open().await.get("/").await;
     held.release().await;
-    answer
+    response
 }
 
 async fn serve_at(world: &World, address: SocketAddr, settings: &[(&str, &str)]) -> Service {

@@ -7,7 +7,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Answer, HeldCount, SOON, Service, Wire, World, eventually, until_refused, without_stores,
+    HeldCount, Response, SOON, Service, Wire, World, eventually, until_refused, without_stores,
 };
 
 const PATHS: [&str; 5] = ["/", "/health", "/health/ready", "/health/live", "/metrics"];
@@ -25,12 +25,12 @@ async fn second_visit_counts_two() {
 #[tokio::test]
 async fn visit_answers_the_four_fields_in_order() {
     let world = World::new();
-    let answer = world.serve().await.get("/").await;
-    assert_eq!(answer.status, StatusCode::OK);
-    assert_eq!(answer.header("content-type"), "application/json");
-    assert_eq!(answer.header("cache-control"), "no-store");
+    let response = world.serve().await.get("/").await;
+    assert_eq!(response.status, StatusCode::OK);
+    assert_eq!(response.header("content-type"), "application/json");
+    assert_eq!(response.header("cache-control"), "no-store");
     assert_eq!(
-        answer.body,
+        response.body,
         concat!(
             r#"{"db_status":"ok","redis_status":"ok","total_registros_db":1,"visitas_redis":1}"#,
             "\n"
@@ -42,10 +42,10 @@ async fn visit_answers_the_four_fields_in_order() {
 async fn head_has_no_body_and_records_no_visit() {
     let world = World::new();
     let service = world.serve().await;
-    let answer = ask(&service, Method::HEAD, "/").await;
-    assert_eq!(answer.status, StatusCode::OK);
-    assert_eq!(answer.header("content-type"), "application/json");
-    assert_eq!(answer.body, "");
+    let response = ask(&service, Method::HEAD, "/").await;
+    assert_eq!(response.status, StatusCode::OK);
+    assert_eq!(response.header("content-type"), "application/json");
+    assert_eq!(response.body, "");
     assert_eq!(service.visit().await, (1, 1));
 }
 
@@ -75,7 +75,7 @@ async fn head_on_every_other_route_is_get_without_the_body() {
         let (get, head) = (get.await, head.await);
         assert_eq!(head.status, get.status, "{path}");
         assert_eq!(head.body, "", "{path}");
-        let named = |answer: &Answer| -> Vec<_> { answer.headers.keys().cloned().collect() };
+        let named = |response: &Response| -> Vec<_> { response.headers.keys().cloned().collect() };
         assert_eq!(named(&head), named(&get), "{path}");
         for name in ["content-type", "cache-control", "vary", "allow"] {
             assert_eq!(head.header(name), get.header(name), "{path}");
@@ -97,8 +97,8 @@ async fn no_response_may_be_stored() {
     let assert_not_stored = async |service: &Service| {
         for path in PATHS.into_iter().chain(["/nope"]) {
             for method in [Method::GET, Method::HEAD, Method::POST] {
-                let answer = ask(service, method.clone(), path).await;
-                let said = answer.header("cache-control");
+                let response = ask(service, method.clone(), path).await;
+                let said = response.header("cache-control");
                 assert_eq!(said, "no-store", "{method} {path}");
             }
         }
@@ -108,7 +108,7 @@ async fn no_response_may_be_stored() {
     let address = apart.logged("listening")[0]["metrics.address"].clone();
     let address = address.as_str().expect("an address").to_owned();
     for path in ["metrics", "nope"] {
-        let answer = read(
+        let response = read(
             apart
                 .client
                 .get(format!("http://{address}/{path}"))
@@ -116,7 +116,7 @@ async fn no_response_may_be_stored() {
                 .await,
         )
         .await;
-        assert_eq!(answer.header("cache-control"), "no-store", "{path}");
+        assert_eq!(response.header("cache-control"), "no-store", "{path}");
     }
     world.postgres.kill().expect("Postgres ends");
     service.until_health("unavailable").await;
@@ -138,9 +138,9 @@ async fn other_method_on_a_known_path_is_405_with_allow() {
     for path in PATHS {
         for method in ["POST", "PUT", "DELETE", "OPTIONS", "BREW"] {
             let method = Method::from_bytes(method.as_bytes()).expect("a method");
-            let answer = ask(&service, method, path).await;
-            assert_problem(&answer, StatusCode::METHOD_NOT_ALLOWED);
-            assert_eq!(answer.header("allow"), "GET,HEAD", "{path}");
+            let response = ask(&service, method, path).await;
+            assert_problem(&response, StatusCode::METHOD_NOT_ALLOWED);
+            assert_eq!(response.header("allow"), "GET,HEAD", "{path}");
         }
     }
     assert_eq!(world.rows().await, 0);
@@ -152,9 +152,9 @@ async fn unknown_path_is_404_whatever_the_method() {
     let service = world.serve().await;
     for path in ["/nope", "/health/", "//", "/metrics/x", "/%00"] {
         for method in [Method::GET, Method::POST] {
-            let answer = ask(&service, method, path).await;
-            assert_problem(&answer, StatusCode::NOT_FOUND);
-            assert_eq!(answer.header("allow"), "", "{path}");
+            let response = ask(&service, method, path).await;
+            assert_problem(&response, StatusCode::NOT_FOUND);
+            assert_eq!(response.header("allow"), "", "{path}");
         }
     }
 }
@@ -165,9 +165,9 @@ async fn body_is_never_read_and_its_response_ends_the_connection() {
     let service = world.serve().await;
     for (visits, bytes) in [(1, 1), (2, 64 * 1024 + 1), (3, 4 << 20)] {
         let request = service.client.get(service.url("/")).body(vec![b'x'; bytes]);
-        let answer = read(request.send().await).await;
-        assert_eq!(answer.status, StatusCode::OK);
-        assert_eq!(answer.header("connection"), "close");
+        let response = read(request.send().await).await;
+        assert_eq!(response.status, StatusCode::OK);
+        assert_eq!(response.header("connection"), "close");
         assert_eq!(world.rows().await, visits);
     }
     for path in PATHS {
@@ -190,8 +190,8 @@ async fn client_whose_request_had_a_body_gets_its_next_response() {
         wire.send("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 3\r\n\r\n")
             .await;
         wire.send("a=b").await;
-        let answer = wire.answer_within(SOON).await.expect("an answer");
-        if answer.contains("\r\nconnection: close\r\n") {
+        let response = wire.response_within(SOON).await.expect("a response");
+        if response.contains("\r\nconnection: close\r\n") {
             wire = Wire::open(&service).await;
         }
         wire.get("/health/live").await;
@@ -208,11 +208,11 @@ async fn client_that_shuts_down_its_sending_side_gets_the_response_of_every_rout
             wire.send(format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n"))
                 .await;
             wire.end_sending().await;
-            let answer = wire.rest().await;
+            let response = wire.rest().await;
             let status = if path == "/nope" { "404" } else { "200" };
             assert!(
-                answer.starts_with(&format!("HTTP/1.1 {status} ")),
-                "{path}: {answer:.200}"
+                response.starts_with(&format!("HTTP/1.1 {status} ")),
+                "{path}: {response:.200}"
             );
         }
     }
@@ -249,22 +249,22 @@ async fn http_1_1_without_exactly_one_valid_host_is_400() {
     for request in refused {
         let mut wire = Wire::open(&service).await;
         wire.send(format!("{request}\r\n")).await;
-        let answer = wire.rest().await;
+        let response = wire.rest().await;
         let version = if request.contains("1.0") {
             "1.0"
         } else {
             "1.1"
         };
         assert!(
-            answer.starts_with(&format!("HTTP/{version} 400 ")),
-            "{request}: {answer}"
+            response.starts_with(&format!("HTTP/{version} 400 ")),
+            "{request}: {response}"
         );
         for part in [
             "\r\ncontent-type: application/problem+json\r\n",
             "\r\nconnection: close\r\n",
             "\r\n\r\n{\"type\":\"about:blank\",\"title\":\"Bad Request\",\"status\":400}",
         ] {
-            assert!(answer.contains(part), "{part} to {request}: {answer}");
+            assert!(response.contains(part), "{part} to {request}: {response}");
         }
     }
     assert_eq!(world.rows().await, 0);
@@ -304,8 +304,8 @@ async fn every_valid_host_is_served_and_http_1_0_needs_none() {
         let mut wire = Wire::open(&service).await;
         wire.send(format!("{request}\r\nconnection: close\r\n\r\n"))
             .await;
-        let answer = wire.rest().await;
-        assert!(answer[8..].starts_with(" 200 "), "{request}: {answer}");
+        let response = wire.rest().await;
+        assert!(response[8..].starts_with(" 200 "), "{request}: {response}");
         assert_eq!(world.rows().await, visits);
     }
 }
@@ -315,10 +315,10 @@ async fn visit_without_redis_is_recorded_and_says_so() {
     let world = World::new();
     let service = world.serve().await;
     world.redis.kill().expect("Redis ends");
-    let answer = service.get("/").await;
-    assert_eq!(answer.status, StatusCode::OK);
+    let response = service.get("/").await;
+    assert_eq!(response.status, StatusCode::OK);
     assert_eq!(
-        answer.body,
+        response.body,
         concat!(
             r#"{"db_status":"ok","redis_status":"erro","total_registros_db":1,"visitas_redis":null}"#,
             "\n"
@@ -374,15 +374,15 @@ async fn visit_without_postgres_is_503_and_increments_nothing() {
     until_redis_is_read_as(&service, 1.0).await;
     world.postgres.kill().expect("Postgres ends");
     for visit in 0..3 {
-        let answer = service.get("/").await;
-        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+        let response = service.get("/").await;
+        assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
         // The first visit is in doubt if it is sent right after a reading, on its connection.
-        let is_certain = answer.header("retry-after") == "1";
-        assert!(is_certain || visit == 0, "{answer:?}");
-        assert_eq!(answer.header("content-type"), "application/json");
-        assert_eq!(answer.header("cache-control"), "no-store");
+        let is_certain = response.header("retry-after") == "1";
+        assert!(is_certain || visit == 0, "{response:?}");
+        assert_eq!(response.header("content-type"), "application/json");
+        assert_eq!(response.header("cache-control"), "no-store");
         assert_eq!(
-            answer.body,
+            response.body,
             concat!(
                 r#"{"db_status":"erro","redis_status":"ok","total_registros_db":null,"visitas_redis":1}"#,
                 "\n"
@@ -400,10 +400,10 @@ async fn visit_with_a_paused_postgres_is_503_at_its_timeout() {
         .await;
     world.postgres.pause().expect("Postgres pauses");
     let took = elapsed(async || {
-        let answer = service.get("/").await;
-        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
-        assert_eq!(answer.json()["db_status"], "erro");
-        assert_eq!(answer.json()["total_registros_db"], Value::Null);
+        let response = service.get("/").await;
+        assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(response.json()["db_status"], "erro");
+        assert_eq!(response.json()["total_registros_db"], Value::Null);
     })
     .await;
     assert!(took < Duration::from_secs(1) + SLACK, "{took:?}");
@@ -413,10 +413,10 @@ async fn visit_with_a_paused_postgres_is_503_at_its_timeout() {
 #[tokio::test]
 async fn visit_without_either_store_is_503_with_both_in_error() {
     let service = without_stores(&[]).await;
-    let answer = service.get("/").await;
-    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    let response = service.get("/").await;
+    assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(
-        answer.body,
+        response.body,
         concat!(
             r#"{"db_status":"erro","redis_status":"erro","total_registros_db":null,"visitas_redis":null}"#,
             "\n"
@@ -432,11 +432,11 @@ async fn visit_that_finds_the_queue_full_is_503_with_the_state_of_postgres() {
     let mut count = HeldCount::of(&world).await;
     let (first, second) = two_visits_wait(&service, &mut count).await;
     for _ in 0..9 {
-        let answer = service.get("/").await;
-        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
-        assert_eq!(answer.header("retry-after"), "1");
+        let response = service.get("/").await;
+        assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(response.header("retry-after"), "1");
         assert_eq!(
-            answer.body,
+            response.body,
             concat!(
                 r#"{"db_status":"ok","redis_status":"ok","total_registros_db":null,"visitas_redis":0}"#,
                 "\n"
@@ -444,8 +444,8 @@ async fn visit_that_finds_the_queue_full_is_503_with_the_state_of_postgres() {
         );
     }
     count.release().await;
-    assert_eq!(first.await.expect("an answer"), StatusCode::OK);
-    assert_eq!(second.await.expect("an answer"), StatusCode::OK);
+    assert_eq!(first.await.expect("a response"), StatusCode::OK);
+    assert_eq!(second.await.expect("a response"), StatusCode::OK);
     assert_eq!(world.rows().await, 2);
     assert_eq!(world.redis_visits().await, 2);
 }
@@ -461,10 +461,13 @@ async fn visit_after_the_stop_delay_is_recorded_and_ends_its_connection() {
     service.signal("TERM");
     until_refused(service.address).await;
     wire.send("\r\n").await;
-    let answer = wire.rest().await;
-    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
-    assert!(answer.contains(r#""total_registros_db":2,"#), "{answer}");
+    let response = wire.rest().await;
+    assert!(response.starts_with("HTTP/1.1 200 "), "{response}");
+    assert!(response.contains("\r\nconnection: close\r\n"), "{response}");
+    assert!(
+        response.contains(r#""total_registros_db":2,"#),
+        "{response}"
+    );
     assert_eq!(world.rows().await, 2);
 }
 
@@ -473,8 +476,8 @@ async fn request_id_of_1_to_128_visible_ascii_characters_is_kept() {
     let world = World::new();
     let service = world.serve().await;
     for id in ["a", "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", &"x".repeat(128)] {
-        let answer = with_header(&service, "/", "x-request-id", id.as_bytes()).await;
-        assert_eq!(answer.header("x-request-id"), id);
+        let response = with_header(&service, "/", "x-request-id", id.as_bytes()).await;
+        assert_eq!(response.header("x-request-id"), id);
     }
 }
 
@@ -490,8 +493,8 @@ async fn any_other_request_id_is_replaced() {
         "ok\u{e9}",
         &"x".repeat(129),
     ] {
-        let answer = with_header(&service, "/", "x-request-id", id.as_bytes()).await;
-        assert_hexadecimal(answer.header("x-request-id"), 32);
+        let response = with_header(&service, "/", "x-request-id", id.as_bytes()).await;
+        assert_hexadecimal(response.header("x-request-id"), 32);
     }
 }
 
@@ -501,8 +504,8 @@ async fn every_response_has_its_own_request_id() {
     let mut ids = std::collections::HashSet::new();
     for method in [Method::GET, Method::HEAD, Method::POST] {
         for path in PATHS.into_iter().chain(["/nope"]) {
-            let answer = ask(&service, method.clone(), path).await;
-            let id = answer.header("x-request-id").to_owned();
+            let response = ask(&service, method.clone(), path).await;
+            let id = response.header("x-request-id").to_owned();
             assert_hexadecimal(&id, 32);
             assert!(ids.insert(id), "{method} {path} repeats one");
         }
@@ -513,8 +516,8 @@ async fn every_response_has_its_own_request_id() {
 async fn traceresponse_has_the_trace_of_the_caller_and_a_span_of_the_server() {
     let world = World::new();
     let service = world.serve_with(&TRACED).await;
-    let answer = with_header(&service, "/", "traceparent", SAMPLED.as_bytes()).await;
-    let parts: Vec<&str> = answer.header("traceresponse").split('-').collect();
+    let response = with_header(&service, "/", "traceparent", SAMPLED.as_bytes()).await;
+    let parts: Vec<&str> = response.header("traceresponse").split('-').collect();
     let [version, trace, span, flags] = parts[..] else {
         panic!("{parts:?}")
     };
@@ -530,8 +533,8 @@ async fn probes_and_scrapes_have_no_traceresponse() {
     let world = World::new();
     let service = world.serve_with(&TRACED).await;
     for path in PATHS.into_iter().filter(|path| *path != "/") {
-        let answer = with_header(&service, path, "traceparent", SAMPLED.as_bytes()).await;
-        assert_eq!(answer.header("traceresponse"), "", "{path}");
+        let response = with_header(&service, path, "traceparent", SAMPLED.as_bytes()).await;
+        assert_eq!(response.header("traceresponse"), "", "{path}");
     }
 }
 
@@ -539,8 +542,8 @@ async fn probes_and_scrapes_have_no_traceresponse() {
 async fn without_an_exporter_nothing_is_sampled() {
     let world = World::new();
     let service = world.serve().await;
-    let answer = with_header(&service, "/", "traceparent", SAMPLED.as_bytes()).await;
-    assert_eq!(answer.header("traceresponse"), "");
+    let response = with_header(&service, "/", "traceparent", SAMPLED.as_bytes()).await;
+    assert_eq!(response.header("traceresponse"), "");
 }
 
 #[tokio::test]
@@ -560,7 +563,7 @@ async fn no_response_repeats_an_error_or_an_address_of_a_store() {
     ] {
         let service = world.start(&settings).await;
         until_both_stores_have_failed(&service).await;
-        let answers = every_answer(&service).await;
+        let responses = every_response(&service).await;
         for text in [
             "invalid",
             "127.0.0.1",
@@ -575,7 +578,7 @@ async fn no_response_repeats_an_error_or_an_address_of_a_store() {
             "authentication",
             "refused",
         ] {
-            assert!(!answers.contains(text), "{text} in {answers}");
+            assert!(!responses.contains(text), "{text} in {responses}");
         }
     }
 }
@@ -585,11 +588,11 @@ async fn health_is_ok_when_both_stores_work() {
     let world = World::new();
     let service = world.serve().await;
     for path in ["/health", "/health/ready"] {
-        let answer = service.get(path).await;
-        assert_eq!(answer.status, StatusCode::OK);
-        assert_eq!(answer.header("content-type"), "application/json");
-        assert_eq!(answer.header("cache-control"), "no-store");
-        let mut health = answer.json();
+        let response = service.get(path).await;
+        assert_eq!(response.status, StatusCode::OK);
+        assert_eq!(response.header("content-type"), "application/json");
+        assert_eq!(response.header("cache-control"), "no-store");
+        let mut health = response.json();
         for store in ["postgres", "redis"] {
             let latency = health["checks"][store]["latency_ms"].take();
             assert!(latency.as_f64().is_some_and(|ms| ms > 0.0), "{latency}");
@@ -612,13 +615,13 @@ async fn health_is_degraded_and_200_without_redis() {
     world.redis.kill().expect("Redis ends");
     service.until_health("degraded").await;
     for path in ["/health", "/health/ready"] {
-        let answer = service.get(path).await;
-        assert_eq!(answer.status, StatusCode::OK);
+        let response = service.get(path).await;
+        assert_eq!(response.status, StatusCode::OK);
         assert_eq!(
-            answer.json()["checks"]["redis"],
+            response.json()["checks"]["redis"],
             json!({"status": "unavailable"})
         );
-        assert_eq!(answer.json()["checks"]["postgres"]["status"], "ok");
+        assert_eq!(response.json()["checks"]["postgres"]["status"], "ok");
     }
 }
 
@@ -629,13 +632,13 @@ async fn health_is_unavailable_and_503_without_postgres_and_the_process_is_live(
     world.postgres.kill().expect("Postgres ends");
     service.until_health("unavailable").await;
     for path in ["/health", "/health/ready"] {
-        let answer = service.get(path).await;
-        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+        let response = service.get(path).await;
+        assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(
-            answer.json()["checks"]["postgres"],
+            response.json()["checks"]["postgres"],
             json!({"status": "unavailable"})
         );
-        assert_eq!(answer.json()["checks"]["redis"]["status"], "ok");
+        assert_eq!(response.json()["checks"]["redis"]["status"], "ok");
     }
     assert_alive(&service).await;
 }
@@ -647,10 +650,10 @@ async fn health_is_unavailable_until_the_database_is_migrated() {
     let mut session = world.session().await;
     sqlx::query(lock).execute(&mut session).await.expect(lock);
     let service = world.start(&[]).await;
-    let answer = service.get("/health").await;
-    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    let response = service.get("/health").await;
+    assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
     let migrations = json!({"status": "pending"});
-    assert_eq!(answer.json()["checks"]["migrations"], migrations);
+    assert_eq!(response.json()["checks"]["migrations"], migrations);
     drop(session);
     service.until_ready().await;
 }
@@ -661,9 +664,9 @@ async fn health_is_unavailable_while_stopping_and_visits_are_still_recorded() {
     let service = world.serve_with(&[("SHUTDOWN_DELAY", "5m")]).await;
     service.signal("TERM");
     service.until_health("unavailable").await;
-    let answer = service.get("/health/ready").await;
-    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(answer.json()["checks"]["postgres"]["status"], "ok");
+    let response = service.get("/health/ready").await;
+    assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(response.json()["checks"]["postgres"]["status"], "ok");
     assert_alive(&service).await;
     assert_eq!(service.visit().await, (1, 1));
 }
@@ -687,13 +690,13 @@ async fn health_answers_within_100_ms_while_neither_store_does() {
 #[tokio::test]
 async fn metrics_are_prometheus_text() {
     let world = World::new();
-    let answer = world.serve().await.get("/metrics").await;
-    assert_eq!(answer.status, StatusCode::OK);
+    let response = world.serve().await.get("/metrics").await;
+    assert_eq!(response.status, StatusCode::OK);
     assert_eq!(
-        answer.header("content-type"),
+        response.header("content-type"),
         "text/plain; version=0.0.4; charset=utf-8"
     );
-    assert!(answer.body.starts_with("# "), "{}", answer.body);
+    assert!(response.body.starts_with("# "), "{}", response.body);
 }
 
 #[tokio::test]
@@ -744,11 +747,11 @@ const PARENT: &str = "b7ad6b7169203331";
 const SAMPLED: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 const UNSAMPLED: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
 
-fn assert_problem(answer: &Answer, status: StatusCode) {
-    assert_eq!(answer.status, status, "{answer:?}");
-    assert_eq!(answer.header("content-type"), "application/problem+json");
+fn assert_problem(response: &Response, status: StatusCode) {
+    assert_eq!(response.status, status, "{response:?}");
+    assert_eq!(response.header("content-type"), "application/problem+json");
     assert_eq!(
-        answer.json(),
+        response.json(),
         json!({
             "type": "about:blank",
             "title": status.canonical_reason(),
@@ -757,9 +760,9 @@ fn assert_problem(answer: &Answer, status: StatusCode) {
     );
 }
 
-fn assert_degraded(answer: &Answer) {
-    assert_eq!(answer.status, StatusCode::OK, "{answer:?}");
-    let json = answer.json();
+fn assert_degraded(response: &Response) {
+    assert_eq!(response.status, StatusCode::OK, "{response:?}");
+    let json = response.json();
     assert_eq!(
         (&json["redis_status"], &json["visitas_redis"]),
         (&json!("erro"), &Value::Null)
@@ -767,9 +770,9 @@ fn assert_degraded(answer: &Answer) {
 }
 
 async fn assert_alive(service: &Service) {
-    let answer = service.get("/health/live").await;
-    assert_eq!(answer.status, StatusCode::OK);
-    assert_eq!(answer.json(), json!({"status": "ok"}));
+    let response = service.get("/health/live").await;
+    assert_eq!(response.status, StatusCode::OK);
+    assert_eq!(response.json(), json!({"status": "ok"}));
 }
 
 fn assert_hexadecimal(text: &str, length: usize) {
@@ -779,19 +782,19 @@ fn assert_hexadecimal(text: &str, length: usize) {
     );
 }
 
-async fn ask(service: &Service, method: Method, path: &str) -> Answer {
+async fn ask(service: &Service, method: Method, path: &str) -> Response {
     service.ask(method, path, HeaderMap::new()).await
 }
 
-async fn with_header(service: &Service, path: &str, name: &'static str, value: &[u8]) -> Answer {
+async fn with_header(service: &Service, path: &str, name: &'static str, value: &[u8]) -> Response {
     let value = HeaderValue::from_bytes(value).expect("a header's value");
     let headers = HeaderMap::from_iter([(HeaderName::from_static(name), value)]);
     service.ask(Method::GET, path, headers).await
 }
 
-async fn read(response: reqwest::Result<reqwest::Response>) -> Answer {
-    let response = response.expect("an answer");
-    Answer::of(response).await.expect("a whole answer")
+async fn read(response: reqwest::Result<reqwest::Response>) -> Response {
+    let response = response.expect("a response");
+    Response::read(response).await.expect("a whole response")
 }
 
 async fn elapsed(work: impl AsyncFnOnce()) -> Duration {
@@ -806,7 +809,7 @@ type Asked = tokio::task::JoinHandle<StatusCode>;
 async fn two_visits_wait(service: &Service, count: &mut HeldCount) -> (Asked, Asked) {
     let visit = || {
         let request = service.client.get(service.url("/"));
-        tokio::spawn(async move { request.send().await.expect("an answer").status() })
+        tokio::spawn(async move { request.send().await.expect("a response").status() })
     };
     let first = visit();
     count.until_waited_for().await;
@@ -859,13 +862,13 @@ async fn until_both_stores_have_failed(service: &Service) {
 }
 
 /// Headers and bodies of all kinds of responses.
-async fn every_answer(service: &Service) -> String {
-    let mut answers = String::new();
+async fn every_response(service: &Service) -> String {
+    let mut responses = String::new();
     for method in [Method::GET, Method::HEAD, Method::POST] {
         for path in PATHS.into_iter().chain(["/nope"]) {
-            let answer = ask(service, method.clone(), path).await;
-            answers += &answer.text();
+            let response = ask(service, method.clone(), path).await;
+            responses += &response.text();
         }
     }
-    answers
+    responses
 }

@@ -59,14 +59,17 @@ async fn visit_whose_row_a_trigger_or_rule_drops_is_not_acknowledged() {
         let mut acknowledged = 1;
         // One batch at a time, so that a trigger that drops every other row drops some and keeps some.
         for _ in 0..4 {
-            let answer = service.get("/").await;
-            if answer.status == StatusCode::OK {
+            let response = service.get("/").await;
+            if response.status == StatusCode::OK {
                 acknowledged += 1;
                 continue;
             }
-            assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE, "{loss}");
-            assert_eq!(answer.json()["db_status"], "erro", "{loss}");
-            assert_eq!(answer.json()["total_registros_db"], serde_json::Value::Null);
+            assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE, "{loss}");
+            assert_eq!(response.json()["db_status"], "erro", "{loss}");
+            assert_eq!(
+                response.json()["total_registros_db"],
+                serde_json::Value::Null
+            );
         }
         assert_eq!(world.rows().await, acknowledged, "{loss}");
         assert_eq!(world.redis_visits().await, acknowledged, "{loss}");

@@ -11,12 +11,12 @@ async fn port_is_served_on_every_address_of_both_families() {
     let port = free_port();
     let service = without_stores(&[("BIND_ADDR", ""), ("PORT", &port.to_string())]).await;
     assert_eq!(service.address, every_address(Ipv6Addr::UNSPECIFIED, port));
-    assert_answers(
+    assert_responds(
         &service,
         &[Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()],
     )
     .await;
-    // The healthcheck reads the same variable, and is told that the stores are down.
+    // The healthcheck reads the same variable, and reports that the stores are down.
     let ended = Ended::of(&["healthcheck"], &settings(&[("PORT", &port.to_string())])).await;
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.errors.contains("responded with 503"), "{ended:?}");
@@ -50,7 +50,7 @@ async fn kernel_without_ipv6_is_served_by_ipv4() {
         .envs(given.iter().map(|(name, value)| (name, value)));
     let service = Service::spawn(command).await;
     assert_eq!(service.address, every_address(Ipv4Addr::UNSPECIFIED, port));
-    assert_answers(&service, &[Ipv4Addr::LOCALHOST.into()]).await;
+    assert_responds(&service, &[Ipv4Addr::LOCALHOST.into()]).await;
 }
 
 /// Becomes a program for which the kernel has no IPv6: a seccomp filter lets `socket(AF_INET6, …)`
@@ -83,11 +83,11 @@ fn every_address(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
     SocketAddr::new(address.into(), port)
 }
 
-async fn assert_answers(service: &Service, addresses: &[IpAddr]) {
+async fn assert_responds(service: &Service, addresses: &[IpAddr]) {
     for address in addresses {
         let address = SocketAddr::new(*address, service.address.port());
-        let answer = service.client.get(format!("http://{address}/health/live"));
-        let answer = answer.send().await.expect("an answer");
-        assert_eq!(answer.status(), 200, "{address}");
+        let response = service.client.get(format!("http://{address}/health/live"));
+        let response = response.send().await.expect("a response");
+        assert_eq!(response.status(), 200, "{address}");
     }
 }

@@ -111,8 +111,8 @@ async fn queue_behind_the_count(
     for already in 0..visits {
         let visit = service.client.get(service.url("/"));
         waiting.push(tokio::spawn(async move {
-            let answer = visit.send().await.unwrap().text().await.unwrap();
-            let json: serde_json::Value = serde_json::from_str(&answer).unwrap();
+            let response = visit.send().await.unwrap().text().await.unwrap();
+            let json: serde_json::Value = serde_json::from_str(&response).unwrap();
             let number = |field: &str| json[field].as_i64().unwrap();
             (number("total_registros_db"), number("visitas_redis"))
         }));

@@ -18,9 +18,9 @@ async fn access_line_has_the_ids_of_its_request() {
     let (world, collector) = (World::new(), Collector::start().await);
     let debug = [("RUST_LOG", "info,access=debug")];
     let service = traced_with(&world, &collector, &debug).await;
-    let answer = ask(&service, "/", &[("x-request-id", "sampled")]).await;
+    let response = ask(&service, "/", &[("x-request-id", "sampled")]).await;
     let line = access_line(&service, "sampled").await;
-    let trace = answer.header("traceresponse");
+    let trace = response.header("traceresponse");
     assert_eq!(line["level"], "DEBUG");
     assert_eq!(line["trace_id"], trace[3..35]);
     assert_eq!(line["span_id"], trace[36..52]);

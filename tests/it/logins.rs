@@ -456,7 +456,7 @@ async fn name_whose_first_address_is_silent_leads_to_the_next() {
     );
 
     let ca = gate.world.postgres.ca().unwrap().to_str().unwrap();
-    // psql waits for as long as it is told to; the service has a second for all.
+    // psql waits for its connect_timeout; the service has a second for all.
     let psql = program_here(&gate.psql_command("host=localhost connect_timeout=2"));
     let said = run(psql);
     assert!(said.status.success(), "{said:?}");
@@ -588,7 +588,7 @@ impl Gate {
         .await;
     }
 
-    /// One result of the superuser, by psql: it accepts whatever TLS the server has.
+    /// One result of the superuser, by psql: it accepts any TLS that the server has.
     fn sql(&self, statement: &str) -> String {
         let result = self.world.postgres.sql(&self.world.database, statement);
         result.expect("the statement succeeds")
@@ -724,7 +724,7 @@ async fn silent_at(ip: Ipv4Addr, port: u16) -> (impl Sized, u16) {
     ((listener, queued), address.port())
 }
 
-/// The port of a server that answers everything as a web server does.
+/// The port of a server that responds everything as a web server does.
 async fn http_server() -> u16 {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();

@@ -117,9 +117,9 @@ async fn nothing_is_sampled_where_traces_are_switched_off() {
         ("OTEL_TRACES_SAMPLER", "always_off"),
     ] {
         let service = traced_with(&world, &collector, &[off]).await;
-        let answer = service.get("/").await;
-        assert_eq!(answer.status, StatusCode::OK);
-        assert_eq!(answer.header("traceresponse"), "", "{off:?}");
+        let response = service.get("/").await;
+        assert_eq!(response.status, StatusCode::OK);
+        assert_eq!(response.header("traceresponse"), "", "{off:?}");
         service.stop().await;
     }
     assert!(collector.exports().is_empty());

@@ -167,7 +167,7 @@ async fn visit_is_recorded_although_the_idle_connections_have_fallen_silent() {
     let before = said();
     eventually("a reading during the visit", SOON, async || said() > before).await;
     count.release().await;
-    assert_eq!(visit.await.expect("an answer").status, StatusCode::OK);
+    assert_eq!(visit.await.expect("a response").status, StatusCode::OK);
     // The visit begins after a reading, so that the next reading is most of a second away.
     let before = said();
     eventually("a reading", SOON, async || said() > before).await;
@@ -472,8 +472,8 @@ async fn until_visit(service: &Service, is_so: impl Fn(&serde_json::Value) -> bo
 
 async fn timed_visit(service: &Service) -> (StatusCode, Duration) {
     let started = Instant::now();
-    let answer = service.get("/").await;
-    (answer.status, started.elapsed())
+    let response = service.get("/").await;
+    (response.status, started.elapsed())
 }
 
 async fn counted(service: &Service, outcome: &str) -> i64 {

@@ -9,6 +9,8 @@ use devstack::RedisOptions;
 use lab::ports::free_address;
 use lab::process::Process;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::settings::secret_file;
 use crate::support::{SOON, Service, World, eventually, settings};
@@ -148,6 +150,11 @@ async fn password_that_changes_in_its_file_is_used_for_the_next_connection() {
         fs::write(file.path(), text("c4nary-new")).expect("a file");
         service.until_ready().await;
         assert_eq!(service.get("/").await.json()["redis_status"], "ok");
+        fs::remove_file(file.path()).expect("a file");
+        redis(port, "c4nary-new", &["client", "kill", "type", "normal"]);
+        let line = until_down(&service, "cannot be read").await;
+        let tried = format!("tried with a password at 127.0.0.1:{port}, without TLS");
+        assert!(line.contains(variable) && line.contains(&tried), "{line}");
         redis(port, "c4nary-new", &["config", "set", "requirepass", ""]);
         service.stop().await;
         assert!(!service.printed().contains(CANARY));
@@ -159,6 +166,7 @@ async fn refusal_says_what_was_tried_and_what_to_check() {
     let world = World::new();
     let port = world.redis.port();
     let place = format!("at 127.0.0.1:{port}, without TLS");
+    let as_reader = format!("sent as reader {place}");
     let acl = ["acl", "setuser", "reader", "on", ">c4nary", "+get", "~*"];
     let cluster = World::with_redis(RedisOptions {
         config: vec![("cluster-enabled".to_owned(), "yes".to_owned())],
@@ -170,14 +178,14 @@ async fn refusal_says_what_was_tried_and_what_to_check() {
         .await;
     redis(port, "", &acl);
     let user = [("REDIS_USERNAME", "reader"), ("REDIS_PASSWORD", CANARY)];
-    let nobody = [("REDIS_USERNAME", "nobody"), ("REDIS_PASSWORD", CANARY)];
+    let unknown = [("REDIS_USERNAME", "unknown"), ("REDIS_PASSWORD", CANARY)];
     for (world, given, expected) in [
         (
             &world,
-            &nobody[..],
-            ["WRONGPASS", "tried as nobody", &place],
+            &unknown[..],
+            ["WRONGPASS", "tried as unknown", &place],
         ),
-        (&world, &user, ["NOPERM", "ACL SETUSER", "+incrby"]),
+        (&world, &user, ["NOPERM", "ACL SETUSER", &as_reader]),
         (
             &world,
             &[("REDIS_PASSWORD", CANARY)],
@@ -200,6 +208,177 @@ async fn refusal_says_what_was_tried_and_what_to_check() {
     redis(port, "", &["config", "set", "requirepass", CANARY]);
     let expected = ["NOAUTH", "tried without a password", "set REDIS_PASSWORD"];
     assert_refused(&world, &[], &expected).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusal_of_a_command_says_what_to_check() {
+    let world = World::with_redis(RedisOptions::default());
+    let port = world.redis.port();
+    let place = format!("without a password at 127.0.0.1:{port}, without TLS");
+    let serve_no_stale_data = ["config", "set", "replica-serve-stale-data", "no"];
+    for (commands, undo, expected) in [
+        (
+            vec![vec!["lpush", "visitas_home", "x"]],
+            vec!["del", "visitas_home"],
+            ["WRONGTYPE", "another program's value"],
+        ),
+        (
+            vec![vec!["set", "visitas_home", "x"]],
+            vec!["del", "visitas_home"],
+            ["refused with ERR", "another program's value"],
+        ),
+        (
+            vec![vec!["config", "set", "maxmemory", "1"]],
+            vec!["config", "set", "maxmemory", "0"],
+            ["OOM", "raise its maxmemory"],
+        ),
+        (
+            vec![vec!["config", "set", "min-replicas-to-write", "1"]],
+            vec!["config", "set", "min-replicas-to-write", "0"],
+            ["NOREPLICAS", "min-replicas-to-write"],
+        ),
+        (
+            vec![
+                serve_no_stale_data.to_vec(),
+                vec!["replicaof", "127.0.0.1", "1"],
+            ],
+            vec!["replicaof", "no", "one"],
+            ["MASTERDOWN", "name the primary"],
+        ),
+    ] {
+        for command in commands {
+            redis(port, "", &command);
+        }
+        let service = world.start(&PATIENT).await;
+        let line = until_down(&service, expected[0]).await;
+        assert_plain(&line, &[expected[1], &place]);
+        redis(port, "", &undo);
+        service.until_ready().await;
+    }
+    // Clients beyond the limit are refused before they log in.
+    redis(port, "", &["config", "set", "maxclients", "1"]);
+    let client = redis::Client::open(world.redis.url()).expect("an address");
+    let _only = client.get_multiplexed_async_connection().await;
+    let service = world.start(&PATIENT).await;
+    let line = until_down(&service, "tried without a password").await;
+    assert_plain(&line, &[&place]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_program_at_the_address_is_explained() {
+    let world = World::new();
+    let other = world.serve().await;
+    let greeting = listener_that(|mut stream| async move {
+        stream.write_all(b"SSH-2.0-OpenSSH_9.2p1\r\n").await.ok();
+        stream.read_u8().await.ok();
+    });
+    let end = listener_that(|mut stream| async move {
+        stream.read_u8().await.ok();
+    });
+    let end_of_a_session = listener_that(|mut stream| async move {
+        let mut ping = [0; b"*1\r\n$4\r\nPING\r\n".len()];
+        stream.read_exact(&mut ping).await.ok();
+        stream.write_all(b"+PONG\r\n").await.ok();
+        stream.read_u8().await.ok();
+    });
+    let no_redis = "check that Redis is running there, and REDIS_HOST and REDIS_PORT";
+    let closed = "the server closed the connection; ";
+    let postgres = world.postgres.port();
+    for (scheme, port, expected) in [
+        (
+            "redis",
+            other.address.port(),
+            ["does not answer as Redis does", no_redis],
+        ),
+        (
+            "redis",
+            greeting.await,
+            ["tried without a password", "that Redis is"],
+        ),
+        (
+            "redis",
+            postgres,
+            [closed, "that Redis is what listens there"],
+        ),
+        ("rediss", postgres, [closed, "the port is the one for TLS"]),
+        ("rediss", end.await, [closed, "the port is the one for TLS"]),
+        (
+            "rediss",
+            other.address.port(),
+            ["does not speak TLS", "a redis:// URL"],
+        ),
+        (
+            "redis",
+            end_of_a_session.await,
+            [closed, "sent without a password at"],
+        ),
+        ("redis", 1, ["refused", no_redis]),
+    ] {
+        let url = format!("{scheme}://127.0.0.1:{port}");
+        let given = world.settings_but("REDIS_", &[("REDIS_URL", &url)]);
+        let service = Service::start(&[given, settings(&PATIENT)].concat()).await;
+        let line = until_down(&service, expected[0]).await;
+        let tls = if scheme == "redis" { "without" } else { "with" };
+        let place = format!("without a password at 127.0.0.1:{port}, {tls} TLS");
+        assert_plain(&line, &[expected[1], &place]);
+    }
+    let given = world.settings_but("REDIS_", &[("REDIS_HOST", "/nonexistent/redis.sock")]);
+    let service = Service::start(&given).await;
+    let line = until_down(&service, "its unixsocket is this path").await;
+    assert_plain(
+        &line,
+        &["tried without a password at /nonexistent/redis.sock"],
+    );
+    assert!(!line.contains("rediss"), "{line}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificate_that_has_expired_is_named_by_one_line() {
+    let folder = open_folder();
+    let authority_key = rcgen::KeyPair::generate().expect("a key");
+    let mut authority = rcgen::CertificateParams::default();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let root = authority.self_signed(&authority_key).expect("a root");
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let mut server = rcgen::CertificateParams::new(["localhost".to_owned()]).expect("a name");
+    server.not_after = rcgen::date_time_ymd(2020, 1, 1);
+    let issuer = rcgen::Issuer::new(authority, authority_key);
+    let certificate = server.signed_by(&key, &issuer).expect("a certificate");
+    let text = |name: &str, text: String| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).expect("a file");
+        set_mode(&path, 0o644);
+        path.to_str().expect("a path of ASCII").to_owned()
+    };
+    let ca = text("root.pem", root.pem());
+    let world = World::with_redis(RedisOptions {
+        tls: true,
+        config: vec![
+            (
+                "tls-cert-file".to_owned(),
+                text("cache.pem", certificate.pem()),
+            ),
+            (
+                "tls-key-file".to_owned(),
+                text("cache.key", key.serialize_pem()),
+            ),
+        ],
+        ..RedisOptions::default()
+    });
+    let url = format!("rediss://localhost:{}", world.redis.port());
+    let given = world.settings_but("REDIS_", &[("REDIS_URL", &url), ("REDIS_TLS_CA", &ca)]);
+    let service = Service::start(&[given, settings(&PATIENT)].concat()).await;
+    let line = until_down(&service, "has expired (invalid peer certificate: Expired)").await;
+    assert_plain(
+        &line,
+        &[
+            "tried without a password at localhost:",
+            "with TLS",
+            "clock",
+        ],
+    );
+    // The driver's text has the time, which would be a new reason each second.
+    assert!(!line.contains("verification time"), "{line}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -229,27 +408,14 @@ async fn sentinel_is_named_in_the_log() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn server_that_repeats_the_login_shows_no_password() {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
-        .await
-        .expect("a port");
-    let port = listener
-        .local_addr()
-        .expect("an address")
-        .port()
-        .to_string();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let mut request = [0; 1024];
-                while let Ok(1..) = stream.read(&mut request).await {
-                    let reply =
-                        b"-ERR unknown command 'AUTH', with args beginning with: 'c4nary'\r\n";
-                    stream.write_all(reply).await.ok();
-                }
-            });
+    let echo = listener_that(|mut stream| async move {
+        let mut request = [0; 1024];
+        while let Ok(1..) = stream.read(&mut request).await {
+            let reply = b"-ERR unknown command 'AUTH', with args beginning with: 'c4nary'\r\n";
+            stream.write_all(reply).await.ok();
         }
     });
+    let port = echo.await.to_string();
     let world = World::new();
     let given = [
         ("REDIS_HOST", "127.0.0.1"),
@@ -349,6 +515,43 @@ fn documented_block(part: &str) -> String {
         block.contains(part).then(|| block.to_owned())
     });
     block.expect("a documented recipe")
+}
+
+/// Checks that the line has these parts and none twice, and none of the driver's own words.
+fn assert_plain(line: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(line.contains(part), "{part} in {line}");
+    }
+    let driver = [
+        "broken pipe",
+        "NoPerm",
+        "docs.rs",
+        "early eof",
+        "Incompatible",
+    ];
+    for word in driver {
+        assert!(!line.contains(word), "{word} in {line}");
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    let texts = line.split("; ").flat_map(|text| text.split(": "));
+    for text in texts {
+        assert!(seen.insert(text), "{text} twice in {line}");
+    }
+}
+
+/// The port of a program that does this with each connection, and then closes it.
+async fn listener_that<F>(serve: impl Fn(TcpStream) -> F + Send + 'static) -> u16
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(serve(stream));
+        }
+    });
+    port
 }
 
 async fn assert_refused(world: &World, given: &[(&str, &str)], expected: &[&str]) {

@@ -27,8 +27,8 @@ use crate::support::{SOON, World, eventually};
 async fn inbound_traceparent_is_the_parent() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
-    let answer = ask(&service, "/", &[("traceparent", PARENT)]).await;
-    let spans = collector.trace_of(&answer, 3).await;
+    let response = ask(&service, "/", &[("traceparent", PARENT)]).await;
+    let spans = collector.trace_of(&response, 3).await;
     let server = named(&spans, "GET /");
     assert_eq!(hex(&server.span.trace_id), PARENT[3..35]);
     assert_eq!(hex(&server.span.parent_span_id), PARENT[36..52]);
@@ -38,7 +38,7 @@ async fn inbound_traceparent_is_the_parent() {
 async fn malformed_traceparent_is_no_parent() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
-    let of_nobody = format!("00-{}-b7ad6b7169203331-01", "0".repeat(32));
+    let of_zeros = format!("00-{}-b7ad6b7169203331-01", "0".repeat(32));
     let malformed = [
         "",
         "00",
@@ -49,11 +49,11 @@ async fn malformed_traceparent_is_no_parent() {
         &PARENT.replace("-01", "-01-more"),
         &PARENT.to_uppercase(),
         "00-1-1-01",
-        &of_nobody,
+        &of_zeros,
     ];
     for malformed in malformed {
-        let answer = ask(&service, "/", &[("traceparent", malformed)]).await;
-        let spans = collector.trace_of(&answer, 3).await;
+        let response = ask(&service, "/", &[("traceparent", malformed)]).await;
+        let spans = collector.trace_of(&response, 3).await;
         let server = named(&spans, "GET /");
         assert_eq!(hex(&server.span.parent_span_id), "", "{malformed}");
         assert_ne!(hex(&server.span.trace_id), PARENT[3..35], "{malformed}");
@@ -75,8 +75,8 @@ async fn two_traceparents_start_a_new_trace() {
             headers.append("traceparent", value.parse().unwrap());
         }
         headers.append("tracestate", "vendor=1".parse().unwrap());
-        let answer = service.ask(Method::GET, "/", headers).await;
-        let spans = collector.trace_of(&answer, 3).await;
+        let response = service.ask(Method::GET, "/", headers).await;
+        let spans = collector.trace_of(&response, 3).await;
         let server = named(&spans, "GET /");
         assert_eq!(hex(&server.span.parent_span_id), "", "{second}");
         assert_ne!(hex(&server.span.trace_id), PARENT[3..35], "{second}");
@@ -93,8 +93,8 @@ async fn members_of_a_second_tracestate_are_appended_to_the_first() {
     for value in ["b=1,c=2", "", "a=3"] {
         headers.append("tracestate", value.parse().unwrap());
     }
-    let answer = service.ask(Method::GET, "/", headers).await;
-    for span in collector.trace_of(&answer, 3).await {
+    let response = service.ask(Method::GET, "/", headers).await;
+    for span in collector.trace_of(&response, 3).await {
         assert_eq!(span.span.trace_state, "b=1,c=2,a=3", "{}", span.span.name);
     }
 }
@@ -110,8 +110,8 @@ async fn propagators_without_tracecontext_ignore_trace_headers() {
         let service = traced_with(&world, &collector, &settings).await;
         for caller in [PARENT, UNSAMPLED] {
             let headers = [("traceparent", caller), ("tracestate", "a=1")];
-            let answer = ask(&service, "/", &headers).await;
-            let spans = collector.trace_of(&answer, 3).await;
+            let response = ask(&service, "/", &headers).await;
+            let spans = collector.trace_of(&response, 3).await;
             let server = named(&spans, "GET /");
             assert_eq!(hex(&server.span.parent_span_id), "", "{propagators}");
             assert_eq!(server.span.trace_state, "", "{propagators}");
@@ -144,8 +144,8 @@ async fn sampling_ratio_is_decided_by_the_trace_id() {
         let reference = opentelemetry_sdk::trace::Sampler::TraceIdRatioBased(ratio);
         let mut sampled = BTreeSet::new();
         for _ in 0..200 {
-            let answer = service.get("/").await;
-            let Some(trace) = answer.header("traceresponse").get(3..35) else {
+            let response = service.get("/").await;
+            let Some(trace) = response.header("traceresponse").get(3..35) else {
                 continue;
             };
             let trace_id = TraceId::from_hex(trace).unwrap();
@@ -206,8 +206,8 @@ async fn handler_of_an_unsampled_request_runs_in_no_span() {
         .route("/", axum::routing::get(handler))
         .layer(observer.layer(|_route| true));
     let request = Request::get("/").header("traceparent", PARENT);
-    let answer = router.call(request.body(Body::empty()).unwrap()).await;
-    let body = axum::body::to_bytes(answer.unwrap().into_body(), 16).await;
+    let response = router.call(request.body(Body::empty()).unwrap()).await;
+    let body = axum::body::to_bytes(response.unwrap().into_body(), 16).await;
     assert_eq!(body.unwrap(), "true");
     assert_eq!(made.load(Ordering::Relaxed), 0);
 }
@@ -237,9 +237,9 @@ async fn probes_and_scrapes_are_not_traced() {
 async fn nothing_is_sampled_without_an_endpoint() {
     let world = World::new();
     let service = world.serve().await;
-    let answer = ask(&service, "/", &[("traceparent", PARENT)]).await;
-    assert_eq!(answer.status, StatusCode::OK);
-    assert_eq!(answer.header("traceresponse"), "");
+    let response = ask(&service, "/", &[("traceparent", PARENT)]).await;
+    assert_eq!(response.status, StatusCode::OK);
+    assert_eq!(response.header("traceresponse"), "");
     assert_eq!(spans(&service, "processor", "").await, 0);
     assert_eq!(spans(&service, "exporter", "").await, 0);
 }

@@ -1,4 +1,4 @@
-//! What each scraper of `docs/connecting.md` asks `/metrics` for, and that it gets an answer that
+//! What each scraper of `docs/connecting.md` asks `/metrics` for, and that it gets a response that
 //! it can read.
 
 use std::io::Read as _;
@@ -146,7 +146,7 @@ async fn each_scraper_gets_what_it_can_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn prometheus_reads_the_compressed_answer() {
+async fn prometheus_reads_the_compressed_response() {
     let service = without_stores(&[]).await;
     let way = Proxy::recording(service.address, Protocol::Other).await;
     let way = way.expect("a free port");

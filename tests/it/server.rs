@@ -99,8 +99,8 @@ async fn headers_that_are_too_large_are_431() {
     for accepted in [long(31 * 1024), many(99)] {
         let mut wire = Wire::open(&service).await;
         wire.send(accepted).await;
-        let answer = wire.answer_within(SOON).await.expect("an answer");
-        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        let response = wire.response_within(SOON).await.expect("a response");
+        assert!(response.starts_with("HTTP/1.1 200 "), "{response}");
     }
 }
 
@@ -114,8 +114,8 @@ async fn http_2_is_disconnected_and_an_upgrade_request_is_served_in_http_1() {
         "GET /health/live HTTP/1.1\r\nhost: a\r\n{upgrade}\r\n"
     ))
     .await;
-    let answer = wire.answer_within(SOON).await.expect("an answer");
-    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    let response = wire.response_within(SOON).await.expect("a response");
+    assert!(response.starts_with("HTTP/1.1 200 "), "{response}");
 }
 
 #[tokio::test]
@@ -159,7 +159,12 @@ async fn both_listeners_together_stay_below_a_file_limit_that_cannot_be_raised()
             .client
             .get(format!("http://{scrapes}/metrics"))
             .send();
-        let text = text.await.expect("an answer").text().await.expect("a body");
+        let text = text
+            .await
+            .expect("a response")
+            .text()
+            .await
+            .expect("a body");
         let value = text
             .lines()
             .find_map(|line| line.strip_prefix(series)?.trim().parse::<u32>().ok());
@@ -237,11 +242,11 @@ async fn requests_that_reach_no_route_are_counted_by_reason_and_logged_once_a_se
         for (times, request) in (1_u32..).zip(requests) {
             let mut wire = Wire::open(&service).await;
             wire.send(request).await;
-            let answer = wire.rest().await;
+            let response = wire.rest().await;
             assert_eq!(
-                answer.is_empty(),
+                response.is_empty(),
                 reason == "header_timeout" || request.starts_with(b"PRI"),
-                "{answer}"
+                "{response}"
             );
             eventually(reason, SOON, async || {
                 rejected(reason).await == Some(f64::from(times))
@@ -304,10 +309,10 @@ async fn client_whose_request_is_refused_can_read_the_response() {
         for _ in 0..10 {
             let mut wire = Wire::open(&service).await;
             wire.send(&request).await;
-            let answer = wire.rest().await;
+            let response = wire.rest().await;
             assert!(
-                answer.starts_with(&format!("HTTP/1.1 {status} ")),
-                "{answer}"
+                response.starts_with(&format!("HTTP/1.1 {status} ")),
+                "{response}"
             );
         }
     }
@@ -318,9 +323,12 @@ async fn client_whose_request_is_refused_can_read_the_response() {
 async fn assert_refused(service: &Service, request: &str, status: &str) {
     let mut wire = Wire::open(service).await;
     wire.send(request).await;
-    let answer = wire.rest().await;
-    assert!(answer.starts_with(status), "{answer:?} to {request:.200}");
-    assert_eq!(answer.is_empty(), status.is_empty(), "{answer:?}");
+    let response = wire.rest().await;
+    assert!(
+        response.starts_with(status),
+        "{response:?} to {request:.200}"
+    );
+    assert_eq!(response.is_empty(), status.is_empty(), "{response:?}");
     Wire::open(service).await.get("/health/live").await;
 }
 

@@ -58,13 +58,13 @@ async fn visits_that_are_queued_or_arrive_while_the_service_drains_are_recorded(
     late.send(rest).await;
     count.release().await;
     for mut wire in [late, idle] {
-        let answer = wire.rest().await;
-        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-        assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+        let response = wire.rest().await;
+        assert!(response.starts_with("HTTP/1.1 200 "), "{response}");
+        assert!(response.contains("\r\nconnection: close\r\n"), "{response}");
     }
     assert_eq!(first.await.unwrap().status, StatusCode::OK);
-    for answer in queued.join_all().await {
-        assert_eq!(answer.unwrap().status, StatusCode::OK);
+    for response in queued.join_all().await {
+        assert_eq!(response.unwrap().status, StatusCode::OK);
     }
     assert!(service.ended(SOON).await.success());
     assert_eq!(world.rows().await, 13);
@@ -79,24 +79,24 @@ async fn every_response_after_the_signal_says_close_and_scrapes_continue() {
     kept.get("/").await;
     service.signal("TERM");
     service.until_health("unavailable").await;
-    let answer = kept.get("/").await;
-    assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+    let response = kept.get("/").await;
+    assert!(response.contains("\r\nconnection: close\r\n"), "{response}");
     assert_eq!(kept.rest().await, "");
     for path in ["/", "/health", "/health/ready", "/health/live", "/nope"] {
         for method in [Method::GET, Method::HEAD, Method::POST] {
-            let answer = service.ask(method.clone(), path, HeaderMap::new()).await;
-            assert_eq!(answer.header("connection"), "close", "{method} {path}");
+            let response = service.ask(method.clone(), path, HeaderMap::new()).await;
+            assert_eq!(response.header("connection"), "close", "{method} {path}");
         }
     }
     let address = service.logged("listening")[0]["metrics.address"].clone();
     let address = serde_json::from_value(address).unwrap();
     for _ in 0..2 {
         let mut scraper = Wire::open_at(address).await;
-        let answer = scraper.get("/metrics").await;
-        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer:.500}");
+        let response = scraper.get("/metrics").await;
+        assert!(response.starts_with("HTTP/1.1 200 "), "{response:.500}");
         assert!(
-            answer.contains("\r\nconnection: close\r\n"),
-            "{answer:.500}"
+            response.contains("\r\nconnection: close\r\n"),
+            "{response:.500}"
         );
     }
 }
@@ -115,11 +115,14 @@ async fn visit_in_flight_is_answered_before_the_shutdown_timeout() {
     let waiting: JoinSet<_> = (0..5).map(|_| service.begin_visit()).collect();
     until_in_flight(&service, 5.0).await;
     ends_within(&service, Duration::from_secs(2)).await;
-    for answer in waiting.join_all().await {
-        let answer = answer.unwrap();
-        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
-        assert_eq!(answer.header("connection"), "close");
-        assert_eq!(answer.json()["total_registros_db"], serde_json::Value::Null);
+    for response in waiting.join_all().await {
+        let response = response.unwrap();
+        assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(response.header("connection"), "close");
+        assert_eq!(
+            response.json()["total_registros_db"],
+            serde_json::Value::Null
+        );
     }
 }
 
@@ -230,7 +233,7 @@ async fn stop_is_in_time_while_both_stores_are_down() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "reads a clock: make faults"]
-async fn stop_is_in_time_while_the_collector_never_answers() {
+async fn stop_is_in_time_while_the_collector_never_responds() {
     let world = World::of_its_own();
     let silent = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let endpoint = format!("http://{}", silent.local_addr().unwrap());
@@ -254,15 +257,18 @@ async fn visit_until_closed(mut wire: Wire) -> Tally {
     let mut acknowledged = 0;
     loop {
         wire.send(VISIT).await;
-        let Some(answer) = wire.answer_within(SOON).await else {
+        let Some(response) = wire.response_within(SOON).await else {
             let unanswered = 1;
             return Tally {
                 acknowledged,
                 unanswered,
             };
         };
-        acknowledged += i64::from(answer.starts_with("HTTP/1.1 200 "));
-        if answer.to_lowercase().contains("\r\nconnection: close\r\n") {
+        acknowledged += i64::from(response.starts_with("HTTP/1.1 200 "));
+        if response
+            .to_lowercase()
+            .contains("\r\nconnection: close\r\n")
+        {
             return Tally {
                 acknowledged,
                 unanswered: 0,

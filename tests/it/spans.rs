@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 
 use crate::support::collector::{Collector, ExportedSpan, hex, named, text};
 use crate::support::traces::{PARENT, UNSAMPLED, ask, traced, traced_with};
-use crate::support::{Answer, HeldCount, SOON, Service, Wire, World, eventually};
+use crate::support::{HeldCount, Response, SOON, Service, Wire, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn single_visit_has_a_server_span_with_both_calls_as_children() {
@@ -32,8 +32,8 @@ async fn server_span_describes_the_request_and_not_its_client() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
     let headers = [("user-agent", "curl/8"), ("x-request-id", "abc")];
-    let answer = ask(&service, "/?secret=1", &headers).await;
-    let spans = collector.trace_of(&answer, 3).await;
+    let response = ask(&service, "/?secret=1", &headers).await;
+    let spans = collector.trace_of(&response, 3).await;
     let server = named(&spans, "GET /");
     let texts = [
         ("http.request.method", "GET"),
@@ -158,8 +158,8 @@ async fn client_error_is_not_an_error_of_the_server_span() {
         (Method::POST, "/", "POST /", 405),
         (Method::GET, "/nothing", "GET", 404),
     ] {
-        let answer = service.ask(method, path, HeaderMap::new()).await;
-        let spans = collector.trace_of(&answer, 1).await;
+        let response = service.ask(method, path, HeaderMap::new()).await;
+        let spans = collector.trace_of(&response, 1).await;
         let server = named(&spans, name);
         assert_eq!(server.integer("http.response.status_code"), Some(code));
         assert_eq!(server.text("error.type"), None);
@@ -196,8 +196,8 @@ async fn client_address_query_and_body_are_never_recorded() {
     let visit = client
         .get(service.url("/?a=query-of-it"))
         .body("body-of-it");
-    let answer = Answer::of(visit.send().await.unwrap()).await.unwrap();
-    let spans = format!("{:?}", collector.trace_of(&answer, 3).await);
+    let response = Response::read(visit.send().await.unwrap()).await.unwrap();
+    let spans = format!("{:?}", collector.trace_of(&response, 3).await);
     let metrics = service.get("/metrics").await.body;
     service.stop().await;
     for record in [spans, metrics, service.printed()] {
@@ -235,8 +235,8 @@ async fn span_of_a_request_with_an_unknown_method_is_named_http() {
     let service = traced(&world, &collector).await;
     for (path, name) in [("/", "HTTP /"), ("/nothing", "HTTP")] {
         let method = Method::from_bytes(b"BREW").unwrap();
-        let answer = service.ask(method, path, HeaderMap::new()).await;
-        let spans = collector.trace_of(&answer, 1).await;
+        let response = service.ask(method, path, HeaderMap::new()).await;
+        let spans = collector.trace_of(&response, 1).await;
         assert_eq!(spans[0].span.name, name);
         assert_eq!(spans[0].text("http.request.method"), Some("_OTHER"));
         assert_eq!(status(&spans[0]), SpanStatus::Unset);
@@ -386,9 +386,9 @@ async fn repair_of_the_sequence_is_a_child_of_the_visit() {
     service.visit().await;
     let insert = "insert into visitas (id) select last_value + 1 from visitas_id_seq";
     world.sql(insert).await;
-    let answer = service.get("/").await;
-    assert_eq!(answer.status, StatusCode::OK, "{}", answer.body);
-    let mut spans = collector.trace_of(&answer, 5).await;
+    let response = service.get("/").await;
+    assert_eq!(response.status, StatusCode::OK, "{}", response.body);
+    let mut spans = collector.trace_of(&response, 5).await;
     spans.sort_by_key(|exported| exported.span.start_time_unix_nano);
     let names: Vec<_> = spans.iter().map(|exported| &*exported.span.name).collect();
     let record = "SELECT registrar_visitas";
@@ -433,8 +433,8 @@ async fn attribute_values_are_truncated_and_the_span_is_small() {
         ("tracestate", &state),
         ("x-request-id", &id),
     ];
-    let answer = ask(&service, &path, &headers).await;
-    let server = &collector.trace_of(&answer, 1).await[0];
+    let response = ask(&service, &path, &headers).await;
+    let server = &collector.trace_of(&response, 1).await[0];
     assert_eq!(server.text("url.path"), path.get(..512));
     assert_eq!(server.text("user_agent.original"), agent.get(..512));
     assert_eq!(server.text("visitas.request.id"), Some(id.as_str()));
@@ -515,10 +515,10 @@ async fn last_span_is_flushed_at_the_stop() {
     let (world, collector) = (World::new(), Collector::start().await);
     let late = [("OTEL_BSP_SCHEDULE_DELAY", "600000")];
     let service = traced_with(&world, &collector, &late).await;
-    let answer = service.get("/").await;
+    let response = service.get("/").await;
     assert!(collector.spans().is_empty());
     service.stop().await;
-    assert_eq!(collector.trace_of(&answer, 3).await.len(), 3);
+    assert_eq!(collector.trace_of(&response, 3).await.len(), 3);
 }
 
 // --- wiring ---
@@ -535,7 +535,7 @@ fn visit_of(traceparent: &str) -> String {
 async fn with_a_visit_waiting(
     world: &World,
     collector: &Collector,
-) -> (Service, HeldCount, JoinHandle<Answer>) {
+) -> (Service, HeldCount, JoinHandle<Response>) {
     let service = traced_with(world, collector, &PATIENT).await;
     let mut count = HeldCount::of(world).await;
     let alone = service.begin_visit();

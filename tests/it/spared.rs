@@ -50,8 +50,8 @@ async fn liveness_probe_succeeds_while_stores_are_paused_or_down() {
         // First before the failure is noticed, then after.
         for _ in 0..2 {
             let asked = Instant::now();
-            let answer = service.get("/health/live").await;
-            assert_eq!(answer.status, StatusCode::OK, "{stop}: {answer:?}");
+            let response = service.get("/health/live").await;
+            assert_eq!(response.status, StatusCode::OK, "{stop}: {response:?}");
             // A store call would take a second.
             assert!(asked.elapsed() < Duration::from_millis(500), "{stop}");
             service.until_health("unavailable").await;
@@ -87,11 +87,11 @@ async fn visits_that_fail_in_postgres_cost_no_redis_call() {
         let commands = Commands::of(&ways.redis);
         let (began, mut wire) = (Instant::now(), Wire::open(&service).await);
         for _ in 0..200 {
-            let answer = wire.get("/").await;
-            assert!(answer.starts_with("HTTP/1.1 503 "), "{fail}: {answer}");
+            let response = wire.get("/").await;
+            assert!(response.starts_with("HTTP/1.1 503 "), "{fail}: {response}");
             // The state of Redis as it was last read.
             let redis = r#""redis_status":"ok""#;
-            assert!(answer.contains(redis), "{fail}: {answer}");
+            assert!(response.contains(redis), "{fail}: {response}");
         }
         let commands = Commands::of(&ways.redis).since(&commands);
         assert_eq!(commands.all, commands.readings, "{fail}: {commands:?}");
@@ -115,8 +115,8 @@ async fn visit_that_discovers_a_failure_of_postgres_costs_no_redis_call() {
     let (began, commands) = (Instant::now(), Commands::of(&ways.redis));
     for _ in 0..6 {
         let count = HeldCount::of(&world).await;
-        let answer = service.get("/").await;
-        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+        let response = service.get("/").await;
+        assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
         count.release().await;
         service.until_ready().await;
     }
@@ -144,11 +144,11 @@ async fn visit_beyond_the_queue_is_refused_within_5_ms() {
     let mut took = Vec::new();
     for _ in 0..100 {
         let asked = Instant::now();
-        let answer = wire.get("/").await;
+        let response = wire.get("/").await;
         took.push(asked.elapsed());
-        assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
-        assert!(answer.contains("\r\nretry-after: 1\r\n"), "{answer}");
-        assert!(answer.contains(r#"{"db_status":"ok""#), "{answer}");
+        assert!(response.starts_with("HTTP/1.1 503 "), "{response}");
+        assert!(response.contains("\r\nretry-after: 1\r\n"), "{response}");
+        assert!(response.contains(r#"{"db_status":"ok""#), "{response}");
     }
     took.sort_unstable();
     // A few can have waited for a processor.

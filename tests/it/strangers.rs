@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::support::collector::{Collector, Manner};
+use crate::support::collector::{Behaviour, Collector};
 use crate::support::traces::{PARENT, traced, traced_with};
 use crate::support::{HeldCount, SOON, Service, Wire, World, eventually};
 
@@ -148,7 +148,7 @@ async fn spans_waiting_for_a_silent_collector_take_little_memory() {
         collector.spans().len() >= 50 * CLIENTS
     })
     .await;
-    collector.becomes(Manner::Silent).await;
+    collector.change_to(Behaviour::Silent).await;
     let before = memory(&service).await;
     send_long_requests(&service, 500).await;
     let dropped = service
@@ -240,7 +240,7 @@ async fn send_long_requests(service: &Service, requests: usize) {
             client.send(&request).await;
         }
         for client in &mut clients {
-            client.answer_within(SOON).await.expect("an answer");
+            client.response_within(SOON).await.expect("a response");
         }
     }
 }

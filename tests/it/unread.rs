@@ -24,8 +24,8 @@ async fn full_pipe_delays_no_response_and_no_stop() {
     let took = stopped.elapsed();
     assert!(took < Duration::from_secs(4), "{took:?}");
     for visit in &visits {
-        let is_answer = matches!(visit.status, 200 | 503);
-        assert!(is_answer || visit.answered() > stopped, "{visit:?}");
+        let is_response = matches!(visit.status, 200 | 503);
+        assert!(is_response || visit.answered() > stopped, "{visit:?}");
         assert!(visit.took < Duration::from_secs(2), "{visit:?}");
     }
 }

@@ -57,6 +57,19 @@ async fn url_that_psql_accepts_leads_to_the_same_database() {
         let ended = Ended::of(&["migrate"], &settings(&given)).await;
         assert_eq!(ended.code, Some(0), "{url}: {ended:?}");
     }
+    // These psql refuses: it ends user and password at the first @, and takes quotes literally.
+    world
+        .sql("create role \"eva@\" superuser login password 'a@b'")
+        .await;
+    for url in [
+        format!("postgres://eva@:a@b@{place}"),
+        format!("'{usual}'"),
+        usual.replace("postgres://", "postgis://"),
+    ] {
+        psql(&world, &url, "select 1").expect_err(&url);
+        let ended = Ended::of(&["migrate"], &settings(&[("DATABASE_URL", &url)])).await;
+        assert_eq!(ended.code, Some(0), "{url}: {ended:?}");
+    }
     assert_eq!(world.rows().await, 0);
 }
 

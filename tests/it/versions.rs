@@ -9,7 +9,7 @@ use expect_test::expect_file;
 use http::{HeaderMap, Method};
 
 use crate::support::exposition::Exposition;
-use crate::support::{Answer, HeldCount, SOON, World, eventually};
+use crate::support::{HeldCount, Response, SOON, World, eventually};
 
 /// The tables, functions and triggers, one a line.
 const OBJECTS: &str = "\
@@ -32,12 +32,12 @@ async fn every_version_of_the_stores_gives_the_same() {
     let world = World::new();
     let service = world.serve().await;
     let mut seen = String::new();
-    let mut note = |what: &str, answer: &Answer| {
+    let mut note = |what: &str, response: &Response| {
         writeln!(
             seen,
             "== {what}\n{} {}",
-            answer.status,
-            without_times(&answer.body)
+            response.status,
+            without_times(&response.body)
         )
         .unwrap();
     };

@@ -8,7 +8,7 @@ const DOCUMENT: &str = include_str!("../../../docs/connecting.md");
 fn rows(heading: &str) -> Vec<(&'static str, &'static str)> {
     let (_, section) = DOCUMENT.split_once(heading).expect("the heading");
     let (_, table) = section
-        .split_once("| --- | --- | --- |\n")
+        .split_once("| from | URL | |\n| --- | --- | --- |\n")
         .expect("a table");
     let rows = table.lines().take_while(|line| line.starts_with('|'));
     rows.map(|row| {
@@ -91,6 +91,10 @@ fn parts_of_a_databases_url_are_those_of_libpq() {
             expected("db", 5432, "ana", Some("a@b"), "visitas"),
         ),
         (
+            " 'postgis://ana:'x\"@db/visitas/'\t",
+            expected("db", 5432, "ana", Some("'x\""), "visitas"),
+        ),
+        (
             "postgres://ana:1?2#3:4@db:6543",
             expected("db", 6543, "ana", Some("1?2#3:4"), "desafio3db"),
         ),
@@ -129,6 +133,8 @@ fn tls_mode_is_the_one_that_the_url_asks_for() {
         ("ssl=true&sslmode=verify-ca", "VerifyCa"),
         ("sslmode=no-verify", "Require"),
         ("ssl-mode=allow", "Allow"),
+        ("sslmode=verify_full", "VerifyFull"),
+        ("ssl=verify_ca", "VerifyCa"),
         ("sslrootcert=system", "VerifyFull"),
         ("", "Prefer"),
     ] {
@@ -248,8 +254,21 @@ fn secrets_of_a_url_are_masked_where_it_is_listed() {
         "DATABASE_URL=postgres://ana:****@db:1/x?password=****&sslpassword=****&token=****\
          &sslmode=require # DATABASE_URL_FILE",
     );
-    let config = by_redis_url("unix://ana:c4nary@/run/r?pass=c4nary&x=c4nary").expect("a URL");
-    assert!(!config.listing.contains(CANARY), "{}", config.listing);
+    for parameters in [
+        "options=-c%20app.key%3Dc4nary",
+        "application_name=c4nary&sslkeylogfile=c4nary&supa=c4nary&sslfactoryarg=c4nary",
+        "oauth_client_id=c4nary&passfile=c4nary&sslidentity=c4nary",
+    ] {
+        let config = by_database_url(&format!("postgres://db/x?{parameters}"));
+        assert!(!config.listing.contains(CANARY), "{}", config.listing);
+    }
+    for url in [
+        "unix://ana:c4nary@/run/r?pass=c4nary&x=c4nary",
+        "redis://cache?keyPrefix=c4nary&prefix=c4nary&clientName=c4nary&libname=c4nary",
+    ] {
+        let config = by_redis_url(url).expect("a URL");
+        assert!(!config.listing.contains(CANARY), "{}", config.listing);
+    }
 }
 
 #[test]
@@ -314,7 +333,9 @@ fn credentials_are_those_that_the_file_holds_now() {
     assert_eq!(passwords(), Ok(("old".to_owned(), "old".to_owned())));
     rewrite(&secret, "new\r\n");
     assert_eq!(passwords(), Ok(("new".to_owned(), "new".to_owned())));
-    for bad in ["", "c4nary\nmore", "\n"] {
+    rewrite(&secret, "\u{feff}marked\n");
+    assert_eq!(passwords(), Ok(("marked".to_owned(), "marked".to_owned())));
+    for bad in ["", "c4nary\nmore", "\n", "\u{feff}"] {
         rewrite(&secret, bad);
         let why = passwords().expect_err(bad);
         assert!(
@@ -371,6 +392,25 @@ fn secret_of_a_pipe_is_read_once() {
         let login = config.redis.credentials().expect("the secret of the start");
         assert_eq!(login.password.expect("a password").expose(), CANARY);
     }
+}
+
+#[test]
+fn byte_order_mark_before_certificates_is_ignored() {
+    let (certificate, key) = certificate();
+    let marked = |file: &NamedTempFile| {
+        let text = std::fs::read_to_string(file.path()).expect("a file");
+        self::file(format!("\u{feff}{text}"))
+    };
+    let (certificate, key) = (marked(&certificate), marked(&key));
+    serve(&[
+        "--db-sslmode=verify-ca",
+        "--db-sslrootcert",
+        path(&certificate),
+        "--db-sslcert",
+        path(&certificate),
+        "--db-sslkey",
+        path(&key),
+    ]);
 }
 
 #[test]

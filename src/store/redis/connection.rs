@@ -8,11 +8,11 @@ use std::sync::Arc;
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
 use redis::{
-    AsyncConnectionConfig, Client, ClientTlsConfig, ConnectionAddr, IntoConnectionInfo,
-    RedisConnectionInfo, RedisError, TlsCertificates,
+    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ConnectionAddr, FromRedisValue,
+    IntoConnectionInfo, RedisConnectionInfo, RedisError, TlsCertificates,
 };
 
-use super::error::{failure, login_failure};
+use super::error::Peer;
 use crate::config::{Credentials, RedisConfig};
 use crate::store::call::Operation;
 use crate::store::error::{Cause, Error};
@@ -32,6 +32,12 @@ pub(super) struct Opener {
     driver: AsyncConnectionConfig,
 }
 
+/// A connection that has logged in.
+pub(super) struct Session {
+    connection: MultiplexedConnection,
+    peer: Peer,
+}
+
 type Login = Credentials<Option<String>>;
 
 impl Opener {
@@ -48,12 +54,14 @@ impl Opener {
         })
     }
 
-    async fn open_and_log_in(&self) -> Result<MultiplexedConnection, Error> {
+    async fn open_and_log_in(&self) -> Result<Session, Error> {
         let config = Arc::clone(&self.config);
         let read = move || Ok((client(&config)?, config.credentials()?));
-        let (client, login) = self.files.read(read).await?;
-        let refused =
-            |error: RedisError| login_failure(&error, &self.tried(&login), self.config.tls);
+        let read = self.files.read(read).await;
+        let (client, login) =
+            read.map_err(|error| self.peer(&self.first_login()).obstacle(error))?;
+        let peer = self.peer(&login);
+        let refused = |error: RedisError| peer.login_failure(&error);
         let mut connection = client
             .get_multiplexed_async_connection_with_config(&self.driver)
             .await
@@ -61,7 +69,7 @@ impl Opener {
         self.log_in(&mut connection, &login)
             .await
             .map_err(refused)?;
-        Ok(connection)
+        Ok(Session { connection, peer })
     }
 
     /// Logs in, which takes one round trip even without a password: every reason why a connection
@@ -92,8 +100,15 @@ impl Opener {
         Ok(())
     }
 
-    /// What was tried, for an error.
-    fn tried(&self, login: &Login) -> String {
+    /// The login at the start, for an attempt that ends before the files are read.
+    fn first_login(&self) -> Login {
+        Login {
+            user: self.config.redis_username.clone(),
+            password: self.config.redis_password.clone(),
+        }
+    }
+
+    fn peer(&self, login: &Login) -> Peer {
         let user = match (&login.user, &login.password) {
             (Some(user), _) => format!("as {user}"),
             (None, Some(_)) => "with a password".to_owned(),
@@ -101,7 +116,8 @@ impl Opener {
         };
         let config = &self.config;
         let (host, port) = (&config.redis_host, config.redis_port);
-        let place = if host.starts_with('/') {
+        let is_socket = host.starts_with('/');
+        let place = if is_socket {
             host.clone()
         } else if host.contains(':') {
             format!("[{host}]:{port}")
@@ -109,35 +125,43 @@ impl Opener {
             format!("{host}:{port}")
         };
         let tls = if config.tls { "with" } else { "without" };
-        format!("tried {user} at {place}, {tls} TLS")
+        Peer {
+            description: format!("{user} at {place}, {tls} TLS"),
+            is_encrypted: config.tls,
+            is_socket,
+        }
     }
 }
 
 impl Connect for Opener {
-    type Connection = MultiplexedConnection;
+    type Connection = Session;
 
     const PING: &'static Operation = &PING;
 
-    async fn open(&self) -> Result<MultiplexedConnection, Error> {
+    async fn open(&self) -> Result<Session, Error> {
         let timeout = self.config.redis_timeout.mul_f64(SHARE);
         let opening = tokio::time::timeout(timeout, self.open_and_log_in()).await;
         opening.unwrap_or_else(|_| {
-            let tried = self.tried(&Login {
-                user: self.config.redis_username.clone(),
-                password: self.config.redis_password.clone(),
-            });
-            let check = if self.config.tls {
-                "check the network and firewalls, and that the port is one for TLS"
-            } else {
-                "check the network and firewalls, and whether the server hangs"
-            };
-            let why = Cause::from(format!("no answer; {tried}; {check}"));
+            let peer = self.peer(&self.first_login());
+            let (description, check) = (&peer.description, peer.check_of_silence());
+            let why = Cause::from(format!("no answer; tried {description}; {check}"));
             Err(Error::NoSession(timeout, why))
         })
     }
 
-    async fn ping(connection: &mut MultiplexedConnection) -> Result<(), Error> {
-        answered(redis::cmd("PING").query_async(connection).await).map_err(failure)
+    async fn ping(session: &mut Session) -> Result<(), Error> {
+        let reply = redis::cmd("PING")
+            .query_async(&mut session.connection)
+            .await;
+        answered(reply).map_err(|error| session.peer.failure(&error))
+    }
+}
+
+impl Session {
+    /// Sends a command and reads its reply.
+    pub(super) async fn send<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, Error> {
+        let reply = command.query_async(&mut self.connection).await;
+        reply.map_err(|error| self.peer.failure(&error))
     }
 }
 

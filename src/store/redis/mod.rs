@@ -8,10 +8,7 @@ mod error;
 
 use std::time::{Duration, Instant};
 
-use redis::aio::MultiplexedConnection;
-
-use self::connection::Opener;
-use self::error::failure;
+use self::connection::{Opener, Session};
 use super::availability::Availability;
 use super::call::{Batch, Operation, Target};
 use super::error::{CallError, Error, System};
@@ -68,8 +65,8 @@ impl Redis {
     pub async fn increment(&self, visits: usize, batch: &mut Batch) -> Result<i64, CallError> {
         let by = i64::try_from(visits).unwrap_or(i64::MAX);
         self.pool
-            .call(&INCREMENT, Some(batch), async |connection| {
-                increment_by(connection, by).await
+            .call(&INCREMENT, Some(batch), async |session| {
+                increment_by(session, by).await
             })
             .await
     }
@@ -89,8 +86,8 @@ impl Redis {
     ///
     /// Why the value is unknown; the correction can have been made.
     pub async fn correct(&self, difference: i64) -> Result<i64, Error> {
-        let corrected = self.pool.call(&ADJUST, None, async |connection| {
-            increment_by(connection, difference).await
+        let corrected = self.pool.call(&ADJUST, None, async |session| {
+            increment_by(session, difference).await
         });
         corrected.await.map_err(|failure| failure.error)
     }
@@ -131,8 +128,8 @@ impl Store for Redis {
 
 /// Reads the counter by adding 0, and checks that a batch could be added: a visit needs a counter
 /// that can be incremented, not only read.
-async fn read_counter(connection: &mut MultiplexedConnection) -> Result<i64, Error> {
-    let count = increment_by(connection, 0).await?;
+async fn read_counter(session: &mut Session) -> Result<i64, Error> {
+    let count = increment_by(session, 0).await?;
     if count > HIGHEST {
         let cause = format!("{KEY} is {count}: it has no room for a batch of visits");
         return Err(Error::Unexpected(cause.into()));
@@ -140,11 +137,6 @@ async fn read_counter(connection: &mut MultiplexedConnection) -> Result<i64, Err
     Ok(count)
 }
 
-async fn increment_by(connection: &mut MultiplexedConnection, by: i64) -> Result<i64, Error> {
-    redis::cmd("INCRBY")
-        .arg(KEY)
-        .arg(by)
-        .query_async(connection)
-        .await
-        .map_err(failure)
+async fn increment_by(session: &mut Session, by: i64) -> Result<i64, Error> {
+    session.send(redis::cmd("INCRBY").arg(KEY).arg(by)).await
 }

@@ -2,9 +2,9 @@
 
 use std::ops::Deref;
 
-pub(crate) use lab::collector::{Export, ExportedSpan, Manner, hex, named, text};
+pub(crate) use lab::collector::{Behaviour, Export, ExportedSpan, hex, named, text};
 
-use super::{Answer, SOON, eventually};
+use super::{Response, SOON, eventually};
 
 /// A collector, which ends with the test.
 pub(crate) struct Collector(lab::collector::Collector);
@@ -15,10 +15,10 @@ impl Collector {
         Self(lab::collector::Collector::start().await)
     }
 
-    /// The spans of an answer's trace, once there are so many.
-    pub(crate) async fn trace_of(&self, answer: &Answer, spans: usize) -> Vec<ExportedSpan> {
-        let trace = answer.header("traceresponse").get(3..35);
-        let trace = trace.expect("the answer names its trace").to_owned();
+    /// The spans of a response's trace, once there are so many.
+    pub(crate) async fn trace_of(&self, response: &Response, spans: usize) -> Vec<ExportedSpan> {
+        let trace = response.header("traceresponse").get(3..35);
+        let trace = trace.expect("the response names its trace").to_owned();
         self.trace(&trace, spans).await
     }
 

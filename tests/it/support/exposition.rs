@@ -63,10 +63,10 @@ impl Exposition {
 
     async fn of(service: &Service, accept: &'static str, format: &'static str) -> Self {
         let accept = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(accept))]);
-        let answer = service.ask(Method::GET, "/metrics", accept).await;
+        let response = service.ask(Method::GET, "/metrics", accept).await;
         Self {
-            content_type: answer.header(CONTENT_TYPE.as_str()).to_owned(),
-            body: answer.body,
+            content_type: response.header(CONTENT_TYPE.as_str()).to_owned(),
+            body: response.body,
             format,
         }
     }

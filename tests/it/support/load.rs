@@ -1,4 +1,4 @@
-//! Clients that visit at once, and what they were told.
+//! Clients that visit at once, and the responses that they got.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,13 +20,13 @@ pub(crate) struct Visit {
     pub(crate) client: usize,
     /// When it was sent.
     pub(crate) sent: Instant,
-    /// How long the answer took.
+    /// How long the response took.
     pub(crate) took: Duration,
     /// The status, or 0 if there was no answer.
     pub(crate) status: u16,
-    /// Whether the answer names a trace.
+    /// Whether the response names a trace.
     pub(crate) sampled: bool,
-    /// The answer's fields.
+    /// The response's fields.
     pub(crate) json: Value,
     /// The same visit for the judge of histories.
     judged: history::Visit,
@@ -57,7 +57,7 @@ impl Visit {
         self.judged.redis
     }
 
-    /// When its answer was read.
+    /// When its response was read.
     pub(crate) fn answered(&self) -> Instant {
         self.judged.ended
     }

@@ -15,7 +15,7 @@ pub(crate) use lab::wait::{SOON, eventually, until_refused};
 
 pub(crate) use self::ended::{Ended, settings};
 pub(crate) use self::proxy::Way;
-pub(crate) use self::service::{Answer, Reader, Service, client, program};
+pub(crate) use self::service::{Reader, Response, Service, client, program};
 pub(crate) use self::wire::Wire;
 pub(crate) use self::world::{HeldCount, World, execute, without_stores};
 

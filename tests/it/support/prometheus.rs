@@ -62,18 +62,18 @@ impl Prometheus {
         eventually("Prometheus is ready", 2 * SOON, async || {
             let ended = self.child.try_wait().expect("its status");
             assert!(ended.is_none(), "it ended: {}", self.log());
-            let answer = self.client.get(&url).send().await;
-            answer.is_ok_and(|answer| answer.status().is_success())
+            let response = self.client.get(&url).send().await;
+            response.is_ok_and(|response| response.status().is_success())
         })
         .await;
     }
 
-    /// What its HTTP API answers to `path` beneath `/api/v1/`, a failure included.
+    /// What its HTTP API responds to `path` beneath `/api/v1/`, a failure included.
     pub(crate) async fn api(&self, path: &str, parameters: &[(&str, &str)]) -> Value {
         let url = format!("http://{}/api/v1/{path}", self.address);
         let url = Url::parse_with_params(&url, parameters).expect("an address");
-        let answer = self.client.get(url).send().await.expect("an answer");
-        let body = answer.text().await.expect("a body");
+        let response = self.client.get(url).send().await.expect("a response");
+        let body = response.text().await.expect("a body");
         serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error} in {body}"))
     }
 
@@ -83,11 +83,11 @@ impl Prometheus {
     ///
     /// What Prometheus has against the expression.
     pub(crate) async fn query(&self, expression: &str) -> Result<Vec<f64>, String> {
-        let answer = self.api("query", &[("query", expression)]).await;
-        if answer["status"] != "success" {
-            return Err(answer["error"].as_str().unwrap_or_default().to_owned());
+        let response = self.api("query", &[("query", expression)]).await;
+        if response["status"] != "success" {
+            return Err(response["error"].as_str().unwrap_or_default().to_owned());
         }
-        let series = answer["data"]["result"].as_array().expect("a vector");
+        let series = response["data"]["result"].as_array().expect("a vector");
         let value = |series: &Value| series["value"][1].as_str().expect("a sample").parse();
         Ok(series
             .iter()
@@ -97,8 +97,8 @@ impl Prometheus {
 
     /// The rules that it keeps, as it says them itself.
     pub(crate) async fn rules(&self) -> Vec<Value> {
-        let answer = self.api("rules", &[]).await;
-        let groups = answer["data"]["groups"].as_array().expect("groups");
+        let response = self.api("rules", &[]).await;
+        let groups = response["data"]["groups"].as_array().expect("groups");
         groups
             .iter()
             .flat_map(|group| group["rules"].as_array().expect("rules").clone())

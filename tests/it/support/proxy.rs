@@ -22,19 +22,19 @@ impl Way {
         }
     }
 
-    /// Opens a way where whatever a client says arrives late.
+    /// Opens a way on which everything from a client arrives late.
     pub(crate) async fn with_delay(port: u16, delay: Duration) -> Self {
         let way = Self::to(port).await;
         way.proxy.change(|rules| rules.delay_to_server = delay);
         way
     }
 
-    /// From now on what is said on the connections that are open is lost, and no client is told.
+    /// From now on all bytes on the connections that are open are lost, without an error.
     pub(crate) fn fall_silent(&self) {
         self.proxy.lose_established();
     }
 
-    /// From now on what is said is lost, over new connections too, and no client is told.
+    /// From now on all bytes are lost, over new connections too, without an error.
     pub(crate) fn fall_silent_for_good(&self) {
         self.proxy.change(|rules| rules.lost_below = u64::MAX);
     }

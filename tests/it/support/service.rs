@@ -22,17 +22,17 @@ pub(crate) struct Service {
     process: Mutex<Process>,
 }
 
-/// An answer, read to its end.
+/// A response, read to its end.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct Response {
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
     pub(crate) body: String,
 }
 
-impl Answer {
+impl Response {
     /// Reads a response to its end.
-    pub(crate) async fn of(response: reqwest::Response) -> reqwest::Result<Self> {
+    pub(crate) async fn read(response: reqwest::Response) -> reqwest::Result<Self> {
         Ok(Self {
             status: response.status(),
             headers: response.headers().clone(),
@@ -124,39 +124,39 @@ impl Service {
     }
 
     /// Asks for a path.
-    pub(crate) async fn get(&self, path: &str) -> Answer {
+    pub(crate) async fn get(&self, path: &str) -> Response {
         self.ask(Method::GET, path, HeaderMap::new()).await
     }
 
     /// Asks, with any method and headers.
-    pub(crate) async fn ask(&self, method: Method, path: &str, headers: HeaderMap) -> Answer {
+    pub(crate) async fn ask(&self, method: Method, path: &str, headers: HeaderMap) -> Response {
         self.try_ask(method, path, headers)
             .await
-            .expect("an answer")
+            .expect("a response")
     }
 
-    /// Asks, where an answer is not certain.
+    /// Asks, where a response is not certain.
     pub(crate) async fn try_ask(
         &self,
         method: Method,
         path: &str,
         headers: HeaderMap,
-    ) -> reqwest::Result<Answer> {
+    ) -> reqwest::Result<Response> {
         let response = self
             .client
             .request(method, self.url(path))
             .headers(headers)
             .send()
             .await?;
-        Answer::of(response).await
+        Response::read(response).await
     }
 
-    /// Begins a visit, whose answer is awaited later.
-    pub(crate) fn begin_visit(&self) -> tokio::task::JoinHandle<Answer> {
+    /// Begins a visit, whose response is awaited later.
+    pub(crate) fn begin_visit(&self) -> tokio::task::JoinHandle<Response> {
         let request = self.client.get(self.url("/"));
         tokio::spawn(async move {
-            let response = request.send().await.expect("an answer");
-            Answer::of(response).await.expect("a body")
+            let response = request.send().await.expect("a response");
+            Response::read(response).await.expect("a body")
         })
     }
 
@@ -175,9 +175,9 @@ impl Service {
 
     /// Makes a visit and returns its two numbers. Both stores must be up.
     pub(crate) async fn visit(&self) -> (i64, i64) {
-        let answer = self.get("/").await;
-        assert_eq!(answer.status, StatusCode::OK, "{}", answer.body);
-        let json = answer.json();
+        let response = self.get("/").await;
+        assert_eq!(response.status, StatusCode::OK, "{}", response.body);
+        let json = response.json();
         let number = |field: &str| json[field].as_i64().unwrap_or_else(|| panic!("{json}"));
         (number("total_registros_db"), number("visitas_redis"))
     }

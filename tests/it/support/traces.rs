@@ -4,7 +4,7 @@ use http::Method;
 use lab::metrics::whole;
 
 use super::collector::Collector;
-use super::{Answer, Service, World};
+use super::{Response, Service, World};
 
 /// A caller that is sampled.
 pub(crate) const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
@@ -30,7 +30,11 @@ pub(crate) async fn traced_with(
     world.serve_with(&all).await
 }
 
-pub(crate) async fn ask(service: &Service, path: &str, headers: &[(&'static str, &str)]) -> Answer {
+pub(crate) async fn ask(
+    service: &Service,
+    path: &str,
+    headers: &[(&'static str, &str)],
+) -> Response {
     let headers = headers
         .iter()
         .map(|&(name, value)| {

@@ -41,20 +41,20 @@ impl Wire {
         self.stream.set_zero_linger().expect("a socket's option");
     }
 
-    /// Asks for a path and returns the answer, which has a `Content-Length`.
+    /// Asks for a path and returns the response, which has a `Content-Length`.
     pub(crate) async fn get(&mut self, path: &str) -> String {
         self.send(format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n"))
             .await;
-        self.answer().await.expect("an answer")
+        self.response().await.expect("a response")
     }
 
-    /// The next answer, or nothing if none comes soon.
-    pub(crate) async fn answer_within(&mut self, patience: Duration) -> Option<String> {
-        timeout(patience, self.answer()).await.ok().flatten()
+    /// The next response, or nothing if none comes soon.
+    pub(crate) async fn response_within(&mut self, limit: Duration) -> Option<String> {
+        timeout(limit, self.response()).await.ok().flatten()
     }
 
-    /// The next answer, or nothing if the connection closes first.
-    async fn answer(&mut self) -> Option<String> {
+    /// The next response, or nothing if the connection closes first.
+    async fn response(&mut self) -> Option<String> {
         let mut bytes = Vec::new();
         loop {
             let text = String::from_utf8_lossy(&bytes);
@@ -69,18 +69,18 @@ impl Wire {
                 }
             }
             let read = timeout(SOON, self.stream.read_buf(&mut bytes)).await;
-            if !matches!(read.expect("an answer or an end"), Ok(1..)) {
+            if !matches!(read.expect("a response or an end"), Ok(1..)) {
                 return None;
             }
         }
     }
 
-    /// The beginning of the next answer, which can be less than its headers. None if the connection
+    /// The beginning of the next response, which can be less than its headers. None if the connection
     /// closes first.
     pub(crate) async fn beginning(&mut self) -> Option<String> {
         let mut bytes = Vec::new();
         let read = timeout(SOON, self.stream.read_buf(&mut bytes)).await;
-        let read = read.expect("an answer or an end");
+        let read = read.expect("a response or an end");
         matches!(read, Ok(1..)).then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 

@@ -21,12 +21,12 @@ pub(crate) struct World {
 impl World {
     /// A fresh database on the Postgres that tests share, and a Redis.
     pub(crate) fn new() -> Self {
-        Self::beside(shared_postgres(), RedisOptions::default())
+        Self::using(shared_postgres(), RedisOptions::default())
     }
 
     /// A fresh database on the Postgres that tests share, and a Redis with settings.
     pub(crate) fn with_redis(redis: RedisOptions) -> Self {
-        Self::beside(shared_postgres(), redis)
+        Self::using(shared_postgres(), redis)
     }
 
     /// A Postgres and a Redis of the test's own, to be stopped, paused or broken.
@@ -36,10 +36,10 @@ impl World {
 
     /// A Postgres and a Redis of the test's own, with settings.
     pub(crate) fn with(postgres: PostgresOptions, redis: RedisOptions) -> Self {
-        Self::beside(Arc::new(start(postgres)), redis)
+        Self::using(Arc::new(start(postgres)), redis)
     }
 
-    fn beside(postgres: Arc<Postgres>, redis: RedisOptions) -> Self {
+    fn using(postgres: Arc<Postgres>, redis: RedisOptions) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let database = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
         postgres
@@ -82,14 +82,14 @@ impl World {
         self.serve_with(&[]).await
     }
 
-    /// A service with settings beside those that lead to the stores, which is ready.
+    /// A service with settings in addition to those that lead to the stores, which is ready.
     pub(crate) async fn serve_with(&self, settings: &[(&str, &str)]) -> Service {
         let service = self.start(settings).await;
         service.until_ready().await;
         service
     }
 
-    /// A service that listens, whatever its stores do.
+    /// A service that listens. Its stores can be down.
     pub(crate) async fn start(&self, settings: &[(&str, &str)]) -> Service {
         let mut all = self.settings();
         all.extend(super::settings(settings));
@@ -172,7 +172,7 @@ impl World {
             .unwrap_or(0)
     }
 
-    /// What Redis answers to a command.
+    /// What Redis responds to a command.
     pub(crate) async fn redis_says<T: redis::FromRedisValue>(&self, command: &[&str]) -> T {
         let client = redis::Client::open(self.redis.url()).expect("an address");
         let mut connection = client
@@ -183,7 +183,7 @@ impl World {
             .arg(&command[1..])
             .query_async(&mut connection)
             .await
-            .expect("an answer")
+            .expect("a response")
     }
 }
 
