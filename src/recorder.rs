@@ -404,3 +404,27 @@ impl Writer {
 fn is_timeout(error: &Error) -> bool {
     matches!(error, Error::Timeout(_)) || error.code() == Some(QUERY_CANCELED)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visits_wait_until_the_writer_has_taken_them_or_a_later_one() {
+        let progress = Progress::new();
+        let first = progress.started;
+        let (second, third) = (
+            first + Duration::from_nanos(1),
+            first + Duration::from_secs(1),
+        );
+        assert!(progress.still_waits(first));
+        progress.take(first);
+        assert!(!progress.still_waits(first));
+        assert!(progress.still_waits(second));
+        progress.take(third);
+        progress.take(second);
+        for taken in [first, second, third] {
+            assert!(!progress.still_waits(taken));
+        }
+    }
+}
