@@ -272,7 +272,8 @@ impl<C: Connect> Pool<C> {
         })
     }
 
-    /// Takes a connection that the store has not closed.
+    /// Takes a connection that the store has not closed. After one that does not answer, all are
+    /// suspect: to ping them one by one could use up the call's time. So the next is a new one.
     async fn check_out_open(&self) -> Result<PooledConnection<'_, Manager<C>>, Error> {
         loop {
             let mut link = self.check_out().await?;
@@ -281,10 +282,10 @@ impl<C: Connect> Pool<C> {
             }
             let ping = link.call(C::ping);
             let pinged = observe(&self.target, C::PING, None, PING_TIMEOUT, ping).await;
-            // Otherwise the pool closes the connection.
             if pinged.is_ok() {
                 return Ok(link);
             }
+            self.forget_all();
         }
     }
 
@@ -377,5 +378,61 @@ impl bb8::ErrorSink<Error> for LastFailure {
 impl<C: Connect> Debug for Pool<C> {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("Pool").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    /// A store that answers on a new connection, and never to a ping.
+    #[derive(Default)]
+    struct SilentWhenIdle {
+        opened: Arc<AtomicU32>,
+    }
+
+    impl Connect for SilentWhenIdle {
+        type Connection = ();
+
+        const PING: &'static Operation = &PING;
+
+        async fn open(&self) -> Result<(), Error> {
+            self.opened.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+
+        async fn ping((): &mut ()) -> Result<(), Error> {
+            std::future::pending().await
+        }
+    }
+
+    static PING: Operation = Operation::command("PING");
+    static CALL: Operation = Operation::command("CALL");
+
+    #[tokio::test]
+    async fn one_silent_connection_makes_all_suspect() {
+        const SIZE: u32 = 4;
+        let store = SilentWhenIdle::default();
+        let opened = Arc::clone(&store.opened);
+        let target = Target {
+            system: System::Postgresql,
+            namespace: String::new(),
+            address: String::new(),
+            port: 0,
+        };
+        // As long as three pings take.
+        let pool = Pool::new(store, SIZE, 3 * PING_TIMEOUT, target, &[&CALL]);
+        let mut taken = Vec::new();
+        for _ in 0..SIZE {
+            taken.push(pool.check_out().await.expect("a connection"));
+        }
+        drop(taken);
+        assert_eq!(opened.load(Ordering::Relaxed), SIZE);
+        tokio::time::sleep(2 * TRUSTED_IDLE).await;
+        let called = pool.call(&CALL, None, async |()| Ok(())).await;
+        called.expect("the call is made on a new connection");
+        assert_eq!(opened.load(Ordering::Relaxed), SIZE + 1);
     }
 }

@@ -24,6 +24,9 @@ use crate::metrics::catalog::LOG_LINES_DROPPED;
 const BUFFERED_LINES: usize = 8192;
 const BUFFERED_BYTES: usize = 8 << 20;
 
+/// The target of the notices that Postgres sends, in its own words and as often as it likes.
+const NOTICES: &str = "sqlx::postgres::notice";
+
 /// The thread that writes. Dropping this waits until every line is written, for at most `timeout`:
 /// stdout's reader can stall.
 pub(super) struct LogWriter {
@@ -152,7 +155,8 @@ where
     // request already has fields with the request's ids.
     let no_spans = format!("{}=off", span::TARGET).parse()?;
     let panics = format!("{}=error", panic::TARGET).parse()?;
-    let filter = EnvFilter::try_new(&config.rust_log)?
+    // What is wrong is logged where it is handled. RUST_LOG can turn the server's notices on.
+    let filter = EnvFilter::try_new(format!("{NOTICES}=off,{}", config.rust_log))?
         .add_directive(no_spans)
         .add_directive(panics);
     let lines = tracing_subscriber::fmt::layer().with_writer(buffer);

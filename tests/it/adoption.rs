@@ -585,6 +585,44 @@ async fn what_is_in_the_way_of_the_adoption_is_named_once_and_can_be_created_aga
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes long: make faults"]
+async fn migration_that_fails_is_tried_less_and_less_often() {
+    let world = World::new();
+    let service = start_with_a_view_in_the_way(&world).await;
+    until_attempts(&service, 70).await;
+    // By now one attempt at each probe would be 14.
+    let attempts = failed_migrations(&service).await;
+    assert!((4.0..=9.0).contains(&attempts), "{attempts}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "reads a clock: make faults"]
+async fn database_that_can_be_used_ends_the_pause_of_failed_migrations() {
+    for how in ["another program migrates", "the table is gone"] {
+        let world = World::new();
+        let service = start_with_a_view_in_the_way(&world).await;
+        // The pause is more than three seconds.
+        eventually("the pause has grown", SOON, async || {
+            failed_migrations(&service).await >= 7.0
+        })
+        .await;
+        if how == "the table is gone" {
+            world.sql("drop table visitas cascade").await;
+        } else {
+            world.sql("drop view resumo").await;
+            let ended = Ended::of(&["migrate"], &world.settings()).await;
+            assert_eq!(ended.code, Some(0), "{ended:?}");
+        }
+        let began = Instant::now();
+        eventually("a visit is recorded", SOON, async || {
+            service.get("/").await.status == 200
+        })
+        .await;
+        assert!(began.elapsed() < Duration::from_secs(1), "{how}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn program_that_inserts_during_the_migration_continues_and_its_rows_are_counted() {
     let world = World::new();
     world.sql(FLASK).await;
@@ -754,6 +792,19 @@ async fn columns(world: &World) -> Vec<(String, String, String, Option<String>, 
     .fetch_all(&mut world.session().await)
     .await
     .unwrap()
+}
+
+async fn start_with_a_view_in_the_way(world: &World) -> Service {
+    world
+        .sql("create table visitas (id serial primary key); create view resumo as select id from visitas")
+        .await;
+    world.start(&PATIENT).await
+}
+
+/// How often a migration has failed.
+async fn failed_migrations(service: &Service) -> f64 {
+    let calls = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="MIGRATE",outcome="error"}"#;
+    service.metric(calls).await.unwrap_or_default()
 }
 
 /// The reasons that the log gives for stores that are down.

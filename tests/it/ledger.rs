@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use sqlx::SqlSafeStr as _;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
-use crate::support::{Ended, PATIENT, SOON, World, eventually};
+use crate::support::{Ended, PATIENT, SOON, Service, World, eventually};
 
 /// The released migrations. Their checksums are in every database.
 const RELEASED: [(i64, &str); 3] = [
@@ -210,6 +210,208 @@ async fn failed_row_in_the_ledger_is_reported_by_its_name() {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     let said = "visitas_migracoes says that migration 3 has failed";
     assert!(ended.errors.contains(said), "{ended:?}");
+}
+
+/// What another program has, how the error names it, and how it gets out of the way.
+const OF_ANOTHER_PROGRAM: [(&str, &str, &str); 20] = [
+    (
+        "create table visitas_contagem (id bigint primary key, total bigint); \
+             insert into visitas_contagem values (1, 7)",
+        "index visitas_contagem_pkey, table visitas_contagem",
+        "do $$ begin if 7 <> (select total from visitas_contagem) then raise 'lost'; end if; end $$; \
+             alter table visitas_contagem rename to deles; \
+             alter index visitas_contagem_pkey rename to deles_pkey",
+    ),
+    (
+        "create table visitas_ajustes (nota text)",
+        "table visitas_ajustes",
+        "drop table visitas_ajustes",
+    ),
+    (
+        "create table visitas_migracoes (id serial primary key, nome text)",
+        "table visitas_migracoes",
+        "drop table visitas_migracoes",
+    ),
+    (
+        "create table visitas_migracoes (version text, description text, installed_on text, \
+                 success boolean, checksum bytea, execution_time bigint); \
+             insert into visitas_migracoes values ('1', 'a', '', true, '', 1)",
+        "table visitas_migracoes",
+        "drop table visitas_migracoes",
+    ),
+    (
+        "create table visitas_ajustes (id int) partition by range (id)",
+        "table visitas_ajustes",
+        "drop table visitas_ajustes",
+    ),
+    (
+        "create view visitas_contagem as select 1 as total",
+        "view visitas_contagem",
+        "drop view visitas_contagem",
+    ),
+    (
+        "create materialized view visitas_ajustes as select 1 as total",
+        "materialized view visitas_ajustes",
+        "drop materialized view visitas_ajustes",
+    ),
+    (
+        "create view visitas_migracoes as select 1 as version",
+        "view visitas_migracoes",
+        "drop view visitas_migracoes",
+    ),
+    (
+        "create sequence visitas_contagem",
+        "sequence visitas_contagem",
+        "drop sequence visitas_contagem",
+    ),
+    (
+        "create table outra (id int); create index visitas_ajustes on outra (id)",
+        "index visitas_ajustes",
+        "drop index visitas_ajustes",
+    ),
+    (
+        "create table outra (id int constraint visitas_ajustes_pkey primary key)",
+        "index visitas_ajustes_pkey",
+        "drop table outra",
+    ),
+    (
+        "create type visitas_contagem as (total int)",
+        "composite type visitas_contagem",
+        "drop type visitas_contagem",
+    ),
+    (
+        "create type visitas_migracoes as (version int)",
+        "composite type visitas_migracoes",
+        "drop type visitas_migracoes",
+    ),
+    (
+        "create type visitas as enum ('sim')",
+        "type visitas",
+        "drop type visitas",
+    ),
+    (
+        "create domain visitas_ajustes as int",
+        "type visitas_ajustes",
+        "drop domain visitas_ajustes",
+    ),
+    (
+        "create function total_visitas() returns int language sql as 'select 7'",
+        "function total_visitas()",
+        "drop function total_visitas()",
+    ),
+    (
+        "create function esta_origem() returns text language sql set search_path = public as 'select null'",
+        "function esta_origem()",
+        "drop function esta_origem()",
+    ),
+    (
+        "create procedure travar_contagem() language sql as ''",
+        "function travar_contagem()",
+        "drop procedure travar_contagem()",
+    ),
+    (
+        "create function anotar_ajuste() returns trigger language plpgsql as 'begin return null; end'; \
+             create table visitas (id serial primary key); \
+             create trigger deles after insert on visitas execute function anotar_ajuste()",
+        "function anotar_ajuste()",
+        "drop trigger deles on visitas; drop function anotar_ajuste()",
+    ),
+    (
+        "create function deles() returns trigger language plpgsql as 'begin return null; end'; \
+             create table visitas (id serial primary key); \
+             create trigger visitas_anota_remocao after delete on visitas execute function deles()",
+        "trigger visitas_anota_remocao on table visitas",
+        "drop trigger visitas_anota_remocao on visitas",
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_of_another_program_are_named_and_kept() {
+    for (create, named, remove) in OF_ANOTHER_PROGRAM {
+        let world = World::new();
+        world.sql(create).await;
+        let service = world.start(&PATIENT).await;
+        until_down_because(
+            &service,
+            &format!("objects of the same names: {named}; rename"),
+        )
+        .await;
+        let ended = Ended::of(&["migrate"], &world.settings()).await;
+        assert_eq!(ended.code, Some(1), "{create}: {ended:?}");
+        assert!(ended.error().contains(named), "{create}: {ended:?}");
+        let health = service.get("/health").await.json();
+        assert_eq!(health["checks"]["migrations"]["status"], "pending");
+        // It is still there.
+        world.sql(remove).await;
+        eventually(
+            &format!("{remove}: {}", service.printed()),
+            SOON,
+            async || service.get("/health").await.json()["status"] == "ok",
+        )
+        .await;
+        assert_eq!(service.visit().await.0, 1, "{create}");
+        assert_eq!(service.logged("store is down").len(), 1, "{create}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn object_of_another_program_in_place_of_a_lost_one_is_named_and_kept() {
+    for (replace, named, remove) in [
+        (
+            "drop table visitas_contagem cascade; create table visitas_contagem (nota text)",
+            "table visitas_contagem",
+            "drop table visitas_contagem",
+        ),
+        (
+            "drop table visitas_migracoes; create table visitas_migracoes (nota text)",
+            "table visitas_migracoes",
+            "drop table visitas_migracoes",
+        ),
+        (
+            "drop function total_visitas(); \
+             create function total_visitas() returns bigint language sql as 'select absent()::bigint'; \
+             drop function registrar_visitas(timestamptz[])",
+            "function total_visitas()",
+            "drop function total_visitas()",
+        ),
+    ] {
+        let world = World::new();
+        let service = world.serve().await;
+        service.visit().await;
+        world
+            .sql(&format!("set check_function_bodies = off; {replace}"))
+            .await;
+        service.get("/").await;
+        until_down_because(
+            &service,
+            &format!("objects of the same names: {named}; rename"),
+        )
+        .await;
+        world.sql(remove).await;
+        service.until_ready().await;
+        eventually("a visit is recorded", SOON, async || {
+            service.get("/").await.status == 200
+        })
+        .await;
+        assert_eq!(service.visit().await.0, world.rows().await, "{replace}");
+    }
+}
+
+async fn until_down_because(service: &Service, why: &str) {
+    let said = || {
+        ["store is down", "store is still down"]
+            .into_iter()
+            .flat_map(|message| service.logged(message))
+            .any(|line| {
+                line["error"]
+                    .as_str()
+                    .is_some_and(|error| error.contains(why))
+            })
+    };
+    eventually(&format!("{why}: {}", service.printed()), SOON, async || {
+        said()
+    })
+    .await;
 }
 
 /// Applies this many migrations as the release did that kept its ledger in sqlx's default table.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use devstack::{PostgresOptions, RedisOptions};
 use tempfile::TempDir;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::support::{Ended, SOON, Service, World, eventually, program, settings};
@@ -46,6 +46,15 @@ async fn modes_open_and_encrypt_the_sessions_that_psql_does() {
             "wrong password, trusted with TLS",
             format!("{}hostssl all all all trust\n", scram("hostnossl")),
             "wrong",
+        ),
+        (
+            // The server has no ssl_ca_file, and refuses with F0000.
+            "certificates that the server cannot check",
+            format!(
+                "hostssl all all all scram-sha-256 clientcert=verify-ca\n{}",
+                scram("hostnossl")
+            ),
+            PASSWORD,
         ),
     ];
     let servers = [
@@ -133,6 +142,7 @@ async fn role_whose_name_has_a_comma_is_told_so() {
         .expect("psql accepts the role");
     let error = gate.refusal(&[("DB_USER", name)]).await;
     assert!(error.contains("name has a comma"), "{error}");
+    assert!(!error.contains("malformed"), "{error}");
     gate.admit("host all all all password\n").await;
     assert!(gate.opens(&[("DB_USER", name)]).await.is_some());
     // An equals sign is no difficulty.
@@ -173,7 +183,7 @@ async fn error_says_what_was_tried_and_what_to_check() {
         (
             "",
             &[],
-            &["28000: with TLS: no pg_hba.conf entry", "check pg_hba.conf"],
+            &["28000: with TLS: no pg_hba.conf entry", "and pg_hba.conf"],
         ),
         (
             scram,
@@ -227,18 +237,75 @@ async fn error_says_what_was_tried_and_what_to_check() {
         (
             "host all all all ldap ldapserver=127.0.0.1 ldapport=1 ldapprefix=a\n",
             &[],
-            &["28000: ", "check pg_hba.conf"],
+            &["28000: ", "and pg_hba.conf"],
         ),
     ] {
         gate.admit(lines).await;
-        let error = gate.refusal(given).await;
-        let tried = format!("tried as {ROLE} at ");
-        for part in expected.iter().chain([&&*tried, &"database ", &"sslmode "]) {
-            assert!(error.contains(part), "{part} is not in {error}");
-        }
-        assert_eq!(error.matches("tried as").count(), 1, "{error}");
-        assert_eq!(error.lines().count(), 1, "{error}");
-        assert!(!error.contains(PASSWORD), "{error}");
+        gate.check_refusal(given, expected).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_and_breaks_before_the_session_is_open_are_told_in_plain_words() {
+    let gate = Gate::new(&[]);
+    gate.admit("host all all all scram-sha-256\n").await;
+    let closing = Impostor::start(&[b""]).await;
+    let closing_later = Impostor::start(&[b"N", b""]).await;
+    let starting = Impostor::start(&[b"N", STARTING_UP]).await;
+    let broken_tls = Impostor::start(&[b"S", b"what is this?"]).await;
+    for create in [
+        "role sem_login nologin password 's3nha'",
+        "role cheio login connection limit 0 password 's3nha'",
+        "database fechado allow_connections false",
+    ] {
+        gate.sql(&format!("create {create}"));
+    }
+    for (given, expected) in [
+        (
+            &[("DB_USER", "sem_login")][..],
+            &[
+                "28000: role \"sem_login\" is not permitted to log in; tried as sem_login at",
+                "check that the role exists and has LOGIN",
+            ][..],
+        ),
+        (
+            &[("DB_USER", "cheio")],
+            &[
+                "53300: too many connections for role \"cheio\"; tried as cheio at",
+                "the connection limit of the role",
+            ],
+        ),
+        (
+            &[("DB_NAME", "fechado")],
+            &["55000: database \"fechado\" is not currently accepting connections; tried as"],
+        ),
+        (
+            &[("DB_PORT", &closing)],
+            &[
+                "connection failed: the server closed the connection before the session was open",
+                "check the server's log",
+            ],
+        ),
+        (
+            &[("DB_PORT", &closing_later)],
+            &[
+                "the server closed the connection before the session was open \
+                 (unexpected end of file); tried as",
+            ],
+        ),
+        (
+            &[("DB_PORT", &starting)],
+            &["57P03: the database system is starting up; tried as"],
+        ),
+        (
+            &[("DB_PORT", &broken_tls), ("DB_SSLMODE", "require")],
+            &[
+                "the TLS handshake failed",
+                "check that the server offers TLS",
+            ],
+        ),
+    ] {
+        gate.check_refusal(given, expected).await;
     }
 }
 
@@ -299,6 +366,82 @@ async fn rotated_password_is_used_by_the_next_session() {
         service.until_ready().await;
         assert_eq!(service.visit().await.0, before + 2);
         assert!(!service.printed().contains("rotated"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn url_file_that_changes_more_than_the_login_is_refused_without_a_role() {
+    let gate = Gate::new(&[]);
+    gate.admit("host all all all scram-sha-256\n").await;
+    gate.sql(&format!(
+        "create role outra login superuser password '{PASSWORD}'"
+    ));
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("url");
+    let url = gate.url(PASSWORD);
+    fs::write(&file, &url).unwrap();
+    let given = [("DATABASE_URL_FILE", file.to_str().unwrap())];
+    let service = Service::start(&gate.settings(&given)).await;
+    service.until_ready().await;
+    let other = url.replace(ROLE, "outra");
+    for (content, said) in [
+        (other.clone() + "_absent", "restart to use it"),
+        (url + "_absent", "restart to use it"),
+        ("mysql://outra@127.0.0.1/a".to_owned(), "DATABASE_URL_FILE "),
+    ] {
+        fs::write(&file, &other).unwrap();
+        service.until_ready().await;
+        let before = service.log().len();
+        fs::write(&file, content).unwrap();
+        gate.end_sessions();
+        eventually("the log says why", SOON, async || {
+            let log = service.log();
+            log[before..]
+                .iter()
+                .any(|line| line["error"].to_string().contains(said))
+        })
+        .await;
+        let log = service.log();
+        let log = serde_json::to_string(&log[before..]).unwrap();
+        assert!(!log.contains("tried as"), "{log}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn session_that_breaks_is_told_in_plain_words() {
+    let gate = Gate::new(&[]);
+    gate.admit("host all all all scram-sha-256\n").await;
+    for mode in ["require", "disable"] {
+        let service = Service::start(&gate.settings(&[("DB_SSLMODE", mode)])).await;
+        service.until_ready().await;
+        service.visit().await;
+        // After the crash of one of its processes the server sends a notice and ends all sessions.
+        let process = "select pid from pg_stat_activity where backend_type = 'walwriter'";
+        let killed = Command::new("kill")
+            .args(["-9", &gate.sql(process)])
+            .status();
+        assert!(killed.unwrap().success());
+        eventually("the log says why", SOON, async || {
+            !service.logged("store is down").is_empty()
+        })
+        .await;
+        service.until_ready().await;
+        let printed = service.printed();
+        for foreign in [
+            "sqlx",
+            "rustls",
+            "close_notify",
+            "https://",
+            "error communicating",
+            "EOF",
+        ] {
+            assert!(!printed.contains(foreign), "{printed}");
+        }
+        let why = service.logged("store is down")[0]["error"].to_string();
+        assert!(
+            why.contains("the server closed the connection") || why.contains("57P0"),
+            "{why}"
+        );
     }
 }
 
@@ -662,6 +805,30 @@ impl Gate {
         ended.error().to_owned()
     }
 
+    /// Checks that the error of the program has these parts, what was tried, and no library's words.
+    async fn check_refusal(&self, given: &[(&str, &str)], expected: &[&str]) {
+        let error = self.refusal(given).await;
+        for part in expected
+            .iter()
+            .chain(&["tried as ", "database ", "sslmode "])
+        {
+            assert!(error.contains(part), "{part} is not in {error}");
+        }
+        for foreign in [
+            "error communicating",
+            "rustls",
+            "https://",
+            "EOF",
+            "SSLRequest",
+            "sqlx",
+        ] {
+            assert!(!error.contains(foreign), "{error}");
+        }
+        assert_eq!(error.matches("tried as").count(), 1, "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(!error.contains(PASSWORD), "{error}");
+    }
+
     fn psql_command(&self, connection: &str) -> Command {
         let postgres = &self.world.postgres;
         let mut command = Command::new(postgres.programs().join("psql"));
@@ -686,6 +853,36 @@ impl Gate {
         } else {
             Err(text(&output.stderr))
         }
+    }
+}
+
+/// The server's message that it does not take sessions yet.
+const STARTING_UP: &[u8] = b"E\0\0\0\x3eSFATAL\0VFATAL\0C57P03\0\
+    Mthe database system is starting up\0\0";
+
+/// A program that answers to each message with the next of some texts, and closes the connection
+/// instead of sending an empty one.
+struct Impostor;
+
+impl Impostor {
+    /// Returns its port.
+    async fn start(answers: &'static [&'static [u8]]) -> String {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                for answer in answers {
+                    let mut message = [0; 4096];
+                    if stream.read(&mut message).await.is_err() || answer.is_empty() {
+                        break;
+                    }
+                    if stream.write_all(answer).await.is_err() {
+                        break;
+                    }
+                }
+            }
+        });
+        port.to_string()
     }
 }
 

@@ -146,13 +146,8 @@ async fn everything_works_for_the_role_that_serves() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn exact_rights_of_the_document_are_enough_and_each_is_needed() {
-    let world = World::of_its_own();
-    world.sql("create role visitas_app login password 'troque-esta-tambem'; revoke create on schema public from public").await;
-    let owner = Ended::of(&["migrate"], &world.settings()).await;
-    assert_eq!(owner.code, Some(0), "{owner:?}");
+    let (world, _owner) = migrated_with_exact_rights().await;
     let grants = recipe("A database that is migrated already");
-    world.sql("revoke usage on schema public from public").await;
-    world.sql(&grants).await;
     let app = settings(&world, APP);
     {
         world.sql(OCCASIONS).await;
@@ -181,6 +176,130 @@ async fn exact_rights_of_the_document_are_enough_and_each_is_needed() {
             .sql(&format!("grant {right} on {object} to visitas_app"))
             .await;
         service.until_ready().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn right_that_only_the_reading_needs_is_named_and_missed_steadily() {
+    let (world, _owner) = migrated_with_exact_rights().await;
+    let app = settings(&world, APP);
+    for (right, named) in [
+        (
+            "execute on function public.total_visitas()",
+            "EXECUTE on function total_visitas",
+        ),
+        (
+            "execute on function public.estado_da_contagem(boolean)",
+            "EXECUTE on function estado_da_contagem",
+        ),
+        (
+            "select on public.visitas_migracoes",
+            "SELECT on visitas_migracoes",
+        ),
+    ] {
+        let service = Service::start(&app).await;
+        service.until_ready().await;
+        service.visit().await;
+        world.sql(&format!("revoke {right} from visitas_app")).await;
+        until_down_because(
+            &service,
+            &format!("role visitas_app has no {named}: grant it"),
+        )
+        .await;
+        let before = failed_calls(&service).await;
+        eventually("it is probed again", SOON, async || {
+            failed_calls(&service).await > before + 8.0
+        })
+        .await;
+        let health = service.get("/health").await;
+        assert_eq!(health.status, 503, "{}", health.body);
+        assert_eq!(health.json()["checks"]["postgres"]["status"], "unavailable");
+        assert_eq!(service.get("/").await.status, 503);
+        // At the start, too.
+        let second = Service::start(&app).await;
+        until_down_because(&second, named).await;
+        for (line, times) in [
+            ("store is down", 1),
+            ("store is still down", 0),
+            ("store is up again", 0),
+        ] {
+            let lines: Vec<_> = service
+                .logged(line)
+                .into_iter()
+                .filter(|line| line["store"] == "postgresql")
+                .collect();
+            assert_eq!(lines.len(), times, "{line}: {}", service.printed());
+        }
+        world.sql(&format!("grant {right} to visitas_app")).await;
+        service.until_ready().await;
+        second.until_ready().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn upgrade_with_exact_rights_names_the_table_that_has_to_be_granted() {
+    let (world, owner) = migrated_with_exact_rights().await;
+    // As the release before left it, with its ledger under another name.
+    world
+        .sql("alter table visitas_migracoes rename to _sqlx_migrations")
+        .await;
+    let service = Service::start(&settings(&world, APP)).await;
+    until_down_because(
+        &service,
+        "run `visitas migrate` as a role that can, then grant this role its rights",
+    )
+    .await;
+    let ended = Ended::of(&["migrate"], &owner).await;
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let named = "role visitas_app has no SELECT on visitas_migracoes: grant it";
+    until_down_because(&service, named).await;
+    assert!(CONNECTING.contains("`grant select on public.visitas_migracoes to visitas_app`"));
+    world
+        .sql("grant select on public.visitas_migracoes to visitas_app")
+        .await;
+    service.until_ready().await;
+    assert_eq!(service.visit().await.0, world.rows().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_command_needs_the_rights_that_the_table_lists_for_it() {
+    let (world, _owner) = migrated_with_exact_rights().await;
+    let app = settings(&world, APP);
+    let recount = recipe("For `visitas recount`");
+    world.sql(&recount).await;
+    let grants = recipe("A database that is migrated already") + &recount;
+    let commands = ["reconcile", "recount"];
+    for command in commands {
+        let ended = Ended::of(&[command], &app).await;
+        assert_eq!(ended.code, Some(0), "{command}: {ended:?}");
+    }
+    let mut rights = rights(&grants);
+    // A function that both commands call.
+    for (_, object, error) in &mut rights {
+        *object = object.replace("registrar_visitas(timestamptz[])", "total_visitas()");
+        *error = error.replace("registrar_visitas", "total_visitas");
+    }
+    for (right, object, error) in rights {
+        let cells = row(&right, &object);
+        world
+            .sql(&format!("revoke {right} on {object} from visitas_app"))
+            .await;
+        for (command, cell) in commands.iter().zip(cells) {
+            let ended = Ended::of(&[command], &app).await;
+            let is_needed = cell == "yes";
+            let what = format!("{command} without {right} on {object}: {ended:?}");
+            assert_eq!(ended.code, Some(i32::from(is_needed)), "{what}");
+            if is_needed {
+                assert!(ended.error().contains(&error), "{what}");
+            }
+            // `reconcile` asks within a transaction, which has failed.
+            if is_needed && *command == "recount" {
+                assert!(ended.error().contains("role visitas_app has no "), "{what}");
+            }
+        }
+        world
+            .sql(&format!("grant {right} on {object} to visitas_app"))
+            .await;
     }
 }
 
@@ -328,6 +447,51 @@ async fn sessions_that_the_document_names_are_enough() {
     );
     drop(service);
     world.drop_owned(&role).await;
+}
+
+/// A database that a superuser has migrated, with the exact rights of the document, and the
+/// superuser's settings.
+async fn migrated_with_exact_rights() -> (World, Vec<(String, String)>) {
+    let world = World::of_its_own();
+    world
+        .sql(
+            "create role visitas_app login password 'troque-esta-tambem'; \
+             revoke create, usage on schema public from public",
+        )
+        .await;
+    let owner = world.settings();
+    let ended = Ended::of(&["migrate"], &owner).await;
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    world
+        .sql(&recipe("A database that is migrated already"))
+        .await;
+    (world, owner)
+}
+
+/// How many queries have failed. Each probe that fails has one.
+async fn failed_calls(service: &Service) -> f64 {
+    let series = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="SELECT",outcome="error"}"#;
+    service.metric(series).await.unwrap_or_default()
+}
+
+/// The cells of a right's row in the table of the document, for `reconcile` and `recount`.
+fn row(right: &str, object: &str) -> [&'static str; 2] {
+    let name = object.rsplit(['.', ' ']).next().expect("a name");
+    let right = format!("`{}`", right.to_uppercase());
+    let is_about = |cell: &str| {
+        cell.contains(&right)
+            && match object.split(' ').next() {
+                Some("function") => cell.ends_with("the functions"),
+                Some("sequence") => cell.ends_with("the sequence"),
+                _ => cell.ends_with(&format!("`{name}`")),
+            }
+    };
+    let mut rows = CONNECTING.lines().filter_map(|line| {
+        let cells: Vec<_> = line.split('|').map(str::trim).collect();
+        (cells.len() == 6 && is_about(cells[1])).then(|| [cells[3], cells[4]])
+    });
+    rows.next()
+        .unwrap_or_else(|| panic!("{right} on {object} in docs/connecting.md"))
 }
 
 /// Rows added and removed by hand, and ids in the way of the sequence: near and far.

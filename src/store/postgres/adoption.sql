@@ -18,6 +18,7 @@ declare
     chave record;
     coluna_id record;
     coluna_data record;
+    tem_id boolean;
     identidade boolean;
     tem_data boolean;
     unico_momento name;
@@ -34,6 +35,30 @@ declare
     necessidade text;
     detalhe text;
     dependentes text;
+    -- A column of the table. Its tipo is the type beneath all domains.
+    coluna cursor (nome_da_coluna name) for
+        with recursive base as (
+            select a.attnum, a.atttypid as oid
+              from pg_catalog.pg_attribute as a
+             where a.attrelid = tabela
+               and a.attname = nome_da_coluna
+               and not a.attisdropped
+             union all
+            select b.attnum, t.typbasetype
+              from base as b
+              join pg_catalog.pg_type as t
+                on t.oid = b.oid
+             where t.typbasetype <> 0
+        )
+        select a.attnum, a.atttypid, a.atttypmod, a.attnotnull, a.attidentity, a.attgenerated,
+               t.oid::regtype as tipo
+          from base as b
+          join pg_catalog.pg_type as t
+            on t.oid = b.oid
+           and t.typbasetype = 0
+          join pg_catalog.pg_attribute as a
+            on a.attrelid = tabela
+           and a.attnum = b.attnum;
 begin
     if tabela is null then
         create table public.visitas (
@@ -154,31 +179,12 @@ begin
     end loop;
 
     -- id: numbers stay, the sequence of a serial column goes, rows without a number follow the
-    -- others. For a domain, tipo is the type beneath it,
-    -- also where that is beneath another domain.
-    select a.attnum, a.atttypid, a.attidentity, a.attgenerated,
-           (
-               with recursive base as (
-                   select a.atttypid as oid
-                    union all
-                   select t.typbasetype
-                     from base as b
-                     join pg_catalog.pg_type as t
-                       on t.oid = b.oid
-                    where t.typbasetype <> 0
-               )
-               select b.oid::regtype
-                 from base as b
-                 join pg_catalog.pg_type as t
-                   on t.oid = b.oid
-                where t.typbasetype = 0
-           ) as tipo
-      into coluna_id
-      from pg_catalog.pg_attribute as a
-     where a.attrelid = tabela
-       and a.attname = 'id'
-       and not a.attisdropped;
-    if not found then
+    -- others.
+    open coluna('id');
+    fetch coluna into coluna_id;
+    tem_id := found;
+    close coluna;
+    if not tem_id then
         alter table public.visitas add column id bigint;
     elsif coluna_id.tipo not in ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype) then
         raise exception 'public.visitas.id is of type %, not an integer: the table cannot be adopted', coluna_id.tipo
@@ -223,29 +229,10 @@ begin
     end if;
 
     -- data: what can be read as a moment stays one, anything else keeps its values beside it.
-    select a.attnum, a.atttypid, a.atttypmod, a.attnotnull, a.attgenerated,
-           (
-               with recursive base as (
-                   select a.atttypid as oid
-                    union all
-                   select t.typbasetype
-                     from base as b
-                     join pg_catalog.pg_type as t
-                       on t.oid = b.oid
-                    where t.typbasetype <> 0
-               )
-               select b.oid::regtype
-                 from base as b
-                 join pg_catalog.pg_type as t
-                   on t.oid = b.oid
-                where t.typbasetype = 0
-           ) as tipo
-      into coluna_data
-      from pg_catalog.pg_attribute as a
-     where a.attrelid = tabela
-       and a.attname = 'data'
-       and not a.attisdropped;
+    open coluna('data');
+    fetch coluna into coluna_data;
     tem_data := found;
+    close coluna;
     if coluna_data.attgenerated = 's' then
         alter table public.visitas alter column data drop expression;
     end if;

@@ -2,6 +2,8 @@
 //!
 //! Must not know: which statement failed.
 
+use std::io;
+
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use crate::store::error::{Cause, Error};
@@ -43,7 +45,7 @@ pub(super) fn failure(error: sqlx::Error) -> Error {
             }
         }
         sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => {
-            Error::Connection(error.into())
+            Error::Connection(breakage(&error).into())
         }
         _ => Error::Unexpected(error.into()),
     }
@@ -56,6 +58,29 @@ pub(super) fn connect_failure(error: sqlx::Error) -> Error {
         Error::Ended { code, source } => Error::Refused { code, source },
         other => other,
     }
+}
+
+/// Says in plain words how a session broke. The driver's text would cite its libraries.
+fn breakage(error: &sqlx::Error) -> String {
+    if let Some(error) = tls_error(error) {
+        return format!("TLS failed ({error})");
+    }
+    match error {
+        sqlx::Error::Io(error) if is_closed(error) => {
+            format!("the server closed the connection ({})", error.kind())
+        }
+        sqlx::Error::Io(error) => error.to_string(),
+        _ => "the server does not answer as Postgres does".to_owned(),
+    }
+}
+
+/// Whether the server, or a program on the way to it, has closed the connection.
+pub(super) fn is_closed(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    matches!(
+        error.kind(),
+        BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof
+    )
 }
 
 /// The error of TLS that ended an attempt to open a session, if one did.

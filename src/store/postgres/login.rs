@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustls::CertificateError;
 use sqlx::postgres::PgSslMode;
 
-use super::error::{connect_failure, is_about_a_certificate, message, tls_error};
+use super::error::{connect_failure, is_about_a_certificate, is_closed, message, tls_error};
 use crate::store::error::{Cause, Error};
 
 /// What an attempt to open a session tries.
@@ -37,6 +37,9 @@ struct Words {
 const OTHER_METHODS: &str = "or let pg_hba.conf ask the role for md5, password or cert";
 
 const NO_POOLER: &str = "connect to the server itself: a pooler such as PgBouncer is not supported";
+
+/// The driver's text if the server's proof at the end of SCRAM is wrong.
+const MAC_MISMATCH: &str = "MAC tag mismatch";
 
 /// How to make a certificate that is accepted.
 const REPLACE: &str = "let an authority of your own sign another one, as docs/connecting.md shows, \
@@ -69,10 +72,12 @@ impl Login {
         }
     }
 
-    /// The error of an attempt that could not begin.
-    pub(super) fn obstacle(&self, error: Error, check: &str) -> Error {
+    /// The error of an attempt whose host name could not be looked up.
+    pub(super) fn unknown_host(&self, error: Error) -> Error {
         match error {
-            Error::Connection(why) => Error::Connection(self.cause(&why.to_string(), check)),
+            Error::Connection(why) => {
+                Error::Connection(self.cause(&why.to_string(), "check DB_HOST, and the DNS"))
+            }
             other => other,
         }
     }
@@ -143,7 +148,7 @@ impl Login {
             // The server reads the name up to the comma, and expects something else after it.
             "08P01" if self.user.contains(',') => {
                 return words(
-                    format!("a role whose name has a comma cannot log in with SCRAM ({message})"),
+                    "a role whose name has a comma cannot log in with SCRAM",
                     format!("rename the role, {OTHER_METHODS}"),
                 );
             }
@@ -153,8 +158,8 @@ impl Login {
             }
             "28P01" => return words(message, format!("there is no password: set {setting}")),
             "28000" => {
-                "check pg_hba.conf, which decides by role, database, address, encryption and \
-                 client certificate"
+                "check that the role exists and has LOGIN, and pg_hba.conf, which decides by \
+                 role, database, address, encryption and client certificate"
             }
             "3D000" => "create the database, or check DB_NAME",
             "42501" => "grant the role CONNECT on the database",
@@ -201,16 +206,16 @@ fn is_shut(error: &sqlx::Error) -> bool {
 }
 
 fn io_words(error: &io::Error) -> Words {
-    use io::ErrorKind::{
-        BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, PermissionDenied, UnexpectedEof,
-    };
+    use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+    if is_closed(error) {
+        return closed(error.kind());
+    }
     match error.kind() {
         ConnectionRefused | NotFound => words(
             error,
             "check that Postgres is running there, and DB_HOST and DB_PORT",
         ),
         PermissionDenied => words(error, "check the access rights of the socket"),
-        UnexpectedEof | ConnectionReset | BrokenPipe => closed(error),
         _ => words(error, "check the network, and DB_HOST and DB_PORT"),
     }
 }
@@ -224,6 +229,8 @@ fn closed(error: impl fmt::Display) -> Words {
 
 /// The server does not speak as the driver expects.
 fn protocol_words(text: &str) -> Words {
+    // The driver adds which line of its own source has made the error.
+    let (text, _) = text.split_once(" (sqlx").unwrap_or((text, ""));
     if text.contains("authentication m") {
         return words(
             format!("the server asks for a login that the driver lacks ({text})"),
@@ -232,13 +239,17 @@ fn protocol_words(text: &str) -> Words {
     }
     match text {
         // The driver takes the end of the connection for this response.
-        "unexpected response from SSLRequest: 0x00" => closed("no response to SSLRequest"),
+        "unexpected response from SSLRequest: 0x00" => closed(io::ErrorKind::UnexpectedEof),
         "unexpected response from SSLRequest: 0x45" => words(
             "the server failed before the login",
             "check the server's log",
         ),
+        MAC_MISMATCH => words(
+            "the server has not proved that it knows the password",
+            "check DB_HOST and DB_PORT: another server can have answered",
+        ),
         _ => words(
-            format!("what listens there does not answer as Postgres does ({text})"),
+            "what listens there does not answer as Postgres does",
             "check DB_HOST and DB_PORT",
         ),
     }

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use sqlx::migrate::{Migrate as _, MigrateError, Migration, Migrator};
 use sqlx::{PgConnection, SqlSafeStr as _};
 
+use super::attempts::Attempts;
 use super::error::failure;
 use super::long_session::LongSession;
 use super::session::Session;
 use super::statements::{
-    ADOPT, AppliedMigration, INSTALLED, IS_ADOPTED, LEDGER, MISSING_RIGHT, READ, REHEARSE,
-    TAKE_LOCK, adopt, execute, is_adopted, is_installed, is_missing, missing_right, read_count,
-    read_ledger, rehearse, take_lock,
+    ADOPT, AppliedMigration, INSPECT, INSTALLED, INSUFFICIENT_PRIVILEGE, IS_ADOPTED, Inspection,
+    LEDGER, READ, REHEARSE, TAKE_LOCK, WRONG_OBJECT_TYPE, adopt, execute, inspect, is_adopted,
+    is_denied, is_installed, is_missing, read_count, read_ledger, rehearse, take_lock,
 };
 use crate::metrics::catalog::RECOUNT_DUE;
 use crate::store::call::Operation;
@@ -37,7 +38,6 @@ const UNINSTALL: &str = include_str!("uninstall.sql");
 pub(super) static UNINSTALL_OBJECTS: Operation = Operation::command("DROP");
 pub(super) static APPLY: Operation = Operation::command("MIGRATE");
 
-const INSUFFICIENT_PRIVILEGE: &str = "42501";
 const TOO_MANY_CONNECTIONS: &str = "53300";
 /// The class of SQLSTATEs of a statement that does not fit the database's objects, or whose role
 /// has no right to them.
@@ -60,6 +60,7 @@ pub(super) struct Schema {
     session: Session,
     migrated: AtomicBool,
     migration_announced: AtomicBool,
+    attempts: Attempts,
     recount_due: AtomicBool,
 }
 
@@ -77,6 +78,7 @@ impl Schema {
             session,
             migrated: AtomicBool::new(false),
             migration_announced: AtomicBool::new(false),
+            attempts: Attempts::default(),
             recount_due: AtomicBool::new(false),
         }
     }
@@ -111,12 +113,7 @@ impl Schema {
             applied = Box::pin(self.apply(&mut link, pending(&ledger))).await?;
         }
         let mut rehearsal = self.rehearse_on(&mut link).await;
-        if rehearsal.as_ref().is_err_and(is_missing)
-            && !self
-                .pool
-                .call_on(&mut link, &INSTALLED, is_installed)
-                .await?
-        {
+        if rehearsal.as_ref().is_err_and(is_missing) && !self.is_installed(&mut link).await? {
             applied = Box::pin(self.apply(&mut link, MIGRATIONS.iter().count())).await?;
             rehearsal = self.rehearse_on(&mut link).await;
         }
@@ -126,6 +123,13 @@ impl Schema {
             Ok(total) => (Rehearsal::Passed(link, total), applied),
             Err(error) => (Rehearsal::Failed(link, error), applied),
         })
+    }
+
+    /// Whether every object of the migrations is there, and none of another program in its place.
+    async fn is_installed(&self, link: &mut Link<PgConnection>) -> Result<bool, Error> {
+        let inspection = self.pool.call_on(link, &INSPECT, inspect).await?;
+        Ok(inspection.foreign.is_none()
+            && self.pool.call_on(link, &INSTALLED, is_installed).await?)
     }
 
     /// Rehearses a visit, and a reading, which needs other objects. Returns the total if it could
@@ -144,26 +148,20 @@ impl Schema {
                 self.note_recount_due(reading.recount_due);
                 Ok(Some(reading.total))
             }
-            Err(error) if is_missing(&error) => Err(error),
-            // A failed reading does not keep visits from being recorded.
+            // Without a right that only the reading needs, nothing could tell whether the count is
+            // exact.
+            Err(error) if is_missing(&error) || is_denied(&error) => Err(error),
+            // Another failed reading does not keep visits from being recorded.
             Err(_) => Ok(None),
         }
     }
 
     async fn apply(&self, link: &mut Link<PgConnection>, pending: usize) -> Result<usize, Error> {
         self.note_missing();
-        // A role that stopped halfway would own a part of the objects, and no other role could
-        // finish. So nothing is begun that this role cannot finish.
-        let missing = self.pool.call_on(link, &MISSING_RIGHT, missing_right);
-        if let Some(missing) = missing.await? {
-            return Err(Error::Refused {
-                code: INSUFFICIENT_PRIVILEGE.to_owned(),
-                source: format!(
-                    "the database needs migrations, and {missing}: \
-                     run `visitas migrate` as a role that can"
-                )
-                .into(),
-            });
+        let inspection = self.pool.call_on(link, &INSPECT, inspect).await?;
+        check_obstacles(&inspection)?;
+        if let Some(error) = self.attempts.last_failure(&inspection.state) {
+            return Err(error);
         }
         // Logged once: the store's availability logs why the migration does not succeed.
         if !self.migration_announced.swap(true, Ordering::Relaxed) {
@@ -173,7 +171,9 @@ impl Schema {
         // The lock is released when the session ends.
         let mut session = self.open_long().await?;
         take_migration_lock(&mut session).await?;
-        let applied = apply_locked(&mut session).await?;
+        let applied = apply_locked(&mut session).await;
+        self.attempts.note(inspection.state, applied.as_ref().err());
+        let applied = applied?;
         tracing::info!(
             migrations.applied = applied,
             duration.seconds = started.elapsed().as_secs_f64(),
@@ -202,6 +202,39 @@ pub(super) fn latest_version() -> i64 {
         .map(|migration| migration.version)
         .max()
         .unwrap_or_default()
+}
+
+/// Fails if an attempt to migrate could not succeed.
+fn check_obstacles(inspection: &Inspection) -> Result<(), Error> {
+    let refused = |code: &str, why: String| {
+        Err(Error::Refused {
+            code: code.to_owned(),
+            source: why.into(),
+        })
+    };
+    // If objects and the ledger disagree, the objects are dropped and created again. Those of
+    // another program must never be.
+    if let Some(foreign) = &inspection.foreign {
+        return refused(
+            WRONG_OBJECT_TYPE,
+            format!(
+                "the database needs migrations, and another program has objects of the same names: \
+                 {foreign}; rename them, or give this program a database of its own"
+            ),
+        );
+    }
+    // A role that stopped halfway would own a part of the objects, and no other role could
+    // finish. So nothing is begun that this role cannot finish.
+    if let Some(missing) = &inspection.missing_right {
+        return refused(
+            INSUFFICIENT_PRIVILEGE,
+            format!(
+                "the database needs migrations, and {missing}: run `visitas migrate` as a role \
+                 that can, then grant this role its rights on what that created"
+            ),
+        );
+    }
+    Ok(())
 }
 
 async fn take_migration_lock(session: &mut LongSession<'_>) -> Result<(), Error> {

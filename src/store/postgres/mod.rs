@@ -3,6 +3,7 @@
 //! Each statement is committed by itself, and is never repeated once it can have taken effect.
 //! `migrations/` has the functions that count. Must not know: HTTP and Redis.
 
+mod attempts;
 mod error;
 mod login;
 mod long_session;
@@ -24,8 +25,8 @@ use self::migrate::{Rehearsal, Schema};
 use self::session::Session;
 use self::statements::{
     BEGIN, LOCK_COUNT, MOVE_SEQUENCE, READ, RECORD, RECOUNT, REHEARSE, ROLLBACK, Reading,
-    UNIQUE_VIOLATION, execute, is_missing, lock_count, move_sequence, read_count, record, recount,
-    rehearse,
+    UNIQUE_VIOLATION, execute, is_denied, is_missing, lock_count, move_sequence, read_count,
+    record, recount, rehearse,
 };
 use super::availability::Availability;
 use super::call::{Batch, Target};
@@ -255,12 +256,15 @@ impl Store for Postgres {
                 check_version(&reading)?;
                 Ok(reading.total)
             });
-        if let Err(error) = &result
-            && is_missing(error)
-        {
-            // A visit can still succeed without the missing object. The probe creates it again.
-            self.schema.note_missing();
-            self.pool.fail(error);
+        if let Err(error) = &result {
+            // A visit can still succeed without what a reading needs. The probe creates a missing
+            // object again, and fails for as long as a right is missing.
+            if is_missing(error) {
+                self.schema.note_missing();
+            }
+            if is_missing(error) || is_denied(error) {
+                self.pool.fail(error);
+            }
         }
         result
     }

@@ -13,7 +13,7 @@ use sqlx::{ConnectOptions as _, Connection as _, PgConnection, Row as _};
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
-use super::error::{connect_failure, failure, is_about_a_certificate, tls_error};
+use super::error::{failure, is_about_a_certificate, tls_error};
 use super::login::Login;
 use super::{route, trust};
 use crate::config::{Certificates, Credentials, Identity, PostgresConfig};
@@ -107,22 +107,19 @@ impl Session {
     async fn open_with(&self, lock: Duration, statement: Duration) -> Result<PgConnection, Error> {
         let timeout = self.config.db_timeout.mul_f64(SHARE);
         let deadline = Instant::now() + timeout;
-        let mut login = self.login();
-
+        // Which role to try is known only now: a file can name another one than before.
         let Ok(contents) = timeout_at(deadline, self.read_files()).await else {
-            let why = "the files of the settings could not be read in time";
-            return Err(login.timeout(timeout, why, "check the file system"));
+            let why = "the files of the settings could not be read in time: check the file system";
+            return Err(Error::NoSession(timeout, why.into()));
         };
-        let contents = contents.map_err(|error| login.obstacle(error, ""))?;
-        login.user.clone_from(&contents.credentials.user);
-        login.has_password = contents.credentials.password.is_some();
+        let contents = contents?;
+        let login = self.login(&contents.credentials);
 
         let Ok(addresses) = timeout_at(deadline, self.look_up()).await else {
             let why = "the host name could not be looked up in time";
             return Err(login.timeout(timeout, why, "check the DNS"));
         };
-        let addresses =
-            addresses.map_err(|error| login.obstacle(error, "check DB_HOST, and the DNS"))?;
+        let addresses = addresses.map_err(|error| login.unknown_host(error))?;
 
         let mut options = self.with_timeouts(lock, statement);
         if statement.is_zero() {
@@ -139,7 +136,7 @@ impl Session {
         })
     }
 
-    fn login(&self) -> Login {
+    fn login(&self, credentials: &Credentials<String>) -> Login {
         let config = &self.config;
         let (host, port) = (&config.db_host, config.db_port);
         let place = if host.starts_with('/') {
@@ -152,10 +149,10 @@ impl Session {
         Login {
             place,
             database: config.db_name.clone(),
-            user: config.db_user.clone(),
+            user: credentials.user.clone(),
             mode: config.db_sslmode,
             password_setting: config.password_setting(),
-            has_password: config.db_password.is_some(),
+            has_password: credentials.password.is_some(),
         }
     }
 
@@ -243,7 +240,7 @@ impl Session {
         let row = sqlx::raw_sql(check).fetch_one(&mut connection).await;
         let has_options: bool = row
             .and_then(|row| row.try_get(0))
-            .map_err(connect_failure)?;
+            .map_err(|error| login.failure(error, None))?;
         if !has_options {
             return Err(login.without_settings());
         }
@@ -287,10 +284,14 @@ fn second_mode(mode: PgSslMode, failure: &sqlx::Error) -> Option<PgSslMode> {
     match mode {
         // A second attempt without TLS sends the password in the clear to a server that asks for
         // it, so only what can depend on encryption leads to one: a login that was refused (class
-        // 28), a server or pooler that breaks the protocol off (class 08), or TLS itself.
+        // 28), a rule that the server's settings do not fit (class F0), a server or pooler that
+        // breaks the protocol off (class 08), or TLS itself.
         PgSslMode::Prefer => {
-            let is_refused =
-                code.is_some_and(|code| code.starts_with("28") || code.starts_with("08"));
+            let is_refused = code.is_some_and(|code| {
+                ["28", "F0", "08"]
+                    .iter()
+                    .any(|class| code.starts_with(class))
+            });
             // libpq, too, sees a refusal of its certificate only after the handshake.
             let is_tls = tls_error(failure).is_some_and(|error| !is_about_a_certificate(error));
             (is_refused || is_tls).then_some(PgSslMode::Disable)

@@ -52,24 +52,13 @@ pub(super) static LEDGER: Operation = Operation::query(
     "SELECT visitas_migracoes",
     "select version, checksum from public.visitas_migracoes where success",
 );
-/// What the session's role lacks to migrate, or null. Ownership counts as Postgres counts it: a
-/// member that inherits nothing has to become the owner (`set role`) first.
-pub(super) static MISSING_RIGHT: Operation = Operation::query(
-    "SELECT has_schema_privilege",
-    "select case \
-            when not has_schema_privilege(to_regnamespace('public'), 'create') \
-            then format('role %I has no CREATE on schema public', current_user) \
-            else (select format('role %I does not own table %s, which role %I owns', \
-                                current_user, c.oid::regclass, pg_get_userbyid(c.relowner)) \
-                    from pg_class as c \
-                   where c.oid in (to_regclass('public.visitas'), \
-                                   to_regclass('public.visitas_contagem'), \
-                                   to_regclass('public.visitas_ajustes'), \
-                                   to_regclass('public.visitas_migracoes')) \
-                     and not pg_has_role(c.relowner, 'usage') \
-                   order by c.relname \
-                   limit 1) \
-            end",
+/// What an attempt to migrate would meet: see [`Inspection`].
+pub(super) static INSPECT: Operation =
+    Operation::query("SELECT pg_class", include_str!("inspect.sql"));
+/// The rights that the session's role lacks; no row if it lacks none.
+pub(super) static MISSING_RIGHTS: Operation = Operation::query(
+    "SELECT has_function_privilege",
+    include_str!("missing_rights.sql"),
 );
 pub(super) static TAKE_LOCK: Operation = Operation::query(
     "SELECT pg_try_advisory_lock",
@@ -117,6 +106,8 @@ pub(super) static IS_ACTIVE: Operation = Operation::query(
 /// The SQLSTATE that [`REHEARSE`] raises after the rehearsal has succeeded.
 const REHEARSED: &str = "VS001";
 pub(super) const UNIQUE_VIOLATION: &str = "23505";
+pub(super) const INSUFFICIENT_PRIVILEGE: &str = "42501";
+pub(super) const WRONG_OBJECT_TYPE: &str = "42809";
 const UNDEFINED_TABLE: &str = "42P01";
 /// The SQLSTATEs of a missing table, column, function, type or schema. It can be ours, in a
 /// database that was emptied or replaced, or one that another program's trigger needs.
@@ -124,6 +115,18 @@ const MISSING: [&str; 5] = [UNDEFINED_TABLE, "42703", "42883", "42704", "3F000"]
 
 /// A migration that the database has: its version and its checksum.
 pub(super) type AppliedMigration = (i64, Vec<u8>);
+
+/// The result of [`INSPECT`].
+#[derive(sqlx::FromRow)]
+pub(super) struct Inspection {
+    /// Objects of another program that have names of the migrations.
+    pub(super) foreign: Option<String>,
+    /// What the session's role lacks to migrate. Ownership counts as Postgres counts it: a member
+    /// that inherits nothing has to become the owner (`set role`) first.
+    pub(super) missing_right: Option<String>,
+    /// Changes when the server, the database, its schema or a table of the migrations is another one.
+    pub(super) state: String,
+}
 
 /// The result of [`READ`].
 pub(super) struct Reading {
@@ -135,6 +138,11 @@ pub(super) struct Reading {
 
 pub(super) fn is_missing(error: &Error) -> bool {
     error.code().is_some_and(|code| MISSING.contains(&code))
+}
+
+/// Whether the session's role lacks a right.
+pub(super) fn is_denied(error: &Error) -> bool {
+    error.code() == Some(INSUFFICIENT_PRIVILEGE)
 }
 
 /// Records visits that arrived at these moments and returns the number of rows after them.
@@ -153,13 +161,16 @@ pub(super) async fn record(
 pub(super) async fn rehearse(connection: &mut PgConnection) -> Result<(), Error> {
     match execute(connection, REHEARSE.text()).await {
         Err(Error::Refused { code, .. }) if code == REHEARSED => Ok(()),
-        Err(error) => Err(error),
+        Err(error) => Err(name_rights(connection, false, error).await),
         Ok(()) => Err(Error::Unexpected(Cause::from("the rehearsal was kept"))),
     }
 }
 
 pub(super) async fn move_sequence(connection: &mut PgConnection) -> Result<(), Error> {
-    execute(connection, MOVE_SEQUENCE.text()).await
+    match execute(connection, MOVE_SEQUENCE.text()).await {
+        Err(error) => Err(name_rights(connection, false, error).await),
+        moved => moved,
+    }
 }
 
 /// Reads the count. A thorough reading checks everything that can make a recount due.
@@ -167,16 +178,42 @@ pub(super) async fn read_count(
     connection: &mut PgConnection,
     is_thorough: bool,
 ) -> Result<Reading, Error> {
-    let (total, recount_due, version) = sqlx::query_as(READ.text())
+    let reading = sqlx::query_as(READ.text())
         .bind(is_thorough)
-        .fetch_one(connection)
+        .fetch_one(&mut *connection)
         .await
-        .map_err(failure)?;
-    Ok(Reading {
-        total,
-        recount_due,
-        version,
-    })
+        .map_err(failure);
+    match reading {
+        Ok((total, recount_due, version)) => Ok(Reading {
+            total,
+            recount_due,
+            version,
+        }),
+        Err(error) => Err(name_rights(connection, false, error).await),
+    }
+}
+
+/// Adds to a refusal the rights that the session's role lacks, if that is the reason. The server
+/// names one object at a time.
+async fn name_rights(connection: &mut PgConnection, recounts: bool, error: Error) -> Error {
+    let (code, source) = match error {
+        Error::Refused { code, source } if code == INSUFFICIENT_PRIVILEGE => (code, source),
+        other => return other,
+    };
+    let missing: Result<Option<String>, Error> = sqlx::query_scalar(MISSING_RIGHTS.text())
+        .bind(recounts)
+        .fetch_optional(connection)
+        .await
+        .map_err(failure);
+    match missing {
+        Ok(Some(missing)) => Error::Refused {
+            code,
+            source: format!("{source}; {missing}: grant it as docs/connecting.md shows").into(),
+        },
+        // It lacks a right to something else, or the transaction has failed.
+        Ok(None) | Err(Error::Refused { .. }) => Error::Refused { code, source },
+        Err(broken) => broken,
+    }
 }
 
 pub(super) async fn lock_count(connection: &mut PgConnection) -> Result<(), Error> {
@@ -185,10 +222,14 @@ pub(super) async fn lock_count(connection: &mut PgConnection) -> Result<(), Erro
 
 /// Counts the rows and returns the total before and after.
 pub(super) async fn recount(connection: &mut PgConnection) -> Result<(i64, i64), Error> {
-    sqlx::query_as(RECOUNT.text())
-        .fetch_one(connection)
+    let recounted = sqlx::query_as(RECOUNT.text())
+        .fetch_one(&mut *connection)
         .await
-        .map_err(failure)
+        .map_err(failure);
+    match recounted {
+        Err(error) => Err(name_rights(connection, true, error).await),
+        recounted => recounted,
+    }
 }
 
 /// Reads the ledger without a lock, so that an up-to-date database is ready at once even while
@@ -197,18 +238,25 @@ pub(super) async fn read_ledger(
     connection: &mut PgConnection,
 ) -> Result<Vec<AppliedMigration>, Error> {
     let ledger = sqlx::query_as(LEDGER.text())
-        .fetch_all(connection)
+        .fetch_all(&mut *connection)
         .await
         .map_err(failure);
     match ledger {
-        Err(error) if error.code() == Some(UNDEFINED_TABLE) => Ok(Vec::new()),
+        // There is none, or what has its name is another program's.
+        Err(error)
+            if is_missing(&error)
+                || error.code() == Some(WRONG_OBJECT_TYPE)
+                || matches!(error, Error::Unexpected(_)) =>
+        {
+            Ok(Vec::new())
+        }
+        Err(error) => Err(name_rights(connection, false, error).await),
         ledger => ledger,
     }
 }
 
-/// Reads what the session's role lacks to migrate.
-pub(super) async fn missing_right(connection: &mut PgConnection) -> Result<Option<String>, Error> {
-    sqlx::query_scalar(MISSING_RIGHT.text())
+pub(super) async fn inspect(connection: &mut PgConnection) -> Result<Inspection, Error> {
+    sqlx::query_as(INSPECT.text())
         .fetch_one(connection)
         .await
         .map_err(failure)
@@ -228,12 +276,18 @@ pub(super) async fn is_installed(connection: &mut PgConnection) -> Result<bool, 
 }
 
 pub(super) async fn is_adopted(connection: &mut PgConnection) -> Result<bool, Error> {
-    fetch_bool(connection, IS_ADOPTED.text()).await
+    match fetch_bool(connection, IS_ADOPTED.text()).await {
+        Err(error) => Err(name_rights(connection, false, error).await),
+        is_adopted => is_adopted,
+    }
 }
 
 /// Makes this server's first entry in the count's ledger.
 pub(super) async fn adopt(connection: &mut PgConnection) -> Result<(), Error> {
-    execute(connection, ADOPT.text()).await
+    match execute(connection, ADOPT.text()).await {
+        Err(error) => Err(name_rights(connection, false, error).await),
+        adopted => adopted,
+    }
 }
 
 pub(super) async fn backend(connection: &mut PgConnection) -> Result<i32, Error> {
