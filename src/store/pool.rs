@@ -71,7 +71,7 @@ struct PoolMetrics {
     wait: Histogram,
 }
 
-/// A visit's call pings a connection that was idle for this long before it is sent: the store can
+/// A visit's call, or a reading, pings a connection that was idle for this long before it is sent: the store can
 /// have closed it, or a firewall dropped it, and the call would be in doubt. No store restarts
 /// within this time. The extra round trip is paid only where calls are rare.
 const TRUSTED_IDLE: Duration = Duration::from_millis(50);
@@ -169,7 +169,7 @@ impl<C: Connect> Pool<C> {
     ) -> Result<R, Error> {
         let started = Instant::now();
         let result = observe(&self.target, operation, None, self.timeout, async {
-            self.check_out().await?.call(work).await
+            self.check_out_open().await?.call(work).await
         })
         .await;
         match &result {
