@@ -107,6 +107,11 @@ impl Error {
         matches!(self, Self::Refused { .. })
     }
 
+    /// Whether the session has ended with this error.
+    pub(super) fn ends_session(&self) -> bool {
+        matches!(self, Self::Connection(_) | Self::Ended { .. })
+    }
+
     /// The error and its causes in one line, for the log.
     #[must_use]
     pub fn chain(&self) -> String {

@@ -71,7 +71,7 @@ struct PoolMetrics {
     wait: Histogram,
 }
 
-/// A visit's call, or a reading, pings a connection that was idle for this long before it is sent: the store can
+/// A visit's call pings a connection that was idle for this long before it is sent: the store can
 /// have closed it, or a firewall dropped it, and the call would be in doubt. No store restarts
 /// within this time. The extra round trip is paid only where calls are rare.
 const TRUSTED_IDLE: Duration = Duration::from_millis(50);
@@ -160,16 +160,26 @@ impl<C: Connect> Pool<C> {
     }
 
     /// Reads a count, and measures the store's latency. A failure changes the availability only if
-    /// no visit has succeeded since the reading started.
+    /// no visit has succeeded since the reading started. If a session that was idle turns out to
+    /// have ended, the count is read on a new one.
     pub(super) async fn read<R>(
         &self,
         operation: &Operation,
-        work: impl AsyncFnOnce(&mut C::Connection) -> Result<R, Error>,
+        work: impl AsyncFn(&mut C::Connection) -> Result<R, Error>,
         count: impl FnOnce(&R) -> i64,
     ) -> Result<R, Error> {
         let started = Instant::now();
         let result = observe(&self.target, operation, None, self.timeout, async {
-            self.check_out_open().await?.call(work).await
+            let mut link = self.check_out().await?;
+            let was_idle = link.used.elapsed() >= TRUSTED_IDLE;
+            let result = link.call(&work).await;
+            if !was_idle || !result.as_ref().is_err_and(Error::ends_session) {
+                return result;
+            }
+            // The store works, if a new session does: one that was idle can have ended long ago.
+            drop(link);
+            self.forget_all();
+            self.check_out().await?.call(&work).await
         })
         .await;
         match &result {

@@ -8,11 +8,12 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use devstack::{PostgresOptions, RedisOptions};
+use http::StatusCode;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
-use crate::support::{Ended, SOON, Service, World, eventually, program, settings};
+use crate::support::{Ended, HeldCount, SOON, Service, World, eventually, program, settings};
 
 const ROLE: &str = "visitante";
 const PASSWORD: &str = "s3nha";
@@ -414,13 +415,17 @@ async fn session_that_breaks_is_told_in_plain_words() {
     for mode in ["require", "disable"] {
         let service = Service::start(&gate.settings(&[("DB_SSLMODE", mode)])).await;
         service.until_ready().await;
-        service.visit().await;
+        let mut held = HeldCount::of(&gate.world).await;
+        let visit = service.begin_visit();
+        held.until_waited_for().await;
         // After the crash of one of its processes the server sends a notice and ends all sessions.
         let process = "select pid from pg_stat_activity where backend_type = 'walwriter'";
         let killed = Command::new("kill")
             .args(["-9", &gate.sql(process)])
             .status();
         assert!(killed.unwrap().success());
+        let response = visit.await.unwrap();
+        assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
         eventually("the log says why", SOON, async || {
             !service.logged("store is down").is_empty()
         })

@@ -185,7 +185,7 @@ impl Postgres {
             .call_on(&mut link, &LOCK_COUNT, lock_count)
             .await?;
         tokio::time::sleep(settle).await;
-        let read = async |connection: &mut PgConnection| read_count(connection, true).await;
+        let read = async move |connection: &mut PgConnection| read_count(connection, true).await;
         let reading = self.pool.call_on(&mut link, &READ, read).await?;
         if reading.recount_due {
             return Err(Error::Unexpected(Cause::from(
@@ -244,7 +244,8 @@ impl Store for Postgres {
     async fn total(&self) -> Result<i64, Error> {
         let turn = self.readings.fetch_add(1, Ordering::Relaxed);
         let is_thorough = self.is_recount_due() || turn.is_multiple_of(THOROUGH_READING);
-        let read = async |connection: &mut PgConnection| read_count(connection, is_thorough).await;
+        let read =
+            async move |connection: &mut PgConnection| read_count(connection, is_thorough).await;
         let result = self
             .pool
             .read(&READ, read, |reading| reading.total)
