@@ -104,7 +104,9 @@ async fn call_without_a_reply_has_no_error_code_of_the_store() {
     ];
     for (error, break_it) in breaks {
         let (world, collector) = (World::new(), Collector::start().await);
-        let service = traced(&world, &collector).await;
+        // On a busy machine even a refused connection can take as long as the default timeout.
+        let settings = [("REDIS_TIMEOUT", "600ms")];
+        let service = traced_with(&world, &collector, &settings).await;
         service.visit().await;
         after_a_reading_of_redis(&service).await;
         break_it(&world);
