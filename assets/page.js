@@ -1,0 +1,1 @@
+// The page is useful without this script.

@@ -1,0 +1,161 @@
+//! What the page's template is given: plain values, and how a number or a time is written in each
+//! language.
+//!
+//! Must not know: HTTP, and where a value comes from.
+
+use askama::Template;
+use time::OffsetDateTime;
+
+use super::texts::Texts;
+use crate::recorder::Refusal;
+use crate::routes::snapshot::Snapshot;
+
+/// The page.
+#[derive(Debug, Template)]
+#[template(path = "page.html")]
+pub(super) struct Page<'a> {
+    pub(super) language: Language,
+    pub(super) texts: &'static Texts,
+    /// What `GET /visitas` has as JSON: states, totals and rates.
+    pub(super) snapshot: &'a Snapshot,
+    pub(super) postgres: StoreView,
+    pub(super) redis: StoreView,
+    /// This request's visit; `None` on `/visitas`, which records none.
+    pub(super) visit: Option<Visit>,
+    /// The trace of this request, if it is sampled.
+    pub(super) trace: Option<String>,
+    pub(super) links: Links<'a>,
+    pub(super) version: &'static str,
+    pub(super) revision: &'static str,
+    pub(super) assets: AssetUrls,
+}
+
+/// The page's language.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::routes) enum Language {
+    English,
+    Portuguese,
+}
+
+/// A store's details that the JSON does not have.
+#[derive(Debug, Clone)]
+pub(super) struct StoreView {
+    pub(super) up: bool,
+    /// Since when it is up or down.
+    pub(super) since: OffsetDateTime,
+    /// Duration of the last call that succeeded; `None` while the store is down.
+    pub(super) latency_ms: Option<f64>,
+    /// The total as last read, even if that was before an outage, and when it was read.
+    pub(super) last_total: Option<(i64, OffsetDateTime)>,
+}
+
+/// How the visit of a request ended.
+#[derive(Debug, Clone)]
+pub(super) enum Visit {
+    /// In the database, committed and flushed.
+    Recorded {
+        /// The visit's number.
+        total: i64,
+        /// Its number in Redis; `None` if it was not counted there.
+        redis: Option<i64>,
+        timing: Timing,
+        /// Visits that the same commit recorded, this one included.
+        batch_size: usize,
+    },
+    /// Not known to be recorded. The response is a 503.
+    Refused {
+        /// Whether the visit can have been recorded all the same. Otherwise it certainly was not,
+        /// and the response has `Retry-After: 1`.
+        in_doubt: bool,
+        /// Why: `QueueFull` (overload), `Stopping`, `Failed` or `InDoubt` (the database).
+        reason: Refusal,
+    },
+}
+
+/// Where a visit's time went, in milliseconds.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Timing {
+    pub(super) queue_ms: f64,
+    pub(super) postgres_ms: f64,
+    /// 0 if Redis was skipped because it is down.
+    pub(super) redis_ms: f64,
+}
+
+/// Links to other pages; `None` where there is none.
+#[derive(Debug, Clone)]
+pub(super) struct Links<'a> {
+    /// This page in the other language, which records no visit.
+    pub(super) other_language: &'static str,
+    /// `None` if `METRICS_ADDR` has metrics on a listener of their own.
+    pub(super) metrics: Option<&'static str>,
+    pub(super) health: &'static str,
+    pub(super) api: &'static str,
+    /// Jaeger's page of this request's trace, or Jaeger's start page for a request without one.
+    /// `None` while no span is being exported.
+    pub(super) jaeger: Option<String>,
+    pub(super) grafana: Option<&'a str>,
+    pub(super) prometheus: Option<&'a str>,
+}
+
+/// Paths of the page's own files.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AssetUrls {
+    pub(super) css: &'static str,
+    pub(super) js: &'static str,
+    pub(super) icon: &'static str,
+}
+
+impl Page<'_> {
+    /// Whether this page is `/visitas`, which records no visit.
+    fn is_view_only(&self) -> bool {
+        self.visit.is_none()
+    }
+}
+
+impl Visit {
+    fn is_recorded(&self) -> bool {
+        matches!(self, Self::Recorded { .. })
+    }
+}
+
+impl Timing {
+    fn total_ms(&self) -> f64 {
+        self.queue_ms + self.postgres_ms + self.redis_ms
+    }
+}
+
+impl Language {
+    /// The language's tag, for `lang` and `Content-Language`.
+    pub(super) const fn tag(self) -> &'static str {
+        match self {
+            Self::English => "en",
+            Self::Portuguese => "pt-BR",
+        }
+    }
+
+    /// A whole number with its digits in groups of three.
+    fn number(self, number: i64) -> String {
+        let separator = match self {
+            Self::English => ',',
+            Self::Portuguese => '.',
+        };
+        let digits = number.unsigned_abs().to_string();
+        let mut text = String::from(if number < 0 { "-" } else { "" });
+        for (place, digit) in digits.char_indices() {
+            if place > 0 && (digits.len() - place).is_multiple_of(3) {
+                text.push(separator);
+            }
+            text.push(digit);
+        }
+        text
+    }
+
+    /// A number of milliseconds with one place.
+    fn milliseconds(self, milliseconds: f64) -> String {
+        let text = format!("{milliseconds:.1}");
+        match self {
+            Self::English => text,
+            Self::Portuguese => text.replace('.', ","),
+        }
+    }
+}
