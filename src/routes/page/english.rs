@@ -1,8 +1,8 @@
 //! The page in English.
 
-use super::Texts;
+use super::texts::Texts;
 
-pub(super) const TEXTS: Texts = Texts {
+pub(super) static TEXTS: Texts = Texts {
     title: "visitas",
     your_visit: "is the number of your visit. It is committed and on disk.",
     not_recorded: "Your visit was not recorded.",
