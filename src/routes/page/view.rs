@@ -5,6 +5,7 @@
 use askama::Template;
 use time::OffsetDateTime;
 
+use super::assets::AssetUrls;
 use super::texts::Texts;
 use crate::recorder::Refusal;
 use crate::routes::language::Language;
@@ -60,7 +61,7 @@ pub(super) enum Visit {
         /// Whether the visit can have been recorded all the same. Otherwise it certainly was not,
         /// and the response has `Retry-After: 1`.
         in_doubt: bool,
-        /// Why: `QueueFull` (overload), `Stopping`, `Failed` or `InDoubt` (the database).
+        /// `QueueFull` is an overload, `Failed` and `InDoubt` are the database.
         reason: Refusal,
     },
 }
@@ -70,7 +71,7 @@ pub(super) enum Visit {
 pub(super) struct Timing {
     pub(super) queue_ms: f64,
     pub(super) postgres_ms: f64,
-    /// 0 if Redis was skipped because it is down.
+    /// Hardly anything if Redis was skipped because it is down.
     pub(super) redis_ms: f64,
 }
 
@@ -88,14 +89,6 @@ pub(super) struct Links<'a> {
     pub(super) jaeger: Option<String>,
     pub(super) grafana: Option<&'a str>,
     pub(super) prometheus: Option<&'a str>,
-}
-
-/// Paths of the page's own files.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct AssetUrls {
-    pub(super) css: &'static str,
-    pub(super) js: &'static str,
-    pub(super) icon: &'static str,
 }
 
 impl Page<'_> {
