@@ -6,7 +6,7 @@
 use askama::Template;
 use time::OffsetDateTime;
 
-use super::texts::Texts;
+use super::{chart, words};
 use crate::recorder::Refusal;
 use crate::routes::snapshot::Snapshot;
 
@@ -15,7 +15,6 @@ use crate::routes::snapshot::Snapshot;
 #[template(path = "page.html")]
 pub(super) struct Page<'a> {
     pub(super) language: Language,
-    pub(super) texts: &'static Texts,
     /// What `GET /visitas` has as JSON: states, totals and rates.
     pub(super) snapshot: &'a Snapshot,
     pub(super) postgres: StoreView,
@@ -119,7 +118,7 @@ impl Visit {
 }
 
 impl Timing {
-    fn total_ms(&self) -> f64 {
+    pub(super) fn total_ms(&self) -> f64 {
         self.queue_ms + self.postgres_ms + self.redis_ms
     }
 }
@@ -134,7 +133,7 @@ impl Language {
     }
 
     /// A whole number with its digits in groups of three.
-    fn number(self, number: i64) -> String {
+    pub(super) fn number(self, number: i64) -> String {
         let separator = match self {
             Self::English => ',',
             Self::Portuguese => '.',
@@ -151,7 +150,7 @@ impl Language {
     }
 
     /// A number of milliseconds with one place.
-    fn milliseconds(self, milliseconds: f64) -> String {
+    pub(super) fn milliseconds(self, milliseconds: f64) -> String {
         let text = format!("{milliseconds:.1}");
         match self {
             Self::English => text,
