@@ -41,6 +41,7 @@ function write(element, text) {
 
 const SECONDS = 600;
 const INTERVAL = 5;
+const HALF = INTERVAL / 2;
 const INTERVALS = SECONDS / INTERVAL;
 const slider = at("moment");
 let rates = [];
@@ -52,20 +53,20 @@ function topOf(values) {
   return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= highest) ?? highest;
 }
 
-// A line through the values, broken where there is none. A lone value is a dot.
+// A line through the values, broken where there is none. Each part is drawn from its first
+// interval's start to its last one's end, so that a lone value is a dash.
 function line(values, top) {
-  let isDrawing = false;
   return values.map((value, index) => {
-    const wasDrawing = isDrawing;
-    isDrawing = value !== null;
-    if (!isDrawing) return "";
-    const point = `${x(index).toFixed(1)} ${(100 * (1 - value / top)).toFixed(1)}`;
-    return wasDrawing ? `L${point}` : `M${point}h0`;
+    if (value === null) return "";
+    const y = (100 * (1 - value / top)).toFixed(1);
+    const isFirst = (values[index - 1] ?? null) === null;
+    const isLast = (values[index + 1] ?? null) === null;
+    return `${isFirst ? `M${x(index) - HALF} ${y}` : ""}L${x(index)} ${y}${isLast ? `h${HALF}` : ""}`;
   }).join("");
 }
 
 // The place of an interval's middle. The newest interval ends at the right edge.
-const x = (index) => SECONDS - INTERVAL * (rates.length - index) + INTERVAL / 2;
+const x = (index) => SECONDS - INTERVAL * (rates.length - index) + HALF;
 
 function draw(snapshot) {
   rates = snapshot.replica.taxas;
@@ -74,10 +75,10 @@ function draw(snapshot) {
   const [top, topMilliseconds] = [topOf(visits), topOf(p99)];
   const lineOfVisits = line(visits, top);
   at("visits-line").setAttribute("d", lineOfVisits);
-  at("visits-area").setAttribute("d", lineOfVisits && `${lineOfVisits}L${x(rates.length - 1)} 100L${x(0)} 100Z`);
+  at("visits-area").setAttribute("d", lineOfVisits && `${lineOfVisits}V100H${x(0) - HALF}Z`);
   at("median-line").setAttribute("d", line(median, topMilliseconds));
   at("p99-line").setAttribute("d", line(p99, topMilliseconds));
-  const bands = rates.map((rate, index) => (rate.falhas > 0 ? `M${x(index) - INTERVAL / 2} 0h${INTERVAL}v100h-${INTERVAL}Z` : "")).join("");
+  const bands = rates.map((rate, index) => (rate.falhas > 0 ? `M${x(index) - HALF} 0h${INTERVAL}v100h-${INTERVAL}Z` : "")).join("");
   for (const path of document.querySelectorAll(".plot .failures")) path.setAttribute("d", bands);
   main.toggleAttribute("data-failures", bands !== "");
   if (rates.every((rate) => rate.visitas + rate.falhas === 0)) main.dataset.rates = "none";
@@ -104,7 +105,7 @@ function showMoment() {
   write(at("now-median"), shown(chosen?.p50_ms, milliseconds));
   write(at("now-p99"), shown(chosen?.p99_ms, milliseconds));
   const isMoved = slider.valueAsNumber < INTERVALS - 1;
-  const place = INTERVAL * slider.valueAsNumber + INTERVAL / 2;
+  const place = INTERVAL * slider.valueAsNumber + HALF;
   for (const path of document.querySelectorAll(".cursor")) path.setAttribute("d", isMoved ? `M${place} 0v100` : "");
   if (chosen) writeTime(at("moment-time"), new Date(chosen.em));
   else write(at("moment-time"), "–");

@@ -22,6 +22,7 @@ const HEIGHT: f64 = 100.0;
 
 /// The length of an interval in seconds.
 const INTERVAL: f64 = 5.0;
+const HALF: f64 = INTERVAL / 2.0;
 
 /// Both charts. They share their axis of time, and each has its own scale.
 #[derive(Debug)]
@@ -54,7 +55,7 @@ impl Charts {
             rate.em + Duration::seconds_f64(INTERVAL)
         });
         // The middle of an interval stands for it.
-        let place = |rate: &Rate| SECONDS - (end - rate.em).as_seconds_f64() + INTERVAL / 2.0;
+        let place = |rate: &Rate| SECONDS - (end - rate.em).as_seconds_f64() + HALF;
         let points = |value: fn(&Rate) -> Option<f64>| {
             let point = move |rate: &Rate| (place(rate), value(rate));
             rates.iter().map(point).collect::<Vec<_>>()
@@ -121,17 +122,23 @@ fn top(points: &[(f64, Option<f64>)], least: f64) -> f64 {
     fits.unwrap_or(highest)
 }
 
-/// A line through the points that have a value, broken where they have none. Each part begins with
-/// a stroke of no length, which shows a lone point as a dot.
+/// A line through the points that have a value, broken where they have none. Each part is drawn
+/// from its first interval's start to its last one's end, so that a lone value is a dash.
 fn line(points: &[(f64, Option<f64>)], top: f64) -> String {
     let mut path = String::new();
     let mut is_drawing = false;
-    for &(x, value) in points {
+    for (index, &(x, value)) in points.iter().enumerate() {
         if let Some(value) = value {
             let y = HEIGHT * (1.0 - value / top);
-            let (command, dot) = if is_drawing { ('L', "") } else { ('M', "h0") };
-            // A String takes every write.
-            write!(path, "{command}{x:.1} {y:.1}{dot}").ok();
+            if !is_drawing {
+                // A String takes every write.
+                write!(path, "M{} {y:.1}", x - HALF).ok();
+            }
+            write!(path, "L{x} {y:.1}").ok();
+            let next = points.get(index + 1).and_then(|&(_, value)| value);
+            if next.is_none() {
+                write!(path, "h{HALF}").ok();
+            }
         }
         is_drawing = value.is_some();
     }
@@ -140,18 +147,16 @@ fn line(points: &[(f64, Option<f64>)], top: f64) -> String {
 
 /// The area beneath an unbroken line.
 fn area(line: &str, points: &[(f64, Option<f64>)]) -> String {
-    let (Some((first, _)), Some((last, _))) = (points.first(), points.last()) else {
-        return String::new();
-    };
-    format!("{line}L{last:.1} {HEIGHT}L{first:.1} {HEIGHT}Z")
+    let first = points.first();
+    first.map_or_else(String::new, |(x, _)| format!("{line}V{HEIGHT}H{}Z", x - HALF))
 }
 
 /// A rectangle of the charts' height for each interval in which visits failed.
 fn bands(rates: &[Rate], place: impl Fn(&Rate) -> f64) -> String {
     let failed = rates.iter().filter(|rate| rate.falhas > 0);
     failed.fold(String::new(), |mut path, rate| {
-        let x = place(rate) - INTERVAL / 2.0;
-        write!(path, "M{x:.1} 0h{INTERVAL}v{HEIGHT}h-{INTERVAL}Z").ok();
+        let x = place(rate) - HALF;
+        write!(path, "M{x} 0h{INTERVAL}v{HEIGHT}h-{INTERVAL}Z").ok();
         path
     })
 }
@@ -189,9 +194,9 @@ mod tests {
     #[test]
     fn newest_interval_stands_at_the_right_edge() {
         let charts = drawn(&[(5, 0, Some(2.0)), (10, 0, Some(4.0))]);
-        assert_eq!(charts.visits, "M592.5 50.0h0L597.5 0.0");
-        assert_eq!(charts.visits_area, "M592.5 50.0h0L597.5 0.0L597.5 100L592.5 100Z");
-        assert_eq!(charts.median, "M592.5 60.0h0L597.5 20.0");
+        assert_eq!(charts.visits, "M590 50.0L592.5 50.0L597.5 0.0h2.5");
+        assert_eq!(charts.visits_area, "M590 50.0L592.5 50.0L597.5 0.0h2.5V100H590Z");
+        assert_eq!(charts.median, "M590 60.0L592.5 60.0L597.5 20.0h2.5");
         assert_eq!(charts.end, datetime!(2026-11-26 12:00:10 UTC));
         assert!(!charts.is_empty);
     }
@@ -199,8 +204,8 @@ mod tests {
     #[test]
     fn line_is_broken_where_nothing_was_recorded() {
         let charts = drawn(&[(5, 0, Some(1.0)), (0, 3, None), (5, 0, Some(1.0))]);
-        assert_eq!(charts.p99, "M587.5 0.0h0M597.5 0.0h0");
-        assert_eq!(charts.failures, "M590.0 0h5v100h-5Z");
+        assert_eq!(charts.p99, "M585 0.0L587.5 0.0h2.5M595 0.0L597.5 0.0h2.5");
+        assert_eq!(charts.failures, "M590 0h5v100h-5Z");
     }
 
     #[test]
