@@ -6,7 +6,8 @@
 use time::OffsetDateTime;
 
 use super::chart::Charts;
-use super::view::{Language, Page, Visit};
+use super::view::{Page, Visit};
+use crate::routes::language::Language;
 
 impl Page<'_> {
     /// The title of the browser's tab: the visit's number, or what is wrong.
@@ -30,10 +31,15 @@ impl Page<'_> {
         }
     }
 
-    /// A store's total as last read.
-    pub(super) fn count(&self, total: &Option<(i64, OffsetDateTime)>) -> String {
+    /// A store's total, or the last one that is known.
+    pub(super) fn count(
+        &self,
+        total: Option<&i64>,
+        last: Option<&(i64, OffsetDateTime)>,
+    ) -> String {
         let unknown = || self.language.say("unknown", "desconhecido").to_owned();
-        total.as_ref().map_or_else(unknown, |(total, _)| self.language.number(*total))
+        let total = total.or(last.map(|(total, _)| total));
+        total.map_or_else(unknown, |total| self.language.number(*total))
     }
 
     /// How the stores' totals compare: `data-difference` in the template.

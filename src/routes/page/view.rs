@@ -1,5 +1,4 @@
-//! What the page's template is given: plain values, and how a number or a time is written in each
-//! language.
+//! What the page's template is given: plain values.
 //!
 //! Must not know: HTTP, and where a value comes from.
 
@@ -8,6 +7,7 @@ use time::OffsetDateTime;
 
 use super::{chart, words};
 use crate::recorder::Refusal;
+use crate::routes::language::Language;
 use crate::routes::snapshot::Snapshot;
 
 /// The page.
@@ -27,13 +27,6 @@ pub(super) struct Page<'a> {
     pub(super) version: &'static str,
     pub(super) revision: &'static str,
     pub(super) assets: AssetUrls,
-}
-
-/// The page's language.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::routes) enum Language {
-    English,
-    Portuguese,
 }
 
 /// A store's details that the JSON does not have.
@@ -120,41 +113,5 @@ impl Visit {
 impl Timing {
     pub(super) fn total_ms(&self) -> f64 {
         self.queue_ms + self.postgres_ms + self.redis_ms
-    }
-}
-
-impl Language {
-    /// The language's tag, for `lang` and `Content-Language`.
-    pub(super) const fn tag(self) -> &'static str {
-        match self {
-            Self::English => "en",
-            Self::Portuguese => "pt-BR",
-        }
-    }
-
-    /// A whole number with its digits in groups of three.
-    pub(super) fn number(self, number: i64) -> String {
-        let separator = match self {
-            Self::English => ',',
-            Self::Portuguese => '.',
-        };
-        let digits = number.unsigned_abs().to_string();
-        let mut text = String::from(if number < 0 { "-" } else { "" });
-        for (place, digit) in digits.char_indices() {
-            if place > 0 && (digits.len() - place).is_multiple_of(3) {
-                text.push(separator);
-            }
-            text.push(digit);
-        }
-        text
-    }
-
-    /// A number of milliseconds with one place.
-    pub(super) fn milliseconds(self, milliseconds: f64) -> String {
-        let text = format!("{milliseconds:.1}");
-        match self {
-            Self::English => text,
-            Self::Portuguese => text.replace('.', ","),
-        }
     }
 }

@@ -5,7 +5,7 @@
 
 use time::OffsetDateTime;
 
-use super::view::Language;
+use crate::routes::language::Language;
 
 impl Language {
     /// The text of this language.
