@@ -93,7 +93,9 @@ impl Feed {
         let channel = running.filter(|channel| !channel.task.is_finished());
         let channel = channel.unwrap_or_else(|| {
             // What changes from here on makes a further event.
-            changes.each_mut().map(watch::Receiver::mark_unchanged);
+            for change in &mut changes {
+                change.mark_unchanged();
+            }
             let (sender, latest) = watch::channel(render());
             let task = tokio::spawn(publish(sender, changes, render)).abort_handle();
             let channel = Arc::new(Channel { latest, task });

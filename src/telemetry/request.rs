@@ -50,14 +50,14 @@ impl Observer {
         })
     }
 
-    /// Makes the layer. `observed` says what is observed of a route's requests.
+    /// Makes the layer. `of_route` says what is observed of a route's requests.
     pub fn layer<S>(
         self: Arc<Self>,
-        observed: fn(route: &str) -> Observed,
+        of_route: fn(route: &str) -> Observed,
     ) -> impl Layer<S, Service = ObservingService<S>> + Clone {
         layer_fn(move |inner| ObservingService {
             observer: Arc::clone(&self),
-            observed,
+            of_route,
             inner,
         })
     }
@@ -91,7 +91,7 @@ pub enum Observed {
 #[derive(Debug, Clone)]
 pub struct ObservingService<S> {
     observer: Arc<Observer>,
-    observed: fn(&str) -> Observed,
+    of_route: fn(&str) -> Observed,
     inner: S,
 }
 
@@ -108,7 +108,7 @@ where
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let in_flight = InFlight::begin(&self.observer, self.observed, &request);
+        let in_flight = InFlight::begin(&self.observer, self.of_route, &request);
         let _scope = RequestScope::enter(in_flight.ids());
         let span = in_flight.span.clone();
         ResponseFuture {
@@ -162,15 +162,15 @@ struct InFlight {
 }
 
 impl InFlight {
-    fn begin(observer: &Arc<Observer>, observed: fn(&str) -> Observed, request: &Request) -> Self {
+    fn begin(observer: &Arc<Observer>, of_route: fn(&str) -> Observed, request: &Request) -> Self {
         let started = Instant::now();
         let method = known_method(request.method());
         let route = request.extensions().get::<MatchedPath>().cloned();
         let id = request_id(request);
-        let observed = route
+        let extent = route
             .as_ref()
-            .map_or(Observed::Traced, |route| observed(route.as_str()));
-        let decision = if observed == Observed::Traced {
+            .map_or(Observed::Traced, |route| of_route(route.as_str()));
+        let decision = if extent == Observed::Traced {
             observer.sampler.decide(request.headers())
         } else {
             observer.sampler.decline(request.headers())
@@ -193,7 +193,7 @@ impl InFlight {
             context,
             span,
             started,
-            timed: observed != Observed::Untimed,
+            timed: extent != Observed::Untimed,
             ended: false,
         }
     }

@@ -3,10 +3,10 @@
 //! Must not know: how a visit is recorded, and how a request chooses the page.
 
 pub(super) mod assets;
-mod english;
-mod portuguese;
-mod texts;
+mod chart;
+mod present;
 mod view;
+mod words;
 
 use askama::Template as _;
 use axum::body::Body;
@@ -103,12 +103,8 @@ fn respond(
     let jaeger = jaeger.filter(|_| state.telemetry.is_exporting());
     let page = Page {
         language,
-        texts: match language {
-            Language::English => &english::TEXTS,
-            Language::Portuguese => &portuguese::TEXTS,
-        },
-        postgres: store(state.postgres.availability(), snapshot.db_status),
-        redis: store(state.redis.availability(), snapshot.redis_status),
+        postgres: store(state.postgres.availability()),
+        redis: store(state.redis.availability()),
         snapshot,
         visit,
         links: Links {
@@ -140,13 +136,10 @@ fn respond(
     response
 }
 
-/// A store as the page shows it, in the state that the response states.
-fn store(availability: &Availability, status: &str) -> StoreView {
+fn store(availability: &Availability) -> StoreView {
     let last_total = availability.last_count();
     StoreView {
-        up: status == "ok",
         since: availability.since().into(),
-        latency_ms: availability.latency().map(milliseconds),
         last_total: last_total.map(|(total, at)| (total, at.into())),
     }
 }

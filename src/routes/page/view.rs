@@ -6,7 +6,7 @@ use askama::Template;
 use time::OffsetDateTime;
 
 use super::assets::AssetUrls;
-use super::texts::Texts;
+use super::{chart, words};
 use crate::recorder::Refusal;
 use crate::routes::language::Language;
 use crate::routes::snapshot::Snapshot;
@@ -16,7 +16,6 @@ use crate::routes::snapshot::Snapshot;
 #[template(path = "page.html")]
 pub(super) struct Page<'a> {
     pub(super) language: Language,
-    pub(super) texts: &'static Texts,
     /// What `GET /visitas` has as JSON: states, totals and rates.
     pub(super) snapshot: &'a Snapshot,
     pub(super) postgres: StoreView,
@@ -34,11 +33,8 @@ pub(super) struct Page<'a> {
 /// A store's details that the JSON does not have.
 #[derive(Debug, Clone)]
 pub(super) struct StoreView {
-    pub(super) up: bool,
     /// Since when it is up or down.
     pub(super) since: OffsetDateTime,
-    /// Duration of the last call that succeeded; `None` while the store is down.
-    pub(super) latency_ms: Option<f64>,
     /// The total as last read, even if that was before an outage, and when it was read.
     pub(super) last_total: Option<(i64, OffsetDateTime)>,
 }
@@ -61,13 +57,17 @@ pub(super) enum Visit {
         /// Whether the visit can have been recorded all the same. Otherwise it certainly was not,
         /// and the response has `Retry-After: 1`.
         in_doubt: bool,
-        /// `QueueFull` is an overload, `Failed` and `InDoubt` are the database.
+        /// Why: `QueueFull` (overload), `Stopping`, `Failed` or `InDoubt` (the database).
         reason: Refusal,
     },
 }
 
 /// Where a visit's time went, in milliseconds.
 #[derive(Debug, Clone, Copy)]
+#[expect(
+    clippy::struct_field_names,
+    reason = "the unit is part of a number's name"
+)]
 pub(super) struct Timing {
     pub(super) queue_ms: f64,
     pub(super) postgres_ms: f64,
@@ -98,14 +98,8 @@ impl Page<'_> {
     }
 }
 
-impl Visit {
-    fn is_recorded(&self) -> bool {
-        matches!(self, Self::Recorded { .. })
-    }
-}
-
 impl Timing {
-    fn total_ms(&self) -> f64 {
+    pub(super) fn total_ms(&self) -> f64 {
         self.queue_ms + self.postgres_ms + self.redis_ms
     }
 }
