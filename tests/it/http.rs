@@ -10,7 +10,14 @@ use crate::support::{
     Answer, HeldCount, SOON, Service, Wire, World, eventually, until_refused, without_stores,
 };
 
-const PATHS: [&str; 5] = ["/", "/health", "/health/ready", "/health/live", "/metrics"];
+const PATHS: [&str; 6] = [
+    "/",
+    "/visitas",
+    "/health",
+    "/health/ready",
+    "/health/live",
+    "/metrics",
+];
 
 #[tokio::test]
 async fn second_visit_counts_two() {
