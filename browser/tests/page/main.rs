@@ -121,7 +121,7 @@ async fn outage_and_its_end_are_shown_without_a_reload() {
 
     site.postgres.start_again().expect("it starts");
     browser.until_text_within(POSTGRES, "PostgreSQL is back", OUTAGE).await;
-    assert!(browser.text(POSTGRES).await.contains("It was away for"));
+    assert!(browser.text(POSTGRES).await.contains("PostgreSQL was away for"));
     browser.until_text("#announcement", "PostgreSQL is back").await;
     assert_eq!(browser.text(".store:has(#postgres) .state").await, "works");
     assert_eq!(site.visit(), 2);
