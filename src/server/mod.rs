@@ -28,7 +28,7 @@ pub use self::listener::bind;
 use self::listener::{Warnings, block_handshakes, concerns_one_client};
 pub use self::rejections::{Rejection, Rejections};
 use self::shared::Shared;
-pub use self::shared::{Events, Limits, Stop};
+pub use self::shared::{Endless, Events, Limits, Stop};
 
 /// How a drain ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

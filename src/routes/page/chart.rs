@@ -50,7 +50,7 @@ impl Charts {
     /// Draws the rates of a snapshot.
     pub(super) fn of(snapshot: &Snapshot) -> Self {
         let rates = &snapshot.replica.taxas;
-        let newest = rates.last().cloned();
+        let newest = rates.last().copied();
         let end = newest.as_ref().map_or(snapshot.atualizado_em, |rate| {
             rate.em + Duration::seconds_f64(INTERVAL)
         });
@@ -148,7 +148,9 @@ fn line(points: &[(f64, Option<f64>)], top: f64) -> String {
 /// The area beneath an unbroken line.
 fn area(line: &str, points: &[(f64, Option<f64>)]) -> String {
     let first = points.first();
-    first.map_or_else(String::new, |(x, _)| format!("{line}V{HEIGHT}H{}Z", x - HALF))
+    first.map_or_else(String::new, |(x, _)| {
+        format!("{line}V{HEIGHT}H{}Z", x - HALF)
+    })
 }
 
 /// A rectangle of the charts' height for each interval in which visits failed.
@@ -195,7 +197,10 @@ mod tests {
     fn newest_interval_stands_at_the_right_edge() {
         let charts = drawn(&[(5, 0, Some(2.0)), (10, 0, Some(4.0))]);
         assert_eq!(charts.visits, "M590 50.0L592.5 50.0L597.5 0.0h2.5");
-        assert_eq!(charts.visits_area, "M590 50.0L592.5 50.0L597.5 0.0h2.5V100H590Z");
+        assert_eq!(
+            charts.visits_area,
+            "M590 50.0L592.5 50.0L597.5 0.0h2.5V100H590Z"
+        );
         assert_eq!(charts.median, "M590 60.0L592.5 60.0L597.5 20.0h2.5");
         assert_eq!(charts.end, datetime!(2026-11-26 12:00:10 UTC));
         assert!(!charts.is_empty);
@@ -211,7 +216,10 @@ mod tests {
     #[test]
     fn scale_ends_at_a_round_number() {
         let top_of = |visits| drawn(&[(visits, 0, None)]).visits_top;
-        assert_eq!([0, 5, 6, 500, 501].map(top_of), [1.0, 1.0, 2.0, 100.0, 200.0]);
+        assert_eq!(
+            [0, 5, 6, 500, 501].map(top_of),
+            [1.0, 1.0, 2.0, 100.0, 200.0]
+        );
     }
 
     #[test]

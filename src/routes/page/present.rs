@@ -59,7 +59,10 @@ impl Page<'_> {
     }
 
     fn visits_that_redis_lacks(&self) -> Option<i64> {
-        let (rows, redis) = (self.snapshot.total_registros_db?, self.snapshot.visitas_redis?);
+        let (rows, redis) = (
+            self.snapshot.total_registros_db?,
+            self.snapshot.visitas_redis?,
+        );
         Some(rows.saturating_sub(redis))
     }
 

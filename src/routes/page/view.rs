@@ -5,6 +5,7 @@
 use askama::Template;
 use time::OffsetDateTime;
 
+use super::assets::AssetUrls;
 use super::{chart, words};
 use crate::recorder::Refusal;
 use crate::routes::language::Language;
@@ -32,11 +33,8 @@ pub(super) struct Page<'a> {
 /// A store's details that the JSON does not have.
 #[derive(Debug, Clone)]
 pub(super) struct StoreView {
-    pub(super) up: bool,
     /// Since when it is up or down.
     pub(super) since: OffsetDateTime,
-    /// Duration of the last call that succeeded; `None` while the store is down.
-    pub(super) latency_ms: Option<f64>,
     /// The total as last read, even if that was before an outage, and when it was read.
     pub(super) last_total: Option<(i64, OffsetDateTime)>,
 }
@@ -66,10 +64,14 @@ pub(super) enum Visit {
 
 /// Where a visit's time went, in milliseconds.
 #[derive(Debug, Clone, Copy)]
+#[expect(
+    clippy::struct_field_names,
+    reason = "the unit is part of a number's name"
+)]
 pub(super) struct Timing {
     pub(super) queue_ms: f64,
     pub(super) postgres_ms: f64,
-    /// 0 if Redis was skipped because it is down.
+    /// Hardly anything if Redis was skipped because it is down.
     pub(super) redis_ms: f64,
 }
 
@@ -89,24 +91,10 @@ pub(super) struct Links<'a> {
     pub(super) prometheus: Option<&'a str>,
 }
 
-/// Paths of the page's own files.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct AssetUrls {
-    pub(super) css: &'static str,
-    pub(super) js: &'static str,
-    pub(super) icon: &'static str,
-}
-
 impl Page<'_> {
     /// Whether this page is `/visitas`, which records no visit.
     fn is_view_only(&self) -> bool {
         self.visit.is_none()
-    }
-}
-
-impl Visit {
-    fn is_recorded(&self) -> bool {
-        matches!(self, Self::Recorded { .. })
     }
 }
 

@@ -72,7 +72,10 @@ pub(super) fn size(number: i64) -> &'static str {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "a float is cut at the bounds of i64")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a float is cut at the bounds of i64"
+)]
 fn whole(number: f64) -> i64 {
     number.round() as i64
 }
