@@ -49,7 +49,9 @@ impl Browser {
     pub(crate) async fn open() -> Self {
         let address = ports::free_address().expect("a free port");
         let mut command = process::command("chromedriver");
-        command.arg(format!("--port={}", address.port())).env("TZ", "America/Sao_Paulo");
+        command
+            .arg(format!("--port={}", address.port()))
+            .env("TZ", "America/Sao_Paulo");
         let log = folder("bench").join(format!("chromedriver-{}.log", address.port()));
         let chromedriver = Process::start(command, &log).expect("chromedriver starts");
         eventually("chromedriver listens", SOON, async || {
@@ -90,7 +92,8 @@ impl Browser {
 
     /// Sets the width and the colour scheme.
     pub(crate) async fn look(&self, look: Look) {
-        let size = json!({"width": look.width, "height": 900, "deviceScaleFactor": 1, "mobile": false});
+        let size =
+            json!({"width": look.width, "height": 900, "deviceScaleFactor": 1, "mobile": false});
         self.tool("Emulation.setDeviceMetricsOverride", size).await;
         let media = json!({"features": [
             {"name": "prefers-color-scheme", "value": look.scheme},
@@ -135,7 +138,10 @@ impl Browser {
 
     pub(crate) async fn until_text_within(&self, selector: &str, part: &str, timeout: Duration) {
         let what = format!("{selector} has {part:?}");
-        eventually(&what, timeout, async || self.text(selector).await.contains(part)).await;
+        eventually(&what, timeout, async || {
+            self.text(selector).await.contains(part)
+        })
+        .await;
     }
 
     /// Saves a picture of the whole page.
@@ -156,7 +162,8 @@ impl Browser {
         let axe = std::env::var(AXE).expect("AXE: `make browser` sets it");
         let axe = std::fs::read_to_string(axe).expect("axe-core");
         // Through the tools, because the page's security policy forbids other scripts.
-        self.tool("Runtime.evaluate", json!({"expression": axe})).await;
+        self.tool("Runtime.evaluate", json!({"expression": axe}))
+            .await;
         let run = "axe.run().then((result) => result.violations.flatMap((rule) => \
             rule.nodes.map((node) => `${rule.id}: ${node.target} ${node.failureSummary}`)))";
         let run = json!({"expression": run, "awaitPromise": true, "returnByValue": true});
@@ -182,7 +189,11 @@ impl Browser {
             event["message"].clone()
         });
         let requests = events.filter(|event| event["method"] == "Network.requestWillBeSent");
-        let url = |event: Value| event["params"]["request"]["url"].as_str().map(str::to_owned);
+        let url = |event: Value| {
+            event["params"]["request"]["url"]
+                .as_str()
+                .map(str::to_owned)
+        };
         requests.filter_map(url).collect()
     }
 

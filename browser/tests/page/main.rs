@@ -30,7 +30,10 @@ async fn page_speaks_the_language_that_the_browser_prefers() {
         browser.text("h1").await,
         "1\nis the number of your visit. It is committed and on disk."
     );
-    assert_eq!(browser.evaluate("document.documentElement.lang").await, "en");
+    assert_eq!(
+        browser.evaluate("document.documentElement.lang").await,
+        "en"
+    );
 
     browser.prefer("pt-BR, pt;q=0.9, en;q=0.5").await;
     browser.goto(&site.url("/")).await;
@@ -38,7 +41,10 @@ async fn page_speaks_the_language_that_the_browser_prefers() {
         browser.text("h1").await,
         "2\né o número da sua visita. Ela está confirmada e gravada em disco."
     );
-    assert_eq!(browser.evaluate("document.documentElement.lang").await, "pt-BR");
+    assert_eq!(
+        browser.evaluate("document.documentElement.lang").await,
+        "pt-BR"
+    );
     assert_eq!(browser.text("header a").await, "English");
     finish(&site, browser, &[]).await;
 }
@@ -47,11 +53,15 @@ async fn page_speaks_the_language_that_the_browser_prefers() {
 async fn link_to_the_other_language_counts_no_visit() {
     let (site, browser) = (Site::start(&[]), Browser::open().await);
     browser.goto(&site.url("/")).await;
-    browser.evaluate("document.querySelector('header a').click()").await;
+    browser
+        .evaluate("document.querySelector('header a').click()")
+        .await;
     let total = "1\né o total de visitas até agora. Olhar esta página não conta nenhuma.";
     browser.until_text("h1", total).await;
     assert_eq!(site.rows(), 1);
-    browser.evaluate("document.querySelector('main a.action').click()").await;
+    browser
+        .evaluate("document.querySelector('main a.action').click()")
+        .await;
     browser.until_text("h1", "number of your visit").await;
     assert_eq!(site.rows(), 2);
     finish(&site, browser, &[]).await;
@@ -62,7 +72,9 @@ async fn page_is_useful_without_javascript() {
     let (site, browser) = (Site::start(&[]), Browser::open().await);
     site.visit();
     let off = json!({"value": true});
-    browser.tool("Emulation.setScriptExecutionDisabled", off).await;
+    browser
+        .tool("Emulation.setScriptExecutionDisabled", off)
+        .await;
     browser.goto(&site.url("/")).await;
     assert!(browser.text("h1").await.starts_with("2\n"));
     assert_eq!(browser.text(".store:has(#postgres) .state").await, "works");
@@ -72,7 +84,9 @@ async fn page_is_useful_without_javascript() {
     assert_eq!(browser.text("#moment").await, "", "it would do nothing");
     // A chart is there once an interval of five seconds is complete.
     eventually("the chart is drawn", SOON, async || {
-        browser.evaluate("document.querySelector('.live a').click()").await;
+        browser
+            .evaluate("document.querySelector('.live a').click()")
+            .await;
         let line = "document.getElementById('visits-line').getAttribute('d').length > 0";
         browser.evaluate(line).await == true
     })
@@ -91,7 +105,9 @@ async fn totals_move_while_the_number_of_the_visit_stays() {
     }
     browser.until_text("#postgres-total", "1,235").await;
     browser.until_text("#redis-total", "1,235").await;
-    browser.until_text(".store:has(#redis)", "the same as PostgreSQL").await;
+    browser
+        .until_text(".store:has(#redis)", "the same as PostgreSQL")
+        .await;
     assert!(browser.text("h1").await.starts_with("1\n"));
     eventually("the chart has them", SOON, async || {
         let visits = browser.text("#now-visits").await;
@@ -111,18 +127,36 @@ async fn outage_and_its_end_are_shown_without_a_reload() {
     browser.evaluate("window.isTheSame = true").await;
 
     site.postgres.kill().expect("it ends");
-    browser.until_text_within(POSTGRES, "PostgreSQL does not respond", OUTAGE).await;
+    browser
+        .until_text_within(POSTGRES, "PostgreSQL does not respond", OUTAGE)
+        .await;
     let notice = browser.text(POSTGRES).await;
     assert!(notice.contains("Your own visit is safe"), "{notice}");
     assert!(notice.contains("Redis works"), "{notice}");
-    assert!(browser.text(".store:has(#postgres)").await.contains("down since"));
+    assert!(
+        browser
+            .text(".store:has(#postgres)")
+            .await
+            .contains("down since")
+    );
     assert_eq!(browser.text("#postgres-total").await, "1", "the last known");
-    browser.until_text("#announcement", "PostgreSQL does not respond").await;
+    browser
+        .until_text("#announcement", "PostgreSQL does not respond")
+        .await;
 
     site.postgres.start_again().expect("it starts");
-    browser.until_text_within(POSTGRES, "PostgreSQL is back", OUTAGE).await;
-    assert!(browser.text(POSTGRES).await.contains("PostgreSQL was away for"));
-    browser.until_text("#announcement", "PostgreSQL is back").await;
+    browser
+        .until_text_within(POSTGRES, "PostgreSQL is back", OUTAGE)
+        .await;
+    assert!(
+        browser
+            .text(POSTGRES)
+            .await
+            .contains("PostgreSQL was away for")
+    );
+    browser
+        .until_text("#announcement", "PostgreSQL is back")
+        .await;
     assert_eq!(browser.text(".store:has(#postgres) .state").await, "works");
     assert_eq!(site.visit(), 2);
     browser.until_text("#postgres-total", "2").await;
@@ -138,14 +172,23 @@ async fn refused_visit_sees_the_end_of_the_outage() {
     }
     site.postgres.kill().expect("it ends");
     browser.goto(&site.url("/visitas")).await;
-    browser.until_text_within(POSTGRES, "PostgreSQL does not respond", OUTAGE).await;
+    browser
+        .until_text_within(POSTGRES, "PostgreSQL does not respond", OUTAGE)
+        .await;
     browser.goto(&site.url("/")).await;
-    assert!(browser.text("h1").await.starts_with("30\nwas the number of visits at"));
+    assert!(
+        browser
+            .text("h1")
+            .await
+            .starts_with("30\nwas the number of visits at")
+    );
     let notice = browser.text(POSTGRES).await;
     assert!(notice.contains("Your visit was not recorded."), "{notice}");
     browser.until_text(".live", "Live").await;
     // The failed visit is in the chart once its interval of five seconds is complete.
-    browser.until_text("#now-failures, .if-failures", "failed").await;
+    browser
+        .until_text("#now-failures, .if-failures", "failed")
+        .await;
     browser.picture("outage").await;
     assert_eq!(browser.violations().await, [""; 0]);
     browser.look(DARK).await;
@@ -157,14 +200,20 @@ async fn refused_visit_sees_the_end_of_the_outage() {
     assert_fits(&browser).await;
 
     site.postgres.start_again().expect("it starts");
-    browser.until_text_within(POSTGRES, "PostgreSQL is back", OUTAGE).await;
+    browser
+        .until_text_within(POSTGRES, "PostgreSQL is back", OUTAGE)
+        .await;
     browser.look(LIGHT).await;
     browser.picture("back").await;
     assert_eq!(browser.violations().await, [""; 0]);
     let notice = browser.text(POSTGRES).await;
     assert!(notice.contains("Your visit was not recorded."), "{notice}");
-    browser.evaluate("document.querySelector('.notice a.action').click()").await;
-    browser.until_text("h1", "31\nis the number of your visit").await;
+    browser
+        .evaluate("document.querySelector('.notice a.action').click()")
+        .await;
+    browser
+        .until_text("h1", "31\nis the number of your visit")
+        .await;
     finish(&site, browser, &["status of 503"]).await;
 }
 
@@ -174,10 +223,22 @@ async fn without_redis_the_visit_is_recorded_and_the_page_says_so() {
     site.visit();
     site.redis.kill().expect("it ends");
     browser.goto(&site.url("/visitas")).await;
-    browser.until_text_within(REDIS, "Redis does not respond", OUTAGE).await;
+    browser
+        .until_text_within(REDIS, "Redis does not respond", OUTAGE)
+        .await;
     browser.goto(&site.url("/")).await;
-    assert!(browser.text("h1").await.starts_with("2\nis the number of your visit"));
-    assert!(browser.text(REDIS).await.contains("Visits are recorded all the same"));
+    assert!(
+        browser
+            .text("h1")
+            .await
+            .starts_with("2\nis the number of your visit")
+    );
+    assert!(
+        browser
+            .text(REDIS)
+            .await
+            .contains("Visits are recorded all the same")
+    );
     assert!(browser.text(".parts").await.contains("not counted"));
     assert_eq!(browser.text("#redis-total").await, "1", "the last known");
     assert_eq!(browser.text(POSTGRES).await, "");
@@ -187,7 +248,9 @@ async fn without_redis_the_visit_is_recorded_and_the_page_says_so() {
     assert_eq!(browser.violations().await, [""; 0]);
 
     site.redis.start_again().expect("it starts");
-    browser.until_text_within(REDIS, "Redis is back", OUTAGE).await;
+    browser
+        .until_text_within(REDIS, "Redis is back", OUTAGE)
+        .await;
     finish(&site, browser, &[]).await;
 }
 
@@ -214,9 +277,17 @@ async fn hidden_page_has_no_stream() {
     streams(1.0).await;
     let page = browser.driver.window().await.expect("a window");
     let other = browser.driver.new_tab().await.expect("a tab");
-    browser.driver.switch_to_window(other).await.expect("the tab");
+    browser
+        .driver
+        .switch_to_window(other)
+        .await
+        .expect("the tab");
     streams(0.0).await;
-    browser.driver.switch_to_window(page).await.expect("the page");
+    browser
+        .driver
+        .switch_to_window(page)
+        .await
+        .expect("the page");
     browser.tool("Page.bringToFront", json!({})).await;
     streams(1.0).await;
     finish(&site, browser, &[]).await;
@@ -240,7 +311,11 @@ async fn page_passes_an_accessibility_audit() {
     }
     browser.goto(&site.url("/visitas?lang=pt")).await;
     browser.until_text(".live", "Ao vivo").await;
-    assert_eq!(browser.violations().await, [""; 0], "in Portuguese, without a visit");
+    assert_eq!(
+        browser.violations().await,
+        [""; 0],
+        "in Portuguese, without a visit"
+    );
     assert_fits(&browser).await;
     finish(&site, browser, &[]).await;
 }
@@ -263,22 +338,37 @@ async fn keyboard_reaches_everything_in_the_order_of_the_page() {
     .await;
     browser.until_text(".live", "Live").await;
     let trace = browser.text("a.trace").await;
-    let link = browser.evaluate("document.querySelector('a.trace').href").await;
+    let link = browser
+        .evaluate("document.querySelector('a.trace').href")
+        .await;
     assert_eq!(link, format!("http://127.0.0.1:16686/trace/{trace}"));
     let mut order = Vec::new();
     loop {
         press(&browser, "Tab").await;
-        let focused = "document.activeElement.labels?.[0]?.innerText ?? document.activeElement.innerText";
+        let focused =
+            "document.activeElement.labels?.[0]?.innerText ?? document.activeElement.innerText";
         let focused = browser.evaluate(focused).await;
         let focused = focused.as_str().unwrap_or_default().to_owned();
         let is_visible = "document.activeElement.matches(':focus-visible')";
-        if order.len() > 20 || browser.evaluate("document.activeElement === document.body").await == true {
+        if order.len() > 20
+            || browser
+                .evaluate("document.activeElement === document.body")
+                .await
+                == true
+        {
             break;
         }
         assert_eq!(browser.evaluate(is_visible).await, true, "{focused}");
         order.push(focused);
     }
-    let footer = ["Metrics", "Health", "API description", "Jaeger", "Prometheus", "Grafana"];
+    let footer = [
+        "Metrics",
+        "Health",
+        "API description",
+        "Jaeger",
+        "Prometheus",
+        "Grafana",
+    ];
     let expected = [&["Português", "Moment", &trace], &footer[..]].concat();
     assert_eq!(order, expected);
     finish(&site, browser, &[]).await;
@@ -296,19 +386,33 @@ async fn slider_names_the_time_and_the_numbers_of_a_moment() {
         value.as_str().is_some_and(|value| value.contains("median"))
     })
     .await;
-    browser.evaluate("document.getElementById('moment').focus()").await;
+    browser
+        .evaluate("document.getElementById('moment').focus()")
+        .await;
     let cursors = "[...document.querySelectorAll('.cursor')].map((path) => path.getAttribute('d'))";
-    assert_eq!(browser.evaluate(cursors).await, json!(["", ""]), "at the newest");
+    assert_eq!(
+        browser.evaluate(cursors).await,
+        json!(["", ""]),
+        "at the newest"
+    );
     press(&browser, "ArrowLeft").await;
-    assert_eq!(browser.evaluate(cursors).await, json!(["M592.5 0v100", "M592.5 0v100"]));
+    assert_eq!(
+        browser.evaluate(cursors).await,
+        json!(["M592.5 0v100", "M592.5 0v100"])
+    );
     // Times are the reader's, three hours behind UTC, and the service's in the attribute.
     let time = browser.text("#moment-time").await;
-    let machine = browser.evaluate("document.getElementById('moment-time').dateTime").await;
+    let machine = browser
+        .evaluate("document.getElementById('moment-time').dateTime")
+        .await;
     let hour = |time: &str| time[..2].parse::<i32>().expect("an hour");
     let machine = machine.as_str().expect("a time");
     assert_eq!((hour(&machine[11..]) - hour(&time)).rem_euclid(24), 3);
     let value = browser.evaluate(value).await;
-    assert!(value.as_str().expect("a text").starts_with(&time), "{value}");
+    assert!(
+        value.as_str().expect("a text").starts_with(&time),
+        "{value}"
+    );
     finish(&site, browser, &[]).await;
 }
 

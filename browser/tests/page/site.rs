@@ -28,7 +28,9 @@ impl Site {
             (redis.host(), redis.port()),
         );
         let own = [("BIND_ADDR", address.to_string())];
-        let given = settings.iter().map(|&(name, value)| (name, value.to_owned()));
+        let given = settings
+            .iter()
+            .map(|&(name, value)| (name, value.to_owned()));
         let command = program::command(stores.into_iter().chain(own).chain(given));
         let folder = program::scratch().expect("a folder");
         let log = folder.join(format!("browser-{}.log", address.port()));
