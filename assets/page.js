@@ -207,6 +207,9 @@ function show(snapshot) {
   showTotals(rows, redis);
   draw(snapshot);
   writeTime(at("news"), moment);
+  // The stream can lead to another replica once it was broken.
+  write(at("replica"), snapshot.replica.id);
+  writeTime(at("replica-since"), new Date(snapshot.replica.desde));
   // A screen reader hears of changes of state alone, not of each second.
   if (changes.includes(true)) {
     const notices = [...document.querySelectorAll(".notice")].filter((notice) =>
