@@ -16,7 +16,10 @@ axe_sum=e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745
 main() {
     # The stores must be there; only the browser can be missing.
     devstack/install.sh
-    if ! devstack/install.sh chromium=chromium chromedriver=chromium-driver npm=npm; then
+    # chromedriver finds either of them.
+    local browser=chromium
+    [ -z "$(command -v google-chrome)" ] || browser=google-chrome
+    if ! devstack/install.sh "$browser=chromium" chromedriver=chromium-driver npm=npm; then
         echo "== make browser SKIPPED: there is no chromium, chromedriver or npm, and no way to install them"
         exit 0
     fi
