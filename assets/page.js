@@ -156,6 +156,9 @@ for (const plot of document.querySelectorAll(".plot")) {
 
 // The stores
 
+// How long the first seconds last: stores are read once a second.
+const FIRST = 2500;
+
 // Writes a store's state and total, and returns whether its state has changed.
 function showStore(store, status, total, moment) {
   const before = main.dataset[store];
@@ -174,7 +177,10 @@ function showStore(store, status, total, moment) {
   }
   // The last known total stays through an outage, with its time.
   count.classList.toggle("old", total === null);
-  if (total !== null) {
+  // At first a total can be older than the visit of this page, which is in the total already there.
+  const isOld = performance.now() < FIRST && total < Number(count.value);
+  if (total !== null && !isOld) {
+    count.value = total;
     write(count, whole.format(total));
     writeTime(at(`${store}-read`), moment);
   }

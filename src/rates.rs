@@ -7,7 +7,6 @@
 //! Intervals begin at multiples of 5 s of the wall clock, so those of several replicas agree. Must
 //! not know: stores and HTTP.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -28,8 +27,8 @@ pub struct Rate {
     pub p99: Option<Duration>,
 }
 
-/// The finished intervals, the oldest first.
-pub type History = Arc<VecDeque<Rate>>;
+/// The finished intervals of the last 10 minutes, the oldest first.
+pub type History = Arc<Vec<Rate>>;
 
 /// The rates of the last 10 minutes.
 #[derive(Debug)]
@@ -47,7 +46,7 @@ struct Intervals {
 
 const INTERVAL: Duration = Duration::from_secs(5);
 /// Intervals that are kept: those of 10 minutes.
-const KEPT: usize = 120;
+const KEPT: u64 = 120;
 /// Durations from here on count as this one; no visit can take longer than `VISIT_TIMEOUT`, which
 /// is at most 2 minutes.
 const LONGEST: Duration = Duration::from_mins(3);
@@ -63,11 +62,12 @@ impl Rates {
     /// Never: the histogram's bounds are constants.
     pub fn new() -> anyhow::Result<Self> {
         let longest = u64::try_from(LONGEST.as_micros())?;
+        let current = interval_at(SystemTime::now());
         Ok(Self(Mutex::new(Intervals {
-            current: interval_at(SystemTime::now()),
+            current,
             failures: 0,
             durations: Histogram::new_with_bounds(1, longest, 2)?,
-            finished: History::default(),
+            finished: Arc::new(empty_until(current).collect()),
         })))
     }
 
@@ -87,7 +87,7 @@ impl Rates {
         }
     }
 
-    /// The finished intervals. Fewer than 120 while this replica is young.
+    /// The finished intervals. Those from before this replica started are empty.
     #[must_use]
     pub fn history(&self) -> History {
         Arc::clone(&self.intervals().finished)
@@ -106,38 +106,45 @@ fn interval_at(moment: SystemTime) -> u64 {
     since_epoch.as_secs() / INTERVAL.as_secs()
 }
 
+/// When an interval begins.
+fn time_of(interval: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(interval * INTERVAL.as_secs())
+}
+
+/// The intervals that are kept at the beginning of this one, without a visit.
+fn empty_until(current: u64) -> impl Iterator<Item = Rate> {
+    (current.saturating_sub(KEPT)..current).map(|interval| Rate {
+        began: time_of(interval),
+        visits: 0,
+        failures: 0,
+        p50: None,
+        p99: None,
+    })
+}
+
 impl Intervals {
     /// Finishes every interval before this one.
     fn advance(&mut self, now: u64) {
         if now + SET_BACK < self.current {
-            self.finished = History::default();
+            self.finished = Arc::new(empty_until(now).collect());
             self.current = now;
         }
         if now <= self.current {
             return;
         }
-        // A reader can still hold the old history, which this then copies: once in 5 s.
-        let finished = Arc::make_mut(&mut self.finished);
-        finished.push_back(Rate {
-            began: UNIX_EPOCH + Duration::from_secs(self.current * INTERVAL.as_secs()),
+        let last = Rate {
+            began: time_of(self.current),
             visits: self.durations.len(),
             failures: std::mem::take(&mut self.failures),
             p50: quantile(&self.durations, 0.5),
             p99: quantile(&self.durations, 0.99),
-        });
+        };
         self.durations.reset();
-        // The intervals without a visit since.
-        let kept = KEPT as u64;
-        for empty in (self.current + 1).max(now.saturating_sub(kept))..now {
-            finished.push_back(Rate {
-                began: UNIX_EPOCH + Duration::from_secs(empty * INTERVAL.as_secs()),
-                visits: 0,
-                failures: 0,
-                p50: None,
-                p99: None,
-            });
-        }
-        finished.drain(..finished.len().saturating_sub(KEPT));
+        let since = empty_until(now).filter(|rate| rate.began > last.began);
+        let finished = self.finished.iter().copied().chain([last]).chain(since);
+        let first = time_of(now.saturating_sub(KEPT));
+        let kept = finished.filter(|rate| rate.began >= first).collect();
+        self.finished = Arc::new(kept);
         self.current = now;
     }
 }
@@ -167,7 +174,10 @@ mod tests {
 
     fn rates_from(interval: u64) -> Rates {
         let rates = Rates::new().unwrap();
-        rates.0.lock().unwrap().current = interval;
+        let mut intervals = rates.0.lock().unwrap();
+        intervals.finished = Arc::new(empty_until(interval).collect());
+        intervals.current = interval;
+        drop(intervals);
         rates
     }
 
@@ -179,10 +189,16 @@ mod tests {
     fn interval_in_progress_is_not_in_the_history() {
         let rates = rates_from(1000);
         add(&rates, 1000, [1, 2, 3]);
-        assert!(history(&rates, 1000).is_empty());
-        let finished = history(&rates, 1001);
-        assert_eq!(finished.len(), 1);
-        assert_eq!((finished[0].visits, began(&finished[0])), (3, 1000));
+        let visits = |now| {
+            history(&rates, now)
+                .iter()
+                .map(|rate| rate.visits)
+                .sum::<u64>()
+        };
+        assert_eq!(visits(1000), 0);
+        assert_eq!(visits(1001), 3);
+        let last = history(&rates, 1001)[119];
+        assert_eq!((last.visits, began(&last)), (3, 1000));
     }
 
     #[test]
@@ -198,10 +214,10 @@ mod tests {
                 "{found} {millis}"
             );
         };
-        near(finished[0].p50, 100);
-        near(finished[0].p99, 198);
-        near(finished[1].p50, 7);
-        near(finished[1].p99, 7);
+        near(finished[118].p50, 100);
+        near(finished[118].p99, 198);
+        near(finished[119].p50, 7);
+        near(finished[119].p99, 7);
     }
 
     #[test]
@@ -215,7 +231,7 @@ mod tests {
         assert_eq!(of, (1080..1200).collect::<Vec<_>>());
         assert!(finished.iter().all(|rate| rate.visits == 1));
         let finished = history(&rates, 1210);
-        assert_eq!(finished.len(), KEPT);
+        assert_eq!(finished.len(), 120);
         assert_eq!(began(&finished[119]), 1209);
         let visits: u64 = finished.iter().map(|rate| rate.visits).sum();
         assert_eq!(visits, 110);
@@ -236,10 +252,12 @@ mod tests {
         add(&rates, 1005, [1, 1]);
         add(&rates, 1004, [1]);
         let finished = history(&rates, 1006);
-        assert_eq!(began(&finished[5]), 1005);
-        assert_eq!(finished[5].visits, 3, "a small step");
+        assert_eq!(began(&finished[119]), 1005);
+        assert_eq!(finished[119].visits, 3, "a small step");
         add(&rates, 500, [1]);
         let finished = history(&rates, 501);
-        assert_eq!(finished.iter().map(began).collect::<Vec<_>>(), [500]);
+        let of: Vec<_> = finished.iter().map(began).collect();
+        assert_eq!(of, (381..501).collect::<Vec<_>>());
+        assert_eq!(finished[119].visits, 1);
     }
 }

@@ -4,15 +4,10 @@
 //! Must not know: how a response is made.
 
 use http::header::{ACCEPT, ACCEPT_LANGUAGE};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderValue};
 use mediatype::{MediaType, MediaTypeList, Name, ReadParams as _};
 
 use super::language::Language;
-
-const SEC_PURPOSE: HeaderName = HeaderName::from_static("sec-purpose");
-/// Headers in which browsers said the same before `Sec-Purpose`.
-const PURPOSE: HeaderName = HeaderName::from_static("purpose");
-const X_MOZ: HeaderName = HeaderName::from_static("x-moz");
 
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -29,10 +24,11 @@ impl Wanted {
     pub(super) fn by(headers: &HeaderMap) -> Self {
         let (mut names_html, mut prefetch) = (false, false);
         for (name, value) in headers {
-            if *name == ACCEPT {
-                names_html |= names_text(value);
-            } else if *name == SEC_PURPOSE || *name == PURPOSE || *name == X_MOZ {
-                prefetch |= is_prefetch(value);
+            match name.as_str() {
+                "accept" => names_html |= names_text(value),
+                // The others are what browsers sent before there was `Sec-Purpose`.
+                "sec-purpose" | "purpose" | "x-moz" => prefetch |= is_prefetch(value),
+                _ => {}
             }
         }
         let prefers_html = names_html && prefers_html(headers);
@@ -179,6 +175,8 @@ fn is_prefetch(value: &HeaderValue) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderName;
+
     use super::*;
 
     fn headers(lines: &[(HeaderName, &str)]) -> HeaderMap {
@@ -313,17 +311,18 @@ mod tests {
     #[test]
     fn prefetch_is_told_by_its_purpose() {
         for (name, value) in [
-            (SEC_PURPOSE, "prefetch"),
-            (SEC_PURPOSE, "prefetch;prerender"),
-            (SEC_PURPOSE, "prefetch;anonymous-client-ip"),
-            (SEC_PURPOSE, " prefetch ; prerender "),
-            (SEC_PURPOSE, "prerender"),
-            (SEC_PURPOSE, "preview, prefetch"),
-            (PURPOSE, "prefetch"),
-            (X_MOZ, "prefetch"),
+            ("sec-purpose", "prefetch"),
+            ("sec-purpose", "prefetch;prerender"),
+            ("sec-purpose", "prefetch;anonymous-client-ip"),
+            ("sec-purpose", " prefetch ; prerender "),
+            ("sec-purpose", "prerender"),
+            ("sec-purpose", "preview, prefetch"),
+            ("purpose", "prefetch"),
+            ("x-moz", "prefetch"),
         ] {
             for accept in ["*/*", "text/html"] {
-                let asked = headers(&[(ACCEPT, accept), (name.clone(), value)]);
+                let purpose = (HeaderName::from_static(name), value);
+                let asked = headers(&[(ACCEPT, accept), purpose]);
                 assert!(Wanted::by(&asked).prefetch, "{name}: {value}");
             }
         }
@@ -335,7 +334,7 @@ mod tests {
             ";prefetch",
             "x;prefetch",
         ] {
-            let asked = headers(&[(SEC_PURPOSE, value)]);
+            let asked = headers(&[(HeaderName::from_static("sec-purpose"), value)]);
             assert!(!Wanted::by(&asked).prefetch, "{value}");
         }
     }

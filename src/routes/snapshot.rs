@@ -31,8 +31,7 @@ pub(super) struct Replica {
     pub(super) id: &'static str,
     #[serde(with = "rfc3339")]
     pub(super) desde: OffsetDateTime,
-    /// One entry for each finished interval of 5 s in the last 10 minutes, the oldest first. Fewer
-    /// while the replica is younger.
+    /// One entry for each finished interval of 5 s in the last 10 minutes, the oldest first.
     pub(super) taxas: Vec<Rate>,
 }
 
@@ -61,10 +60,10 @@ impl Snapshot {
             redis_status: status(redis.is_up()),
             total_registros_db: postgres.count(),
             visitas_redis: redis.count(),
-            atualizado_em: now(),
+            atualizado_em: time(SystemTime::now()),
             replica: Replica {
                 id: state.telemetry.instance_id(),
-                desde: state.started.into(),
+                desde: time(state.started),
                 taxas: history.iter().map(Rate::from).collect(),
             },
         }
@@ -98,8 +97,8 @@ pub(super) fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// The time, to the millisecond.
-fn now() -> OffsetDateTime {
-    let now = OffsetDateTime::from(SystemTime::now());
-    now.replace_millisecond(now.millisecond()).unwrap_or(now)
+/// A moment, to the millisecond.
+fn time(moment: SystemTime) -> OffsetDateTime {
+    let time = OffsetDateTime::from(moment);
+    time.replace_millisecond(time.millisecond()).unwrap_or(time)
 }

@@ -15,8 +15,11 @@ use serde_json::json;
 use self::browser::{Browser, DARK, LIGHT, NARROW};
 use self::site::Site;
 
+/// What the page says of a store that is down or has come back, and the headings alone.
 const POSTGRES: &str = ".notice.bad";
 const REDIS: &str = ".notice.warn";
+const POSTGRES_NEWS: &str = "#postgres-news";
+const REDIS_NEWS: &str = "#redis-news";
 
 /// A store that does not come back by itself is noticed and probed well within this.
 const OUTAGE: Duration = Duration::from_secs(20);
@@ -128,7 +131,7 @@ async fn outage_and_its_end_are_shown_without_a_reload() {
 
     site.postgres.kill().expect("it ends");
     browser
-        .until_text_within(POSTGRES, "PostgreSQL does not respond", OUTAGE)
+        .until_text_within(POSTGRES_NEWS, "PostgreSQL does not respond", OUTAGE)
         .await;
     let notice = browser.text(POSTGRES).await;
     assert!(notice.contains("Your own visit is safe"), "{notice}");
@@ -146,7 +149,7 @@ async fn outage_and_its_end_are_shown_without_a_reload() {
 
     site.postgres.start_again().expect("it starts");
     browser
-        .until_text_within(POSTGRES, "PostgreSQL is back", OUTAGE)
+        .until_text_within(POSTGRES_NEWS, "PostgreSQL is back", OUTAGE)
         .await;
     assert!(
         browser
@@ -155,7 +158,7 @@ async fn outage_and_its_end_are_shown_without_a_reload() {
             .contains("PostgreSQL was away for")
     );
     browser
-        .until_text("#announcement", "PostgreSQL is back")
+        .until_text("#announcement", "PostgreSQL was away for")
         .await;
     assert_eq!(browser.text(".store:has(#postgres) .state").await, "works");
     assert_eq!(site.visit(), 2);
@@ -175,7 +178,7 @@ async fn refused_visit_sees_the_end_of_the_outage() {
     site.postgres.kill().expect("it ends");
     browser.goto(&site.url("/visitas")).await;
     browser
-        .until_text_within(POSTGRES, "PostgreSQL does not respond", OUTAGE)
+        .until_text_within(POSTGRES_NEWS, "PostgreSQL does not respond", OUTAGE)
         .await;
     browser.goto(&site.url("/")).await;
     assert!(
@@ -201,7 +204,7 @@ async fn refused_visit_sees_the_end_of_the_outage() {
 
     site.postgres.start_again().expect("it starts");
     browser
-        .until_text_within(POSTGRES, "PostgreSQL is back", OUTAGE)
+        .until_text_within(POSTGRES_NEWS, "PostgreSQL is back", OUTAGE)
         .await;
     browser.look(LIGHT).await;
     browser.picture("back").await;
@@ -225,7 +228,7 @@ async fn without_redis_the_visit_is_recorded_and_the_page_says_so() {
     browser.until_text("#redis-total", "1").await;
     site.redis.kill().expect("it ends");
     browser
-        .until_text_within(REDIS, "Redis does not respond", OUTAGE)
+        .until_text_within(REDIS_NEWS, "Redis does not respond", OUTAGE)
         .await;
     browser.goto(&site.url("/")).await;
     assert!(
@@ -250,7 +253,7 @@ async fn without_redis_the_visit_is_recorded_and_the_page_says_so() {
 
     site.redis.start_again().expect("it starts");
     browser
-        .until_text_within(REDIS, "Redis is back", OUTAGE)
+        .until_text_within(REDIS_NEWS, "Redis is back", OUTAGE)
         .await;
     finish(&site, browser, &[]).await;
 }
