@@ -184,7 +184,8 @@ async fn stream_is_not_traced_and_in_no_duration_series() {
     assert_eq!(head.header("content-type"), "text/event-stream");
     until_open(&service, 1.0).await;
     let metrics = service.metrics().await.0;
-    assert!(!metrics.contains(PATH), "{metrics}");
+    let route = format!("http_route=\"{PATH}\"");
+    assert!(!metrics.contains(&route), "{metrics}");
     let active = r#"http_server_active_requests{http_request_method="GET",url_scheme="http"}"#;
     // The scrape itself.
     assert_eq!(service.metric(active).await, Some(1.0));
