@@ -177,7 +177,7 @@ function showStore(store, status, total, moment) {
   }
   // The last known total stays through an outage, with its time.
   count.classList.toggle("old", total === null);
-  // At first a total can be older than the visit of this page, which is in the total already there.
+  // Another replica's reading can be older than this page's visit, which is in the total already.
   const isOld = performance.now() < FIRST && total < Number(count.value);
   if (total !== null && !isOld) {
     count.value = total;
@@ -188,7 +188,8 @@ function showStore(store, status, total, moment) {
 }
 
 function showTotals(rows, redis) {
-  const difference = rows === null || redis === null ? null : rows - redis;
+  const [shown, inRedis] = ["postgres", "redis"].map((store) => Number(at(`${store}-total`).value));
+  const difference = rows === null || redis === null ? null : shown - inRedis;
   const comparisons = { 0: "same", 1: "behind", "-1": "ahead" };
   main.dataset.difference = difference === null ? "unknown" : comparisons[Math.sign(difference)];
   for (const element of document.querySelectorAll(".difference"))
