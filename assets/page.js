@@ -70,7 +70,9 @@ function line(values, top) {
       const y = (100 * (1 - value / top)).toFixed(1);
       const isFirst = (values[index - 1] ?? null) === null;
       const isLast = (values[index + 1] ?? null) === null;
-      return `${isFirst ? `M${x(index) - HALF} ${y}` : ""}L${x(index)} ${y}${isLast ? `h${HALF}` : ""}`;
+      const start = isFirst ? `M${x(index) - HALF} ${y}` : "";
+      const end = isLast ? `h${HALF}` : "";
+      return `${start}L${x(index)} ${y}${end}`;
     })
     .join("");
 }
