@@ -15,6 +15,7 @@ axe_sum=e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745
 
 main() {
     # The stores must be there; only the browser can be missing.
+    mkdir -p target
     devstack/install.sh
     # chromedriver finds either of them.
     local browser=chromium
@@ -23,8 +24,7 @@ main() {
         echo "== make browser SKIPPED: there is no chromium, chromedriver or npm, and no way to install them"
         exit 0
     fi
-    export AXE=$PWD/target/axe/$axe_version/axe.min.js
-    [ -f "$AXE" ] || download
+    [ "$(cat target/axe/sum 2>/dev/null)" = "$axe_sum" ] || download
     cargo build --locked --quiet --bin visitas
     # Each test has a browser and stores of its own, which are too many for a small machine at once.
     cargo test --locked --package browser -- --test-threads=2 "$@"
@@ -32,13 +32,15 @@ main() {
 
 download() {
     local new
-    mkdir -p target/axe
-    new=$(mktemp -d target/axe/new.XXXXXX)
-    (cd "$new" && npm pack --silent "axe-core@$axe_version" >/dev/null) || fail "npm cannot download axe-core@$axe_version"
-    echo "$axe_sum  $new/axe-core-$axe_version.tgz" | sha256sum --check --quiet || fail "axe-core is not the package that was expected"
+    new=$(mktemp -d target/axe.XXXXXX)
+    (cd "$new" && npm pack --silent "axe-core@$axe_version" >/dev/null) ||
+        fail "npm cannot download axe-core@$axe_version"
+    echo "$axe_sum  $new/axe-core-$axe_version.tgz" | sha256sum --check --quiet ||
+        fail "axe-core@$axe_version is not the package that was expected"
     tar -xzf "$new/axe-core-$axe_version.tgz" -C "$new" package/axe.min.js package/LICENSE
-    rm -rf "target/axe/$axe_version"
-    mv "$new/package" "target/axe/$axe_version"
+    echo "$axe_sum" >"$new/package/sum"
+    rm -rf target/axe
+    mv "$new/package" target/axe
     rm -rf "$new"
 }
 

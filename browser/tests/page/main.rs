@@ -1,5 +1,4 @@
-//! The page as a browser shows it: Debian's Chromium, against the real service with a real
-//! PostgreSQL and Redis.
+//! The page as a browser shows it: Debian's Chromium, against the real service with real stores.
 //!
 //! `make browser` runs these tests. They write their pictures to `target/screenshots`.
 
@@ -304,7 +303,7 @@ async fn page_passes_an_accessibility_audit() {
     browser.until_text(".live", "Live").await;
     assert_eq!(browser.violations().await, [""; 0], "the first visit");
     browser.picture("first").await;
-    rush_hour(&site);
+    rush_hour(&site).await;
     for (look, name) in [(LIGHT, "light"), (DARK, "dark"), (NARROW, "narrow")] {
         browser.look(look).await;
         browser.goto(&site.url("/")).await;
@@ -381,7 +380,7 @@ async fn keyboard_reaches_everything_in_the_order_of_the_page() {
 #[tokio::test]
 async fn slider_names_the_time_and_the_numbers_of_a_moment() {
     let (site, browser) = (Site::start(&[]), Browser::open().await);
-    rush_hour(&site);
+    rush_hour(&site).await;
     browser.goto(&site.url("/")).await;
     browser.until_text(".live", "Live").await;
     let value = "document.getElementById('moment').getAttribute('aria-valuetext')";
@@ -422,14 +421,18 @@ async fn slider_names_the_time_and_the_numbers_of_a_moment() {
 
 /// Makes visits, more and fewer in turn, for a bit more than an interval of the charts. For a
 /// picture with full charts: `RUSH_SECONDS=610 make browser T=audit`.
-fn rush_hour(site: &Site) {
+async fn rush_hour(site: &Site) {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "only a person who wants another picture sets it"
+    )]
     let seconds = std::env::var("RUSH_SECONDS").ok();
     let seconds = seconds.map_or(6, |seconds| seconds.parse().expect("a number"));
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(seconds) {
         site.visit();
         let wave = (start.elapsed().as_secs_f64() / 60.0).sin();
-        std::thread::sleep(Duration::from_secs_f64(1.0 / (60.0 + 30.0 * wave)));
+        tokio::time::sleep(Duration::from_secs_f64(1.0 / (60.0 + 30.0 * wave))).await;
     }
 }
 
