@@ -19,7 +19,12 @@ pub(crate) struct Site {
 impl Site {
     /// Starts a service that is ready.
     pub(crate) fn start(settings: &[(&'static str, &str)]) -> Self {
-        let postgres = Postgres::start(PostgresOptions::default()).expect("PostgreSQL starts");
+        // A flush to a busy disk can take longer than a visit may. No test cuts the power.
+        let postgres = PostgresOptions {
+            config: vec![("fsync".to_owned(), "off".to_owned())],
+            ..PostgresOptions::default()
+        };
+        let postgres = Postgres::start(postgres).expect("PostgreSQL starts");
         let redis = Redis::start(RedisOptions::default()).expect("Redis starts");
         let address = ports::free_address().expect("a free port");
         let stores = stack::settings(
@@ -27,7 +32,13 @@ impl Site {
             DATABASE,
             (redis.host(), redis.port()),
         );
-        let own = [("BIND_ADDR", address.to_string())];
+        // Timeouts that are longer than a busy machine takes.
+        let own = [
+            ("BIND_ADDR", address.to_string()),
+            ("DB_TIMEOUT", "10s".to_owned()),
+            ("REDIS_TIMEOUT", "5s".to_owned()),
+            ("VISIT_TIMEOUT", "20s".to_owned()),
+        ];
         let given = settings
             .iter()
             .map(|&(name, value)| (name, value.to_owned()));
