@@ -865,23 +865,23 @@ impl Gate {
 const STARTING_UP: &[u8] = b"E\0\0\0\x3eSFATAL\0VFATAL\0C57P03\0\
     Mthe database system is starting up\0\0";
 
-/// A program that answers to each message with the next of some texts, and closes the connection
+/// A program that responds to each message with the next of some texts, and closes the connection
 /// instead of sending an empty one.
 struct Impostor;
 
 impl Impostor {
     /// Returns its port.
-    async fn start(answers: &'static [&'static [u8]]) -> String {
+    async fn start(responses: &'static [&'static [u8]]) -> String {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
-                for answer in answers {
+                for response in responses {
                     let mut message = [0; 4096];
-                    if stream.read(&mut message).await.is_err() || answer.is_empty() {
+                    if stream.read(&mut message).await.is_err() || response.is_empty() {
                         break;
                     }
-                    if stream.write_all(answer).await.is_err() {
+                    if stream.write_all(response).await.is_err() {
                         break;
                     }
                 }
