@@ -4,7 +4,7 @@
 #   tests/e2e.sh              every case
 #   tests/e2e.sh CASE...      these cases, by the names of their functions
 #
-# Needs Docker Engine 25 with Compose 2.24, curl, bash, tar, gzip and GNU coreutils. It uses its own
+# Needs Docker Engine 25 with Compose 2.24, curl, bash, git, tar, gzip and GNU coreutils. It uses its own
 # project name and ports, ignores .env and the caller's variables, and removes what it made, and only
 # that, however it ends. A case whose image cannot be pulled is SKIPPED, with the reason.
 set -euo pipefail
@@ -53,6 +53,7 @@ cases=(
     refused_visits_raise_the_availability_alert
     jaeger_stays_within_its_memory_under_load
     grafana_has_its_data_sources_and_dashboards
+    tour_does_what_it_says
     down_with_volumes_leaves_nothing
     interrupted_run_leaves_nothing
     volume_of_the_users_project_is_untouched
@@ -614,6 +615,8 @@ grafana_has_its_data_sources_and_dashboards() {
     done
 }
 
+. tests/tour.sh
+
 down_with_volumes_leaves_nothing() {
     compose --profile obs up --detach --wait --wait-timeout 120 web db cache "${watchers[@]}"
     print_memory
@@ -926,7 +929,7 @@ run_case() {
     (
         set -e
         case $1 in
-        cold_start*|compose_files*|names_*|interrupted*|volume_of_the_users*) ;;
+        cold_start*|compose_files*|names_*|interrupted*|volume_of_the_users*|tour_*) ;;
         *) compose up --detach --wait --wait-timeout 120 ;;
         esac
         "$1"
