@@ -63,6 +63,12 @@ compose_files_are_valid_without_a_warning() {
     local said
     said=$(compose --profile '*' config --quiet 2>&1 && with_secrets config --quiet 2>&1) || fail "config fails: $said"
     [ -z "$said" ] || fail "config says: $said"
+    # The Alertmanager of the runbook, and the stores of one's own.
+    block_of observability/runbook.md '# docker-compose.override.yml' >"$work/override.yml"
+    said=$(compose --file "$work/override.yml" --profile '*' config --quiet 2>&1) || fail "config with an Alertmanager fails: $said"
+    block_of docs/compose.md 'services:' >"$work/override.yml"
+    said=$(compose --file "$work/override.yml" config web 2>&1) || fail "config with other stores fails: $said"
+    lacks "$said" -E 'DB_HOST|depends_on' || fail "web keeps other settings: $said"
 }
 
 names_are_derived_from_the_project() {
@@ -694,6 +700,13 @@ health() { docker container inspect --format '{{.State.Health.Status}}' "$projec
 health_is() { [ "$(health "$2")" = "$1" ]; }
 
 is_healthy() { health_is healthy "$1"; }
+
+# block_of DOCUMENT LINE: the document's block of code whose first line this is.
+block_of() {
+    awk -v first="$2" '/^```/ { inside = 0; start = 1; next }
+        start { inside = $0 == first; start = 0 }
+        inside' "$1" | grep .
+}
 
 # Changes whenever the container runs another process.
 incarnation_of() { docker container inspect --format '{{.Id}} {{.State.StartedAt}} {{.RestartCount}}' "$project-$1"; }
