@@ -38,6 +38,7 @@ cases=(
     change_of_the_source_does_not_rebuild_dependencies
     every_variable_of_env_example_takes_effect
     env_example_shows_the_defaults
+    passwords_are_made_as_documented
     passwords_come_from_files
     passwords_in_files_may_end_in_cr_lf
     unreadable_password_file_ends_web_with_a_line_that_names_it
@@ -397,6 +398,18 @@ env_example_shows_the_defaults() {
     without=$(env_file=$work/empty; compose run --rm --no-deps -T web config && with_secrets --profile '*' config | grep -v '^      [A-Z_]*:') ||
         fail "config fails"
     diff <(sed 's/ *# .*//' <<<"$without") <(sed 's/ *# .*//' <<<"$with") || fail "a default in .env.example differs"
+}
+
+passwords_are_made_as_documented() {
+    local commands
+    commands=$(block_of docs/compose.md 'mkdir secrets')
+    mkdir "$work/owner"
+    (cd "$work/owner" && eval "$(grep -v '^docker compose' <<<"$commands")")
+    for file in db_password redis_password; do
+        grep -Eqx '[0-9a-f]{48}' "$work/owner/secrets/$file" || fail "$file has $(wc -c <"$work/owner/secrets/$file") bytes"
+        [ "$(stat -c %a "$work/owner/secrets/$file" "$work/owner/secrets" | paste -sd ' ')" = '444 700' ] || fail "others can change $file"
+    done
+    ends_with 1 cmp -s "$work"/owner/secrets/* || fail "both passwords are the same"
 }
 
 passwords_come_from_files() {

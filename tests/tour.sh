@@ -34,7 +34,7 @@ tour_does_what_it_says() {
     # 3. The database stops responding.
     within 120 table_is_free
     next 'docker compose pause db'
-    within 5 page_says /visitas 200 'class="[^"]*down'
+    within 5 page_says /visitas 200 'data-postgres="erro"'
     within 5 status_is 503 /health
     next 'curl -i http://localhost:8000'
     next 'curl http://localhost:8000/health'
@@ -44,7 +44,7 @@ tour_does_what_it_says() {
     within 90 alert_fires VisitasStoreDown
     next 'docker compose unpause db'
     within 10 status_is 200 /health
-    within 5 page_says /visitas 200 .
+    within 5 page_says /visitas 200 'data-postgres="ok"'
     next 'curl http://localhost:8000'
     counts_every_row
     next 'docker compose logs *'
