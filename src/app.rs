@@ -5,7 +5,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, ensure};
 use tokio::net::TcpListener;
@@ -16,8 +16,9 @@ use tracing::info;
 use crate::config::Config;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::catalog::{CONNECTIONS, CONNECTIONS_MAX};
+use crate::rates::Rates;
 use crate::recorder::{Writer, recorder};
-use crate::routes::AppState;
+use crate::routes::{AppState, Feed, Parts, Renderings};
 use crate::server::{self, Capacity, DrainReport, Events, Limits, Rejections, Stop};
 use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
@@ -60,9 +61,11 @@ impl App {
         );
         let postgres = Arc::new(Postgres::new(&config.postgres));
         let redis = Arc::new(Redis::new(&config.redis)?);
+        let rates = Arc::new(Rates::new()?);
         let (recorder, writer) = recorder(
             Arc::clone(&postgres),
             Arc::clone(&redis),
+            &rates,
             config.visit.queue_capacity,
             config.visit.visit_timeout,
         );
@@ -72,11 +75,25 @@ impl App {
             .metrics_addr
             .map(|address| server::bind(address, BACKLOG))
             .transpose()?;
-        let lifecycle = Lifecycle::default();
+        // Streams stay open, so that without this limit they could take every connection.
+        let max_streams = config.page.page_streams_max.min(capacity.visitors / 2);
+        let state = Parts {
+            recorder,
+            rates,
+            postgres,
+            redis,
+            telemetry,
+            renderings: Renderings::default(),
+            lifecycle: Lifecycle::default(),
+            feed: Feed::new(max_streams),
+            page: config.page.clone(),
+            has_metrics: metrics_listener.is_none(),
+            started: SystemTime::now(),
+        };
         Ok(Self {
             config,
             capacity,
-            state: AppState::new(recorder, postgres, redis, telemetry, lifecycle),
+            state: state.into(),
             writer,
             listener,
             metrics_listener,
@@ -111,7 +128,6 @@ impl App {
         let lifecycle = &state.lifecycle;
         CONNECTIONS_MAX.with([]).set(capacity.visitors as f64);
         let connections = CONNECTIONS.with([]);
-        let with_metrics = metrics_listener.is_none();
         let mut tasks = Tasks {
             writer: tokio::spawn(writer.run()),
             monitor: tokio::spawn(store::watch(
@@ -144,7 +160,7 @@ impl App {
         let drain = shutdown.for_requests();
         let serving = server::serve(
             listener,
-            routes::main_router(&state, Arc::clone(&observer), with_metrics),
+            routes::main_router(&state, Arc::clone(&observer)),
             limits,
             events(&rejections, move |open| connections.set(open as f64)),
             Stop {

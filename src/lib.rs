@@ -7,6 +7,7 @@
 //! - [`telemetry`] observes every request: its span, its metrics and its log line;
 //! - [`routes`] has the handlers: `GET /`, probes and scrapes;
 //! - [`recorder`] is the queue and the one writer that records waiting visits together;
+//! - [`rates`] is what the recorder did in the last minutes;
 //! - [`store`] calls Postgres and Redis, and watches both;
 //! - [`metrics`] declares every metric and renders them.
 //!
@@ -22,6 +23,7 @@ pub mod lifecycle;
 pub mod metrics;
 #[cfg(test)]
 mod property;
+pub mod rates;
 pub mod recorder;
 pub mod routes;
 pub mod server;

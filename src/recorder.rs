@@ -15,15 +15,31 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use crate::metrics::catalog;
+use crate::rates::Rates;
 use crate::store::{Batch, Error, Parent, Postgres, Redis, Store as _};
 
-/// The numbers of a recorded visit.
+/// A recorded visit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Totals {
+pub struct Recorded {
     /// The number of rows up to and including this visit's.
     pub total: i64,
     /// The counter in Redis at this visit; `None` if the visit was not counted there.
     pub redis: Option<i64>,
+    /// Where its time went.
+    pub timing: Timing,
+    /// Visits that the same commit recorded, this one included.
+    pub batch_size: usize,
+}
+
+/// Where a recorded visit's time went. The two calls are those of its batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timing {
+    /// In the queue.
+    pub queue: Duration,
+    /// In the call that recorded it.
+    pub postgres: Duration,
+    /// In the call that counted it; hardly anything if Redis was skipped.
+    pub redis: Duration,
 }
 
 /// Why a visit is not known to be recorded.
@@ -41,6 +57,14 @@ pub enum Refusal {
     /// The visit was or can have been sent to Postgres, and it is not known whether it is recorded.
     #[error("the visit is in doubt")]
     InDoubt,
+}
+
+impl Refusal {
+    /// Whether Postgres did not do what the visit needed.
+    #[must_use]
+    pub fn is_of_postgres(self) -> bool {
+        matches!(self, Self::Failed | Self::InDoubt)
+    }
 }
 
 /// How a visit ended, for the metric.
@@ -97,6 +121,7 @@ pub struct Recorder {
     queue: mpsc::Sender<QueuedVisit>,
     deadline: Duration,
     progress: Arc<Progress>,
+    rates: Arc<Rates>,
     stop: watch::Sender<bool>,
 }
 
@@ -105,12 +130,15 @@ pub struct Recorder {
 pub struct Writer {
     queue: mpsc::Receiver<QueuedVisit>,
     progress: Arc<Progress>,
+    rates: Arc<Rates>,
     stop: watch::Receiver<bool>,
     postgres: Arc<Postgres>,
     redis: Arc<Redis>,
     batch: Vec<QueuedVisit>,
     batch_limit: usize,
     arrivals: Vec<OffsetDateTime>,
+    /// How long the visits of a batch took.
+    durations: Vec<Duration>,
 }
 
 /// A visit in the queue.
@@ -121,7 +149,17 @@ struct QueuedVisit {
     deadline: Instant,
     /// Not the span itself, which must end with the response even if the visit still waits here.
     parent: Option<Parent>,
-    reply: oneshot::Sender<Result<Totals, Refusal>>,
+    reply: oneshot::Sender<Result<Recorded, Refusal>>,
+}
+
+/// A batch that was recorded: its totals, and when its calls began and ended.
+#[derive(Debug)]
+struct Batched {
+    total: i64,
+    redis: Option<i64>,
+    began: Instant,
+    committed: Instant,
+    ended: Instant,
 }
 
 /// When the last visit that the writer took was queued. From it a request whose deadline passes
@@ -163,11 +201,12 @@ const BATCH_LIMIT: usize = 4096;
 const QUERY_CANCELED: &str = "57014";
 
 /// Makes a queue for `capacity` visits, each of which gets a reply within `deadline`, and its
-/// writer.
+/// writer. Both add to `rates`.
 #[must_use]
 pub fn recorder(
     postgres: Arc<Postgres>,
     redis: Arc<Redis>,
+    rates: &Arc<Rates>,
     capacity: usize,
     deadline: Duration,
 ) -> (Recorder, Writer) {
@@ -182,17 +221,20 @@ pub fn recorder(
         queue: sender,
         deadline,
         progress: Arc::clone(&progress),
+        rates: Arc::clone(rates),
         stop,
     };
     let writer = Writer {
         queue: receiver,
         progress,
+        rates: Arc::clone(rates),
         stop: stopped,
         postgres,
         redis,
         batch: Vec::new(),
         batch_limit: BATCH_LIMIT,
         arrivals: Vec::new(),
+        durations: Vec::new(),
     };
     (recorder, writer)
 }
@@ -204,7 +246,7 @@ impl Recorder {
     ///
     /// Why the visit is not known to be recorded. Unless it is [`Refusal::InDoubt`], the visit is
     /// certainly not recorded.
-    pub async fn record(&self) -> Result<Totals, Refusal> {
+    pub async fn record(&self) -> Result<Recorded, Refusal> {
         let (reply, replied) = oneshot::channel();
         let queued = Instant::now();
         let deadline = queued + self.deadline;
@@ -216,15 +258,16 @@ impl Recorder {
             reply,
         };
         self.queue.try_send(visit).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => shed(Refusal::QueueFull),
-            mpsc::error::TrySendError::Closed(_) => shed(Refusal::Stopping),
+            mpsc::error::TrySendError::Full(_) => self.shed(Refusal::QueueFull),
+            mpsc::error::TrySendError::Closed(_) => self.shed(Refusal::Stopping),
         })?;
         match tokio::time::timeout_at(deadline, replied).await {
             Ok(Ok(reply)) => reply,
             // The writer has ended, and the batch that it was recording is in doubt.
-            Ok(Err(_)) if self.progress.still_waits(queued) => Err(shed(Refusal::Stopping)),
+            Ok(Err(_)) if self.progress.still_waits(queued) => Err(self.shed(Refusal::Stopping)),
             Ok(Err(_)) => {
                 Outcome::InDoubt.count(1);
+                self.rates.add_failures(1);
                 Err(Refusal::InDoubt)
             }
             // The writer will drop the visit and count it.
@@ -245,12 +288,13 @@ impl Recorder {
         let depth = self.queue.max_capacity() - self.queue.capacity();
         catalog::QUEUE_DEPTH.with([]).set(depth as f64);
     }
-}
 
-/// Counts a visit that was refused before the queue.
-fn shed(refusal: Refusal) -> Refusal {
-    Outcome::Shed.count(1);
-    refusal
+    /// Counts a visit that was refused before the queue.
+    fn shed(&self, refusal: Refusal) -> Refusal {
+        Outcome::Shed.count(1);
+        self.rates.add_failures(1);
+        refusal
+    }
 }
 
 impl Writer {
@@ -295,6 +339,7 @@ impl Writer {
 
         let began = Instant::now();
         let recorded = self.postgres.record(&self.arrivals, &mut calls).await;
+        let committed = Instant::now();
         if recorded
             .as_ref()
             .map_or_else(|failure| failure.sent, |_| true)
@@ -332,7 +377,13 @@ impl Writer {
             None
         };
         self.link_waits(sampled, &calls);
-        self.acknowledge(total, redis);
+        self.acknowledge(&Batched {
+            total,
+            redis,
+            began,
+            committed,
+            ended: Instant::now(),
+        });
     }
 
     /// Drops the visits whose client has disconnected, and the visits whose deadline has passed,
@@ -342,8 +393,10 @@ impl Writer {
             self.progress.take(last);
         }
         let now = Instant::now();
+        let mut late = 0;
         self.batch.retain(|visit| {
             let outcome = if visit.deadline <= now {
+                late += 1;
                 Outcome::Failed
             } else if visit.reply.is_closed() {
                 Outcome::Abandoned
@@ -353,32 +406,46 @@ impl Writer {
             outcome.count(1);
             false
         });
+        self.rates.add_failures(late);
     }
 
     /// Replies to each visit. The last visit gets the batch's totals; the others count down from
     /// them.
-    fn acknowledge(&mut self, total: i64, redis: Option<i64>) {
-        let outcome = if redis.is_some() {
+    fn acknowledge(&mut self, batch: &Batched) {
+        let outcome = if batch.redis.is_some() {
             Outcome::Ok
         } else {
             Outcome::Degraded
         };
-        let visits = self.batch.len();
+        let batch_size = self.batch.len();
         let mut late = 0;
         for (before, visit) in (0_i64..).zip(self.batch.drain(..).rev()) {
-            let recorded = Totals {
-                total: total - before,
-                redis: redis.map(|redis| redis - before),
+            let recorded = Recorded {
+                total: batch.total - before,
+                redis: batch.redis.map(|redis| redis - before),
+                timing: Timing {
+                    queue: batch.began - visit.queued,
+                    postgres: batch.committed - batch.began,
+                    redis: batch.ended - batch.committed,
+                },
+                batch_size,
             };
             let delivered = visit.reply.send(Ok(recorded)).is_ok();
-            late += usize::from(!delivered && visit.deadline <= Instant::now());
+            if !delivered && visit.deadline <= Instant::now() {
+                late += 1;
+            } else {
+                self.durations.push(batch.ended - visit.queued);
+            }
         }
-        outcome.count(visits - late);
+        outcome.count(batch_size - late);
         Outcome::InDoubt.count(late);
+        self.rates.add(self.durations.drain(..));
+        self.rates.add_failures(late);
     }
 
     fn refuse(&mut self, outcome: Outcome, refusal: Refusal) {
         let visits = self.batch.len();
+        self.rates.add_failures(visits);
         let mut late = 0;
         for visit in self.batch.drain(..) {
             let delivered = visit.reply.send(Err(refusal)).is_ok();

@@ -320,7 +320,7 @@ image_says_what_it_is_and_holds_no_secret() {
 secrets_in_the_build_folder_do_not_get_into_the_image() {
     local canary=c4nary9Zx7Qk2 context=$work/at-hand layers=$work/layers name=$project-at-hand
     mkdir -p "$context/secrets" "$layers"
-    cp -r .dockerignore Dockerfile docker-compose.yml Cargo.toml Cargo.lock build.rs src migrations "$context"
+    cp -r .dockerignore Dockerfile docker-compose.yml Cargo.toml Cargo.lock build.rs assets src migrations templates "$context"
     cp --parents bench/Cargo.toml chaos/Cargo.toml devstack/Cargo.toml lab/Cargo.toml "$context"
     printf '%s\n' "DB_PASSWORD=$canary" "OTEL_RESOURCE_ATTRIBUTES=key=$canary" >"$context/.env"
     echo "$canary" | tee "$context/secrets/db_password" >"$context/secrets/redis_password"
@@ -342,7 +342,7 @@ secrets_in_the_build_folder_do_not_get_into_the_image() {
 change_of_the_source_does_not_rebuild_dependencies() {
     local context=$work/context
     mkdir "$context"
-    cp -r .dockerignore Dockerfile Cargo.toml Cargo.lock build.rs src migrations "$context"
+    cp -r .dockerignore Dockerfile Cargo.toml Cargo.lock build.rs assets src migrations templates "$context"
     cp --parents bench/Cargo.toml chaos/Cargo.toml devstack/Cargo.toml lab/Cargo.toml "$context"
     echo '// Changed.' >>"$context/src/main.rs"
     clean docker build --progress plain --output type=cacheonly --target dependencies "$context" >"$work/build.log" 2>&1 || { cat "$work/build.log"; return 1; }
@@ -358,6 +358,8 @@ every_variable_of_env_example_takes_effect() {
         [REDIS_HOST]=cache.example [REDIS_PORT]=6380 [DB_SSLMODE]=require [SECRETS_DIR]="$work/elsewhere"
         [DB_TIMEOUT]=1900ms [REDIS_TIMEOUT]=123ms [VISIT_TIMEOUT]=2900ms [QUEUE_CAPACITY]=4321
         [HTTP_MAX_CONNECTIONS]=4322 [HEADER_TIMEOUT]=4s [IDLE_TIMEOUT]=77s [SHUTDOWN_DELAY]=3s [SHUTDOWN_TIMEOUT]=9s
+        [PAGE_STREAMS_MAX]=77 [JAEGER_PUBLIC_URL]=http://jaeger.example [PROMETHEUS_PUBLIC_URL]=http://prometheus.example
+        [GRAFANA_PUBLIC_URL]=https://grafana.example/tools
         [STOP_GRACE_PERIOD]=33s [LOG_FORMAT]=pretty [RUST_LOG]=visitas=debug [ACCESS_SLOW]=444ms
         [OTEL_EXPORTER_OTLP_ENDPOINT]=http://collector.example:4318 [OTEL_SERVICE_NAME]=outro
         [OTEL_RESOURCE_ATTRIBUTES]=deployment.environment=e2e [OTEL_TRACES_SAMPLER]=parentbased_traceidratio

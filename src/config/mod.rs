@@ -16,6 +16,7 @@
 
 mod database_url;
 mod http;
+mod page;
 mod parameters;
 mod postgres;
 mod redis;
@@ -37,6 +38,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, FromArgMatches as _, Subcommand};
 
 pub use self::http::{HealthcheckConfig, HttpConfig, ListenConfig, ShutdownConfig, VisitConfig};
+pub use self::page::PageConfig;
 pub use self::parameters::Unenforced;
 pub use self::postgres::PostgresConfig;
 pub use self::redis::RedisConfig;
@@ -117,6 +119,9 @@ pub struct Config {
     /// Stopping.
     #[command(flatten)]
     pub shutdown: ShutdownConfig,
+    /// The page.
+    #[command(flatten)]
+    pub page: PageConfig,
     /// Logs and traces.
     #[command(flatten)]
     pub telemetry: TelemetryConfig,

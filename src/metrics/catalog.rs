@@ -62,6 +62,8 @@ metrics! {
     CONNECTIONS_MAX: Gauge = "visitas_http_connections_max";
     /// Requests rejected before they reached a route, by reason.
     REJECTED: Counter["reason"] = "visitas_http_requests_rejected_total";
+    /// Open streams of /visitas/stream.
+    PAGE_STREAMS: Gauge = "visitas_page_streams";
 
     /// Visits by outcome.
     VISITS: Counter["outcome"] = "visitas_visits_total";

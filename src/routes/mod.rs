@@ -2,12 +2,19 @@
 //!
 //! Must not know: how a connection is served.
 
+mod feed;
 mod health;
+mod language;
+mod negotiation;
+mod page;
 mod problem;
 mod renderings;
 mod scrape;
+mod snapshot;
 mod state;
+mod stream;
 mod visit;
+mod visits;
 
 use std::sync::Arc;
 
@@ -16,17 +23,27 @@ use axum::routing::get;
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 
-pub use self::state::AppState;
-use crate::telemetry::request::Observer;
+pub use self::feed::Feed;
+use self::page::assets;
+pub use self::renderings::Renderings;
+pub use self::state::{AppState, Parts};
+use crate::telemetry::request::{Observed, Observer};
+
+const STREAM: &str = "/visitas/stream";
 
 /// Builds the router of the main listener, with `/metrics` unless that has a listener of its own.
-pub fn main_router(state: &AppState, observer: Arc<Observer>, with_metrics: bool) -> Router {
+pub fn main_router(state: &AppState, observer: Arc<Observer>) -> Router {
     let mut router = Router::new()
         .route("/", get(visit::record).head(visit::head))
+        .route("/visitas", get(visits::show))
+        .route(STREAM, get(stream::open))
+        .route("/assets/{file}", get(assets::file))
+        .route("/favicon.ico", get(assets::favicon))
+        .route("/robots.txt", get(assets::robots))
         .route("/health", get(health::ready))
         .route("/health/ready", get(health::ready))
         .route("/health/live", get(health::live));
-    if with_metrics {
+    if state.has_metrics {
         router = router.route("/metrics", get(scrape::render));
     }
     layered(router.with_state(state.clone()), observer)
@@ -44,14 +61,20 @@ pub fn metrics_router(state: &AppState, observer: Arc<Observer>) -> Router {
 pub fn layered(router: Router, observer: Arc<Observer>) -> Router {
     router.layer(
         ServiceBuilder::new()
-            .layer(observer.layer(is_traced))
+            .layer(observer.layer(observed))
             .map_response(problem::not_stored)
             .map_response(problem::problem_document)
             .layer(CatchPanicLayer::custom(problem::panicked)),
     )
 }
 
-/// Probes and scrapes are not traced: they would outnumber visits.
-fn is_traced(route: &str) -> bool {
-    route != "/metrics" && !route.starts_with("/health")
+/// Probes, scrapes and the page's files are not traced: they would outnumber visits. A stream lasts
+/// as long as somebody watches.
+fn observed(route: &str) -> Observed {
+    match route {
+        STREAM => Observed::Untimed,
+        "/metrics" | "/favicon.ico" | "/robots.txt" => Observed::Timed,
+        _ if route.starts_with("/health") || route.starts_with("/assets/") => Observed::Timed,
+        _ => Observed::Traced,
+    }
 }

@@ -19,8 +19,8 @@ struct Problem<'a> {
     status: u16,
 }
 
-/// Replaces the body of every error without a JSON body by a problem document: errors of the router
-/// (404, 405) and of a handler that panicked (500).
+/// Replaces the body of every error without a body of its own by a problem document: errors of the
+/// router (404, 405), of a handler that panicked (500) and of a stream too many (503).
 pub(super) fn problem_document<B>(response: http::Response<B>) -> Response
 where
     B: HttpBody<Data = Bytes> + Send + 'static,
@@ -29,8 +29,7 @@ where
     let response = response.map(Body::new);
     let status = response.status();
     let is_error = status.is_client_error() || status.is_server_error();
-    let content_type = response.headers().get(CONTENT_TYPE);
-    if !is_error || content_type.is_some_and(|value| value == "application/json") {
+    if !is_error || response.headers().get(CONTENT_TYPE).is_some_and(is_own) {
         return response;
     }
     let problem = Problem {
@@ -48,6 +47,11 @@ where
         HeaderValue::from_static("application/problem+json"),
     );
     Response::from_parts(parts, Body::from(body))
+}
+
+/// Whether a body is a handler's own: JSON, or the page.
+fn is_own(content_type: &HeaderValue) -> bool {
+    content_type == "application/json" || content_type.as_bytes().starts_with(b"text/html")
 }
 
 /// Keeps caches from storing a response without `Cache-Control`, since each is true only at its own

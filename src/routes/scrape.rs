@@ -5,10 +5,11 @@
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, VARY};
+use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, VARY};
 use http::{HeaderMap, HeaderValue};
-use mediatype::{MediaType, MediaTypeList, Name, ReadParams as _};
+use mediatype::{MediaType, Name, ReadParams as _};
 
+use super::negotiation::{accepted, parameter_weight, weight};
 use super::renderings::Kind;
 use super::state::AppState;
 use crate::metrics::Format;
@@ -44,15 +45,12 @@ pub(super) async fn render(State(state): State<AppState>, headers: HeaderMap) ->
 /// if neither is accepted (RFC 9110, 12.5.1).
 fn format(headers: &HeaderMap) -> Format {
     let (mut openmetrics, mut text) = (0.0, 0.0);
-    for accepted in headers.get_all(ACCEPT) {
-        let list = MediaTypeList::new(accepted.to_str().unwrap_or_default());
-        for media in list.flatten() {
-            let weight = weight(&media);
-            if is_type(&media, "application", "openmetrics-text", "1.0.0") {
-                openmetrics = weight.max(openmetrics);
-            } else if is_type(&media, "text", "plain", "0.0.4") {
-                text = weight.max(text);
-            }
+    for media in accepted(headers) {
+        let weight = weight(&media);
+        if is_type(&media, "application", "openmetrics-text", "1.0.0") {
+            openmetrics = weight.max(openmetrics);
+        } else if is_type(&media, "text", "plain", "0.0.4") {
+            text = weight.max(text);
         }
     }
     if openmetrics > 0.0 && openmetrics >= text {
@@ -69,8 +67,7 @@ fn accepts_gzip(headers: &HeaderMap) -> bool {
     for line in headers.get_all(ACCEPT_ENCODING) {
         for coding in line.to_str().unwrap_or_default().split(',') {
             let (name, parameter) = coding.split_once(';').unwrap_or((coding, "q=1"));
-            let weight = parameter.trim_ascii().split_once('=');
-            let weight = weight.and_then(|(_q, weight)| weight.parse::<f32>().ok());
+            let weight = parameter_weight(parameter);
             let named = match &*name.trim_ascii().to_ascii_lowercase() {
                 "gzip" | "x-gzip" => &mut gzip,
                 "identity" => &mut identity,
@@ -90,17 +87,10 @@ fn is_type(media: &MediaType<'_>, main: &str, sub: &str, version: &str) -> bool 
     media.ty == main && media.subty == sub && named.is_none_or(|named| named == version)
 }
 
-/// How much a scraper prefers a media type, from 0 (not at all) to 1.
-fn weight(media: &MediaType<'_>) -> f32 {
-    media
-        .get_param(Name::new_unchecked("q"))
-        .map_or(Some(1.0), |weight| weight.as_str().parse().ok())
-        .unwrap_or(0.0)
-}
-
 #[cfg(test)]
 mod tests {
     use http::HeaderName;
+    use http::header::ACCEPT;
 
     use super::*;
 

@@ -1,12 +1,17 @@
-//! The state that the handlers share: the recorder, the stores and the phase of a stop.
+//! The state that the handlers share: the recorder, the stores, the page's settings and the phase of
+//! a stop.
 //!
 //! Must not know: what a handler does with it.
 
 use std::ops::Deref;
 use std::sync::Arc;
+use std::time::SystemTime;
 
+use super::feed::Feed;
 use super::renderings::Renderings;
+use crate::config::PageConfig;
 use crate::lifecycle::Lifecycle;
+use crate::rates::Rates;
 use crate::recorder::Recorder;
 use crate::store::{Postgres, Redis};
 use crate::telemetry::Telemetry;
@@ -19,6 +24,8 @@ pub struct AppState(Arc<Parts>);
 pub struct Parts {
     /// Takes visits.
     pub recorder: Recorder,
+    /// What the recorder did in the last minutes.
+    pub rates: Arc<Rates>,
     /// The database.
     pub postgres: Arc<Postgres>,
     /// The cache.
@@ -29,26 +36,19 @@ pub struct Parts {
     pub renderings: Renderings,
     /// The phase of a stop.
     pub lifecycle: Lifecycle,
+    /// The page's streams.
+    pub feed: Feed,
+    /// Where the page's links lead.
+    pub page: PageConfig,
+    /// Whether visitors can read `/metrics`.
+    pub has_metrics: bool,
+    /// When the service started.
+    pub started: SystemTime,
 }
 
-impl AppState {
-    /// The state of one service.
-    #[must_use]
-    pub fn new(
-        recorder: Recorder,
-        postgres: Arc<Postgres>,
-        redis: Arc<Redis>,
-        telemetry: Arc<Telemetry>,
-        lifecycle: Lifecycle,
-    ) -> Self {
-        Self(Arc::new(Parts {
-            recorder,
-            postgres,
-            redis,
-            telemetry,
-            renderings: Renderings::default(),
-            lifecycle,
-        }))
+impl From<Parts> for AppState {
+    fn from(parts: Parts) -> Self {
+        Self(Arc::new(parts))
     }
 }
 

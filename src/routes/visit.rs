@@ -1,4 +1,5 @@
-//! `GET /`: records one visit and responds with its number in both stores.
+//! `GET /`: records one visit and responds with its number in both stores, as JSON or, for a client
+//! that prefers it, as the page.
 //!
 //! Must not know: SQL, Redis commands, metrics and span fields.
 
@@ -7,15 +8,18 @@ use std::pin::Pin;
 use std::task::{self, Poll};
 
 use axum::body::{Body, Bytes, HttpBody};
-use axum::extract::State;
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::header::{CONTENT_TYPE, RETRY_AFTER, VARY};
 use http::{HeaderValue, StatusCode};
 use hyper::body::Frame;
 use serde::Serialize;
 
+use super::negotiation::Wanted;
+use super::page;
+use super::snapshot::status;
 use super::state::AppState;
-use crate::recorder::Refusal;
+use crate::recorder::{Recorded, Refusal};
 use crate::store::Store as _;
 
 /// The response's body, with its fields in the order of the challenge.
@@ -28,30 +32,50 @@ struct VisitBody {
 }
 
 /// The number of headers in a response, with those that the layers add.
-const HEADERS: usize = 8;
+const HEADERS: usize = 9;
 
-/// Records this request as a visit.
-pub(super) async fn record(State(state): State<AppState>) -> Response {
-    match state.recorder.record().await {
-        Ok(recorded) => respond(
-            StatusCode::OK,
-            &VisitBody {
-                db_status: status(true),
-                redis_status: status(recorded.redis.is_some()),
-                total_registros_db: Some(recorded.total),
-                visitas_redis: recorded.redis,
-            },
-        ),
-        Err(refusal) => unavailable(&state, refusal),
+/// Records this request as a visit, unless it only prepares one.
+pub(super) async fn record(State(state): State<AppState>, request: Request) -> Response {
+    let wanted = Wanted::by(request.headers());
+    drop(request);
+    if wanted.prefetch {
+        // The browser asks again when somebody opens the page.
+        return StatusCode::NO_CONTENT.into_response();
     }
+    let recorded = state.recorder.record().await;
+    let mut response = match wanted.page {
+        None => respond(&body(&state, &recorded)),
+        Some(language) => page::of_visit(&state, language, &recorded),
+    };
+    set_vary(&mut response);
+    if let Err(refusal) = recorded {
+        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+        // If the visit can have been recorded, a retry could count it twice.
+        if refusal != Refusal::InDoubt {
+            let retry_after = HeaderValue::from_static("1");
+            response.headers_mut().insert(RETRY_AFTER, retry_after);
+        }
+    }
+    response
 }
 
 /// `HEAD /` records no visit, so the length of a `GET`'s body is unknown.
-pub(super) async fn head() -> Response {
+pub(super) async fn head(request: Request) -> Response {
     let mut response = Response::new(Body::new(UnknownLength));
-    let json = HeaderValue::from_static("application/json");
-    response.headers_mut().insert(CONTENT_TYPE, json);
+    if let Some(language) = Wanted::by(request.headers()).page {
+        page::set_headers(response.headers_mut(), language);
+    } else {
+        let json = HeaderValue::from_static("application/json");
+        response.headers_mut().insert(CONTENT_TYPE, json);
+    }
+    set_vary(&mut response);
     response
+}
+
+/// Says that the response depends on these headers (RFC 9110, section 12.5.5).
+fn set_vary(response: &mut Response) {
+    let vary = HeaderValue::from_static("Accept, Accept-Language");
+    response.headers_mut().insert(VARY, vary);
 }
 
 /// An empty body of unknown length. For any other empty body the router would send
@@ -70,34 +94,30 @@ impl HttpBody for UnknownLength {
     }
 }
 
-/// The response to a visit that is not known to be recorded. Its Redis fields are those of the
+/// The body for a visit. If it is not known to be recorded, the Redis fields are those of the
 /// monitor's last reading, so that a failing database costs no Redis call.
-fn unavailable(state: &AppState, refusal: Refusal) -> Response {
-    let postgres_works = match refusal {
-        Refusal::QueueFull | Refusal::Stopping => state.postgres.availability().is_up(),
-        Refusal::Failed | Refusal::InDoubt => false,
-    };
-    let redis = state.redis.availability().count();
-    let body = VisitBody {
-        db_status: status(postgres_works),
-        redis_status: status(redis.is_some()),
-        total_registros_db: None,
-        visitas_redis: redis,
-    };
-    let mut response = respond(StatusCode::SERVICE_UNAVAILABLE, &body);
-    let headers = response.headers_mut();
-    // If the visit can have been recorded, a retry could count it twice.
-    if refusal != Refusal::InDoubt {
-        headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+fn body(state: &AppState, recorded: &Result<Recorded, Refusal>) -> VisitBody {
+    match recorded {
+        Ok(recorded) => VisitBody {
+            db_status: status(true),
+            redis_status: status(recorded.redis.is_some()),
+            total_registros_db: Some(recorded.total),
+            visitas_redis: recorded.redis,
+        },
+        Err(refusal) => {
+            let postgres_works = !refusal.is_of_postgres() && state.postgres.availability().is_up();
+            let redis = state.redis.availability().count();
+            VisitBody {
+                db_status: status(postgres_works),
+                redis_status: status(redis.is_some()),
+                total_registros_db: None,
+                visitas_redis: redis,
+            }
+        }
     }
-    response
 }
 
-fn status(works: bool) -> &'static str {
-    if works { "ok" } else { "erro" }
-}
-
-fn respond(status: StatusCode, body: &VisitBody) -> Response {
+fn respond(body: &VisitBody) -> Response {
     let Ok(mut json) = serde_json::to_vec(body) else {
         // Four plain fields always serialise.
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
@@ -105,7 +125,6 @@ fn respond(status: StatusCode, body: &VisitBody) -> Response {
     // With a newline a terminal shows its next prompt on a line of its own.
     json.push(b'\n');
     let mut response = Response::new(Body::from(json));
-    *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.reserve(HEADERS);
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

@@ -44,6 +44,8 @@ pub(super) struct Activity {
     responded: AtomicBool,
     /// Set by [`Activity::announce_close`].
     closing: AtomicBool,
+    /// Whether the response is one that ends only with the server.
+    endless: AtomicBool,
     /// The last four bytes that were read.
     tail: AtomicU32,
     /// When the connection became idle, by [`Shared::moment`]; or [`BUSY`], or [`ENDING`].
@@ -60,6 +62,7 @@ impl Activity {
             moved: AtomicBool::new(false),
             responded: AtomicBool::new(true),
             closing: AtomicBool::new(false),
+            endless: AtomicBool::new(false),
             tail: AtomicU32::new(0),
             idle_since: AtomicU64::new(accepted),
             waker: OnceLock::new(),
@@ -132,6 +135,11 @@ impl Activity {
         self.closing.load(Relaxed)
     }
 
+    /// Notes that the response ends only with the server.
+    pub(super) fn start_endless(&self) {
+        self.endless.store(true, Relaxed);
+    }
+
     /// From now on the connection cannot be evicted.
     pub(super) fn mark_busy(&self) {
         self.idle_since.store(BUSY, Relaxed);
@@ -161,7 +169,13 @@ impl Activity {
             State::Writing => shared.limits.stall_timeout,
         };
         let deadline = since.checked_add(limit);
-        let last_call = shared.last_call.get().filter(|_| state == State::Idle);
+        // The rest of an endless response must not hold a drain.
+        let is_last = match state {
+            State::Idle => true,
+            State::Writing => self.endless.load(Relaxed),
+            _ => false,
+        };
+        let last_call = shared.last_call.get().filter(|_| is_last);
         deadline.into_iter().chain(last_call.copied()).min()
     }
 
@@ -183,6 +197,7 @@ impl Activity {
 
     pub(super) fn start_request(&self) {
         self.mark_busy();
+        self.endless.store(false, Relaxed);
         self.responded.store(false, Relaxed);
         self.enter(State::Handling);
     }

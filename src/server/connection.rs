@@ -34,7 +34,7 @@ use tower::Service;
 use super::activity::{Activity, State};
 use super::host;
 use super::rejections::{self, Rejection};
-use super::shared::Shared;
+use super::shared::{Endless, Shared};
 
 /// The maximum size of hyper's buffer for headers, and of its buffer for responses. Incomplete
 /// headers of this size get a 431, and so do headers of more than twice this size and more than 100
@@ -81,6 +81,9 @@ pub(super) async fn run(stream: TcpStream, shared: Arc<Shared>, activity: Arc<Ac
                 activity.announce_close();
                 let close = HeaderValue::from_static("close");
                 response.headers_mut().insert(CONNECTION, close);
+            }
+            if response.extensions().get::<Endless>().is_some() {
+                activity.start_endless();
             }
             Ok::<_, Infallible>(response.map(|body| ResponseBody { body, activity }))
         }

@@ -28,7 +28,7 @@ pub use self::listener::bind;
 use self::listener::{Warnings, block_handshakes, concerns_one_client};
 pub use self::rejections::{Rejection, Rejections};
 use self::shared::Shared;
-pub use self::shared::{Events, Limits, Stop};
+pub use self::shared::{Endless, Events, Limits, Stop};
 
 /// How a drain ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -285,5 +285,74 @@ impl Connections {
         self.tasks.abort_all();
         (self.shared.events.connections)(0);
         DrainReport { aborted }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use axum::body::{Body, Bytes};
+    use axum::response::Response;
+    use futures_util::stream;
+    use tokio::io::AsyncWriteExt as _;
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::lifecycle::{Lifecycle, Phase};
+
+    /// Serves endless responses that are always ready, and drains at once. Returns how long the drain
+    /// took while a client read nothing.
+    async fn drain_with_a_stalled_reader(endless: bool) -> Duration {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let started = Arc::new(Notify::new());
+        let asked = Arc::clone(&started);
+        let respond = async move || {
+            asked.notify_one();
+            let chunks = stream::repeat(Ok::<_, Infallible>(Bytes::from_static(&[b'x'; 65_536])));
+            let mut response = Response::new(Body::from_stream(chunks));
+            if endless {
+                response.extensions_mut().insert(Endless);
+            }
+            response
+        };
+        let minute = Duration::from_mins(1);
+        let limits = Limits {
+            max_connections: 1,
+            header_timeout: minute,
+            idle_timeout: minute,
+            stall_timeout: minute,
+        };
+        let events = Events {
+            connections: Box::new(|_open| {}),
+            rejected: Box::new(|_reason| {}),
+        };
+        let lifecycle = Lifecycle::default();
+        let stop = Stop {
+            lifecycle: lifecycle.clone(),
+            leave_at: Phase::Leaving,
+            drain_at: Phase::Draining,
+            drain: Duration::from_secs(4),
+        };
+        let router = Router::new().route("/", axum::routing::get(respond));
+        let serving = tokio::spawn(serve(listener, router, limits, events, stop));
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client
+            .write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            .await
+            .unwrap();
+        started.notified().await;
+        let began = Instant::now();
+        lifecycle.enter(Phase::Draining);
+        let _report = serving.await.unwrap();
+        drop(client);
+        began.elapsed()
+    }
+
+    #[tokio::test]
+    async fn reader_of_an_endless_response_that_stalls_does_not_hold_the_drain() {
+        assert!(drain_with_a_stalled_reader(true).await < Duration::from_secs(4));
+        assert!(drain_with_a_stalled_reader(false).await >= Duration::from_secs(4));
     }
 }

@@ -33,6 +33,11 @@ pub struct Limits {
     pub stall_timeout: Duration,
 }
 
+/// Marks a response, as an extension, whose body ends only when the service stops. A client that does
+/// not read it is disconnected a second after the server has begun to drain, as an idle one is.
+#[derive(Clone, Copy, Debug)]
+pub struct Endless;
+
 /// The callbacks through which a server reports.
 pub struct Events {
     /// Called with the number of open connections whenever it changes.

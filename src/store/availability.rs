@@ -6,10 +6,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use metrics::Gauge;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
 
 use super::error::{Error, System};
@@ -23,12 +23,17 @@ pub struct Availability {
     up_gauge: Gauge,
     count: AtomicI64,
     went_down: Notify,
+    changes: watch::Sender<()>,
     details: Mutex<Details>,
 }
 
 #[derive(Debug)]
 struct Details {
     since: Instant,
+    /// The same moment by the wall clock, for people.
+    since_time: SystemTime,
+    /// The last count that was read, and when; kept while the count is unknown.
+    last_count: Option<(i64, SystemTime)>,
     /// The reason in the last log line of the current outage, and when that was logged.
     reason: Option<(String, Instant)>,
     last_success: Option<Instant>,
@@ -58,8 +63,11 @@ impl Availability {
             up_gauge,
             count: AtomicI64::new(UNKNOWN),
             went_down: Notify::new(),
+            changes: watch::Sender::new(()),
             details: Mutex::new(Details {
                 since: Instant::now(),
+                since_time: SystemTime::now(),
+                last_count: None,
                 reason: None,
                 last_success: None,
                 latency: None,
@@ -85,6 +93,24 @@ impl Availability {
     pub fn count(&self) -> Option<i64> {
         let count = self.count.load(Ordering::Relaxed);
         (count != UNKNOWN).then_some(count)
+    }
+
+    /// Since when the store has been up or down.
+    #[must_use]
+    pub fn since(&self) -> SystemTime {
+        self.details().since_time
+    }
+
+    /// The last count that was read, even if it is unknown by now, and when it was read.
+    #[must_use]
+    pub fn last_count(&self) -> Option<(i64, SystemTime)> {
+        self.details().last_count
+    }
+
+    /// Sees each change from up to down and back, if only the last of several.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
     }
 
     /// Waits until the store is down. Returns at once if it is down already.
@@ -114,6 +140,8 @@ impl Availability {
             return;
         }
         self.up_gauge.set(1.0);
+        details.since_time = SystemTime::now();
+        self.changes.send_replace(());
         if details.reason.take().is_some() {
             info!(
                 store = self.system.name(),
@@ -140,7 +168,9 @@ impl Availability {
                 0
             };
             details.since = now;
+            details.since_time = SystemTime::now();
             self.up_gauge.set(0.0);
+            self.changes.send_replace(());
         }
         self.went_down.notify_waiters();
         let error = error.chain();
@@ -159,7 +189,9 @@ impl Availability {
     /// succeed.
     pub(super) fn record_reading(&self, count: i64, took: Duration) {
         self.count.store(count, Ordering::Relaxed);
-        self.details().latency = Some(took);
+        let mut details = self.details();
+        details.latency = Some(took);
+        details.last_count = Some((count, SystemTime::now()));
     }
 
     /// Records that a reading that started at `began` has failed. The failure counts only if no

@@ -3,7 +3,7 @@
 //!
 //! Must not know: how spans are sent, and what they are about.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,8 @@ pub(super) struct Collector {
     started: Instant,
     /// Failed attempts since the last export that succeeded.
     failures: AtomicUsize,
+    /// Whether an export has succeeded since the start.
+    has_exported: AtomicBool,
     /// The second since `started`, from 1, in which the open breaker last admitted a request.
     admitted: AtomicU64,
     /// Spans that are queued or being exported. Decreases only under the lock of `status`, so that
@@ -86,6 +88,12 @@ impl Collector {
         self.failures.load(Ordering::Relaxed) >= FAILURES_UNTIL_OPEN
     }
 
+    /// Whether spans reach the collector, as far as exports tell: one has succeeded, and the breaker
+    /// is closed.
+    pub(super) fn accepts_spans(&self) -> bool {
+        self.has_exported.load(Ordering::Relaxed) && !self.is_down()
+    }
+
     fn admits_in(&self, second: u64) -> bool {
         // The load spares later requests of the same second the write. A request whose second is
         // over must not move `admitted` back.
@@ -117,6 +125,7 @@ impl Collector {
     /// up.
     pub(super) fn record_export(&self, spans: usize) {
         self.failures.store(0, Ordering::Relaxed);
+        self.has_exported.store(true, Ordering::Relaxed);
         let mut status = self.status();
         let rejected = std::mem::take(&mut status.attempt).rejected.min(spans);
         EXPORTED.increment((spans - rejected) as u64);
@@ -178,6 +187,7 @@ impl Default for Collector {
         Self {
             started: Instant::now(),
             failures: AtomicUsize::new(0),
+            has_exported: AtomicBool::new(false),
             admitted: AtomicU64::new(0),
             unexported: AtomicUsize::new(0),
             status: Mutex::default(),

@@ -125,10 +125,16 @@ impl Pipeline {
     }
 }
 
+/// A random id of this process.
+pub(super) fn instance_id() -> &'static str {
+    static ID: LazyLock<String> = LazyLock::new(|| uuid::Uuid::new_v4().to_string());
+    &ID
+}
+
 fn resource(config: &TracesConfig) -> Resource {
     let own = [
         KeyValue::new("service.version", crate::VERSION),
-        KeyValue::new("service.instance.id", uuid::Uuid::new_v4().to_string()),
+        KeyValue::new("service.instance.id", instance_id()),
     ];
     // The operator's attributes come after ours, so that they win.
     let configured = config.resource_attributes();

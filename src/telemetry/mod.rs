@@ -88,6 +88,19 @@ impl Telemetry {
         self.sampler.clone()
     }
 
+    /// Whether spans are being exported: a collector has accepted some, and has not stopped doing so.
+    #[must_use]
+    pub fn is_exporting(&self) -> bool {
+        let pipeline = self.pipeline.as_ref();
+        pipeline.is_some_and(|pipeline| pipeline.collector.accepts_spans())
+    }
+
+    /// A random id of this process. Its spans have it as `service.instance.id`.
+    #[must_use]
+    pub fn instance_id(&self) -> &'static str {
+        exporter::instance_id()
+    }
+
     /// Renders every metric.
     #[must_use]
     pub fn render_metrics(&self, format: Format) -> String {

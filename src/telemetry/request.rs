@@ -50,14 +50,14 @@ impl Observer {
         })
     }
 
-    /// Makes the layer. Requests of a route that is not `traced` never get a span.
+    /// Makes the layer. `of_route` says what is observed of a route's requests.
     pub fn layer<S>(
         self: Arc<Self>,
-        traced: fn(route: &str) -> bool,
+        of_route: fn(route: &str) -> Observed,
     ) -> impl Layer<S, Service = ObservingService<S>> + Clone {
         layer_fn(move |inner| ObservingService {
             observer: Arc::clone(&self),
-            traced,
+            of_route,
             inner,
         })
     }
@@ -76,11 +76,22 @@ impl Observer {
     }
 }
 
+/// What is observed of a route's requests, next to the access line and the number in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Observed {
+    /// A span, if the request is sampled, and its duration.
+    Traced,
+    /// The duration alone.
+    Timed,
+    /// Neither: how long a response takes is the client's choice. Client errors still count.
+    Untimed,
+}
+
 /// The service of the outermost layer. It allocates nothing, unlike axum's `from_fn`.
 #[derive(Debug, Clone)]
 pub struct ObservingService<S> {
     observer: Arc<Observer>,
-    traced: fn(&str) -> bool,
+    of_route: fn(&str) -> Observed,
     inner: S,
 }
 
@@ -97,7 +108,7 @@ where
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let in_flight = InFlight::begin(&self.observer, self.traced, &request);
+        let in_flight = InFlight::begin(&self.observer, self.of_route, &request);
         let _scope = RequestScope::enter(in_flight.ids());
         let span = in_flight.span.clone();
         ResponseFuture {
@@ -146,16 +157,20 @@ struct InFlight {
     context: Option<SpanContext>,
     span: Span,
     started: Instant,
+    timed: bool,
     ended: bool,
 }
 
 impl InFlight {
-    fn begin(observer: &Arc<Observer>, traced: fn(&str) -> bool, request: &Request) -> Self {
+    fn begin(observer: &Arc<Observer>, of_route: fn(&str) -> Observed, request: &Request) -> Self {
         let started = Instant::now();
         let method = known_method(request.method());
         let route = request.extensions().get::<MatchedPath>().cloned();
         let id = request_id(request);
-        let decision = if route.as_ref().is_none_or(|route| traced(route.as_str())) {
+        let extent = route
+            .as_ref()
+            .map_or(Observed::Traced, |route| of_route(route.as_str()));
+        let decision = if extent == Observed::Traced {
             observer.sampler.decide(request.headers())
         } else {
             observer.sampler.decline(request.headers())
@@ -178,6 +193,7 @@ impl InFlight {
             context,
             span,
             started,
+            timed: extent != Observed::Untimed,
             ended: false,
         }
     }
@@ -220,7 +236,9 @@ impl InFlight {
             status,
             version: self.version,
         };
-        request_metrics::record(kind, took, span);
+        if self.timed || status.is_some_and(|status| status.is_client_error()) {
+            request_metrics::record(kind, took, span);
+        }
         request_metrics::add_active(self.method, -1.0);
         macro_rules! line {
             ($level:expr, $suppressed:expr) => {

@@ -4,8 +4,10 @@
 
 use std::sync::OnceLock;
 
+use opentelemetry::trace::{TraceContextExt as _, TraceId};
 use opentelemetry_sdk::trace::SdkTracer;
-use tracing::Subscriber;
+use tracing::{Span, Subscriber};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::registry::LookupSpan;
@@ -25,6 +27,16 @@ pub(super) fn set_tracer(tracer: SdkTracer, value_length_limit: usize) {
 /// The tracer, if spans are exported.
 pub(crate) fn tracer() -> Option<&'static SdkTracer> {
     EXPORTED.get().map(|(tracer, _limit)| tracer)
+}
+
+/// The trace of the current span, if the request is sampled.
+pub(crate) fn current_trace() -> Option<TraceId> {
+    let span = Span::current();
+    if span.is_none() {
+        return None;
+    }
+    let trace = span.context().span().span_context().trace_id();
+    (trace != TraceId::INVALID).then_some(trace)
 }
 
 /// Makes the layer that exports spans, if spans are exported.

@@ -258,6 +258,9 @@ async fn every_answer(service: &Service) -> Vec<Answer> {
         "/health/ready",
         "/health/live",
         "/metrics",
+        "/visitas",
+        "/robots.txt",
+        &format!("/assets/{CANARY}"),
         &format!("/{CANARY}"),
     ] {
         for method in [Method::GET, Method::HEAD, Method::POST] {
@@ -429,7 +432,14 @@ async fn assert_no_secret_in_output(
 
 async fn every_visible(service: &Service) -> Vec<Answer> {
     let mut answers = Vec::new();
-    for path in ["/", "/health", "/health/live", "/metrics", "/nope"] {
+    for path in [
+        "/",
+        "/visitas",
+        "/health",
+        "/health/live",
+        "/metrics",
+        "/nope",
+    ] {
         for method in [Method::GET, Method::POST] {
             let parent = HeaderValue::from_static(PARENT);
             let headers = HeaderMap::from_iter([(HeaderName::from_static("traceparent"), parent)]);

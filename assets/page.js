@@ -1,0 +1,217 @@
+// Keeps the page current from /visitas/stream, without a reload. It writes numbers, times and
+// paths, and the attributes of <main>, which choose among the texts of templates/page.html; it has
+// no text of its own, and builds no HTML. The charts are drawn as in src/routes/page/chart.rs.
+
+const main = document.querySelector("main");
+const at = (id) => document.getElementById(id);
+
+// How numbers and times are written
+
+const language = document.documentElement.lang;
+const whole = new Intl.NumberFormat(language, { maximumFractionDigits: 0 });
+const upToTenths = new Intl.NumberFormat(language, { maximumFractionDigits: 1 });
+const tenths = new Intl.NumberFormat(language, { minimumFractionDigits: 1, maximumFractionDigits: 1 });
+const minutes = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+
+const rate = (value) => (value < 10 ? upToTenths : whole).format(value);
+const milliseconds = (value) =>
+  value > 0 && value < 0.1 ? `< ${tenths.format(0.1)}\u00a0ms` : `${(value < 100 ? tenths : whole).format(value)}\u00a0ms`;
+
+// A length of time in seconds, or in minutes once nobody counts seconds.
+function length(ms) {
+  const [value, unit] = ms < 120_000 ? [Math.max(1, Math.round(ms / 1000)), "second"] : [Math.round(ms / 60_000), "minute"];
+  return new Intl.NumberFormat(language, { style: "unit", unit, unitDisplay: "long" }).format(value);
+}
+
+// Writes a time in the reader's time zone, with the date unless it is today's.
+function writeTime(element, moment) {
+  if (!element) return;
+  const parts = element.closest(".axis") ? minutes : { ...minutes, second: "2-digit" };
+  const isToday = moment.toDateString() === new Date().toDateString();
+  element.dateTime = moment.toISOString();
+  element.textContent = isToday ? moment.toLocaleTimeString(language, parts) : moment.toLocaleString(language, { dateStyle: "short", timeStyle: "medium" });
+}
+
+// Unlike an assignment, this disturbs neither a selection nor a screen reader when nothing changes.
+function write(element, text) {
+  if (element && element.textContent !== text) element.textContent = text;
+}
+
+// The charts
+
+const SECONDS = 600;
+const INTERVAL = 5;
+const HALF = INTERVAL / 2;
+const INTERVALS = SECONDS / INTERVAL;
+const slider = at("moment");
+let rates = [];
+
+// The top of a scale: the lowest of 1, 2, 5, 10, … that no value exceeds.
+function topOf(values) {
+  const highest = Math.max(1, ...values.filter((value) => value !== null));
+  const power = 10 ** Math.floor(Math.log10(highest));
+  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= highest) ?? highest;
+}
+
+// A line through the values, broken where there is none. Each part is drawn from its first
+// interval's start to its last one's end, so that a lone value is a dash.
+function line(values, top) {
+  return values.map((value, index) => {
+    if (value === null) return "";
+    const y = (100 * (1 - value / top)).toFixed(1);
+    const isFirst = (values[index - 1] ?? null) === null;
+    const isLast = (values[index + 1] ?? null) === null;
+    return `${isFirst ? `M${x(index) - HALF} ${y}` : ""}L${x(index)} ${y}${isLast ? `h${HALF}` : ""}`;
+  }).join("");
+}
+
+// The place of an interval's middle. The newest interval ends at the right edge.
+const x = (index) => SECONDS - INTERVAL * (rates.length - index) + HALF;
+
+function draw(snapshot) {
+  rates = snapshot.replica.taxas;
+  const visits = rates.map((rate) => rate.visitas / INTERVAL);
+  const [median, p99] = [rates.map((rate) => rate.p50_ms), rates.map((rate) => rate.p99_ms)];
+  const [top, topMilliseconds] = [topOf(visits), topOf(p99)];
+  const lineOfVisits = line(visits, top);
+  at("visits-line").setAttribute("d", lineOfVisits);
+  at("visits-area").setAttribute("d", lineOfVisits && `${lineOfVisits}V100H${x(0) - HALF}Z`);
+  at("median-line").setAttribute("d", line(median, topMilliseconds));
+  at("p99-line").setAttribute("d", line(p99, topMilliseconds));
+  const bands = rates.map((rate, index) => (rate.falhas > 0 ? `M${x(index) - HALF} 0h${INTERVAL}v100h-${INTERVAL}Z` : "")).join("");
+  for (const path of document.querySelectorAll(".plot .failures")) path.setAttribute("d", bands);
+  main.toggleAttribute("data-failures", bands !== "");
+  if (rates.every((rate) => rate.visitas + rate.falhas === 0)) main.dataset.rates = "none";
+  else delete main.dataset.rates;
+
+  write(at("visits-top"), rate(top));
+  write(at("visits-half"), rate(top / 2));
+  write(at("milliseconds-top"), `${rate(topMilliseconds)}\u00a0ms`);
+  write(at("milliseconds-half"), `${rate(topMilliseconds / 2)}\u00a0ms`);
+  const end = rates.length ? Date.parse(rates.at(-1).em) + 1000 * INTERVAL : Date.parse(snapshot.atualizado_em);
+  writeTime(at("start"), new Date(end - 1000 * SECONDS));
+  writeTime(at("middle"), new Date(end - 500 * SECONDS));
+  writeTime(at("end"), new Date(end));
+  showMoment();
+}
+
+// Shows the numbers of the interval at which the slider stands: the newest, unless it was moved.
+function showMoment() {
+  const index = rates.length - INTERVALS + slider.valueAsNumber;
+  const chosen = rates[index];
+  const shown = (value, format) => (value === null || value === undefined ? "–" : format(value));
+  write(at("now-visits"), shown(chosen && chosen.visitas / INTERVAL, rate));
+  write(at("now-failures"), shown(chosen && chosen.falhas / INTERVAL, rate));
+  write(at("now-median"), shown(chosen?.p50_ms, milliseconds));
+  write(at("now-p99"), shown(chosen?.p99_ms, milliseconds));
+  const isMoved = slider.valueAsNumber < INTERVALS - 1;
+  const place = INTERVAL * slider.valueAsNumber + HALF;
+  for (const path of document.querySelectorAll(".cursor")) path.setAttribute("d", isMoved ? `M${place} 0v100` : "");
+  if (chosen) writeTime(at("moment-time"), new Date(chosen.em));
+  else write(at("moment-time"), "–");
+  const values = [...document.querySelectorAll(".values > span")].filter((value) => value.checkVisibility());
+  slider.setAttribute("aria-valuetext", [at("moment-time"), ...values].map((part) => part.innerText.trim()).join(", "));
+}
+
+slider.addEventListener("input", showMoment);
+for (const plot of document.querySelectorAll(".plot")) {
+  const svg = plot.querySelector("svg");
+  const point = (event) => {
+    const box = svg.getBoundingClientRect();
+    slider.valueAsNumber = Math.min(INTERVALS - 1, Math.floor((INTERVALS * (event.clientX - box.left)) / box.width));
+    showMoment();
+  };
+  plot.addEventListener("pointermove", point);
+  plot.addEventListener("pointerdown", point);
+  plot.addEventListener("pointerleave", () => {
+    slider.valueAsNumber = INTERVALS - 1;
+    showMoment();
+  });
+}
+
+// The stores
+
+// Writes a store's state and total, and returns whether its state has changed.
+function showStore(store, status, total, moment) {
+  const before = main.dataset[store];
+  const [since, count] = [at(`${store}-since`), at(`${store}-total`)];
+  if (status !== before) {
+    const back = new Set((main.dataset.back ?? "").split(" "));
+    if (status === "ok") {
+      back.add(store);
+      write(at(`${store}-away`), length(moment - new Date(since.dateTime)));
+    } else {
+      back.delete(store);
+    }
+    main.dataset.back = [...back].join(" ").trim();
+    main.dataset[store] = status;
+    writeTime(since, moment);
+  }
+  // The last known total stays through an outage, with its time.
+  count.classList.toggle("old", total === null);
+  if (total !== null) {
+    write(count, whole.format(total));
+    writeTime(at(`${store}-read`), moment);
+  }
+  return status !== before;
+}
+
+function showTotals(rows, redis) {
+  const difference = rows === null || redis === null ? null : rows - redis;
+  main.dataset.difference = difference === null ? "unknown" : difference === 0 ? "same" : difference > 0 ? "behind" : "ahead";
+  for (const element of document.querySelectorAll(".difference")) write(element, whole.format(Math.abs(difference)));
+  if (rows === null) return;
+  if (main.dataset.visit !== "recorded") document.title = `${whole.format(rows)} · visitas`;
+  const total = at("total");
+  if (total) {
+    const digits = String(rows).length;
+    write(total, whole.format(rows));
+    total.className = `number digits-${[7, 10, 13].find((most) => digits <= most) ?? 19}`;
+  }
+}
+
+function show(snapshot) {
+  const moment = new Date(snapshot.atualizado_em);
+  const [rows, redis] = [snapshot.total_registros_db, snapshot.visitas_redis];
+  const changes = [showStore("postgres", snapshot.db_status, rows, moment), showStore("redis", snapshot.redis_status, redis, moment)];
+  showTotals(rows, redis);
+  draw(snapshot);
+  writeTime(at("news"), moment);
+  // A screen reader hears of changes of state alone, not of each second.
+  if (changes.includes(true)) {
+    const notices = [...document.querySelectorAll(".notice")].filter((notice) => notice.checkVisibility());
+    write(at("announcement"), notices.map((notice) => notice.innerText.replace(/\s+/g, " ")).join(" "));
+  }
+}
+
+// The stream
+
+const STALE_AFTER = 4000;
+const CONNECT_AGAIN_AFTER = 5000;
+let stream;
+let lastNews = -Infinity;
+
+// Only a visible page has a stream: the service has a bounded number of them.
+function connect() {
+  stream?.close();
+  if (document.hidden) return;
+  stream = new EventSource("/visitas/stream");
+  stream.onmessage = (event) => {
+    lastNews = performance.now();
+    show(JSON.parse(event.data));
+    main.dataset.live = "on";
+    slider.disabled = false;
+  };
+  // The browser connects again after a broken connection, but not after a refusal.
+  const connecting = stream;
+  stream.onerror = () => {
+    if (connecting.readyState === EventSource.CLOSED) setTimeout(() => connecting === stream && connect(), CONNECT_AGAIN_AFTER);
+  };
+}
+
+setInterval(() => {
+  if (main.dataset.live === "on" && performance.now() - lastNews > STALE_AFTER) main.dataset.live = "stale";
+}, 1000);
+document.addEventListener("visibilitychange", connect);
+for (const element of document.querySelectorAll("time[datetime]")) writeTime(element, new Date(element.dateTime));
+connect();

@@ -1,0 +1,469 @@
+//! The page: who gets it, in which language and with which headers, and what counts as a visit.
+
+use std::collections::BTreeSet;
+
+use reqwest::header::HeaderMap;
+use reqwest::{Method, StatusCode};
+
+use crate::support::collector::{Collector, Manner};
+use crate::support::traces::{PARENT, UNSAMPLED, ask, traced, traced_with};
+use crate::support::{Answer, HeldCount, SOON, Service, Wire, World, eventually, without_stores};
+
+/// What Chromium sends when somebody opens a page.
+const BROWSER: &str = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,\
+     image/apng,*/*;q=0.8,application/signed-exchange;v=b3;q=0.7";
+
+const JAEGER: (&str, &str) = ("JAEGER_PUBLIC_URL", "http://jaeger.example:16686");
+
+async fn open(service: &Service, path: &str) -> Answer {
+    ask(service, path, &[("accept", BROWSER)]).await
+}
+
+fn assert_is_page(answer: &Answer) {
+    for (name, value) in [
+        ("content-type", "text/html; charset=utf-8"),
+        ("cache-control", "no-store"),
+        ("vary", "Accept, Accept-Language"),
+        ("x-content-type-options", "nosniff"),
+        ("x-robots-tag", "noindex"),
+    ] {
+        assert_eq!(answer.header(name), value, "{name}");
+    }
+    let policy = answer.header("content-security-policy");
+    assert!(policy.contains("default-src 'none'"), "{policy}");
+    assert!(policy.contains("frame-ancestors 'none'"), "{policy}");
+    assert!(!policy.contains("unsafe"), "{policy}");
+    assert!(
+        answer.body.starts_with("<!doctype html>"),
+        "{}",
+        answer.body
+    );
+}
+
+/// The values of an attribute in the page.
+fn values(page: &str, attribute: &str) -> Vec<String> {
+    let start = format!(" {attribute}=\"");
+    page.split(&start)
+        .skip(1)
+        .filter_map(|rest| Some(rest.split_once('"')?.0.to_owned()))
+        .collect()
+}
+
+#[tokio::test]
+async fn browser_gets_its_visit_as_a_page() {
+    let world = World::new();
+    let service = world.serve().await;
+    let page = open(&service, "/").await;
+    assert_eq!(page.status, StatusCode::OK);
+    assert_is_page(&page);
+    assert_eq!(values(&page.body, "data-visit"), ["recorded"]);
+    assert_eq!(world.rows().await, 1);
+    assert_eq!(world.redis_visits().await, 1);
+    assert_eq!(service.visit().await, (2, 2));
+}
+
+#[tokio::test]
+async fn client_that_does_not_prefer_html_gets_json() {
+    let world = World::new();
+    let service = world.serve().await;
+    let (mut visits, none) = (0, HeaderMap::new());
+    let mut answers = vec![service.ask(Method::GET, "/", none).await];
+    for accept in [
+        "*/*",
+        "application/json",
+        "application/json, text/html",
+        "text/html;q=0",
+    ] {
+        answers.push(ask(&service, "/", &[("accept", accept)]).await);
+    }
+    for answer in &answers {
+        visits += 1;
+        assert_eq!(answer.header("content-type"), "application/json");
+        assert_eq!(answer.header("vary"), "Accept, Accept-Language");
+        assert_eq!(answer.header("server-timing"), "");
+        assert_eq!(answer.json()["total_registros_db"], visits);
+    }
+    for accept in ["*/*", "application/json"] {
+        let answer = ask(&service, "/visitas", &[("accept", accept)]).await;
+        assert_eq!(answer.header("content-type"), "application/json");
+    }
+    assert_eq!(world.rows().await, visits);
+}
+
+/// Python's urllib and a raw client send no `Accept` at all.
+#[tokio::test]
+async fn client_without_accept_gets_json() {
+    let world = World::new();
+    let service = world.serve().await;
+    let answer = Wire::open(&service).await.get("/").await;
+    assert!(
+        answer.contains("content-type: application/json"),
+        "{answer}"
+    );
+}
+
+#[tokio::test]
+async fn head_has_the_headers_of_the_page_and_records_no_visit() {
+    let world = World::new();
+    let service = world.serve().await;
+    for path in ["/", "/visitas"] {
+        let accept = HeaderMap::from_iter([(http::header::ACCEPT, BROWSER.parse().unwrap())]);
+        let head = service.ask(Method::HEAD, path, accept.clone()).await;
+        let get = service.ask(Method::GET, path, accept).await;
+        assert_eq!(head.body, "");
+        for name in [
+            "content-type",
+            "content-language",
+            "content-security-policy",
+            "vary",
+            "cache-control",
+            "x-robots-tag",
+        ] {
+            assert_eq!(head.header(name), get.header(name), "{path} {name}");
+        }
+    }
+    assert_eq!(world.rows().await, 1);
+}
+
+#[tokio::test]
+async fn language_is_the_one_that_the_browser_prefers() {
+    let world = World::new();
+    let service = world.serve().await;
+    for (accepted, tag) in [
+        ("pt-BR,pt;q=0.9,en-US;q=0.8,en;q=0.7", "pt-BR"),
+        ("pt", "pt-BR"),
+        ("en-US,en;q=0.9,pt;q=0.8", "en"),
+        ("fr", "en"),
+        ("*", "en"),
+    ] {
+        for path in ["/", "/visitas", "/visitas?lang=fr", "/visitas?other=pt"] {
+            let headers = [("accept", BROWSER), ("accept-language", accepted)];
+            let page = ask(&service, path, &headers).await;
+            assert_eq!(page.header("content-language"), tag, "{accepted} {path}");
+            assert_eq!(values(&page.body, "lang")[0], tag, "{accepted} {path}");
+        }
+    }
+    let page = open(&service, "/visitas").await;
+    assert_eq!(page.header("content-language"), "en");
+}
+
+#[tokio::test]
+async fn page_without_a_visit_is_in_the_language_that_its_address_names() {
+    let world = World::new();
+    let service = world.serve().await;
+    for (lang, tag, other) in [
+        ("pt", "pt-BR", "/visitas?lang=en"),
+        ("en", "en", "/visitas?lang=pt"),
+    ] {
+        for accepted in ["pt", "en", ""] {
+            let headers = [("accept", BROWSER), ("accept-language", accepted)];
+            let page = ask(&service, &format!("/visitas?lang={lang}"), &headers).await;
+            assert_eq!(page.status, StatusCode::OK);
+            assert_is_page(&page);
+            assert_eq!(page.header("content-language"), tag);
+            assert_eq!(page.header("server-timing"), "");
+            assert_eq!(values(&page.body, "data-visit"), ["none"]);
+            assert!(
+                values(&page.body, "href").contains(&other.to_owned()),
+                "{}",
+                page.body
+            );
+        }
+    }
+    assert_eq!(world.rows().await, 0);
+    assert_eq!(world.redis_visits().await, 0);
+}
+
+#[tokio::test]
+async fn prefetch_and_prerender_record_nothing() {
+    let world = World::new();
+    let service = world.serve().await;
+    for purpose in [
+        ("sec-purpose", "prefetch"),
+        ("sec-purpose", "prefetch;prerender"),
+        ("sec-purpose", "prerender"),
+        ("purpose", "prefetch"),
+        ("x-moz", "prefetch"),
+    ] {
+        for accept in [BROWSER, "*/*"] {
+            let answer = ask(&service, "/", &[purpose, ("accept", accept)]).await;
+            assert_eq!(answer.status, StatusCode::NO_CONTENT, "{purpose:?}");
+            assert_eq!(answer.header("cache-control"), "no-store");
+            assert_eq!(answer.body, "");
+        }
+        let page = ask(&service, "/visitas", &[purpose, ("accept", BROWSER)]).await;
+        assert_is_page(&page);
+    }
+    assert_eq!(world.rows().await, 0);
+    assert_eq!(world.redis_visits().await, 0);
+    assert_eq!(service.counted("ok").await, 0);
+    assert_eq!(service.visit().await, (1, 1));
+}
+
+#[tokio::test]
+async fn server_timing_is_where_the_visits_time_went() {
+    let world = World::new();
+    let service = world.serve().await;
+    let count = HeldCount::of(&world).await;
+    let began = std::time::Instant::now();
+    let (page, ()) = tokio::join!(open(&service, "/"), async {
+        let mut count = count;
+        count.until_waited_for().await;
+        count.release().await;
+    });
+    let took = began.elapsed().as_secs_f64() * 1e3;
+    let header = page.header("server-timing");
+    let parts: Vec<_> = header
+        .split(", ")
+        .map(|part| part.split_once(";dur="))
+        .collect();
+    let parts: Vec<(&str, f64)> = parts
+        .into_iter()
+        .map(|part| part.expect("a duration"))
+        .map(|(name, dur)| (name, dur.parse().expect("a number")))
+        .collect();
+    let [("queue", queue), ("postgres", postgres), ("redis", redis)] = parts[..] else {
+        panic!("{header}")
+    };
+    assert!(queue >= 0.0 && postgres > 0.0 && redis > 0.0, "{header}");
+    assert!(queue + postgres + redis <= took, "{header} in {took}");
+    // It waited for the count's lock.
+    assert!(postgres > queue + redis, "{header}");
+}
+
+#[tokio::test]
+async fn page_says_how_many_visits_its_commit_recorded() {
+    let world = World::new();
+    let service = world.serve().await;
+    let mut count = HeldCount::of(&world).await;
+    let first = service.begin_visit();
+    count.until_waited_for().await;
+    let others = [service.begin_visit(), service.begin_visit()];
+    let (page, ()) = tokio::join!(open(&service, "/"), async {
+        service.until_queued(3).await;
+        count.release().await;
+    });
+    assert!(
+        page.body
+            .contains("Recorded with 2 other visits by one commit"),
+        "{}",
+        page.body
+    );
+    first.await.expect("an answer");
+    for other in others {
+        other.await.expect("an answer");
+    }
+}
+
+#[tokio::test]
+async fn outage_is_the_same_page_with_status_503() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    service.visit().await;
+    world.postgres.kill().expect("Postgres ends");
+    service.until_health("unavailable").await;
+    let page = open(&service, "/").await;
+    assert_eq!(page.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_is_page(&page);
+    assert_eq!(page.header("retry-after"), "1");
+    assert_eq!(page.header("server-timing"), "");
+    assert_eq!(values(&page.body, "data-visit"), ["refused"]);
+    assert_eq!(values(&page.body, "data-postgres"), ["erro"]);
+    let page = open(&service, "/visitas").await;
+    assert_eq!(page.status, StatusCode::OK);
+    assert_eq!(values(&page.body, "data-postgres"), ["erro"]);
+}
+
+#[tokio::test]
+async fn visit_that_redis_did_not_count_is_a_page_that_says_so() {
+    let world = World::new();
+    let service = world.serve().await;
+    world.redis.kill().expect("Redis ends");
+    service.until_health("degraded").await;
+    let page = open(&service, "/").await;
+    assert_eq!(page.status, StatusCode::OK);
+    assert_eq!(values(&page.body, "data-visit"), ["recorded"]);
+    assert_eq!(values(&page.body, "data-redis"), ["erro"]);
+}
+
+#[tokio::test]
+async fn page_has_the_trace_of_a_sampled_visit_only() {
+    let world = World::new();
+    let collector = Collector::start().await;
+    let service = traced_with(&world, &collector, &[JAEGER]).await;
+    let page = ask(
+        &service,
+        "/",
+        &[("accept", BROWSER), ("traceparent", PARENT)],
+    )
+    .await;
+    let trace = PARENT.split('-').nth(1).unwrap();
+    assert!(page.header("traceresponse").contains(trace));
+    assert!(page.body.contains(trace), "{}", page.body);
+    let page = ask(
+        &service,
+        "/",
+        &[("accept", BROWSER), ("traceparent", UNSAMPLED)],
+    )
+    .await;
+    let unsampled = UNSAMPLED.split('-').nth(1).unwrap();
+    assert!(!page.body.contains(unsampled), "{}", page.body);
+    assert!(page.body.contains("not sampled"), "{}", page.body);
+}
+
+#[tokio::test]
+async fn link_to_jaeger_is_there_while_spans_are_exported() {
+    let world = World::new();
+    let collector = Collector::start().await;
+    let service = traced_with(&world, &collector, &[JAEGER]).await;
+    let linked = async || {
+        let page = ask(
+            &service,
+            "/",
+            &[("accept", BROWSER), ("traceparent", PARENT)],
+        )
+        .await;
+        let link = format!("{}/trace/{}", JAEGER.1, PARENT.split('-').nth(1).unwrap());
+        values(&page.body, "href").contains(&link)
+    };
+    eventually("an export has succeeded", SOON, linked).await;
+    collector
+        .becomes(Manner::Refuses(StatusCode::SERVICE_UNAVAILABLE))
+        .await;
+    eventually("exports fail", SOON, async || !linked().await).await;
+    collector.becomes(Manner::Takes).await;
+    eventually("exports succeed", SOON, linked).await;
+}
+
+#[tokio::test]
+async fn page_links_to_jaeger_only_where_its_address_is_known() {
+    let world = World::new();
+    let collector = Collector::start().await;
+    let service = traced(&world, &collector).await;
+    let first = open(&service, "/").await;
+    let trace = first
+        .header("traceresponse")
+        .split('-')
+        .nth(1)
+        .unwrap()
+        .to_owned();
+    collector.trace(&trace, 3).await;
+    let page = open(&service, "/").await;
+    assert!(!page.body.contains("Jaeger</a>"), "{}", page.body);
+    // Without a collector the address alone is not enough.
+    let alone = world.serve_with(&[JAEGER]).await;
+    let page = open(&alone, "/").await;
+    assert!(!page.body.contains(JAEGER.1), "{}", page.body);
+}
+
+#[tokio::test]
+async fn addresses_from_settings_are_escaped() {
+    let service = without_stores(&[
+        ("GRAFANA_PUBLIC_URL", "https://grafana.example/a&b'c\"<d>"),
+        ("PROMETHEUS_PUBLIC_URL", "http://19090"),
+    ])
+    .await;
+    let page = open(&service, "/visitas").await;
+    assert!(!page.body.contains("a&b"), "{}", page.body);
+    assert!(!page.body.contains("b'c"), "{}", page.body);
+    assert!(!page.body.contains("<d>"), "{}", page.body);
+    assert!(
+        page.body
+            .contains("https://grafana.example/a&#38;b&#39;c%22%3Cd%3E"),
+        "{}",
+        page.body
+    );
+    let prometheus = "http://localhost:19090".to_owned();
+    assert!(
+        values(&page.body, "href").contains(&prometheus),
+        "{}",
+        page.body
+    );
+}
+
+#[tokio::test]
+async fn metrics_on_a_listener_of_their_own_have_no_link() {
+    for (settings, linked) in [
+        (&[][..], true),
+        (&[("METRICS_ADDR", "127.0.0.1:0")][..], false),
+    ] {
+        let page = open(&without_stores(settings).await, "/visitas").await;
+        let links = values(&page.body, "href");
+        assert_eq!(links.contains(&"/metrics".to_owned()), linked, "{links:?}");
+    }
+}
+
+#[tokio::test]
+async fn every_file_of_the_page_is_served_for_ever_and_records_nothing() {
+    let world = World::new();
+    let collector = Collector::start().await;
+    let service = traced(&world, &collector).await;
+    let page = open(&service, "/visitas").await;
+    let mut files: BTreeSet<_> = values(&page.body, "href").into_iter().collect();
+    files.extend(values(&page.body, "src"));
+    files.retain(|path| path.starts_with("/assets/"));
+    assert!(files.len() >= 3, "{files:?}");
+    for path in &files {
+        let file = ask(&service, path, &[("traceparent", PARENT)]).await;
+        assert_eq!(file.status, StatusCode::OK, "{path}");
+        assert_eq!(
+            file.header("cache-control"),
+            "public, max-age=31536000, immutable"
+        );
+        assert_eq!(file.header("x-content-type-options"), "nosniff");
+        assert_eq!(file.header("traceresponse"), "", "{path}");
+        assert!(!file.body.is_empty(), "{path}");
+        let content_type = match path.rsplit_once('.').unwrap().1 {
+            "css" => "text/css; charset=utf-8",
+            "js" => "text/javascript; charset=utf-8",
+            "svg" => "image/svg+xml",
+            other => panic!("{other}"),
+        };
+        assert_eq!(file.header("content-type"), content_type, "{path}");
+    }
+    for (path, content_type) in [
+        ("/favicon.ico", "image/svg+xml"),
+        ("/robots.txt", "text/plain; charset=utf-8"),
+    ] {
+        let file = ask(&service, path, &[("traceparent", PARENT)]).await;
+        assert_eq!(file.status, StatusCode::OK, "{path}");
+        assert_eq!(file.header("content-type"), content_type, "{path}");
+        assert_eq!(file.header("cache-control"), "public, max-age=86400");
+        assert_eq!(file.header("traceresponse"), "", "{path}");
+        let refused = service.ask(Method::POST, path, HeaderMap::new()).await;
+        assert_eq!(refused.status, StatusCode::METHOD_NOT_ALLOWED);
+        assert_eq!(refused.header("allow"), "GET,HEAD");
+    }
+    assert_eq!(
+        service.get("/robots.txt").await.body,
+        "User-agent: *\nDisallow: /\n"
+    );
+    let unknown = files.first().unwrap().replace('.', ".0");
+    for path in [
+        &*unknown,
+        "/assets/page.css",
+        "/assets/",
+        "/assets/..%2Fpage.css",
+    ] {
+        let answer = service.get(path).await;
+        assert_eq!(answer.status, StatusCode::NOT_FOUND, "{path}");
+        assert_eq!(answer.header("content-type"), "application/problem+json");
+        assert_eq!(answer.header("cache-control"), "no-store");
+    }
+    assert_eq!(world.rows().await, 0);
+}
+
+#[tokio::test]
+async fn page_names_no_other_host() {
+    let service = without_stores(&[]).await;
+    let page = open(&service, "/visitas").await;
+    for attribute in ["href", "src"] {
+        for value in values(&page.body, attribute) {
+            assert!(
+                value.starts_with('/') && !value.starts_with("//"),
+                "{value}"
+            );
+        }
+    }
+    assert!(!page.body.contains(" style=") && !page.body.contains("<style"));
+}
