@@ -636,6 +636,7 @@ grafana_has_its_data_sources_and_dashboards() {
     done
 }
 
+# tour_does_what_it_says
 . tests/tour.sh
 
 down_with_volumes_leaves_nothing() {

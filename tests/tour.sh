@@ -11,6 +11,7 @@ tour_does_what_it_says() {
     remove_everything
     trap "cd '$root'; remove_everything" EXIT
     read_the_tour
+    replace_programs
     cd "$work"
 
     # 1. Start it, and see a visit.
@@ -108,17 +109,19 @@ next() {
 
 # --- what the tour's commands run ---
 
-# The working tree in place of a clone, so that uncommitted changes are tried, too; with an .env that
-# keeps the containers apart from the user's.
-git() {
-    [ "$*" = 'clone URL visitas' ] || { command git "$@"; return; }
-    mkdir visitas
-    (cd "$root" && { command git ls-files --cached --others --exclude-standard; ls -d .git/HEAD .git/packed-refs .git/refs/heads 2>/dev/null; } |
-        tar -cf - -T - 2>/dev/null) | tar -xf - -C visitas
-    { cat "$env_file"; echo "COMPOSE_PROJECT_NAME=$project"; } >visitas/.env
+replace_programs() {
+    # The working tree in place of a clone, so that uncommitted changes are tried, too; with an .env
+    # that keeps the containers apart from the user's.
+    git() {
+        [ "$*" = 'clone URL visitas' ] || { command git "$@"; return; }
+        mkdir visitas
+        (cd "$root" && { command git ls-files --cached --others --exclude-standard; ls -d .git/HEAD .git/packed-refs .git/refs/heads 2>/dev/null; } |
+            tar -cf - -T - 2>/dev/null) | tar -xf - -C visitas
+        { cat "$env_file"; echo "COMPOSE_PROJECT_NAME=$project"; } >visitas/.env
+    }
+    # Without the user's variables.
+    docker() { clean docker "$@"; }
 }
-
-docker() { clean docker "$@"; }
 
 # --- what it promises ---
 
@@ -133,7 +136,7 @@ page_links_to_its_trace() {
     local link
     page_says / 200 'class="trace" href=' || return 1
     link=$(sed -n 's/.*class="trace" href="\([^"]*\)".*/\1/p' "$work/page")
-    [[ $link == "http://127.0.0.1:$JAEGER_PORT/trace/"* ]] || fail "the link is $link"
+    [[ $link == "http://127.0.0.1:$JAEGER_PORT/trace/"* ]] || { echo "the link is $link"; return 1; }
     echo "${link##*/}" >"$work/trace"
     within 20 trace_is_complete
 }
