@@ -16,6 +16,7 @@ ENV CARGO_HTTP_CAINFO=/tmp/roots.pem
 # Dependencies, with empty crates in place of ours: rebuilt only when a manifest changes.
 COPY Cargo.toml Cargo.lock ./
 COPY bench/Cargo.toml bench/
+COPY browser/Cargo.toml browser/
 COPY chaos/Cargo.toml chaos/
 COPY devstack/Cargo.toml devstack/
 COPY lab/Cargo.toml lab/
@@ -23,8 +24,8 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=secret,id=ca \
     cat /etc/ssl/certs/ca-certificates.crt >$CARGO_HTTP_CAINFO \
  && if [ -e /run/secrets/ca ]; then cat /run/secrets/ca >>$CARGO_HTTP_CAINFO; fi \
- && mkdir -p src bench/src chaos/src devstack/src lab/src \
- && touch src/lib.rs bench/src/lib.rs chaos/src/lib.rs devstack/src/lib.rs lab/src/lib.rs \
+ && mkdir -p src bench/src browser/src chaos/src devstack/src lab/src \
+ && for crate in . bench browser chaos devstack lab; do touch $crate/src/lib.rs; done \
  && echo 'fn main() {}' >src/main.rs \
  && cargo build --release --locked --bin visitas
 

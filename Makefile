@@ -3,7 +3,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test faults sweep compat compat-ends bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
+.PHONY: help run check map test faults sweep compat compat-ends browser bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,17 +32,17 @@ test faults: PACKAGES = promtool=prometheus amtool=prometheus-alertmanager \
 test compat compat-ends: export RUST_TEST_THREADS = 8
 ifdef T
 test: setup
-	@tests=$$(cargo test --workspace --locked --quiet -- --list '$(T)') && \
+	@tests=$$(cargo test --workspace --exclude browser --locked --quiet -- --list '$(T)') && \
 	case $$tests in *': test'*) ;; *) echo "no test has $(T) in its name" >&2; exit 1 ;; esac
-	cargo test --workspace --locked --quiet -- --include-ignored '$(T)'
+	cargo test --workspace --exclude browser --locked --quiet -- --include-ignored '$(T)'
 else
 test: setup check ## Test everything that guards a change, in minutes; T=name runs the tests with this name
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
-	cargo test --workspace --locked --no-fail-fast
+	cargo test --workspace --exclude browser --locked --no-fail-fast
 endif
 
 faults: setup ## Run the tests that read a clock, take long or flood, one at a time
-	cargo test --workspace --locked --no-fail-fast -- --ignored --test-threads=1
+	cargo test --workspace --exclude browser --locked --no-fail-fast -- --ignored --test-threads=1
 
 sweep: PACKAGES = promtool=prometheus
 sweep: setup ## Try 20 rates of failure against the alerts, a few minutes, and print when each fires
@@ -77,6 +77,9 @@ compat: setup ## Test with PostgreSQL 14 to 18, Redis and Valkey, and restore du
 
 compat-ends: setup ## Test with PostgreSQL 14 and 18 what their versions can change
 	@tests/compat.sh ends
+
+browser: ## Test the page in Chromium, a minute, and write target/screenshots; T=name runs the tests with this name
+	@tests/browser.sh $(T)
 
 e2e: ## Test the Compose stack, also with outages; needs Docker
 	@tests/e2e.sh

@@ -10,17 +10,24 @@ const at = (id) => document.getElementById(id);
 const language = document.documentElement.lang;
 const whole = new Intl.NumberFormat(language, { maximumFractionDigits: 0 });
 const upToTenths = new Intl.NumberFormat(language, { maximumFractionDigits: 1 });
-const tenths = new Intl.NumberFormat(language, { minimumFractionDigits: 1, maximumFractionDigits: 1 });
+const tenths = new Intl.NumberFormat(language, {
+  minimumFractionDigits: 1,
+  maximumFractionDigits: 1,
+});
 const minutes = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
 
 const rate = (value) => (value < 10 ? upToTenths : whole).format(value);
-const milliseconds = (value) =>
-  value > 0 && value < 0.1 ? `< ${tenths.format(0.1)}\u00a0ms` : `${(value < 100 ? tenths : whole).format(value)}\u00a0ms`;
 
-// A length of time in seconds, or in minutes once nobody counts seconds.
+function milliseconds(value) {
+  if (value > 0 && value < 0.1) return `< ${tenths.format(0.1)}\u00a0ms`;
+  return `${(value < 100 ? tenths : whole).format(value)}\u00a0ms`;
+}
+
+// A length of time in seconds, or in minutes from two minutes up.
 function length(ms) {
-  const [value, unit] = ms < 120_000 ? [Math.max(1, Math.round(ms / 1000)), "second"] : [Math.round(ms / 60_000), "minute"];
-  return new Intl.NumberFormat(language, { style: "unit", unit, unitDisplay: "long" }).format(value);
+  const [unit, size] = ms < 120_000 ? ["second", 1000] : ["minute", 60_000];
+  const format = new Intl.NumberFormat(language, { style: "unit", unit, unitDisplay: "long" });
+  return format.format(Math.max(1, Math.round(ms / size)));
 }
 
 // Writes a time in the reader's time zone, with the date unless it is today's.
@@ -28,8 +35,9 @@ function writeTime(element, moment) {
   if (!element) return;
   const parts = element.closest(".axis") ? minutes : { ...minutes, second: "2-digit" };
   const isToday = moment.toDateString() === new Date().toDateString();
+  const date = isToday ? "" : `${moment.toLocaleDateString(language, { dateStyle: "medium" })} `;
   element.dateTime = moment.toISOString();
-  element.textContent = isToday ? moment.toLocaleTimeString(language, parts) : moment.toLocaleString(language, { dateStyle: "short", timeStyle: "medium" });
+  write(element, date + moment.toLocaleTimeString(language, parts));
 }
 
 // Unlike an assignment, this disturbs neither a selection nor a screen reader when nothing changes.
@@ -56,13 +64,17 @@ function topOf(values) {
 // A line through the values, broken where there is none. Each part is drawn from its first
 // interval's start to its last one's end, so that a lone value is a dash.
 function line(values, top) {
-  return values.map((value, index) => {
-    if (value === null) return "";
-    const y = (100 * (1 - value / top)).toFixed(1);
-    const isFirst = (values[index - 1] ?? null) === null;
-    const isLast = (values[index + 1] ?? null) === null;
-    return `${isFirst ? `M${x(index) - HALF} ${y}` : ""}L${x(index)} ${y}${isLast ? `h${HALF}` : ""}`;
-  }).join("");
+  return values
+    .map((value, index) => {
+      if (value === null) return "";
+      const y = (100 * (1 - value / top)).toFixed(1);
+      const isFirst = (values[index - 1] ?? null) === null;
+      const isLast = (values[index + 1] ?? null) === null;
+      const start = isFirst ? `M${x(index) - HALF} ${y}` : "";
+      const end = isLast ? `h${HALF}` : "";
+      return `${start}L${x(index)} ${y}${end}`;
+    })
+    .join("");
 }
 
 // The place of an interval's middle. The newest interval ends at the right edge.
@@ -78,7 +90,11 @@ function draw(snapshot) {
   at("visits-area").setAttribute("d", lineOfVisits && `${lineOfVisits}V100H${x(0) - HALF}Z`);
   at("median-line").setAttribute("d", line(median, topMilliseconds));
   at("p99-line").setAttribute("d", line(p99, topMilliseconds));
-  const bands = rates.map((rate, index) => (rate.falhas > 0 ? `M${x(index) - HALF} 0h${INTERVAL}v100h-${INTERVAL}Z` : "")).join("");
+  const bands = rates
+    .map((rate, index) =>
+      rate.falhas > 0 ? `M${x(index) - HALF} 0h${INTERVAL}v100h-${INTERVAL}Z` : "",
+    )
+    .join("");
   for (const path of document.querySelectorAll(".plot .failures")) path.setAttribute("d", bands);
   main.toggleAttribute("data-failures", bands !== "");
   if (rates.every((rate) => rate.visitas + rate.falhas === 0)) main.dataset.rates = "none";
@@ -88,7 +104,9 @@ function draw(snapshot) {
   write(at("visits-half"), rate(top / 2));
   write(at("milliseconds-top"), `${rate(topMilliseconds)}\u00a0ms`);
   write(at("milliseconds-half"), `${rate(topMilliseconds / 2)}\u00a0ms`);
-  const end = rates.length ? Date.parse(rates.at(-1).em) + 1000 * INTERVAL : Date.parse(snapshot.atualizado_em);
+  const end = rates.length
+    ? Date.parse(rates.at(-1).em) + 1000 * INTERVAL
+    : Date.parse(snapshot.atualizado_em);
   writeTime(at("start"), new Date(end - 1000 * SECONDS));
   writeTime(at("middle"), new Date(end - 500 * SECONDS));
   writeTime(at("end"), new Date(end));
@@ -106,11 +124,17 @@ function showMoment() {
   write(at("now-p99"), shown(chosen?.p99_ms, milliseconds));
   const isMoved = slider.valueAsNumber < INTERVALS - 1;
   const place = INTERVAL * slider.valueAsNumber + HALF;
-  for (const path of document.querySelectorAll(".cursor")) path.setAttribute("d", isMoved ? `M${place} 0v100` : "");
+  for (const path of document.querySelectorAll(".cursor"))
+    path.setAttribute("d", isMoved ? `M${place} 0v100` : "");
   if (chosen) writeTime(at("moment-time"), new Date(chosen.em));
   else write(at("moment-time"), "–");
-  const values = [...document.querySelectorAll(".values > span")].filter((value) => value.checkVisibility());
-  slider.setAttribute("aria-valuetext", [at("moment-time"), ...values].map((part) => part.innerText.trim()).join(", "));
+  const values = [...document.querySelectorAll(".values > span")].filter((value) =>
+    value.checkVisibility(),
+  );
+  slider.setAttribute(
+    "aria-valuetext",
+    [at("moment-time"), ...values].map((part) => part.innerText.trim()).join(", "),
+  );
 }
 
 slider.addEventListener("input", showMoment);
@@ -118,7 +142,10 @@ for (const plot of document.querySelectorAll(".plot")) {
   const svg = plot.querySelector("svg");
   const point = (event) => {
     const box = svg.getBoundingClientRect();
-    slider.valueAsNumber = Math.min(INTERVALS - 1, Math.floor((INTERVALS * (event.clientX - box.left)) / box.width));
+    slider.valueAsNumber = Math.min(
+      INTERVALS - 1,
+      Math.floor((INTERVALS * (event.clientX - box.left)) / box.width),
+    );
     showMoment();
   };
   plot.addEventListener("pointermove", point);
@@ -130,6 +157,9 @@ for (const plot of document.querySelectorAll(".plot")) {
 }
 
 // The stores
+
+// How long the first seconds last: stores are read once a second.
+const FIRST = 2500;
 
 // Writes a store's state and total, and returns whether its state has changed.
 function showStore(store, status, total, moment) {
@@ -149,7 +179,10 @@ function showStore(store, status, total, moment) {
   }
   // The last known total stays through an outage, with its time.
   count.classList.toggle("old", total === null);
-  if (total !== null) {
+  // Another replica's reading can be older than this page's visit, which is in the total already.
+  const isOld = performance.now() < FIRST && total < Number(count.value);
+  if (total !== null && !isOld) {
+    count.value = total;
     write(count, whole.format(total));
     writeTime(at(`${store}-read`), moment);
   }
@@ -157,9 +190,12 @@ function showStore(store, status, total, moment) {
 }
 
 function showTotals(rows, redis) {
-  const difference = rows === null || redis === null ? null : rows - redis;
-  main.dataset.difference = difference === null ? "unknown" : difference === 0 ? "same" : difference > 0 ? "behind" : "ahead";
-  for (const element of document.querySelectorAll(".difference")) write(element, whole.format(Math.abs(difference)));
+  const [shown, inRedis] = ["postgres", "redis"].map((store) => Number(at(`${store}-total`).value));
+  const difference = rows === null || redis === null ? null : shown - inRedis;
+  const comparisons = { 0: "same", 1: "behind", "-1": "ahead" };
+  main.dataset.difference = difference === null ? "unknown" : comparisons[Math.sign(difference)];
+  for (const element of document.querySelectorAll(".difference"))
+    write(element, whole.format(Math.abs(difference)));
   if (rows === null) return;
   if (main.dataset.visit !== "recorded") document.title = `${whole.format(rows)} · visitas`;
   const total = at("total");
@@ -173,14 +209,25 @@ function showTotals(rows, redis) {
 function show(snapshot) {
   const moment = new Date(snapshot.atualizado_em);
   const [rows, redis] = [snapshot.total_registros_db, snapshot.visitas_redis];
-  const changes = [showStore("postgres", snapshot.db_status, rows, moment), showStore("redis", snapshot.redis_status, redis, moment)];
+  const changes = [
+    showStore("postgres", snapshot.db_status, rows, moment),
+    showStore("redis", snapshot.redis_status, redis, moment),
+  ];
   showTotals(rows, redis);
   draw(snapshot);
   writeTime(at("news"), moment);
+  // The stream can lead to another replica once it was broken.
+  write(at("replica"), snapshot.replica.id);
+  writeTime(at("replica-since"), new Date(snapshot.replica.desde));
   // A screen reader hears of changes of state alone, not of each second.
   if (changes.includes(true)) {
-    const notices = [...document.querySelectorAll(".notice")].filter((notice) => notice.checkVisibility());
-    write(at("announcement"), notices.map((notice) => notice.innerText.replace(/\s+/g, " ")).join(" "));
+    const notices = [...document.querySelectorAll(".notice")].filter((notice) =>
+      notice.checkVisibility(),
+    );
+    write(
+      at("announcement"),
+      notices.map((notice) => notice.innerText.replace(/\s+/g, " ")).join(" "),
+    );
   }
 }
 
@@ -205,13 +252,16 @@ function connect() {
   // The browser connects again after a broken connection, but not after a refusal.
   const connecting = stream;
   stream.onerror = () => {
-    if (connecting.readyState === EventSource.CLOSED) setTimeout(() => connecting === stream && connect(), CONNECT_AGAIN_AFTER);
+    if (connecting.readyState === EventSource.CLOSED)
+      setTimeout(() => connecting === stream && connect(), CONNECT_AGAIN_AFTER);
   };
 }
 
 setInterval(() => {
-  if (main.dataset.live === "on" && performance.now() - lastNews > STALE_AFTER) main.dataset.live = "stale";
+  if (main.dataset.live === "on" && performance.now() - lastNews > STALE_AFTER)
+    main.dataset.live = "stale";
 }, 1000);
 document.addEventListener("visibilitychange", connect);
-for (const element of document.querySelectorAll("time[datetime]")) writeTime(element, new Date(element.dateTime));
+for (const element of document.querySelectorAll("time[datetime]"))
+  writeTime(element, new Date(element.dateTime));
 connect();

@@ -377,6 +377,11 @@ impl Writer {
             None
         };
         self.link_waits(sampled, &calls);
+        // Both at once: between two batches the counts differ only if the stores do.
+        self.postgres.availability().record_count(total);
+        if let Some(redis) = redis {
+            self.redis.availability().record_count(redis);
+        }
         self.acknowledge(&Batched {
             total,
             redis,

@@ -11,7 +11,7 @@ use super::value::{Accept, accept, parsed, within};
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Page")]
 pub struct PageConfig {
-    /// Maximum number of pages that are kept up to date at a time, and at most half of the open connections; further ones are refused
+    /// Maximum number of open streams of /visitas/stream, each of which keeps a page up to date; at most half of HTTP_MAX_CONNECTIONS
     #[arg(long, env, default_value = "256", value_parser = within(parsed::<usize>, "0", "1000000"))]
     pub page_streams_max: usize,
     /// URL of Jaeger for a visitor's browser; without it the page has no link to a visit's trace

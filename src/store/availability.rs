@@ -34,6 +34,8 @@ struct Details {
     since_time: SystemTime,
     /// The last count that was read, and when; kept while the count is unknown.
     last_count: Option<(i64, SystemTime)>,
+    /// When a batch has last left a count.
+    last_batch: Option<Instant>,
     /// The reason in the last log line of the current outage, and when that was logged.
     reason: Option<(String, Instant)>,
     last_success: Option<Instant>,
@@ -68,6 +70,7 @@ impl Availability {
                 since: Instant::now(),
                 since_time: SystemTime::now(),
                 last_count: None,
+                last_batch: None,
                 reason: None,
                 last_success: None,
                 latency: None,
@@ -88,7 +91,7 @@ impl Availability {
         self.is_up().then(|| self.details().latency).flatten()
     }
 
-    /// How many visits the store has counted, by the last reading; `None` while unknown.
+    /// How many visits the store has counted, by the last reading or batch; `None` while unknown.
     #[must_use]
     pub fn count(&self) -> Option<i64> {
         let count = self.count.load(Ordering::Relaxed);
@@ -188,10 +191,25 @@ impl Availability {
     /// Records a reading that succeeded. It measures the latency; it does not show that visits
     /// succeed.
     pub(super) fn record_reading(&self, count: i64, took: Duration) {
-        self.count.store(count, Ordering::Relaxed);
         let mut details = self.details();
         details.latency = Some(took);
-        details.last_count = Some((count, SystemTime::now()));
+        // A batch that has ended during the reading knows better.
+        let is_newer = |batch: Instant| batch.elapsed() < took;
+        let is_known = self.count.load(Ordering::Relaxed) != UNKNOWN;
+        if !(is_known && details.last_batch.is_some_and(is_newer)) {
+            self.count.store(count, Ordering::Relaxed);
+            details.last_count = Some((count, SystemTime::now()));
+        }
+    }
+
+    /// Records the count that a batch has left, so that a visit that was answered is in it.
+    pub fn record_count(&self, count: i64) {
+        let mut details = self.details();
+        if self.is_up() {
+            self.count.store(count, Ordering::Relaxed);
+            details.last_count = Some((count, SystemTime::now()));
+            details.last_batch = Some(Instant::now());
+        }
     }
 
     /// Records that a reading that started at `began` has failed. The failure counts only if no

@@ -267,7 +267,7 @@ async fn outage_is_the_same_page_with_status_503() {
     assert_is_page(&page);
     assert_eq!(page.header("retry-after"), "1");
     assert_eq!(page.header("server-timing"), "");
-    assert_eq!(values(&page.body, "data-visit"), ["refused"]);
+    assert_eq!(values(&page.body, "data-visit"), ["failed"]);
     assert_eq!(values(&page.body, "data-postgres"), ["erro"]);
     let page = open(&service, "/visitas").await;
     assert_eq!(page.status, StatusCode::OK);
@@ -466,4 +466,31 @@ async fn page_names_no_other_host() {
         }
     }
     assert!(!page.body.contains(" style=") && !page.body.contains("<style"));
+}
+
+#[tokio::test]
+async fn page_of_an_outage_names_no_host_and_no_error() {
+    let service = without_stores(&[
+        ("DB_HOST", "postgres.invalid"),
+        ("DB_USER", "c4nary"),
+        ("DB_PASSWORD", "c4nary"),
+        ("REDIS_HOST", "redis.invalid"),
+        ("REDIS_PASSWORD", "c4nary"),
+    ])
+    .await;
+    eventually("both stores have failed", SOON, async || {
+        service.logged("store is down").len() == 2
+    })
+    .await;
+    for path in ["/", "/visitas"] {
+        let page = ask(
+            &service,
+            path,
+            &[("accept", BROWSER), ("x-request-id", "c4nary")],
+        )
+        .await;
+        for inside in ["c4nary", ".invalid", "os error", "sqlx"] {
+            assert!(!page.body.contains(inside), "{inside} in {}", page.body);
+        }
+    }
 }

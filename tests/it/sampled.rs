@@ -15,7 +15,7 @@ use tracing::Span;
 use tracing::span::{Attributes, Id};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt as _};
-use visitas::telemetry::request::Observer;
+use visitas::telemetry::request::{Observed, Observer};
 use visitas::telemetry::sampler::Sampler;
 
 use crate::support::collector::{Collector, hex, named};
@@ -204,7 +204,7 @@ async fn handler_of_an_unsampled_request_runs_in_no_span() {
     let observer = Observer::new(Sampler::off(true), SOON);
     let mut router = Router::new()
         .route("/", axum::routing::get(handler))
-        .layer(observer.layer(|_route| true));
+        .layer(observer.layer(|_route| Observed::Traced));
     let request = Request::get("/").header("traceparent", PARENT);
     let answer = router.call(request.body(Body::empty()).unwrap()).await;
     let body = axum::body::to_bytes(answer.unwrap().into_body(), 16).await;

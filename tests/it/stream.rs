@@ -9,7 +9,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use crate::support::collector::Collector;
-use crate::support::traces::{PARENT, ask, traced};
+use crate::support::traces::{PARENT, traced};
 use crate::support::{Answer, SOON, Service, Wire, World, eventually, without_stores};
 
 const PATH: &str = "/visitas/stream";
@@ -57,6 +57,12 @@ impl Events {
             assert!(block == "retry: 1000" || block == ":", "{block}");
         }
     }
+}
+
+/// The answer to a request whose stream ends, or is refused.
+async fn answer(service: &Service) -> Answer {
+    let asked = timeout(SOON, service.get(PATH)).await;
+    asked.expect("an answer that ends")
 }
 
 async fn until_open(service: &Service, streams: f64) {
@@ -144,7 +150,7 @@ async fn streams_beyond_the_limit_are_refused_until_one_ends() {
     let service = without_stores(&[("PAGE_STREAMS_MAX", "2")]).await;
     let (first, second) = (Events::open(&service).await, Events::open(&service).await);
     until_open(&service, 2.0).await;
-    let refused = service.get(PATH).await;
+    let refused = answer(&service).await;
     assert_eq!(refused.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(refused.header("content-type"), "application/problem+json");
     assert_eq!(refused.json()["status"], 503);
@@ -160,11 +166,11 @@ async fn streams_beyond_the_limit_are_refused_until_one_ends() {
 async fn streams_take_at_most_half_of_the_connections() {
     let service = without_stores(&[("HTTP_MAX_CONNECTIONS", "5")]).await;
     let open = [Events::open(&service).await, Events::open(&service).await];
-    let refused = service.get(PATH).await;
+    let refused = answer(&service).await;
     assert_eq!(refused.status, StatusCode::SERVICE_UNAVAILABLE);
     drop(open);
     let none = without_stores(&[("PAGE_STREAMS_MAX", "0")]).await;
-    let refused = none.get(PATH).await;
+    let refused = answer(&none).await;
     assert_eq!(refused.status, StatusCode::SERVICE_UNAVAILABLE);
 }
 
@@ -184,7 +190,8 @@ async fn stream_is_not_traced_and_in_no_duration_series() {
     assert_eq!(head.header("content-type"), "text/event-stream");
     until_open(&service, 1.0).await;
     let metrics = service.metrics().await.0;
-    assert!(!metrics.contains(PATH), "{metrics}");
+    let route = format!("http_route=\"{PATH}\"");
+    assert!(!metrics.contains(&route), "{metrics}");
     let active = r#"http_server_active_requests{http_request_method="GET",url_scheme="http"}"#;
     // The scrape itself.
     assert_eq!(service.metric(active).await, Some(1.0));
@@ -243,7 +250,7 @@ async fn streams_end_when_the_service_begins_to_stop() {
     timeout(SOON, ended).await.expect("the streams end");
     until_open(&service, 0.0).await;
     // A page that connects again meanwhile gets one event, and is sent away.
-    let again: Answer = ask(&service, PATH, &[]).await;
+    let again = answer(&service).await;
     assert_eq!(again.status, StatusCode::OK);
     assert_eq!(again.header("connection"), "close");
     assert_eq!(again.body.matches("data: ").count(), 1, "{}", again.body);

@@ -55,6 +55,18 @@ async fn totals_and_states_are_read_without_counting() {
 }
 
 #[tokio::test]
+async fn answered_visit_is_in_the_totals_at_once() {
+    let world = World::new();
+    let service = world.serve().await;
+    for _ in 0..100 {
+        let (total, redis) = service.visit().await;
+        let read = read(&service).await;
+        let totals = (&read["total_registros_db"], &read["visitas_redis"]);
+        assert_eq!(totals, (&json!(total), &json!(redis)));
+    }
+}
+
+#[tokio::test]
 async fn replica_has_an_id_a_start_and_ten_minutes_of_rates() {
     let world = World::new();
     let service = world.serve().await;

@@ -98,7 +98,7 @@ impl AssetUrls {
 }
 
 /// `GET /assets/{file}`: a file of the page.
-pub(in crate::routes) async fn file(uri: Uri) -> Response {
+pub(crate) async fn file(uri: Uri) -> Response {
     let assets = &*ASSETS;
     let named = [&assets.css, &assets.js, &assets.icon]
         .into_iter()
@@ -110,12 +110,12 @@ pub(in crate::routes) async fn file(uri: Uri) -> Response {
 }
 
 /// `GET /favicon.ico`: browsers ask for it when they show something else than the page.
-pub(in crate::routes) async fn favicon() -> Response {
+pub(crate) async fn favicon() -> Response {
     ASSETS.icon.respond(A_DAY)
 }
 
 /// `GET /robots.txt`: asks robots to stay away, since each of their visits would count.
-pub(in crate::routes) async fn robots() -> Response {
+pub(crate) async fn robots() -> Response {
     let robots = Asset {
         path: String::new(),
         content_type: "text/plain; charset=utf-8",

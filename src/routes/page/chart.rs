@@ -11,7 +11,6 @@ use std::fmt::Write as _;
 
 use time::{Duration, OffsetDateTime};
 
-use super::view::Timing;
 use crate::routes::snapshot::{Rate, Snapshot};
 
 /// The charts' width: one unit is one second of ten minutes.
@@ -90,26 +89,6 @@ pub(super) fn visits_a_second(rate: &Rate) -> f64 {
 /// The failed visits of an interval, for each second.
 pub(super) fn failures_a_second(rate: &Rate) -> f64 {
     rate.falhas as f64 / INTERVAL
-}
-
-/// The parts of a visit's time, in thousandths of it.
-#[derive(Debug)]
-pub(super) struct Shares {
-    pub(super) queue: f64,
-    pub(super) postgres: f64,
-    pub(super) redis: f64,
-}
-
-/// Divides a visit's time.
-pub(super) fn shares(timing: &Timing) -> Shares {
-    // A visit of no measurable time has no parts.
-    let total = timing.total_ms().max(f64::MIN_POSITIVE);
-    let share = |milliseconds: f64| (1000.0 * milliseconds / total).round();
-    Shares {
-        queue: share(timing.queue_ms),
-        postgres: share(timing.postgres_ms),
-        redis: share(timing.redis_ms),
-    }
 }
 
 /// The top of a scale: the lowest of 1, 2, 5, 10, … that no value exceeds, and at least `least`.
@@ -215,10 +194,10 @@ mod tests {
 
     #[test]
     fn scale_ends_at_a_round_number() {
-        let top_of = |visits| drawn(&[(visits, 0, None)]).visits_top;
+        let top_of = |visits| drawn(&[(visits, 0, None)]).visits_top.to_string();
         assert_eq!(
             [0, 5, 6, 500, 501].map(top_of),
-            [1.0, 1.0, 2.0, 100.0, 200.0]
+            ["1", "1", "2", "100", "200"]
         );
     }
 

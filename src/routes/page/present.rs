@@ -6,7 +6,7 @@
 use time::OffsetDateTime;
 
 use super::chart::Charts;
-use super::view::{Page, Visit};
+use super::view::{Page, Timing, Visit};
 use crate::routes::language::Language;
 
 impl Page<'_> {
@@ -26,7 +26,7 @@ impl Page<'_> {
         match &self.visit {
             Some(Visit::Recorded { .. }) => "recorded",
             Some(Visit::Refused { in_doubt: true, .. }) => "doubt",
-            Some(Visit::Refused { .. }) => "refused",
+            Some(Visit::Refused { .. }) => "failed",
             None => "none",
         }
     }
@@ -83,5 +83,27 @@ impl Page<'_> {
         let newest = self.snapshot.replica.taxas.last();
         let milliseconds = newest.and_then(|rate| if p99 { rate.p99_ms } else { rate.p50_ms });
         milliseconds.map_or_else(|| "–".to_owned(), |value| self.language.duration(value))
+    }
+}
+
+/// The parts of a visit's time, in thousandths of it.
+#[derive(Debug)]
+pub(super) struct Shares {
+    pub(super) queue: f64,
+    pub(super) postgres: f64,
+    pub(super) redis: f64,
+}
+
+impl Timing {
+    /// Divides a visit's time.
+    pub(super) fn shares(&self) -> Shares {
+        // A visit of no measurable time has no parts.
+        let total = self.total_ms().max(f64::MIN_POSITIVE);
+        let share = |milliseconds: f64| (1000.0 * milliseconds / total).round();
+        Shares {
+            queue: share(self.queue_ms),
+            postgres: share(self.postgres_ms),
+            redis: share(self.redis_ms),
+        }
     }
 }

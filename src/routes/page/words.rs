@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_number_have_a_place() {
+    fn few_visits_a_second_have_a_place() {
         assert_eq!(Language::English.rate(0.0), "0");
         assert_eq!(Language::English.rate(0.2), "0.2");
         assert_eq!(Language::English.rate(2.0), "2");
