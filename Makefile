@@ -24,7 +24,8 @@ map: ## Print who imports whom in src
 	@cargo test --package visitas --test imports --locked --quiet -- rooms --nocapture | grep -e ' -> ' -e arrows
 
 # Programs that tests need in addition to the stores, each with its package.
-test faults: PACKAGES = promtool=prometheus python3:prometheus_client=python3-prometheus-client \
+test faults: PACKAGES = promtool=prometheus amtool=prometheus-alertmanager \
+	python3:prometheus_client=python3-prometheus-client \
 	nginx=nginx haproxy=haproxy caddy=caddy pgbouncer=pgbouncer
 
 # Tests wait for servers most of the time, so more of them run than there are processors.

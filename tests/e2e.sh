@@ -4,7 +4,7 @@
 #   tests/e2e.sh              every case
 #   tests/e2e.sh CASE...      these cases, by the names of their functions
 #
-# Needs Docker Engine 25 with Compose 2.24, curl, bash, tar, gzip and GNU coreutils. It uses its own
+# Needs Docker Engine 25 with Compose 2.24, curl, bash, git, tar, gzip and GNU coreutils. It uses its own
 # project name and ports, ignores .env and the caller's variables, and removes what it made, and only
 # that, however it ends. A case whose image cannot be pulled is SKIPPED, with the reason.
 set -euo pipefail
@@ -38,6 +38,7 @@ cases=(
     change_of_the_source_does_not_rebuild_dependencies
     every_variable_of_env_example_takes_effect
     env_example_shows_the_defaults
+    passwords_are_made_as_documented
     passwords_come_from_files
     passwords_in_files_may_end_in_cr_lf
     unreadable_password_file_ends_web_with_a_line_that_names_it
@@ -53,6 +54,7 @@ cases=(
     refused_visits_raise_the_availability_alert
     jaeger_stays_within_its_memory_under_load
     grafana_has_its_data_sources_and_dashboards
+    tour_does_what_it_says
     down_with_volumes_leaves_nothing
     interrupted_run_leaves_nothing
     volume_of_the_users_project_is_untouched
@@ -62,6 +64,12 @@ compose_files_are_valid_without_a_warning() {
     local said
     said=$(compose --profile '*' config --quiet 2>&1 && with_secrets config --quiet 2>&1) || fail "config fails: $said"
     [ -z "$said" ] || fail "config says: $said"
+    # The Alertmanager of the runbook, and the stores of one's own.
+    block_of observability/runbook.md '# docker-compose.override.yml' >"$work/override.yml"
+    said=$(compose --file "$work/override.yml" --profile '*' config --quiet 2>&1) || fail "config with an Alertmanager fails: $said"
+    block_of docs/compose.md 'services:' >"$work/override.yml"
+    said=$(compose --file "$work/override.yml" config web 2>&1) || fail "config with other stores fails: $said"
+    lacks "$said" -E 'DB_HOST|depends_on' || fail "web keeps other settings: $said"
 }
 
 names_are_derived_from_the_project() {
@@ -394,6 +402,18 @@ env_example_shows_the_defaults() {
     diff <(sed 's/ *# .*//' <<<"$without") <(sed 's/ *# .*//' <<<"$with") || fail "a default in .env.example differs"
 }
 
+passwords_are_made_as_documented() {
+    local commands
+    commands=$(block_of docs/compose.md 'mkdir secrets')
+    mkdir "$work/owner"
+    (cd "$work/owner" && eval "$(grep -v '^docker compose' <<<"$commands")")
+    for file in db_password redis_password; do
+        grep -Eqx '[0-9a-f]{48}' "$work/owner/secrets/$file" || fail "$file has $(wc -c <"$work/owner/secrets/$file") bytes"
+        [ "$(stat -c %a "$work/owner/secrets/$file" "$work/owner/secrets" | paste -sd ' ')" = '444 700' ] || fail "others can change $file"
+    done
+    ends_with 1 cmp -s "$work"/owner/secrets/* || fail "both passwords are the same"
+}
+
 passwords_come_from_files() {
     local password='s3gredo "com" \barra'
     make_secrets "$password"
@@ -616,6 +636,9 @@ grafana_has_its_data_sources_and_dashboards() {
     done
 }
 
+# tour_does_what_it_says
+. tests/tour.sh
+
 down_with_volumes_leaves_nothing() {
     compose --profile obs up --detach --wait --wait-timeout 120 web db cache "${watchers[@]}"
     print_memory
@@ -693,6 +716,13 @@ health() { docker container inspect --format '{{.State.Health.Status}}' "$projec
 health_is() { [ "$(health "$2")" = "$1" ]; }
 
 is_healthy() { health_is healthy "$1"; }
+
+# block_of DOCUMENT LINE: the document's block of code whose first line this is.
+block_of() {
+    awk -v first="$2" '/^```/ { inside = 0; start = 1; next }
+        start { inside = $0 == first; start = 0 }
+        inside' "$1" | grep .
+}
 
 # Changes whenever the container runs another process.
 incarnation_of() { docker container inspect --format '{{.Id}} {{.State.StartedAt}} {{.RestartCount}}' "$project-$1"; }
@@ -928,7 +958,7 @@ run_case() {
     (
         set -e
         case $1 in
-        cold_start*|compose_files*|names_*|interrupted*|volume_of_the_users*) ;;
+        cold_start*|compose_files*|names_*|interrupted*|volume_of_the_users*|tour_*) ;;
         *) compose up --detach --wait --wait-timeout 120 ;;
         esac
         "$1"

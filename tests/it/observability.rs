@@ -1,15 +1,21 @@
 //! Prometheus, its rules and the dashboards: the configuration is valid, the rules do what their
 //! tests say, and no panel and no alert uses a metric that the service does not export.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use axum::http::Uri;
+use lab::ports::free_address;
+use lab::process::Process;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
 
-use crate::support::prometheus::{OBSERVABILITY, Prometheus, installed};
-use crate::support::{SOON, Service, World};
+use crate::support::prometheus::{OBSERVABILITY, Prometheus, installed, installed_by};
+use crate::support::{SOON, Service, World, eventually};
 
 const VISITS: &str = "grafana/dashboards/visits.json";
 const STORES: &str = "grafana/dashboards/stores.json";
@@ -58,6 +64,104 @@ async fn every_alert_describes_its_effect_and_links_to_the_runbook() {
         assert_eq!(text(&annotations["runbook_url"]), page);
         assert!(headings.contains(&anchor), "{anchor} in {headings:?}");
     }
+}
+
+/// The first table that a person on call reads.
+#[tokio::test(flavor = "multi_thread")]
+async fn runbook_lists_every_alert_with_its_severities() {
+    let runbook = read(RUNBOOK);
+    let mut severities: HashMap<String, HashSet<String>> = HashMap::new();
+    for alert in alerts(&Prometheus::start(&[]).await).await {
+        let severity = text(&alert["labels"]["severity"]).to_owned();
+        let name = text(&alert["name"]).to_owned();
+        severities.entry(name).or_default().insert(severity);
+    }
+    for (name, severities) in severities {
+        let link = format!("[{name}](#{})", name.to_lowercase());
+        let row = runbook
+            .lines()
+            .find(|line| line.starts_with('|') && line.contains(&link));
+        let listed = row.and_then(|row| row.split('|').nth(2)).expect(&link);
+        let listed: HashSet<_> = listed
+            .split(',')
+            .map(|word| word.trim().to_owned())
+            .collect();
+        assert_eq!(listed, severities, "{name}");
+    }
+}
+
+// --- Alertmanager, as the runbook connects it ---
+
+#[tokio::test(flavor = "multi_thread")]
+async fn alertmanager_of_the_runbook_sends_each_severity_to_its_receiver() {
+    let (listener, received) = webhooks().await;
+    let (folder, address) = (tempfile::tempdir().unwrap(), free_address().unwrap());
+    let mut recipe = recipe("# alertmanager.yml\n");
+    for (own, instead) in [
+        ("pager.example", listener.to_string()),
+        ("tickets.example", listener.to_string()),
+        (
+            "/alerts\" }]\n  - name: tickets",
+            "/pager\" }]\n  - name: tickets".to_owned(),
+        ),
+        ("group_wait: 10s", "group_wait: 50ms".to_owned()),
+    ] {
+        assert!(recipe.contains(own), "{own} in {recipe}");
+        recipe = recipe.replace(own, &instead);
+    }
+    let file = folder.path().join("alertmanager.yml");
+    std::fs::write(&file, recipe).unwrap();
+    let checked = alertmanager("amtool")
+        .arg("check-config")
+        .arg(&file)
+        .status();
+    assert!(checked.unwrap().success());
+    let mut command = alertmanager("prometheus-alertmanager");
+    command
+        .arg(format!("--config.file={}", file.display()))
+        .arg(format!("--storage.path={}", folder.path().display()))
+        .arg(format!("--web.listen-address={address}"))
+        .arg("--cluster.listen-address=");
+    let _process = Process::start(command, &folder.path().join("log")).unwrap();
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let alert = |name: &str, severity: &str| {
+        let labels = json!({ "alertname": name, "severity": severity, "job": "visitas" });
+        json!({ "labels": labels })
+    };
+    let alerts = json!([
+        alert("VisitasStoreDown", "page"),
+        alert("VisitasAvailabilityBurnFast", "page"),
+        alert("VisitasVisitsDegraded", "ticket"),
+    ]);
+    let url = format!("http://{address}/api/v2/alerts");
+    eventually("Alertmanager takes alerts", SOON, async || {
+        let request = client.post(&url).header("content-type", "application/json");
+        let response = request.body(alerts.to_string()).send().await;
+        response.is_ok_and(|response| response.status().is_success())
+    })
+    .await;
+    let of = |path: &str, name: &str| (path.to_owned(), name.to_owned());
+    let expected = BTreeSet::from([
+        of("/pager", "VisitasStoreDown"),
+        of("/alerts", "VisitasVisitsDegraded"),
+    ]);
+    eventually("both receivers are called", SOON, async || {
+        *received.lock().unwrap() == expected
+    })
+    .await;
+}
+
+#[test]
+fn prometheus_accepts_the_alertmanager_of_the_runbook() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prometheus.yml");
+    let configuration = read("prometheus.yml") + &recipe("# prometheus.yml\n");
+    std::fs::write(
+        &file,
+        configuration.replace("rules/", &format!("{OBSERVABILITY}/rules/")),
+    )
+    .unwrap();
+    promtool(&["check", "config"], &[file]);
 }
 
 /// First while everything works: a series that exists only after a failure would look like a broken
@@ -260,6 +364,40 @@ fn links_in_the_runbook_lead_to_its_headings() {
 }
 
 // --- wiring ---
+
+/// A block of the runbook, by its first line.
+fn recipe(first: &str) -> String {
+    let runbook = read(RUNBOOK);
+    let (_, block) = runbook
+        .split_once(&format!("```yaml\n{first}"))
+        .expect(first);
+    block.split("```").next().expect("its end").to_owned()
+}
+
+fn alertmanager(program: &str) -> std::process::Command {
+    installed_by("prometheus-alertmanager", program)
+}
+
+/// The alerts that a receiver's path was called with.
+type Received = Arc<Mutex<BTreeSet<(String, String)>>>;
+
+/// Starts a server that takes an Alertmanager's notifications.
+async fn webhooks() -> (SocketAddr, Received) {
+    let received = Received::default();
+    let into = Arc::clone(&received);
+    let take = async move |uri: Uri, body: String| {
+        let notification: Value = serde_json::from_str(&body).expect("a notification");
+        for alert in array(&notification["alerts"]) {
+            let name = text(&alert["labels"]["alertname"]).to_owned();
+            into.lock().unwrap().insert((uri.path().to_owned(), name));
+        }
+    };
+    let router = axum::Router::new().fallback(take);
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(axum::serve(listener, router).into_future());
+    (address, received)
+}
 
 /// An expression, and the file that it is from.
 #[derive(Clone, Debug)]

@@ -120,6 +120,11 @@ impl Drop for Prometheus {
 
 /// A program of Debian's package `prometheus`, which is there once `make test` has set up.
 pub(crate) fn installed(program: &str) -> Command {
+    installed_by("prometheus", program)
+}
+
+/// A program of another package that `make test` sets up.
+pub(crate) fn installed_by(package: &str, program: &str) -> Command {
     let found = Command::new(program)
         .arg("--version")
         .stdout(Stdio::null())
@@ -127,7 +132,7 @@ pub(crate) fn installed(program: &str) -> Command {
         .status();
     assert!(
         found.is_ok_and(|status| status.success()),
-        "{program} was not found; `devstack/install.sh {program}=prometheus` installs it"
+        "{program} was not found; `devstack/install.sh {program}={package}` installs it"
     );
     let mut command = Command::new(program);
     command.stdin(Stdio::null()).stdout(Stdio::null());

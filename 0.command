@@ -1,0 +1,1 @@
+git clone URL visitas

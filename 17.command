@@ -1,0 +1,1 @@
+docker compose exec -T web visitas reconcile

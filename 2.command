@@ -1,0 +1,1 @@
+docker compose --profile obs up -d --build --wait

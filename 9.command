@@ -1,0 +1,1 @@
+docker compose logs --no-log-prefix --since 2m web
