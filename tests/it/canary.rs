@@ -258,6 +258,7 @@ async fn every_answer(service: &Service) -> Vec<Answer> {
         "/health/ready",
         "/health/live",
         "/metrics",
+        "/openapi.json",
         "/visitas",
         "/robots.txt",
         &format!("/assets/{CANARY}"),
