@@ -3,7 +3,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test faults sweep compat compat-ends browser bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
+.PHONY: help run check map test api faults sweep compat compat-ends browser bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ test: setup check ## Test everything that guards a change, in minutes; T=name ru
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
 	cargo test --workspace --exclude browser --locked --no-fail-fast
 endif
+
+api: PACKAGES = python3:ensurepip=python3-venv
+api: setup ## Test the service against its description with Schemathesis, in two minutes
+	@tests/api.sh
 
 faults: setup ## Run the tests that read a clock, take long or flood, one at a time
 	cargo test --workspace --exclude browser --locked --no-fail-fast -- --ignored --test-threads=1

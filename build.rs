@@ -5,9 +5,11 @@
 )]
 
 use std::env;
+use std::fs;
 use std::process::Command;
 
 fn main() {
+    refuse_changed_migrations();
     println!("cargo:rustc-env=VISITAS_RUSTC={}", rustc_version());
     // A build without a repository, such as that of an image, gets its revision from a variable.
     println!("cargo:rerun-if-env-changed=VISITAS_REVISION");
@@ -20,6 +22,21 @@ fn main() {
                 println!("cargo:rerun-if-changed={path}");
             }
         }
+    }
+}
+
+/// Stops the build if a migration has line ends of Windows. They would change its checksum, and the
+/// service would refuse each database that another build has migrated.
+fn refuse_changed_migrations() {
+    println!("cargo:rerun-if-changed=migrations");
+    for entry in fs::read_dir("migrations").into_iter().flatten().flatten() {
+        let path = entry.path();
+        let has_cr = fs::read(&path).is_ok_and(|text| text.contains(&b'\r'));
+        assert!(
+            !has_cr,
+            "{} has CR LF: restore it by `git checkout`, which writes LF (.gitattributes)",
+            path.display()
+        );
     }
 }
 

@@ -39,6 +39,10 @@ cases=(
     every_variable_of_env_example_takes_effect
     env_example_shows_the_defaults
     passwords_are_made_as_documented
+    every_setting_reaches_web
+    url_in_env_replaces_the_settings_of_its_parts
+    env_is_read_with_a_byte_order_mark_and_cr_lf
+    checkout_with_autocrlf_has_the_same_bytes
     passwords_come_from_files
     passwords_in_files_may_end_in_cr_lf
     unreadable_password_file_ends_web_with_a_line_that_names_it
@@ -68,8 +72,9 @@ compose_files_are_valid_without_a_warning() {
     block_of observability/runbook.md '# docker-compose.override.yml' >"$work/override.yml"
     said=$(compose --file "$work/override.yml" --profile '*' config --quiet 2>&1) || fail "config with an Alertmanager fails: $said"
     block_of docs/compose.md 'services:' >"$work/override.yml"
-    said=$(compose --file "$work/override.yml" config web 2>&1) || fail "config with other stores fails: $said"
-    lacks "$said" -E 'DB_HOST|depends_on' || fail "web keeps other settings: $said"
+    block_of docs/compose.md 'DATABASE_URL=postgres:' >"$work/own"
+    said=$(env_file=$work/own; compose --file "$work/override.yml" config web 2>&1) || fail "config with other stores fails: $said"
+    lacks "$said" -E '^ +(DB_HOST: db|REDIS_HOST: cache|DB_PASSWORD: senha123|depends_on:)' || fail "web keeps other settings: $said"
 }
 
 names_are_derived_from_the_project() {
@@ -363,7 +368,9 @@ every_variable_of_env_example_takes_effect() {
         [STOP_GRACE_PERIOD]=33s [LOG_FORMAT]=pretty [RUST_LOG]=visitas=debug [ACCESS_SLOW]=444ms
         [OTEL_EXPORTER_OTLP_ENDPOINT]=http://collector.example:4318 [OTEL_SERVICE_NAME]=outro
         [OTEL_RESOURCE_ATTRIBUTES]=deployment.environment=e2e [OTEL_TRACES_SAMPLER]=parentbased_traceidratio
-        [OTEL_TRACES_SAMPLER_ARG]=0.25 [VISITAS_REVISION]=f00dcafe1234
+        [OTEL_TRACES_SAMPLER_ARG]=0.25 [VISITAS_REVISION]=f00dcafe1234 [METRICS_ADDR]=0.0.0.0:9464
+        [OTEL_EXPORTER_OTLP_HEADERS]=key=f00d [DATABASE_URL]=postgres://ana:f00d@db.example/outra_base
+        [REDIS_URL]=redis://:f00d@cache.example:6380
     )
     local variable plain changed listing value
     for variable in "${!sample[@]}"; do
@@ -374,16 +381,18 @@ every_variable_of_env_example_takes_effect() {
     # The project's name is a flag in these tests; another case is about it.
     for variable in $(sed -n 's/^#\([A-Z_]*\)=.*/\1/p' .env.example | grep -vx COMPOSE_PROJECT_NAME); do
         [ -n "${sample[$variable]:-}" ] || fail "$variable has no sample here"
-        echo "$variable=${sample[$variable]}" | tee "$work/one" >>"$work/all"
+        echo "$variable=${sample[$variable]}" >"$work/one"
+        # A URL contradicts the settings of its parts.
+        [[ $variable =~ ^(DATABASE|REDIS)_URL$ ]] || cat "$work/one" >>"$work/all"
         changed=$(env_file=$work/one; with_secrets --profile '*' config && compose config) || fail "$variable is refused"
         [ "$changed" != "$plain" ] || fail "$variable changes nothing"
     done
-    # Each variable that Compose gives to web takes effect there.
+    # Each variable of .env.example that Compose gives to web takes effect there.
     listing=$(env_file=$work/all; compose run --rm --no-deps -T web config)
     for variable in $(compose config --format json | tr ',{' '\n\n' | sed -n 's/^ *"\([A-Z_]*\)": .*/\1/p' | sort -u); do
         value=${sample[$variable]:-}
-        [[ $variable == DB_PASSWORD ]] && value='****'
-        [[ $variable =~ ^(POSTGRES_.*|VISITAS_REVISION|HTTP_PROXY)$ ]] || grep -Eq "^$variable=${value//\*/\\*} +# environment$" <<<"$listing" ||
+        [[ $variable =~ ^(DB_PASSWORD|OTEL_EXPORTER_OTLP_HEADERS)$ ]] && value='****'
+        [[ -z $value || $variable =~ ^(VISITAS_REVISION|DATABASE_URL|REDIS_URL)$ ]] || grep -Eq "^$variable=${value//\*/\\*} +# environment$" <<<"$listing" ||
             fail "$variable has no effect in web: $(grep "^$variable=" <<<"$listing")"
     done
     # A password that needs quotes.
@@ -412,6 +421,57 @@ passwords_are_made_as_documented() {
         [ "$(stat -c %a "$work/owner/secrets/$file" "$work/owner/secrets" | paste -sd ' ')" = '444 700' ] || fail "others can change $file"
     done
     ends_with 1 cmp -s "$work"/owner/secrets/* || fail "both passwords are the same"
+}
+
+every_setting_reaches_web() {
+    local variable value given missing=
+    : >"$work/all"
+    for variable in $(settings); do
+        case $variable in PORT) value=5432 ;; *) value=given-$variable ;; esac
+        echo "$variable=$value" >>"$work/all"
+    done
+    [ "$(wc -l <"$work/all")" -gt 50 ] || fail "docs/settings.md lists too few settings"
+    given=$(env_file=$work/all; compose config web)
+    while IFS='=' read -r variable value; do
+        grep -Eq "^ +$variable: \"?$value\"?$" <<<"$given" || missing+=" $variable"
+    done <"$work/all"
+    [ -z "$missing" ] || fail "these do not reach web:$missing"
+    grep -q 'target: 5432' <<<"$given" || fail "the published port does not lead to PORT"
+}
+
+# The names of the program's settings; a test keeps this file and the program the same.
+settings() { sed -n 's/^| `\([A-Z_]*\)` .*/\1/p' docs/settings.md; }
+
+url_in_env_replaces_the_settings_of_its_parts() {
+    local listing
+    printf '%s\n' 'DATABASE_URL=postgres://ana:s3gredo@banco:5433/outra?sslmode=disable' 'REDIS_URL=redis://:s3gredo@memoria:6380/2' >"$work/urls"
+    listing=$(env_file=$work/urls; compose run --rm --no-deps -T web config) || fail "web refuses the URLs: $listing"
+    for line in DB_HOST=banco DB_PORT=5433 DB_USER=ana DB_NAME=outra DB_SSLMODE=disable REDIS_HOST=memoria REDIS_PORT=6380; do
+        grep -Eq "^$line +# " <<<"$listing" || fail "$line is not in $listing"
+    done
+    # Both by hand is a contradiction, as it is without Compose.
+    echo DB_HOST=outro >>"$work/urls"
+    listing=$(env_file=$work/urls; ends_with 2 compose run --rm --no-deps -T web config 2>&1) || fail "it is accepted: $listing"
+    [[ $listing == *DATABASE_URL*DB_HOST* || $listing == *DB_HOST*DATABASE_URL* ]] || fail "$listing"
+}
+
+env_is_read_with_a_byte_order_mark_and_cr_lf() {
+    local plain windows
+    sed 's/^#DB_TIMEOUT=.*/DB_TIMEOUT=1900ms/; s/^#DB_PASSWORD=.*/DB_PASSWORD=s3gredo/' .env.example >"$work/lf"
+    { printf '\xef\xbb\xbf'; sed 's/$/\r/' "$work/lf"; } >"$work/cr-lf"
+    sed 's/$/\r/' docker-compose.yml >"$work/docker-compose.yml"
+    plain=$(env_file=$work/lf; compose --project-directory "$PWD" config)
+    windows=$(clean docker compose --project-name "$project" --project-directory "$PWD" --env-file "$work/cr-lf" --file "$work/docker-compose.yml" config)
+    grep -q 'DB_TIMEOUT: 1900ms$' <<<"$plain" || fail "$plain"
+    [ "$windows" = "$plain" ] || fail "$(diff <(echo "$plain") <(echo "$windows"))"
+}
+
+checkout_with_autocrlf_has_the_same_bytes() {
+    git rev-parse HEAD >/dev/null 2>&1 || { echo "this is no git repository"; exit $skipped; }
+    git clone --quiet --config core.autocrlf=true --config core.eol=crlf . "$work/windows"
+    # The checksum of a migration is in each database, and a script with CR does not run.
+    [ "$(git -C "$work/windows" ls-files --eol | grep -c 'w/crlf\|w/mixed')" = 0 ] || fail "$(git -C "$work/windows" ls-files --eol)"
+    [ "$(git -C "$work/windows" ls-files --eol migrations | grep -c w/lf)" -ge 3 ] || fail "no migrations are there"
 }
 
 passwords_come_from_files() {
@@ -958,7 +1018,7 @@ run_case() {
     (
         set -e
         case $1 in
-        cold_start*|compose_files*|names_*|interrupted*|volume_of_the_users*|tour_*) ;;
+        cold_start*|compose_files*|names_*|every_setting_*|env_is_read*|checkout_*|interrupted*|volume_of_the_users*|tour_*) ;;
         *) compose up --detach --wait --wait-timeout 120 ;;
         esac
         "$1"

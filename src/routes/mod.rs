@@ -2,6 +2,7 @@
 //!
 //! Must not know: how a connection is served.
 
+mod description;
 mod feed;
 mod health;
 mod language;
@@ -19,10 +20,12 @@ mod visits;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::get;
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
+use self::description::Description;
 pub use self::feed::Feed;
 use self::page::assets;
 pub use self::renderings::Renderings;
@@ -33,26 +36,35 @@ const STREAM: &str = "/visitas/stream";
 
 /// Builds the router of the main listener, with `/metrics` unless that has a listener of its own.
 pub fn main_router(state: &AppState, observer: Arc<Observer>) -> Router {
-    let mut router = Router::new()
-        .route("/", get(visit::record).head(visit::head))
-        .route("/visitas", get(visits::show))
-        .route(STREAM, get(stream::open))
-        .route("/assets/{file}", get(assets::file))
-        .route("/favicon.ico", get(assets::favicon))
-        .route("/robots.txt", get(assets::robots))
-        .route("/health", get(health::ready))
-        .route("/health/ready", get(health::ready))
-        .route("/health/live", get(health::live));
+    // `routes!` takes a route's path and methods from its description.
+    let mut router = OpenApiRouter::new()
+        .routes(routes!(visit::record, visit::head))
+        .routes(routes!(visits::show))
+        .routes(routes!(stream::open))
+        .routes(routes!(assets::file))
+        .routes(routes!(assets::favicon))
+        .routes(routes!(assets::robots))
+        .routes(routes!(health::health))
+        .routes(routes!(health::ready))
+        .routes(routes!(health::live));
     if state.has_metrics {
-        router = router.route("/metrics", get(scrape::render));
+        router = router.routes(routes!(scrape::render));
     }
-    layered(router.with_state(state.clone()), observer)
+    let (router, mut api) = router.with_state(state.clone()).split_for_parts();
+    let (description, api_of_it) = OpenApiRouter::new()
+        .routes(routes!(description::serve))
+        .split_for_parts();
+    api.merge(api_of_it);
+    let description = description.with_state(Description::new(api, |route| {
+        observed(route) == Observed::Traced
+    }));
+    layered(router.merge(description), observer)
 }
 
 /// Builds the router of the listener at `METRICS_ADDR`.
 pub fn metrics_router(state: &AppState, observer: Arc<Observer>) -> Router {
-    let router = Router::new().route("/metrics", get(scrape::render));
-    layered(router.with_state(state.clone()), observer)
+    let router = OpenApiRouter::new().routes(routes!(scrape::render));
+    layered(router.with_state(state.clone()).into(), observer)
 }
 
 /// Adds the layers. The first layer is the outermost: it observes the responses of all others, and
@@ -68,12 +80,12 @@ pub fn layered(router: Router, observer: Arc<Observer>) -> Router {
     )
 }
 
-/// Probes, scrapes and the page's files are not traced: they would outnumber visits. A stream lasts
-/// as long as somebody watches.
+/// Probes, scrapes and files are not traced: they would outnumber visits. A stream lasts as long as
+/// somebody watches.
 fn observed(route: &str) -> Observed {
     match route {
         STREAM => Observed::Untimed,
-        "/metrics" | "/favicon.ico" | "/robots.txt" => Observed::Timed,
+        "/metrics" | "/openapi.json" | "/favicon.ico" | "/robots.txt" => Observed::Timed,
         _ if route.starts_with("/health") || route.starts_with("/assets/") => Observed::Timed,
         _ => Observed::Traced,
     }

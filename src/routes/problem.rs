@@ -11,12 +11,32 @@ use axum::response::Response;
 use http::StatusCode;
 use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use serde::Serialize;
+use utoipa::ToSchema;
 
-#[derive(Serialize)]
-struct Problem<'a> {
+/// The media type of a problem document.
+pub(super) const MEDIA_TYPE: &str = "application/problem+json";
+
+/// A problem document (RFC 9457).
+#[derive(Serialize, ToSchema)]
+pub(super) struct Problem {
+    /// Always `about:blank`: the problem has no more to it than its status
     r#type: &'static str,
-    title: &'a str,
+    /// The status in words
+    title: &'static str,
+    /// The status, for a reader that sees the body alone
+    #[schema(minimum = 400, maximum = 599)]
     status: u16,
+}
+
+impl Problem {
+    /// The document for a status.
+    pub(super) fn new(status: StatusCode) -> Self {
+        Self {
+            r#type: "about:blank",
+            title: status.canonical_reason().unwrap_or("Error"),
+            status: status.as_u16(),
+        }
+    }
 }
 
 /// Replaces the body of every error without a body of its own by a problem document: errors of the
@@ -32,20 +52,14 @@ where
     if !is_error || response.headers().get(CONTENT_TYPE).is_some_and(is_own) {
         return response;
     }
-    let problem = Problem {
-        r#type: "about:blank",
-        title: status.canonical_reason().unwrap_or("Error"),
-        status: status.as_u16(),
-    };
-    let Ok(body) = serde_json::to_vec(&problem) else {
+    let Ok(body) = serde_json::to_vec(&Problem::new(status)) else {
         return response;
     };
     let (mut parts, _) = response.into_parts();
     parts.headers.remove(CONTENT_LENGTH);
-    parts.headers.insert(
-        CONTENT_TYPE,
-        HeaderValue::from_static("application/problem+json"),
-    );
+    parts
+        .headers
+        .insert(CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
     Response::from_parts(parts, Body::from(body))
 }
 

@@ -15,7 +15,34 @@ use super::state::AppState;
 use crate::metrics::Format;
 use crate::store::Store as _;
 
-/// Renders every metric, in the format that the scraper prefers.
+const TEXT_EXAMPLE: &str = "# HELP visitas_queue_depth Visits that wait to be recorded.\n\
+    # TYPE visitas_queue_depth gauge\n\
+    visitas_queue_depth 0\n";
+const OPENMETRICS_EXAMPLE: &str = "# TYPE visitas_queue_depth gauge\n\
+    # HELP visitas_queue_depth Visits that wait to be recorded.\n\
+    visitas_queue_depth 0\n\
+    # EOF\n";
+
+/// Every metric, for Prometheus
+///
+/// OpenMetrics with exemplars for a scraper that prefers it by `Accept`, compressed for one that
+/// accepts that.
+#[utoipa::path(get, path = "/metrics", operation_id = "getMetrics",
+    params(
+        ("accept-encoding" = Option<String>, Header, description = "`gzip` compresses the response",
+            example = "gzip"),
+    ),
+    responses((status = OK, description = "Every metric.",
+        headers(
+            ("vary" = String, description = "`Accept, Accept-Encoding`"),
+            ("content-encoding" = Option<String>, description = "`gzip` where that is accepted"),
+        ),
+        content(
+            (String = "text/plain", example = json!(TEXT_EXAMPLE)),
+            (String = "application/openmetrics-text", example = json!(OPENMETRICS_EXAMPLE)),
+        ),
+    )),
+)]
 pub(super) async fn render(State(state): State<AppState>, headers: HeaderMap) -> Response {
     let (format, gzip) = (format(&headers), accepts_gzip(&headers));
     let content_type = match format {

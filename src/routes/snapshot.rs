@@ -3,32 +3,55 @@
 //!
 //! Must not know: who reads them.
 
+use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use time::OffsetDateTime;
 use time::serde::rfc3339;
+use utoipa::ToSchema;
 
 use super::state::AppState;
 use crate::rates;
 use crate::store::Store as _;
 
-/// The JSON of `GET /visitas`.
-#[derive(Debug, Clone, Serialize)]
+/// Totals, states and recent rates.
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub(super) struct Snapshot {
-    pub(super) db_status: &'static str,
-    pub(super) redis_status: &'static str,
+    pub(super) db_status: Status,
+    pub(super) redis_status: Status,
+    /// The rows of the table, as last read; null while unknown
+    #[schema(required, minimum = 0)]
     pub(super) total_registros_db: Option<i64>,
+    /// The count in Redis, as last read; null while unknown
+    #[schema(required)]
     pub(super) visitas_redis: Option<i64>,
+    /// When this was written
     #[serde(with = "rfc3339")]
     pub(super) atualizado_em: OffsetDateTime,
     pub(super) replica: Replica,
 }
 
+/// Whether a store works, in the words of the challenge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Status {
+    Ok,
+    Erro,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
 /// This replica: its rates are its own, while totals are of all replicas.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub(super) struct Replica {
+    /// As `service.instance.id` in traces
     pub(super) id: &'static str,
+    /// When it started
     #[serde(with = "rfc3339")]
     pub(super) desde: OffsetDateTime,
     /// One entry for each finished interval of 5 s in the last 10 minutes, the oldest first.
@@ -36,17 +59,20 @@ pub(super) struct Replica {
 }
 
 /// What this replica did in 5 s.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, ToSchema)]
 pub(super) struct Rate {
-    /// When the 5 s began.
+    /// When the 5 s began
     #[serde(with = "rfc3339")]
     pub(super) em: OffsetDateTime,
-    /// Visits recorded.
+    /// Visits recorded
     pub(super) visitas: u64,
-    /// Visits refused or in doubt.
+    /// Visits answered with 503
     pub(super) falhas: u64,
-    /// Of the recorded visits: milliseconds from the queue to the end of the batch.
+    /// Median of the recorded visits, from the queue to the end of the batch; null without a visit
+    #[schema(required, minimum = 0)]
     pub(super) p50_ms: Option<f64>,
+    /// 99th percentile of the same
+    #[schema(required, minimum = 0)]
     pub(super) p99_ms: Option<f64>,
 }
 
@@ -88,8 +114,8 @@ impl From<&rates::Rate> for Rate {
 }
 
 /// A state in the words of the challenge.
-pub(super) fn status(works: bool) -> &'static str {
-    if works { "ok" } else { "erro" }
+pub(super) fn status(works: bool) -> Status {
+    if works { Status::Ok } else { Status::Erro }
 }
 
 /// A duration in milliseconds, to the microsecond.

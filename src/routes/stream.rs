@@ -37,7 +37,17 @@ struct Viewer {
     _slot: Slot,
 }
 
-/// Opens a stream, unless `PAGE_STREAMS_MAX` are open.
+/// Follow totals, states and recent rates
+///
+/// Server-sent events: the JSON of `/visitas`, once a second and at each change of a store's state,
+/// with a comment every 15 s. Ends when the service begins to stop.
+#[utoipa::path(get, path = "/visitas/stream", operation_id = "followVisits", responses(
+    (status = OK, description = "Events without an end.", body = String,
+        content_type = "text/event-stream",
+        headers(("x-accel-buffering" = String, description = "`no`: proxies pass events on at once")),
+        example = json!("retry: 1000\n\ndata: {\"db_status\":\"ok\",…}\n\n")),
+    (status = SERVICE_UNAVAILABLE, description = "Too many streams are open."),
+))]
 pub(super) async fn open(State(state): State<AppState>) -> Response {
     let Some(slot) = state.feed.take_slot() else {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();

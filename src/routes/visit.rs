@@ -14,27 +14,85 @@ use http::header::{CONTENT_TYPE, RETRY_AFTER, VARY};
 use http::{HeaderValue, StatusCode};
 use hyper::body::Frame;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::negotiation::Wanted;
 use super::page;
-use super::snapshot::status;
+use super::snapshot::{Status, status};
 use super::state::AppState;
 use crate::recorder::{Recorded, Refusal};
 use crate::store::Store as _;
 
 /// The response's body, with its fields in the order of the challenge.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Visit, description = "A visit's number in both stores.")]
 struct VisitBody {
-    db_status: &'static str,
-    redis_status: &'static str,
+    db_status: Status,
+    redis_status: Status,
+    /// The visit's number: the rows of the table once it was recorded
+    #[schema(required, minimum = 1)]
     total_registros_db: Option<i64>,
+    /// The visit's number in Redis; of a failed visit, the count as last read
+    #[schema(required)]
     visitas_redis: Option<i64>,
 }
 
 /// The number of headers in a response, with those that the layers add.
 const HEADERS: usize = 9;
 
-/// Records this request as a visit, unless it only prepares one.
+/// Record a visit
+///
+/// As a page for a client that prefers `text/html` (`*/*` and an absent `Accept` get JSON), in
+/// Portuguese where `Accept-Language` prefers it, otherwise in English.
+#[utoipa::path(get, path = "/", operation_id = "recordVisit", params(
+    ("accept-language" = Option<String>, Header, description = "The language of the page.",
+        example = "pt-BR"),
+    ("sec-purpose" = Option<String>, Header, description = "A browser's `prefetch` records \
+        nothing.", example = "prefetch"),
+), responses(
+    (status = OK, description = "The visit is in Postgres, committed and flushed. It is counted in \
+        Redis too, unless `redis_status` is `erro`.",
+        headers(
+            ("vary" = String, description = "`Accept, Accept-Language`"),
+            ("server-timing" = Option<String>, description = "On a page: where the time went, in \
+                milliseconds."),
+        ),
+        content(
+            (VisitBody = "application/json", examples(
+                ("both" = (summary = "Counted in both stores", value = json!({
+                    "db_status": "ok", "redis_status": "ok",
+                    "total_registros_db": 42, "visitas_redis": 42
+                }))),
+                ("degraded" = (summary = "Redis is down", value = json!({
+                    "db_status": "ok", "redis_status": "erro",
+                    "total_registros_db": 42, "visitas_redis": null
+                }))),
+            )),
+            (String = "text/html", example = json!("<!doctype html>…")),
+        )),
+    (status = NO_CONTENT, description = "A prefetch or prerender: no visit is recorded, and the \
+        browser asks again when the page is opened."),
+    (status = SERVICE_UNAVAILABLE, description = "The visit is certainly not recorded, or, without \
+        `Retry-After`, in doubt.",
+        headers(
+            ("vary" = String, description = "`Accept, Accept-Language`"),
+            ("retry-after" = Option<u32>, description = "In seconds; absent if the visit can have \
+                been recorded, because a retry could count it twice."),
+        ),
+        content(
+            (VisitBody = "application/json", examples(
+                ("down" = (summary = "Postgres is down", value = json!({
+                    "db_status": "erro", "redis_status": "ok",
+                    "total_registros_db": null, "visitas_redis": 41
+                }))),
+                ("shed" = (summary = "The queue is full", value = json!({
+                    "db_status": "ok", "redis_status": "ok",
+                    "total_registros_db": null, "visitas_redis": 41
+                }))),
+            )),
+            (String = "text/html", example = json!("<!doctype html>…")),
+        )),
+))]
 pub(super) async fn record(State(state): State<AppState>, request: Request) -> Response {
     let wanted = Wanted::by(request.headers());
     drop(request);
@@ -59,7 +117,17 @@ pub(super) async fn record(State(state): State<AppState>, request: Request) -> R
     response
 }
 
-/// `HEAD /` records no visit, so the length of a `GET`'s body is unknown.
+/// Ask for the headers alone
+///
+/// Records no visit, so the length of a `GET`'s body is unknown.
+#[utoipa::path(head, path = "/", operation_id = "recordVisitHead", params(
+    ("accept-language" = Option<String>, Header, description = "The language of the page.",
+        example = "pt-BR"),
+), responses(
+    (status = OK, description = "The service responds.",
+        headers(("vary" = String, description = "`Accept, Accept-Language`")),
+        content((VisitBody = "application/json"), (String = "text/html"))),
+))]
 pub(super) async fn head(request: Request) -> Response {
     let mut response = Response::new(Body::new(UnknownLength));
     if let Some(language) = Wanted::by(request.headers()).page {

@@ -15,7 +15,35 @@ use super::page;
 use super::snapshot::Snapshot;
 use super::state::AppState;
 
-/// Responds with the snapshot as JSON, or with the page for a client that prefers it.
+/// Read totals, states and recent rates
+///
+/// Records nothing. Totals are of all replicas, rates of the one that responds. A client that
+/// prefers `text/html` gets the page, without a visit of its own.
+#[utoipa::path(get, path = "/visitas", operation_id = "getVisits", params(
+    ("lang" = Option<String>, Query, description = "The page's language, `pt` or `en`; any other \
+        value is ignored.", example = "pt"),
+    ("accept-language" = Option<String>, Header, description = "The page's language without \
+        `lang`.", example = "pt-BR"),
+), responses(
+    (status = OK, description = "What is known now, even while both stores are down.",
+        headers(("vary" = String, description = "`Accept, Accept-Language`")),
+        content(
+            (Snapshot = "application/json", example = json!({
+                "db_status": "ok", "redis_status": "ok",
+                "total_registros_db": 42, "visitas_redis": 42,
+                "atualizado_em": "2026-11-26T12:00:07.5Z",
+                "replica": {
+                    "id": "b6f0c6b0-6b1e-4f5e-8d3b-0d4f8f7c1f52",
+                    "desde": "2026-11-26T11:58:00Z",
+                    "taxas": [{
+                        "em": "2026-11-26T12:00:00Z", "visitas": 3, "falhas": 0,
+                        "p50_ms": 1.204, "p99_ms": 2.871
+                    }]
+                }
+            })),
+            (String = "text/html", example = json!("<!doctype html>…")),
+        )),
+))]
 pub(super) async fn show(State(state): State<AppState>, request: Request) -> Response {
     let mut response = match Wanted::by(request.headers()).page {
         Some(language) => page::of_snapshot(&state, chosen(request.uri()).unwrap_or(language)),

@@ -258,6 +258,7 @@ async fn every_response(service: &Service) -> Vec<Response> {
         "/health/ready",
         "/health/live",
         "/metrics",
+        "/openapi.json",
         "/visitas",
         "/robots.txt",
         &format!("/assets/{CANARY}"),

@@ -18,6 +18,7 @@ use tracing_subscriber::layer::{Context, SubscriberExt as _};
 use visitas::telemetry::request::{Observed, Observer};
 use visitas::telemetry::sampler::Sampler;
 
+use crate::http::PATHS;
 use crate::support::collector::{Collector, hex, named};
 use crate::support::load::visits;
 use crate::support::traces::{PARENT, UNSAMPLED, ask, spans, traced, traced_with};
@@ -226,7 +227,10 @@ async fn unsampled_traceparent_leaves_no_span() {
 async fn probes_and_scrapes_are_not_traced() {
     let (world, collector) = (World::new(), Collector::start().await);
     let service = traced(&world, &collector).await;
-    for path in ["/health", "/health/ready", "/health/live", "/metrics"] {
+    for path in PATHS
+        .into_iter()
+        .filter(|path| !["/", "/visitas"].contains(path))
+    {
         ask(&service, path, &[("traceparent", PARENT)]).await;
     }
     collector.trace_of(&service.get("/").await, 3).await;

@@ -111,6 +111,17 @@ async fn bad_setting_ends_the_program_before_it_binds() {
     }
 }
 
+/// A setting that is missing in `docker-compose.yml` cannot be set in `.env`. `tests/e2e.sh` asks
+/// Compose itself.
+#[test]
+fn every_variable_reaches_the_container() {
+    let compose = std::fs::read_to_string("docker-compose.yml").expect("a file");
+    for variable in variables() {
+        let line = format!("      - {variable}=${{{variable}");
+        assert!(compose.contains(&line), "docker-compose.yml lacks {line}");
+    }
+}
+
 #[tokio::test]
 async fn empty_variable_is_unset() {
     let empty: Vec<_> = variables().into_iter().map(|name| (name, "")).collect();

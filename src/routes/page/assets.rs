@@ -97,7 +97,25 @@ impl AssetUrls {
     }
 }
 
-/// `GET /assets/{file}`: a file of the page.
+/// Read a file of the page
+///
+/// The page has the names, which change with the contents.
+#[utoipa::path(get, path = "/assets/{file}", operation_id = "getAsset", params(
+    ("file" = String, Path, description = "A stem, a hash and an extension.",
+        example = "page.0123456789abcdef.css"),
+), responses(
+    (status = OK, description = "The file.",
+        headers(
+            ("cache-control" = String, description = "`public, max-age=31536000, immutable`"),
+            ("x-content-type-options" = String, description = "`nosniff`"),
+        ),
+        content(
+            (String = "text/css", example = json!("body { margin: 0 }")),
+            (String = "text/javascript", example = json!("'use strict'")),
+            (String = "image/svg+xml", example = json!("<svg>…</svg>")),
+        )),
+    (status = NOT_FOUND, description = "There is no such file."),
+))]
 pub(crate) async fn file(uri: Uri) -> Response {
     let assets = &*ASSETS;
     let named = [&assets.css, &assets.js, &assets.icon]
@@ -109,12 +127,32 @@ pub(crate) async fn file(uri: Uri) -> Response {
     }
 }
 
-/// `GET /favicon.ico`: browsers ask for it when they show something else than the page.
+/// Read the icon
+///
+/// Browsers ask for it when they show something else than the page.
+#[utoipa::path(get, path = "/favicon.ico", operation_id = "getIcon", responses(
+    (status = OK, description = "The icon.", body = String, content_type = "image/svg+xml",
+        headers(
+            ("cache-control" = String, description = "`public, max-age=86400`"),
+            ("x-content-type-options" = String, description = "`nosniff`"),
+        ),
+        example = json!("<svg>…</svg>")),
+))]
 pub(crate) async fn favicon() -> Response {
     ASSETS.icon.respond(A_DAY)
 }
 
-/// `GET /robots.txt`: asks robots to stay away, since each of their visits would count.
+/// Ask robots to stay away
+///
+/// Each of their visits would count.
+#[utoipa::path(get, path = "/robots.txt", operation_id = "getRobots", responses(
+    (status = OK, description = "The rules for robots.", body = String,
+        headers(
+            ("cache-control" = String, description = "`public, max-age=86400`"),
+            ("x-content-type-options" = String, description = "`nosniff`"),
+        ),
+        example = json!("User-agent: *\nDisallow: /\n")),
+))]
 pub(crate) async fn robots() -> Response {
     let robots = Asset {
         path: String::new(),

@@ -147,7 +147,7 @@ mod tests {
     use time::macros::datetime;
 
     use super::*;
-    use crate::routes::snapshot::Replica;
+    use crate::routes::snapshot::{Replica, Status};
 
     fn drawn(rates: &[(u64, u64, Option<f64>)]) -> Charts {
         let start = datetime!(2026-11-26 12:00:00 UTC);
@@ -159,8 +159,8 @@ mod tests {
             p99_ms: milliseconds,
         };
         Charts::of(&Snapshot {
-            db_status: "ok",
-            redis_status: "ok",
+            db_status: Status::Ok,
+            redis_status: Status::Ok,
             total_registros_db: None,
             visitas_redis: None,
             atualizado_em: start,

@@ -32,6 +32,14 @@ const CONTENT_SECURITY: &str = "default-src 'none'; style-src 'self'; script-src
 const ROBOTS: HeaderName = HeaderName::from_static("x-robots-tag");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
+/// The names of the headers that only the page has.
+pub(super) const PAGE_HEADERS: [&str; 4] = [
+    "content-language",
+    "content-security-policy",
+    "x-content-type-options",
+    "x-robots-tag",
+];
+
 /// The page of a request that is a visit.
 pub(super) fn of_visit(
     state: &AppState,
