@@ -72,7 +72,7 @@ compose_files_are_valid_without_a_warning() {
     block_of observability/runbook.md '# docker-compose.override.yml' >"$work/override.yml"
     said=$(compose --file "$work/override.yml" --profile '*' config --quiet 2>&1) || fail "config with an Alertmanager fails: $said"
     block_of docs/compose.md 'services:' >"$work/override.yml"
-    block_of docs/compose.md 'DATABASE_URL=postgres:' >"$work/own"
+    block_of docs/compose.md 'DATABASE_URL=postgres://user:password@host.docker.internal/visits' >"$work/own"
     said=$(env_file=$work/own; compose --file "$work/override.yml" config web 2>&1) || fail "config with other stores fails: $said"
     lacks "$said" -E '^ +(DB_HOST: db|REDIS_HOST: cache|DB_PASSWORD: senha123|depends_on:)' || fail "web keeps other settings: $said"
 }
