@@ -46,10 +46,10 @@ async fn every_declared_route_is_served_and_every_served_route_is_declared() {
         ] {
             let is_declared = item.get(method.to_ascii_lowercase()).is_some();
             let method = Method::from_bytes(method.as_bytes()).expect("a method");
-            let response = ask(&service, &method, &real(path, &files), &[]).await;
-            let is_served = response.status != StatusCode::METHOD_NOT_ALLOWED;
+            let got = ask(&service, &method, &real(path, &files), &[]).await;
+            let is_served = got.status != StatusCode::METHOD_NOT_ALLOWED;
             assert_eq!(is_served, is_declared, "{method} {path}");
-            assert_ne!(response.status, StatusCode::NOT_FOUND, "{method} {path}");
+            assert_ne!(got.status, StatusCode::NOT_FOUND, "{method} {path}");
         }
     }
 }
@@ -87,20 +87,17 @@ async fn metrics_at_another_address_are_not_described() {
 
 #[tokio::test]
 async fn description_is_json_that_a_cache_keeps_for_minutes() {
-    let response = without_stores(&[]).await.get("/openapi.json").await;
-    assert_eq!(response.header("content-type"), "application/json");
-    assert_eq!(response.header("cache-control"), "public, max-age=300");
-    assert_eq!(
-        response.json()["info"]["version"],
-        env!("CARGO_PKG_VERSION")
-    );
+    let got = without_stores(&[]).await.get("/openapi.json").await;
+    assert_eq!(got.header("content-type"), "application/json");
+    assert_eq!(got.header("cache-control"), "public, max-age=300");
+    assert_eq!(got.json()["info"]["version"], env!("CARGO_PKG_VERSION"));
 }
 
 #[tokio::test]
 async fn every_body_has_a_schema_and_an_example() {
-    let response = without_stores(&[]).await.get("/openapi.json").await;
-    let api = response.json();
-    for reference in response.body.split("\"$ref\":\"#").skip(1) {
+    let got = without_stores(&[]).await.get("/openapi.json").await;
+    let api = got.json();
+    for reference in got.body.split("\"$ref\":\"#").skip(1) {
         let (pointer, _) = reference.split_once('"').expect("the end of a string");
         assert!(api.pointer(pointer).is_some(), "{pointer} is not there");
     }
@@ -188,27 +185,27 @@ impl Seen {
                     paths = [&self.files[..], &["/assets/none.css".to_owned()]].concat();
                 }
                 for (path, headers) in paths.iter().flat_map(|path| requests.map(|of| (path, of))) {
-                    let response = ask(service, &method, path, headers).await;
-                    let response = &operation["responses"][response.status.as_str()];
-                    self.response(&place, response, &response, method == Method::HEAD);
+                    let got = ask(service, &method, path, headers).await;
+                    let response = &operation["responses"][got.status.as_str()];
+                    self.check(&place, response, &got, method == Method::HEAD);
                 }
             }
         }
     }
 
     async fn problem(&mut self, service: &Service, method: Method, path: &str, name: &str) {
-        let response = ask(service, &method, path, &[]).await;
+        let got = ask(service, &method, path, &[]).await;
         let response = self.api["components"]["responses"][name].clone();
-        self.response(name, &response, &response, false);
+        self.check(name, &response, &got, false);
         let media = &response["content"]["application/problem+json"];
-        assert_eq!(response.json(), media["example"], "{name}");
+        assert_eq!(got.json(), media["example"], "{name}");
     }
 
-    fn response(&mut self, place: &str, response: &Value, response: &Response, is_head: bool) {
-        let place = format!("{place} {}", response.status.as_u16());
+    fn check(&mut self, place: &str, response: &Value, got: &Response, is_head: bool) {
+        let place = format!("{place} {}", got.status.as_u16());
         assert!(response.is_object(), "{place} is not described");
         let response = resolved(&self.api, response);
-        let media = response
+        let media = got
             .header("content-type")
             .split(';')
             .next()
@@ -222,7 +219,7 @@ impl Seen {
             );
         }
         self.facts.insert(format!("{place} is {media}"));
-        let names: BTreeSet<_> = response.headers.keys().map(HeaderName::as_str).collect();
+        let names: BTreeSet<_> = got.headers.keys().map(HeaderName::as_str).collect();
         for name in names.iter().filter(|name| !OF_HTTP.contains(name)) {
             assert!(
                 response["headers"][name].is_object(),

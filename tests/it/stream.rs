@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use reqwest::header::HeaderMap;
-use reqwest::{Method, Response, StatusCode};
+use reqwest::{Method, StatusCode};
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -16,7 +16,7 @@ const PATH: &str = "/visitas/stream";
 
 /// An open stream.
 struct Events {
-    response: Response,
+    response: reqwest::Response,
     text: String,
 }
 
