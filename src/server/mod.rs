@@ -310,7 +310,7 @@ mod tests {
         let asked = Arc::clone(&started);
         let respond = async move || {
             asked.notify_one();
-            let chunks = stream::repeat(Ok::<_, Infallible>(Bytes::from_static(&[b'x'; 65_536])));
+            let chunks = stream::repeat(Ok::<_, Infallible>(Bytes::from(vec![b'x'; 65_536])));
             let mut response = Response::new(Body::from_stream(chunks));
             if endless {
                 response.extensions_mut().insert(Endless);
