@@ -18,9 +18,10 @@ const AXE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/axe/axe.min.js
 
 /// A browser with one window.
 pub(crate) struct Browser {
-    pub(crate) driver: WebDriver,
-    /// Ends after the driver: its end closes the browser.
+    /// Dropped first: that closes the browser, also after a panic, when the session is still open
+    /// and would be closed by a call that waits.
     _chromedriver: Process,
+    pub(crate) driver: WebDriver,
 }
 
 /// How the page is looked at.
@@ -77,8 +78,8 @@ impl Browser {
         }
         let driver = WebDriver::new(format!("http://{address}"), wanted).await;
         let browser = Self {
-            driver: driver.expect("a browser"),
             _chromedriver: chromedriver,
+            driver: driver.expect("a browser"),
         };
         browser.look(LIGHT).await;
         browser
