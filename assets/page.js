@@ -53,6 +53,7 @@ const HALF = INTERVAL / 2;
 const INTERVALS = SECONDS / INTERVAL;
 const slider = at("moment");
 let rates = [];
+let visits = [];
 
 // The top of a scale: the lowest of 1, 2, 5, 10, … that no value exceeds.
 function topOf(values) {
@@ -82,12 +83,15 @@ const x = (index) => SECONDS - INTERVAL * (rates.length - index) + HALF;
 
 function draw(snapshot) {
   rates = snapshot.replica.taxas;
-  const visits = rates.map((rate) => rate.visitas / INTERVAL);
+  // Before the replica began there were no visits to count, which is not the same as none.
+  const began = Date.parse(snapshot.replica.desde) - 1000 * INTERVAL;
+  visits = rates.map((rate) => (Date.parse(rate.em) > began ? rate.visitas / INTERVAL : null));
   const [median, p99] = [rates.map((rate) => rate.p50_ms), rates.map((rate) => rate.p99_ms)];
   const [top, topMilliseconds] = [topOf(visits), topOf(p99)];
   const lineOfVisits = line(visits, top);
   at("visits-line").setAttribute("d", lineOfVisits);
-  at("visits-area").setAttribute("d", lineOfVisits && `${lineOfVisits}V100H${x(0) - HALF}Z`);
+  const first = x(visits.findIndex((value) => value !== null)) - HALF;
+  at("visits-area").setAttribute("d", lineOfVisits && `${lineOfVisits}V100H${first}Z`);
   at("median-line").setAttribute("d", line(median, topMilliseconds));
   at("p99-line").setAttribute("d", line(p99, topMilliseconds));
   const bands = rates
@@ -118,7 +122,7 @@ function showMoment() {
   const index = rates.length - INTERVALS + slider.valueAsNumber;
   const chosen = rates[index];
   const shown = (value, format) => (value === null || value === undefined ? "–" : format(value));
-  write(at("now-visits"), shown(chosen && chosen.visitas / INTERVAL, rate));
+  write(at("now-visits"), shown(visits[index], rate));
   write(at("now-failures"), shown(chosen && chosen.falhas / INTERVAL, rate));
   write(at("now-median"), shown(chosen?.p50_ms, milliseconds));
   write(at("now-p99"), shown(chosen?.p99_ms, milliseconds));

@@ -55,12 +55,14 @@ impl Charts {
         });
         // The middle of an interval stands for it.
         let place = |rate: &Rate| SECONDS - (end - rate.em).as_seconds_f64() + HALF;
-        let points = |value: fn(&Rate) -> Option<f64>| {
-            let point = move |rate: &Rate| (place(rate), value(rate));
+        let points = |value: &dyn Fn(&Rate) -> Option<f64>| {
+            let point = |rate: &Rate| (place(rate), value(rate));
             rates.iter().map(point).collect::<Vec<_>>()
         };
-        let visits = points(|rate| Some(visits_a_second(rate)));
-        let (median, p99) = (points(|rate| rate.p50_ms), points(|rate| rate.p99_ms));
+        // Before the replica began there were no visits to count, which is not the same as none.
+        let began = snapshot.replica.desde - Duration::seconds_f64(INTERVAL);
+        let visits = points(&|rate| (rate.em > began).then(|| visits_a_second(rate)));
+        let (median, p99) = (points(&|rate| rate.p50_ms), points(&|rate| rate.p99_ms));
         let visits_top = top(&visits, 1.0);
         let milliseconds_top = top(&p99, 1.0);
         let line_of_visits = line(&visits, visits_top);
@@ -124,9 +126,9 @@ fn line(points: &[(f64, Option<f64>)], top: f64) -> String {
     path
 }
 
-/// The area beneath an unbroken line.
+/// The area beneath a line that is unbroken from its first value on.
 fn area(line: &str, points: &[(f64, Option<f64>)]) -> String {
-    let first = points.first();
+    let first = points.iter().find(|(_, value)| value.is_some());
     first.map_or_else(String::new, |(x, _)| {
         format!("{line}V{HEIGHT}H{}Z", x - HALF)
     })
@@ -150,6 +152,10 @@ mod tests {
     use crate::routes::snapshot::{Replica, Status};
 
     fn drawn(rates: &[(u64, u64, Option<f64>)]) -> Charts {
+        Charts::of(&snapshot(rates))
+    }
+
+    fn snapshot(rates: &[(u64, u64, Option<f64>)]) -> Snapshot {
         let start = datetime!(2026-11-26 12:00:00 UTC);
         let rate = |(place, &(visitas, falhas, milliseconds)): (i32, _)| Rate {
             em: start + 5 * place * Duration::SECOND,
@@ -158,7 +164,7 @@ mod tests {
             p50_ms: milliseconds,
             p99_ms: milliseconds,
         };
-        Charts::of(&Snapshot {
+        Snapshot {
             db_status: Status::Ok,
             redis_status: Status::Ok,
             total_registros_db: None,
@@ -169,7 +175,7 @@ mod tests {
                 desde: start,
                 taxas: (0..).zip(rates).map(rate).collect(),
             },
-        })
+        }
     }
 
     #[test]
@@ -183,6 +189,18 @@ mod tests {
         assert_eq!(charts.median, "M590 60.0L592.5 60.0L597.5 20.0h2.5");
         assert_eq!(charts.end, datetime!(2026-11-26 12:00:10 UTC));
         assert!(!charts.is_empty);
+    }
+
+    #[test]
+    fn nothing_is_drawn_before_the_replica_began() {
+        let mut snapshot = snapshot(&[(0, 0, None), (0, 0, None), (5, 0, None)]);
+        snapshot.replica.desde += 7 * Duration::SECOND;
+        let charts = Charts::of(&snapshot);
+        assert_eq!(charts.visits, "M590 100.0L592.5 100.0L597.5 0.0h2.5");
+        assert_eq!(
+            charts.visits_area,
+            "M590 100.0L592.5 100.0L597.5 0.0h2.5V100H590Z"
+        );
     }
 
     #[test]
