@@ -326,7 +326,7 @@ secrets_in_the_build_folder_do_not_get_into_the_image() {
     local canary=c4nary9Zx7Qk2 context=$work/at-hand layers=$work/layers name=$project-at-hand
     mkdir -p "$context/secrets" "$layers"
     cp -r .dockerignore Dockerfile docker-compose.yml Cargo.toml Cargo.lock build.rs assets src migrations templates "$context"
-    cp --parents bench/Cargo.toml chaos/Cargo.toml devstack/Cargo.toml lab/Cargo.toml "$context"
+    cp --parents */Cargo.toml "$context"
     printf '%s\n' "DB_PASSWORD=$canary" "OTEL_RESOURCE_ATTRIBUTES=key=$canary" >"$context/.env"
     echo "$canary" | tee "$context/secrets/db_password" >"$context/secrets/redis_password"
     trap "docker image rm --force $name-web >/dev/null 2>&1" EXIT
@@ -348,7 +348,7 @@ change_of_the_source_does_not_rebuild_dependencies() {
     local context=$work/context
     mkdir "$context"
     cp -r .dockerignore Dockerfile Cargo.toml Cargo.lock build.rs assets src migrations templates "$context"
-    cp --parents bench/Cargo.toml chaos/Cargo.toml devstack/Cargo.toml lab/Cargo.toml "$context"
+    cp --parents */Cargo.toml "$context"
     echo '// Changed.' >>"$context/src/main.rs"
     clean docker build --progress plain --output type=cacheonly --target dependencies "$context" >"$work/build.log" 2>&1 || { cat "$work/build.log"; return 1; }
     local step
