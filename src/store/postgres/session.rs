@@ -19,7 +19,7 @@ use super::{route, trust};
 use crate::config::{Certificates, Credentials, Identity, PostgresConfig};
 use crate::store::call::Operation;
 use crate::store::error::Error;
-use crate::store::files::Files;
+use crate::store::files::{Files, unread};
 use crate::store::pool::Connect;
 
 /// How long a migration or a recount waits for a lock. It is well above Postgres's
@@ -109,7 +109,7 @@ impl Session {
         let deadline = Instant::now() + timeout;
         // Which role to try is known only now: a file can name another one than before.
         let Ok(contents) = timeout_at(deadline, self.read_files()).await else {
-            let why = "the files of the settings could not be read in time: check the file system";
+            let why = unread(&self.config.files());
             return Err(Error::NoSession(timeout, why.into()));
         };
         let contents = contents?;
