@@ -593,6 +593,42 @@ async fn certificates_made_as_the_documentation_says_are_accepted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn certificate_of_another_role_is_told_so() {
+    let gate = Gate::new(&[]);
+    let folder = recipe("usuario", "outra");
+    let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let server = gate.world.postgres.folder();
+    for (from, to) in [
+        ("server.crt", "server.pem"),
+        ("server.key", "server.key"),
+        ("root.crt", "ca.pem"),
+    ] {
+        fs::copy(file(from), server.join(to)).unwrap();
+    }
+    let authority = server.join("ca.pem");
+    gate.alter(&format!("set ssl_ca_file = '{}'", authority.display()))
+        .await;
+    let (certificate, key) = (file("client.crt"), file("client.key"));
+    let given = [
+        ("DB_SSLMODE", "require"),
+        ("DB_SSLCERT", &*certificate),
+        ("DB_SSLKEY", &*key),
+    ];
+    for rule in ["cert", "scram-sha-256 clientcert=verify-full"] {
+        gate.admit(&format!("hostssl all all all {rule}\n")).await;
+        let said = [
+            "authentication failed",
+            "the CN of DB_SSLCERT's must be the role",
+        ];
+        gate.check_refusal(&given, &said).await;
+    }
+    // Without a certificate its name is no reason.
+    gate.admit("hostssl all all all scram-sha-256\n").await;
+    let error = gate.refusal(&[("DB_PASSWORD", "wrong")]).await;
+    assert!(!error.contains("DB_SSLCERT"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn certificates_that_only_psql_accepts_are_told_apart() {
     let gate = Gate::new(&[]);
     gate.admit("host all all all scram-sha-256\n").await;

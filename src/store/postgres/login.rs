@@ -24,6 +24,7 @@ pub(super) struct Login {
     /// The setting that the password comes from.
     pub(super) password_setting: &'static str,
     pub(super) has_password: bool,
+    pub(super) has_certificate: bool,
 }
 
 /// Why an attempt failed, to follow the kind of error, and what to check.
@@ -40,6 +41,14 @@ const NO_POOLER: &str = "connect to the server itself: a pooler such as PgBounce
 
 /// The driver's text if the server's proof at the end of SCRAM is wrong.
 const MAC_MISMATCH: &str = "MAC tag mismatch";
+
+/// What decides whether a role may log in.
+const RULES: &str = "check that the role exists and has LOGIN, and pg_hba.conf, which decides by \
+    role, database, address, encryption and client certificate";
+
+/// What the methods cert and clientcert=verify-full ask for.
+const NAME_OF_A_CERTIFICATE: &str = "where pg_hba.conf asks for a client certificate, the CN of \
+    DB_SSLCERT's must be the role";
 
 /// How to make a certificate that is accepted.
 const REPLACE: &str = "let an authority of your own sign another one, as docs/connecting.md shows, \
@@ -154,13 +163,20 @@ impl Login {
             }
             "08P01" if message.starts_with("unsupported startup parameter") => NO_POOLER,
             "28P01" if self.has_password => {
-                return words(message, format!("check {setting} and the role"));
+                let mut check = format!("check {setting} and the role");
+                // With clientcert=verify-full the server says the same about its name.
+                if self.has_certificate {
+                    check.push_str("; ");
+                    check.push_str(NAME_OF_A_CERTIFICATE);
+                }
+                return words(message, check);
             }
+            "28P01" if self.has_certificate => NAME_OF_A_CERTIFICATE,
             "28P01" => return words(message, format!("there is no password: set {setting}")),
-            "28000" => {
-                "check that the role exists and has LOGIN, and pg_hba.conf, which decides by \
-                 role, database, address, encryption and client certificate"
+            "28000" if self.has_certificate => {
+                return words(message, format!("{RULES}; {NAME_OF_A_CERTIFICATE}"));
             }
+            "28000" => RULES,
             "3D000" => "create the database, or check DB_NAME",
             "42501" => "grant the role CONNECT on the database",
             "53300" => "raise max_connections, or the connection limit of the role or database",

@@ -113,7 +113,7 @@ impl Session {
             return Err(Error::NoSession(timeout, why.into()));
         };
         let contents = contents?;
-        let login = self.login(&contents.credentials);
+        let login = self.login(&contents);
 
         let Ok(addresses) = timeout_at(deadline, self.look_up()).await else {
             let why = "the host name could not be looked up in time";
@@ -136,7 +136,8 @@ impl Session {
         })
     }
 
-    fn login(&self, credentials: &Credentials<String>) -> Login {
+    fn login(&self, contents: &Contents) -> Login {
+        let credentials = &contents.credentials;
         let config = &self.config;
         let (host, port) = (&config.db_host, config.db_port);
         let place = if host.starts_with('/') {
@@ -153,6 +154,7 @@ impl Session {
             mode: config.db_sslmode,
             password_setting: config.password_setting(),
             has_password: credentials.password.is_some(),
+            has_certificate: contents.identity.is_some(),
         }
     }
 
