@@ -326,6 +326,29 @@ fn password_with_any_character_is_read_or_refused_and_never_shown() {
 }
 
 #[test]
+fn files_that_are_read_for_a_session_are_named() {
+    let (secret, ca) = (file("s3cret\n"), ca());
+    let config = serve(&[
+        "--db-password-file",
+        path(&secret),
+        "--db-sslmode=verify-ca",
+        "--db-sslrootcert",
+        path(&ca),
+        "--redis-password-file",
+        path(&secret),
+    ]);
+    let (secret, ca) = (path(&secret), path(&ca));
+    assert_eq!(
+        config.postgres.files(),
+        format!("DB_PASSWORD_FILE ({secret}), DB_SSLROOTCERT ({ca})")
+    );
+    assert_eq!(
+        config.redis.files(),
+        format!("REDIS_PASSWORD_FILE ({secret})")
+    );
+}
+
+#[test]
 fn credentials_are_those_that_the_file_holds_now() {
     let rewrite =
         |file: &NamedTempFile, text: &str| std::fs::write(file.path(), text).expect("a file");

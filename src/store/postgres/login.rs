@@ -163,26 +163,32 @@ impl Login {
             }
             "08P01" if message.starts_with("unsupported startup parameter") => NO_POOLER,
             "28P01" if self.has_password => {
-                let mut check = format!("check {setting} and the role");
-                // With clientcert=verify-full the server says the same about its name.
-                if self.has_certificate {
-                    check.push_str("; ");
-                    check.push_str(NAME_OF_A_CERTIFICATE);
-                }
-                return words(message, check);
+                return words(
+                    message,
+                    self.with_a_certificate(format!("check {setting} and the role")),
+                );
             }
-            "28P01" if self.has_certificate => NAME_OF_A_CERTIFICATE,
-            "28P01" => return words(message, format!("there is no password: set {setting}")),
-            "28000" if self.has_certificate => {
-                return words(message, format!("{RULES}; {NAME_OF_A_CERTIFICATE}"));
+            "28P01" => {
+                let check = format!("there is no password: set {setting}");
+                return words(message, self.with_a_certificate(check));
             }
-            "28000" => RULES,
+            "28000" => return words(message, self.with_a_certificate(RULES.to_owned())),
             "3D000" => "create the database, or check DB_NAME",
             "42501" => "grant the role CONNECT on the database",
             "53300" => "raise max_connections, or the connection limit of the role or database",
             _ => "",
         };
         words(message, check)
+    }
+
+    /// Adds what a client certificate must say: the server refuses another one's role in the same
+    /// words as a wrong password.
+    fn with_a_certificate(&self, check: String) -> String {
+        if self.has_certificate {
+            format!("{check}; {NAME_OF_A_CERTIFICATE}")
+        } else {
+            check
+        }
     }
 
     /// The driver could not prepare the role's name or the password for SCRAM.
