@@ -416,7 +416,7 @@ begin
     exception
         when sqlstate 'VS001' then
             null;
-        -- The error of somebody's trigger does not say on which table it is.
+        -- The error of another program's trigger does not say on which table it is.
         when others then
             get stacked diagnostics detalhe = pg_exception_detail;
             select pg_catalog.string_agg(o.nome, ', ' order by o.nome)
