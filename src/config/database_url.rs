@@ -45,7 +45,7 @@ const SSL_MODES: &[(&str, &str)] = &[
 /// The parameters whose values are shown, without underscores and hyphens. They are those that set
 /// something here; but options can contain a setting that is a secret.
 const SHOWN: &str = "currentschema dbname host hostaddr port schema schemasearchpath searchpath ssl \
-    sslcert sslkey sslmode sslrootcert user";
+    sslcert sslkey sslmode sslrootcert user username";
 
 /// The schemes of URLs that lead to PostgreSQL: libpq's, and names that frameworks use.
 const SCHEMES: &str = "pgsql postgis postgres postgresql psql timescale timescaledb";
@@ -81,8 +81,10 @@ impl DatabaseUrl {
             let given = Some(value.clone()).filter(|value| !value.is_empty());
             match &*plain(parameter) {
                 // As in libpq, a parameter wins over the same part before the query.
-                "user" => user = given.or(user),
-                "password" => password = given.map(Secret::from).or(password),
+                "user" | "username" => user = given.or(user),
+                "pass" | "password" | "passwd" | "pwd" => {
+                    password = given.map(Secret::from).or(password);
+                }
                 "dbname" => name = given.or(name),
                 "host" => host = given.or(host),
                 "port" => port_text = given.or(port_text),

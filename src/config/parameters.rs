@@ -28,9 +28,12 @@ pub(super) enum Verdict {
     Reported(&'static str),
     /// With the reason.
     Refused(&'static str),
+    /// The values that are reported, with what the service does instead; and why others are
+    /// refused.
+    Either(&'static str, &'static str, &'static str),
 }
 
-use Verdict::{Ignored, Refused, Reported};
+use Verdict::{Either, Ignored, Refused, Reported};
 
 /// The rules for `DATABASE_URL`. The names are those of libpq, of the drivers of other languages
 /// and of providers.
@@ -39,8 +42,8 @@ pub(super) const POSTGRES: &[Rule] = &[
         // libpq. DB_TIMEOUT limits connecting, too.
         "applicationname clientencoding connecttimeout fallbackapplicationname gssdelegation \
          gsslib keepalives keepalivescount keepalivesidle keepalivesinterval krbsrvname \
-         loadbalancehosts maxprotocolversion sslcompression sslkeylogfile \
-         sslmaxprotocolversion sslnegotiation sslpassword sslsni tcpusertimeout",
+         loadbalancehosts maxprotocolversion sslcompression sslkeylogfile sslpassword \
+         tcpusertimeout",
         "",
         Ignored,
     ),
@@ -86,14 +89,20 @@ pub(super) const POSTGRES: &[Rule] = &[
     (
         "channelbinding",
         "disable prefer",
-        Reported(
+        Either(
+            "require",
             "the login is not bound to the TLS channel; sslmode=verify-full verifies the server",
+            "expected disable, prefer or require",
         ),
     ),
     (
         "gssencmode",
         "allow disable prefer",
-        Reported("connections are encrypted by TLS alone, as sslmode says"),
+        Either(
+            "require",
+            "connections are encrypted by TLS alone, as sslmode says",
+            "expected disable, prefer or require",
+        ),
     ),
     (
         "requireauth",
@@ -108,10 +117,10 @@ pub(super) const POSTGRES: &[Rule] = &[
     ),
     (
         "targetservertype targetsessionattrs",
-        "any master primary read-write",
-        Reported("visits need a server that accepts writes"),
+        "any master preferprimary primary read-write",
+        Refused("visits need a server that accepts writes: name the primary"),
     ),
-    ("readonly", "0 false off", Reported("visits are writes")),
+    ("readonly", "0 false no off", Refused("visits are writes")),
     (
         "sslcrl sslcrldir",
         "",
@@ -124,8 +133,39 @@ pub(super) const POSTGRES: &[Rule] = &[
     ),
     (
         "sslminprotocolversion",
-        "tlsv1 tlsv1.1 tlsv1.2",
-        Reported("TLS 1.2 is accepted, too"),
+        "tlsv1.2",
+        Either(
+            "tlsv1 tlsv1.1 tlsv1.3",
+            "TLS 1.2 and 1.3 are accepted",
+            "expected TLSv1.2 or TLSv1.3",
+        ),
+    ),
+    (
+        "sslmaxprotocolversion",
+        "tlsv1.3",
+        Either(
+            "tlsv1.2",
+            "TLS 1.3 is used where the server has it",
+            "TLS 1.2 and 1.3 alone are accepted",
+        ),
+    ),
+    (
+        "sslnegotiation",
+        "postgres",
+        Either(
+            "direct",
+            "TLS begins after a request for it, as with sslnegotiation=postgres",
+            "expected postgres or direct",
+        ),
+    ),
+    (
+        "sslsni",
+        "1",
+        Either(
+            "0",
+            "the server's name is sent at the TLS handshake",
+            "expected 0 or 1",
+        ),
     ),
     (
         "minprotocolversion",
@@ -135,7 +175,11 @@ pub(super) const POSTGRES: &[Rule] = &[
     (
         "sslcertmode",
         "allow",
-        Reported("a client certificate is sent if there is one and the server asks for it"),
+        Either(
+            "disable require",
+            "a client certificate is sent if there is one and the server asks for it",
+            "expected disable, allow or require",
+        ),
     ),
     (
         "sslaccept sslfactory sslhostnameverifier",
@@ -248,13 +292,17 @@ pub(super) fn judge(
         }))
     };
     if let Some((_, unchanging, verdict)) = find(rules, parameter) {
-        if value.is_empty() || has_word(unchanging, &value.to_ascii_lowercase()) {
+        let word = value.to_ascii_lowercase();
+        if value.is_empty() || has_word(unchanging, &word) {
             return Ok(None);
         }
         return match verdict {
             Ignored => Ok(None),
             Reported(reason) => report(reason),
-            Refused(reason) => Err(format!("has the parameter {parameter}: {reason}")),
+            Either(reported, reason, _) if has_word(reported, &word) => report(reason),
+            Refused(reason) | Either(_, _, reason) => {
+                Err(format!("has the parameter {parameter}: {reason}"))
+            }
         };
     }
     let is_name = parameter.len() <= 40

@@ -11,8 +11,8 @@ use super::database_url::{Database, DatabaseUrl, host_or_directory, role_or_data
 use super::parameters::Unenforced;
 use super::sources::{Sources, identity, invalid};
 use super::value::{
-    Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, duration, one_of, port,
-    within,
+    Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, duration, listed, one_of,
+    port, within,
 };
 
 const SSL_MODES: &[(&str, PgSslMode)] = &[
@@ -173,6 +173,32 @@ impl PostgresConfig {
     /// Why a file is refused, with its path.
     pub fn identity(&self) -> Result<Option<Identity>, String> {
         self.identity.as_ref().map(Identity::read_again).transpose()
+    }
+
+    /// The settings whose files are read for a new session, with their paths.
+    #[must_use]
+    pub fn files(&self) -> String {
+        let identity = self.identity.as_ref().map(Identity::read_from);
+        listed([
+            (
+                "DB_PASSWORD_FILE",
+                self.db_password_file
+                    .as_ref()
+                    .and_then(SecretFile::read_from),
+            ),
+            (
+                "DATABASE_URL_FILE",
+                self.database_url_file
+                    .as_ref()
+                    .and_then(SecretFile::read_from),
+            ),
+            (
+                "DB_SSLROOTCERT",
+                self.db_sslrootcert.as_ref().map(|roots| &*roots.path),
+            ),
+            ("DB_SSLCERT", identity.map(|[path, _]| path)),
+            ("DB_SSLKEY", identity.map(|[_, path]| path)),
+        ])
     }
 
     fn percent_of_timeout(&self, percent: u128) -> Duration {

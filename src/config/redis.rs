@@ -12,7 +12,7 @@ use super::roots;
 use super::sources::{Sources, identity, invalid};
 use super::value::{
     Accept, Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, accept, duration,
-    port, text, within,
+    listed, port, text, within,
 };
 
 const FORM: &str = "redis:// or rediss:// and user:password@host:port/number, percent-encoded, or \
@@ -144,6 +144,30 @@ impl RedisConfig {
     /// Why a file is refused, with its path.
     pub fn identity(&self) -> Result<Option<Identity>, String> {
         self.identity.as_ref().map(Identity::read_again).transpose()
+    }
+
+    /// The settings whose files are read for a new connection, with their paths.
+    #[must_use]
+    pub fn files(&self) -> String {
+        let identity = self.identity.as_ref().map(Identity::read_from);
+        listed([
+            (
+                "REDIS_PASSWORD_FILE",
+                self.redis_password_file
+                    .as_ref()
+                    .and_then(SecretFile::read_from),
+            ),
+            (
+                "REDIS_URL_FILE",
+                self.redis_url_file.as_ref().and_then(SecretFile::read_from),
+            ),
+            (
+                "REDIS_TLS_CA",
+                self.redis_tls_ca.as_ref().map(|roots| &*roots.path),
+            ),
+            ("REDIS_TLS_CERT", identity.map(|[path, _]| path)),
+            ("REDIS_TLS_KEY", identity.map(|[_, path]| path)),
+        ])
     }
 
     /// Reads the settings that the URL and the files of secrets contain, and refuses

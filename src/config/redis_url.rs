@@ -79,8 +79,18 @@ impl RedisUrl {
             let given = Some(value.clone()).filter(|value| !value.is_empty());
             match &*plain(parameter) {
                 "user" | "username" => user = given.or(user),
-                "pass" | "password" => password = given.map(Secret::from).or(password),
-                "database" | "db" | "virtualhost" => number = given.or(number),
+                // phpredis calls it auth.
+                "auth" | "pass" | "password" | "passwd" | "pwd" => {
+                    password = given.map(Secret::from).or(password);
+                }
+                "database" | "db" | "virtualhost" => {
+                    if number.is_some() && given.is_some() && number != given {
+                        return Err(format!(
+                            "names two databases: {parameter} contradicts another part"
+                        ));
+                    }
+                    number = given.or(number);
+                }
                 "ssl" | "tls" => match &*value.to_ascii_lowercase() {
                     "1" | "on" | "true" | "yes" => tls = true,
                     "" | "0" | "false" | "no" | "off" if !tls => {}

@@ -11,13 +11,14 @@ use std::io::Read as _;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use clap::builder::{PossibleValue, TypedValueParser};
 use percent_encoding::percent_decode_str;
+use rustix::fs::{Mode, OFlags};
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -227,10 +228,13 @@ pub(super) struct SecretFile {
 }
 
 impl SecretFile {
+    const MAX_BYTES: u64 = 16_384;
+
     fn read(path: &Path) -> Result<Self, String> {
-        const MAX_BYTES: u64 = 16_384;
-        let is_regular = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
-        let bytes = read_bounded(path, MAX_BYTES)?;
+        Self::new(path, true, read_bounded(path, Self::MAX_BYTES)?)
+    }
+
+    fn new(path: &Path, is_regular: bool, bytes: Vec<u8>) -> Result<Self, String> {
         let text = String::from_utf8(bytes).map_err(|_| "is not UTF-8")?;
         let secret = text.trim_end_matches(['\r', '\n']);
         if secret.is_empty() {
@@ -244,6 +248,11 @@ impl SecretFile {
             secret: secret.to_owned().into(),
             is_regular,
         })
+    }
+
+    /// The file, for errors; `None` if it is not read again.
+    pub(super) fn read_from(&self) -> Option<&Path> {
+        self.is_regular.then_some(&*self.path)
     }
 
     /// Reads the secret that the file holds now. Blocks.
@@ -264,9 +273,24 @@ impl FromStr for SecretFile {
     type Err = String;
 
     fn from_str(path: &str) -> Result<Self, String> {
-        Self::read(Path::new(path))
-            .map_err(|why| format!("{why}; expected a file that holds a secret"))
+        let path = Path::new(path);
+        at_the_start(path, |path| {
+            let is_regular = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
+            // A pipe waits for what is written into it, as in `<(command)`.
+            let bytes = take_bounded(File::open(path), Self::MAX_BYTES)?;
+            Self::new(path, is_regular, bytes)
+        })
+        .map_err(|why| format!("{why}; expected a file that holds a secret"))
     }
+}
+
+/// Lists the settings that have a file, with its path.
+pub(super) fn listed<const N: usize>(files: [(&str, Option<&Path>); N]) -> String {
+    let there = files
+        .iter()
+        .filter_map(|(setting, path)| path.map(|path| (setting, path)));
+    let named = there.map(|(setting, path)| format!("{setting} ({})", path.display()));
+    named.collect::<Vec<_>>().join(", ")
 }
 
 /// Whether a secret is one line of text.
@@ -334,7 +358,7 @@ impl FromStr for Certificates {
                 pem: Vec::new(),
             });
         }
-        Self::read(Path::new(path))
+        at_the_start(Path::new(path), Self::read)
             .map_err(|why| format!("{why}; expected a PEM file with at least one certificate"))
     }
 }
@@ -376,7 +400,7 @@ impl FromStr for PrivateKey {
     type Err = String;
 
     fn from_str(path: &str) -> Result<Self, String> {
-        Self::read(Path::new(path))
+        at_the_start(Path::new(path), Self::read)
             .map_err(|why| format!("{why}; expected a PEM file with an unencrypted private key"))
     }
 }
@@ -415,6 +439,11 @@ impl Identity {
         }
     }
 
+    /// The files of the certificate and of the key.
+    pub(super) fn read_from(&self) -> [&Path; 2] {
+        [&self.certificates.path, &self.key.path]
+    }
+
     /// Reads both files as they are now. Blocks.
     ///
     /// # Errors
@@ -431,17 +460,44 @@ impl Identity {
     }
 }
 
-/// Reads a file of at most `max_bytes` bytes. The error names the user, since the usual cause is a
-/// file that only another user may read.
+/// Reads a file on a thread of its own, so that a pipe into which nothing is written, or a file
+/// system that hangs, ends in an error.
+fn at_the_start<T: Send + 'static>(
+    path: &Path,
+    read: impl FnOnce(&Path) -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    const TIMEOUT: Duration = Duration::from_secs(5);
+    let (sender, receiver) = mpsc::channel();
+    let path = path.to_owned();
+    std::thread::spawn(move || sender.send(read(&path)));
+    receiver.recv_timeout(TIMEOUT).unwrap_or_else(|_| {
+        Err(format!(
+            "could not be read within {TIMEOUT:?}: a pipe into which nothing is written, or a file \
+             system that hangs"
+        ))
+    })
+}
+
+/// Reads a regular file of at most `max_bytes` bytes. Opening a pipe does not wait for its writer.
 fn read_bounded(path: &Path, max_bytes: u64) -> Result<Vec<u8>, String> {
-    let read = || -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map(File::from);
+    let is_regular = |file: &File| file.metadata().is_ok_and(|metadata| metadata.is_file());
+    if file.as_ref().is_ok_and(|file| !is_regular(file)) {
+        return Err("is not a regular file".to_owned());
+    }
+    take_bounded(file.map_err(io::Error::from), max_bytes)
+}
+
+/// Reads at most `max_bytes` bytes. The error names the user, since the usual cause is a file that
+/// only another user may read.
+fn take_bounded(file: io::Result<File>, max_bytes: u64) -> Result<Vec<u8>, String> {
+    let read = |file: File| -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        File::open(path)?
-            .take(max_bytes + 1)
-            .read_to_end(&mut bytes)?;
+        file.take(max_bytes + 1).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let mut bytes = read().map_err(|error| {
+    let mut bytes = file.and_then(read).map_err(|error| {
         let uid = rustix::process::geteuid().as_raw();
         format!("cannot be read by uid {uid}: {error}")
     })?;

@@ -473,7 +473,7 @@ async fn key_that_other_tables_refer_to_stays_if_a_visit_can_fill_it() {
 
 /// What is in the way of the adoption of [`IN_THE_WAY_OF`], how the error names it, and how it is
 /// dropped.
-const IN_THE_WAY: [(&str, &str, &str); 12] = [
+const IN_THE_WAY: [(&str, &str, &str); 13] = [
     (
         "create view resumo as select id from visitas; \
          create view resumo_2 as select data from visitas",
@@ -518,6 +518,13 @@ const IN_THE_WAY: [(&str, &str, &str); 12] = [
     (
         "create index quando on visitas (date_trunc('day', data))",
         "index quando",
+        "drop index quando",
+    ),
+    (
+        // A check need not be immutable.
+        "create index quando on visitas (date_trunc('day', data)); \
+         alter table visitas add constraint antiga check (data > '2000-01-01')",
+        "must be marked IMMUTABLE: index quando",
         "drop index quando",
     ),
     (

@@ -194,6 +194,48 @@ async fn table_that_drops_visits_is_not_adopted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn trigger_or_rule_that_fails_the_trial_insert_is_named() {
+    let failing = "create function public.fails() returns trigger language plpgsql as $$ begin \
+           raise exception 'secret nope'; end $$; \
+         create trigger fails before insert on visitas for each row \
+           execute function public.fails()";
+    let dividing = "create table public.others (n int); \
+         create rule fails as on insert to visitas do also \
+           insert into others values (1 / 0)";
+    for (create, code, named) in [
+        (failing, "P0001: ", "trigger fails"),
+        (dividing, "22012: ", "rule fails"),
+    ] {
+        for is_adoption in [true, false] {
+            let world = World::new();
+            if is_adoption {
+                world
+                    .sql("create table visitas (id bigserial primary key, data timestamptz)")
+                    .await;
+            } else {
+                world.serve().await.stop().await;
+            }
+            world.sql(create).await;
+            let service = world.start(&[]).await;
+            let down = async || service.logged("store is down").pop();
+            eventually("the store is down", SOON, async || down().await.is_some()).await;
+            let why = down().await.unwrap()["error"].to_string();
+            for part in [code, named, "a trial insert into public.visitas"] {
+                assert!(why.contains(part), "{part} in {why}");
+            }
+            let end = if named.starts_with("rule") {
+                "drop rule fails on visitas"
+            } else {
+                "drop trigger fails on visitas"
+            };
+            world.sql(end).await;
+            service.until_ready().await;
+            assert_eq!(service.visit().await.0, 1, "{create}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn table_that_keeps_the_newest_rows_accepts_visits_and_is_counted() {
     let world = World::new();
     let service = world.serve().await;

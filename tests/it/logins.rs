@@ -371,6 +371,70 @@ async fn rotated_password_is_used_by_the_next_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn file_that_was_a_pipe_for_a_while_is_read_again() {
+    let gate = Gate::new(&[]);
+    gate.admit("host all all all scram-sha-256\n").await;
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("secret");
+    let path = file.to_str().unwrap();
+    fs::write(&file, PASSWORD).unwrap();
+    let service = Service::start(&gate.settings(&[("DB_PASSWORD_FILE", path)])).await;
+    service.until_ready().await;
+    fs::remove_file(&file).unwrap();
+    make_pipe(path);
+    gate.end_sessions();
+    let why = format!("DB_PASSWORD_FILE ({path}) is not a regular file");
+    eventually("the log says so", SOON, async || {
+        service.printed().contains(&why)
+    })
+    .await;
+    fs::remove_file(&file).unwrap();
+    fs::write(&file, PASSWORD).unwrap();
+    service.until_ready().await;
+    service.visit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pipe_is_read_once_at_the_start() {
+    let gate = Gate::new(&[]);
+    gate.admit("host all all all scram-sha-256\n").await;
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("secret");
+    make_pipe(file.to_str().unwrap());
+    let writer = {
+        let file = file.clone();
+        std::thread::spawn(move || fs::write(file, PASSWORD))
+    };
+    let given = [("DB_PASSWORD_FILE", file.to_str().unwrap())];
+    let service = Service::start(&gate.settings(&given)).await;
+    writer.join().unwrap().unwrap();
+    service.until_ready().await;
+    gate.end_sessions();
+    service.until_ready().await;
+    service.visit().await;
+}
+
+#[tokio::test]
+#[ignore = "takes long: make faults"]
+async fn pipe_into_which_nothing_is_written_ends_the_start_and_is_named() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("secret");
+    let path = file.to_str().unwrap();
+    make_pipe(path);
+    for (variable, expected) in [
+        ("DB_PASSWORD_FILE", "could not be read within 5s"),
+        ("REDIS_URL_FILE", "could not be read within 5s"),
+        ("DB_SSLROOTCERT", "is not a regular file"),
+    ] {
+        let ended = Ended::of(&[], &settings(&[(variable, path)])).await;
+        assert_eq!(ended.code, Some(2), "{ended:?}");
+        for part in [variable, path, expected] {
+            assert!(ended.errors.contains(part), "{part} in {ended:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn url_file_that_changes_more_than_the_login_is_refused_without_a_role() {
     let gate = Gate::new(&[]);
     gate.admit("host all all all scram-sha-256\n").await;
@@ -526,6 +590,42 @@ async fn certificates_made_as_the_documentation_says_are_accepted() {
         assert!(error.contains("refuses the client certificate"), "{error}");
         assert!(error.contains("check DB_SSLCERT"), "{error}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificate_of_another_role_is_told_so() {
+    let gate = Gate::new(&[]);
+    let folder = recipe("usuario", "outra");
+    let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let server = gate.world.postgres.folder();
+    for (from, to) in [
+        ("server.crt", "server.pem"),
+        ("server.key", "server.key"),
+        ("root.crt", "ca.pem"),
+    ] {
+        fs::copy(file(from), server.join(to)).unwrap();
+    }
+    let authority = server.join("ca.pem");
+    gate.alter(&format!("set ssl_ca_file = '{}'", authority.display()))
+        .await;
+    let (certificate, key) = (file("client.crt"), file("client.key"));
+    let given = [
+        ("DB_SSLMODE", "require"),
+        ("DB_SSLCERT", &*certificate),
+        ("DB_SSLKEY", &*key),
+    ];
+    for rule in ["cert", "scram-sha-256 clientcert=verify-full"] {
+        gate.admit(&format!("hostssl all all all {rule}\n")).await;
+        let said = [
+            "authentication failed",
+            "the CN of DB_SSLCERT's must be the role",
+        ];
+        gate.check_refusal(&given, &said).await;
+    }
+    // Without a certificate its name is no reason.
+    gate.admit("hostssl all all all scram-sha-256\n").await;
+    let error = gate.refusal(&[("DB_PASSWORD", "wrong")]).await;
+    assert!(!error.contains("DB_SSLCERT"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -687,6 +787,11 @@ async fn visit_after_its_idle_session_was_ended_is_recorded() {
 struct Gate {
     world: World,
     rules: PathBuf,
+}
+
+fn make_pipe(path: &str) {
+    let made = Command::new("mkfifo").arg(path).status().unwrap();
+    assert!(made.success());
 }
 
 impl Gate {

@@ -155,6 +155,21 @@ async fn password_that_changes_in_its_file_is_used_for_the_next_connection() {
         let line = until_down(&service, "cannot be read").await;
         let tried = format!("tried with a password at 127.0.0.1:{port}, without TLS");
         assert!(line.contains(variable) && line.contains(&tried), "{line}");
+        // A pipe without a writer blocks no later read.
+        let made = Command::new("mkfifo").arg(path).status().unwrap();
+        assert!(made.success());
+        redis(port, "c4nary-new", &["client", "kill", "type", "normal"]);
+        until_down(
+            &service,
+            &format!("{variable} ({path}) is not a regular file"),
+        )
+        .await;
+        fs::remove_file(path).expect("a pipe");
+        fs::write(path, text("c4nary-new")).expect("a file");
+        eventually("Redis counts again", SOON, async || {
+            service.get("/").await.json()["redis_status"] == "ok"
+        })
+        .await;
         redis(port, "c4nary-new", &["config", "set", "requirepass", ""]);
         service.stop().await;
         assert!(!service.printed().contains(CANARY));

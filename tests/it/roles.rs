@@ -91,7 +91,12 @@ async fn rows_that_a_policy_hides_from_the_owner_stop_the_count() {
         .await;
     let ended = Ended::of(&["migrate"], &settings(&world, OWNER)).await;
     assert_eq!(ended.code, Some(1), "{ended:?}");
-    assert!(ended.errors.contains("row-level security"), "{ended:?}");
+    for part in [
+        "row-level security",
+        "see Row security in docs/connecting.md",
+    ] {
+        assert!(ended.errors.contains(part), "{part} in {ended:?}");
+    }
     world
         .sql("alter table visitas no force row level security")
         .await;
@@ -100,6 +105,76 @@ async fn rows_that_a_policy_hides_from_the_owner_stop_the_count() {
     let service = Service::start(&settings(&world, OWNER)).await;
     service.until_ready().await;
     assert_eq!(service.visit().await.0, 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusal_that_the_message_does_not_explain_has_advice() {
+    let world = World::of_its_own();
+    world.sql(&recipe("Two roles")).await;
+    let owner = settings(&world, OWNER);
+    let says = async |settings: &[(String, String)], parts: &[&str]| {
+        let ended = Ended::of(&["migrate"], settings).await;
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        for part in parts {
+            assert!(ended.errors.contains(part), "{part} in {ended:?}");
+        }
+    };
+    let read_only = [
+        "25006: ",
+        "name the primary, or turn off default_transaction_read_only",
+    ];
+    world
+        .sql("alter role visitas_dono set default_transaction_read_only = on")
+        .await;
+    says(&owner, &read_only).await;
+    world
+        .sql("alter role visitas_dono reset default_transaction_read_only")
+        .await;
+    let ended = Ended::of(&["migrate"], &owner).await;
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+
+    let app = settings(&world, APP);
+    let policy = ["42501: ", "see Row security in docs/connecting.md"];
+    for (cause, end, parts) in [
+        (
+            "alter role visitas_app set default_transaction_read_only = on",
+            "alter role visitas_app reset default_transaction_read_only",
+            read_only,
+        ),
+        (
+            "alter table visitas enable row level security",
+            "select 1",
+            policy,
+        ),
+    ] {
+        world.sql(cause).await;
+        let service = Service::start(&app).await;
+        let down = async || service.logged("store is down").pop();
+        eventually("the store is down", SOON, async || down().await.is_some()).await;
+        let why = down().await.unwrap()["error"].to_string();
+        for part in parts {
+            assert!(why.contains(part), "{part} in {why}");
+        }
+        world.sql(end).await;
+    }
+    world
+        .sql("create policy novas on visitas for insert with check (true)")
+        .await;
+    let service = Service::start(&app).await;
+    service.until_ready().await;
+    assert_eq!(service.visit().await.0, 1);
+    let ended = Ended::of(&["recount"], &app).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    for part in policy {
+        assert!(ended.errors.contains(part), "{part} in {ended:?}");
+    }
+
+    world.sql("drop schema public cascade").await;
+    says(
+        &world.settings(),
+        &["schema \"public\"", "create the schema"],
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

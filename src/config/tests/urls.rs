@@ -115,6 +115,10 @@ fn parts_of_a_databases_url_are_those_of_libpq() {
             expected("/run/pg", 5432, "usuario", None, "a/b"),
         ),
         (
+            "postgres://db/visitas?username=ana&pass=pw",
+            expected("db", 5432, "ana", Some("pw"), "visitas"),
+        ),
+        (
             "Postgres://other/x?host=/cloudsql/a:b:c",
             expected("/cloudsql/a:b:c", 5432, "usuario", None, "x"),
         ),
@@ -181,7 +185,7 @@ fn parts_of_a_caches_url_are_those_of_its_form() {
         ),
         ("redis://:@cache", "cache", 6379, 0, false, None, None),
         (
-            "redis://cache/1?db=2&tls=true",
+            "redis://cache/2?db=2&tls=true",
             "cache",
             6379,
             2,
@@ -205,6 +209,15 @@ fn parts_of_a_caches_url_are_those_of_its_form() {
             4,
             false,
             Some("ana"),
+            Some("pw"),
+        ),
+        (
+            "redis://cache?auth=pw",
+            "cache",
+            6379,
+            0,
+            false,
+            None,
             Some("pw"),
         ),
         (
@@ -310,6 +323,29 @@ fn password_with_any_character_is_read_or_refused_and_never_shown() {
             }
         }
     }
+}
+
+#[test]
+fn files_that_are_read_for_a_session_are_named() {
+    let (secret, ca) = (file("s3cret\n"), ca());
+    let config = serve(&[
+        "--db-password-file",
+        path(&secret),
+        "--db-sslmode=verify-ca",
+        "--db-sslrootcert",
+        path(&ca),
+        "--redis-password-file",
+        path(&secret),
+    ]);
+    let (secret, ca) = (path(&secret), path(&ca));
+    assert_eq!(
+        config.postgres.files(),
+        format!("DB_PASSWORD_FILE ({secret}), DB_SSLROOTCERT ({ca})")
+    );
+    assert_eq!(
+        config.redis.files(),
+        format!("REDIS_PASSWORD_FILE ({secret})")
+    );
 }
 
 #[test]

@@ -416,6 +416,28 @@ begin
     exception
         when sqlstate 'VS001' then
             null;
+        -- The error of another program's trigger does not say on which table it is.
+        when others then
+            get stacked diagnostics detalhe = pg_exception_detail;
+            select pg_catalog.string_agg(o.nome, ', ' order by o.nome)
+              into dependentes
+              from (
+                  select pg_catalog.format('trigger %I', t.tgname) as nome
+                    from pg_catalog.pg_trigger as t
+                   where t.tgrelid = tabela
+                     and not t.tgisinternal
+                     and t.tgenabled <> 'D'
+                     and t.tgtype & 4 <> 0
+                   union all
+                  select pg_catalog.format('rule %I', r.rulename)
+                    from pg_catalog.pg_rewrite as r
+                   where r.ev_class = tabela
+                     and r.ev_enabled <> 'D'
+                     and r.ev_type = '3'
+              ) as o;
+            raise exception 'a trial insert into public.visitas fails: %', sqlerrm
+                using errcode = sqlstate,
+                      detail = pg_catalog.concat_ws(' ', nullif(detalhe, ''), 'On the table: ' || dependentes || '.');
     end;
     execute pg_catalog.format('alter table public.visitas alter column id restart with %s', maior_id + 1);
 exception
@@ -470,7 +492,12 @@ exception
                          )
                       or g.attnum <> d.refobjsubid
                       or sqlstate <> '0A000'
-                     and (i.indexprs is not null or i.indpred is not null or c.contype = 'c')
+                     and (
+                             i.indexprs is not null
+                          or i.indpred is not null
+                          -- What has to be immutable is an index.
+                          or c.contype = 'c' and sqlstate <> '42P17'
+                         )
                  )
           ) as d
          where d.ordem = 1;

@@ -8,14 +8,42 @@ use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use crate::store::error::{Cause, Error};
 
-/// An error of the server, shown as [`message`] has it.
+/// An error of the server, shown as [`message`] has it, with what to do.
 #[derive(Debug, thiserror::Error)]
 struct ServerError(Box<PgDatabaseError>);
 
 impl std::fmt::Display for ServerError {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(&message(&self.0))
+        formatter.write_str(&message(&self.0))?;
+        match advice(&self.0) {
+            Some(advice) => write!(formatter, "; {advice}"),
+            None => Ok(()),
+        }
     }
+}
+
+/// What to do about an error whose message does not say it.
+fn advice(error: &PgDatabaseError) -> Option<&'static str> {
+    Some(match error.code() {
+        "25006" => {
+            "visits need a server that accepts writes: name the primary, or turn off \
+             default_transaction_read_only for the role, the database or the server"
+        }
+        // The message is in the server's language; the names of its routines are not.
+        "42501"
+            if matches!(
+                error.routine(),
+                Some("check_enable_rls" | "ExecWithCheckOptions")
+            ) =>
+        {
+            "a policy on the table hides rows from the role, or keeps it from inserting: see Row \
+             security in docs/connecting.md"
+        }
+        "3F000" if error.message().contains("\"public\"") => {
+            "create the schema, and grant the role USAGE and CREATE on it"
+        }
+        _ => return None,
+    })
 }
 
 /// The server's message with its detail and hint. The driver would add a line number of the

@@ -24,6 +24,7 @@ pub(super) struct Login {
     /// The setting that the password comes from.
     pub(super) password_setting: &'static str,
     pub(super) has_password: bool,
+    pub(super) has_certificate: bool,
 }
 
 /// Why an attempt failed, to follow the kind of error, and what to check.
@@ -40,6 +41,14 @@ const NO_POOLER: &str = "connect to the server itself: a pooler such as PgBounce
 
 /// The driver's text if the server's proof at the end of SCRAM is wrong.
 const MAC_MISMATCH: &str = "MAC tag mismatch";
+
+/// What decides whether a role may log in.
+const RULES: &str = "check that the role exists and has LOGIN, and pg_hba.conf, which decides by \
+    role, database, address, encryption and client certificate";
+
+/// What the methods cert and clientcert=verify-full ask for.
+const NAME_OF_A_CERTIFICATE: &str = "where pg_hba.conf asks for a client certificate, the CN of \
+    DB_SSLCERT's must be the role";
 
 /// How to make a certificate that is accepted.
 const REPLACE: &str = "let an authority of your own sign another one, as docs/connecting.md shows, \
@@ -154,19 +163,32 @@ impl Login {
             }
             "08P01" if message.starts_with("unsupported startup parameter") => NO_POOLER,
             "28P01" if self.has_password => {
-                return words(message, format!("check {setting} and the role"));
+                return words(
+                    message,
+                    self.with_a_certificate(format!("check {setting} and the role")),
+                );
             }
-            "28P01" => return words(message, format!("there is no password: set {setting}")),
-            "28000" => {
-                "check that the role exists and has LOGIN, and pg_hba.conf, which decides by \
-                 role, database, address, encryption and client certificate"
+            "28P01" => {
+                let check = format!("there is no password: set {setting}");
+                return words(message, self.with_a_certificate(check));
             }
+            "28000" => return words(message, self.with_a_certificate(RULES.to_owned())),
             "3D000" => "create the database, or check DB_NAME",
             "42501" => "grant the role CONNECT on the database",
             "53300" => "raise max_connections, or the connection limit of the role or database",
             _ => "",
         };
         words(message, check)
+    }
+
+    /// Adds what a client certificate must say: the server refuses another one's role in the same
+    /// words as a wrong password.
+    fn with_a_certificate(&self, check: String) -> String {
+        if self.has_certificate {
+            format!("{check}; {NAME_OF_A_CERTIFICATE}")
+        } else {
+            check
+        }
     }
 
     /// The driver could not prepare the role's name or the password for SCRAM.

@@ -19,7 +19,7 @@ use super::{route, trust};
 use crate::config::{Certificates, Credentials, Identity, PostgresConfig};
 use crate::store::call::Operation;
 use crate::store::error::Error;
-use crate::store::files::Files;
+use crate::store::files::{Files, unread};
 use crate::store::pool::Connect;
 
 /// How long a migration or a recount waits for a lock. It is well above Postgres's
@@ -109,11 +109,11 @@ impl Session {
         let deadline = Instant::now() + timeout;
         // Which role to try is known only now: a file can name another one than before.
         let Ok(contents) = timeout_at(deadline, self.read_files()).await else {
-            let why = "the files of the settings could not be read in time: check the file system";
+            let why = unread(&self.config.files());
             return Err(Error::NoSession(timeout, why.into()));
         };
         let contents = contents?;
-        let login = self.login(&contents.credentials);
+        let login = self.login(&contents);
 
         let Ok(addresses) = timeout_at(deadline, self.look_up()).await else {
             let why = "the host name could not be looked up in time";
@@ -136,7 +136,8 @@ impl Session {
         })
     }
 
-    fn login(&self, credentials: &Credentials<String>) -> Login {
+    fn login(&self, contents: &Contents) -> Login {
+        let credentials = &contents.credentials;
         let config = &self.config;
         let (host, port) = (&config.db_host, config.db_port);
         let place = if host.starts_with('/') {
@@ -153,6 +154,7 @@ impl Session {
             mode: config.db_sslmode,
             password_setting: config.password_setting(),
             has_password: credentials.password.is_some(),
+            has_certificate: contents.identity.is_some(),
         }
     }
 

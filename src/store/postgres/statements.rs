@@ -60,6 +60,24 @@ pub(super) static MISSING_RIGHTS: Operation = Operation::query(
     "SELECT has_function_privilege",
     include_str!("missing_rights.sql"),
 );
+/// The triggers and rules of other programs that a row for a visit meets; null if there are none.
+static OTHERS: Operation = Operation::query(
+    "SELECT pg_trigger",
+    "select string_agg(o.name, ', ' order by o.name) \
+       from (select format('trigger %I', t.tgname) as name \
+               from pg_trigger as t \
+              where t.tgrelid = to_regclass('public.visitas') \
+                and not t.tgisinternal \
+                and t.tgenabled <> 'D' \
+                and t.tgtype & 4 <> 0 \
+                and t.tgfoid is distinct from to_regprocedure('public.anotar_ajuste()') \
+              union all \
+             select format('rule %I', r.rulename) \
+               from pg_rewrite as r \
+              where r.ev_class = to_regclass('public.visitas') \
+                and r.ev_enabled <> 'D' \
+                and r.ev_type = '3') as o",
+);
 pub(super) static TAKE_LOCK: Operation = Operation::query(
     "SELECT pg_try_advisory_lock",
     "select pg_try_advisory_lock($1)",
@@ -161,7 +179,10 @@ pub(super) async fn record(
 pub(super) async fn rehearse(connection: &mut PgConnection) -> Result<(), Error> {
     match execute(connection, REHEARSE.text()).await {
         Err(Error::Refused { code, .. }) if code == REHEARSED => Ok(()),
-        Err(error) => Err(name_rights(connection, false, error).await),
+        Err(error) => {
+            let error = name_rights(connection, false, error).await;
+            Err(name_others(connection, error).await)
+        }
         Ok(()) => Err(Error::Unexpected(Cause::from("the rehearsal was kept"))),
     }
 }
@@ -211,6 +232,36 @@ async fn name_rights(connection: &mut PgConnection, recounts: bool, error: Error
             source: format!("{source}; {missing}: grant it as docs/connecting.md shows").into(),
         },
         // It lacks a right to something else, or the transaction has failed.
+        Ok(None) | Err(Error::Refused { .. }) => Error::Refused { code, source },
+        Err(broken) => broken,
+    }
+}
+
+/// Adds to the refusal of a rehearsal the triggers and rules of other programs, which can be the
+/// reason: their errors do not say on which table they are.
+async fn name_others(connection: &mut PgConnection, error: Error) -> Error {
+    let (code, source) = match error {
+        // VS003 names them itself, and the others say that the server or a lock is the reason.
+        Error::Refused { code, source }
+            if !code.starts_with("VS") && !["25006", "40P01", "55P03"].contains(&&*code) =>
+        {
+            (code, source)
+        }
+        other => return other,
+    };
+    let others: Result<Option<String>, Error> = sqlx::query_scalar(OTHERS.text())
+        .fetch_one(connection)
+        .await
+        .map_err(failure);
+    match others {
+        Ok(Some(others)) => Error::Refused {
+            code,
+            source: format!(
+                "{source}; that was a trial insert into public.visitas, which runs {others} of \
+                 another program: check whether they fail"
+            )
+            .into(),
+        },
         Ok(None) | Err(Error::Refused { .. }) => Error::Refused { code, source },
         Err(broken) => broken,
     }

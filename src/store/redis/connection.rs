@@ -11,12 +11,13 @@ use redis::{
     AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ConnectionAddr, FromRedisValue,
     IntoConnectionInfo, RedisConnectionInfo, RedisError, TlsCertificates,
 };
+use tokio::time::{Instant, timeout_at};
 
 use super::error::Peer;
 use crate::config::{Credentials, RedisConfig};
 use crate::store::call::Operation;
 use crate::store::error::{Cause, Error};
-use crate::store::files::Files;
+use crate::store::files::{Files, unread};
 use crate::store::pool::Connect;
 
 static PING: Operation = Operation::command("PING");
@@ -54,12 +55,14 @@ impl Opener {
         })
     }
 
-    async fn open_and_log_in(&self) -> Result<Session, Error> {
+    async fn read_files(&self) -> Result<(Client, Login), Error> {
         let config = Arc::clone(&self.config);
         let read = move || Ok((client(&config)?, config.credentials()?));
         let read = self.files.read(read).await;
-        let (client, login) =
-            read.map_err(|error| self.peer(&self.first_login()).obstacle(error))?;
+        read.map_err(|error| self.peer(&self.first_login()).obstacle(error))
+    }
+
+    async fn open_and_log_in(&self, client: Client, login: Login) -> Result<Session, Error> {
         let peer = self.peer(&login);
         let refused = |error: RedisError| peer.login_failure(&error);
         let mut connection = client
@@ -140,9 +143,15 @@ impl Connect for Opener {
 
     async fn open(&self) -> Result<Session, Error> {
         let timeout = self.config.redis_timeout.mul_f64(SHARE);
-        let opening = tokio::time::timeout(timeout, self.open_and_log_in()).await;
+        let deadline = Instant::now() + timeout;
+        let Ok(read) = timeout_at(deadline, self.read_files()).await else {
+            let why = Cause::from(unread(&self.config.files()));
+            return Err(Error::NoSession(timeout, why));
+        };
+        let (client, login) = read?;
+        let peer = self.peer(&login);
+        let opening = timeout_at(deadline, self.open_and_log_in(client, login)).await;
         opening.unwrap_or_else(|_| {
-            let peer = self.peer(&self.first_login());
             let (description, check) = (&peer.description, peer.check_of_silence());
             let why = Cause::from(format!("no answer; tried {description}; {check}"));
             Err(Error::NoSession(timeout, why))
