@@ -165,6 +165,9 @@ for (const plot of document.querySelectorAll(".plot")) {
 // How long the first seconds last: stores are read once a second.
 const FIRST = 2500;
 
+// How long a replica that has just started can call a store down that it has not reached yet.
+const STARTING = 2000;
+
 // Writes a store's state and total, and returns whether its state has changed.
 function showStore(store, status, total, moment) {
   const before = main.dataset[store];
@@ -200,9 +203,12 @@ function showTotals(rows, redis) {
   main.dataset.difference = difference === null ? "unknown" : comparisons[Math.sign(difference)];
   for (const element of document.querySelectorAll(".difference"))
     write(element, whole.format(Math.abs(difference)));
-  if (rows === null) return;
-  if (main.dataset.visit !== "recorded") document.title = `${whole.format(rows)} · visitas`;
   const total = at("total");
+  if (rows === null) {
+    total?.classList.add("old");
+    return;
+  }
+  if (main.dataset.visit !== "recorded") document.title = `${whole.format(rows)} · visitas`;
   if (total) {
     const digits = String(rows).length;
     write(total, whole.format(rows));
@@ -212,12 +218,17 @@ function showTotals(rows, redis) {
 
 function show(snapshot) {
   const moment = new Date(snapshot.atualizado_em);
+  if (moment - new Date(snapshot.replica.desde) < STARTING) {
+    if (snapshot.db_status !== "ok") snapshot.db_status = main.dataset.postgres;
+    if (snapshot.redis_status !== "ok") snapshot.redis_status = main.dataset.redis;
+  }
   const [rows, redis] = [snapshot.total_registros_db, snapshot.visitas_redis];
   const changes = [
     showStore("postgres", snapshot.db_status, rows, moment),
     showStore("redis", snapshot.redis_status, redis, moment),
   ];
   showTotals(rows, redis);
+  if (rows !== null) writeTime(at("total-read"), moment);
   draw(snapshot);
   writeTime(at("news"), moment);
   // The stream can lead to another replica once it was broken.

@@ -84,7 +84,7 @@ struct Preference {
 impl Preference {
     fn note(&mut self, range: &MediaType<'_>, main: &str, sub: &str) {
         // Every other parameter asks for a variant that there is not.
-        let mut others = range.params().filter(|(name, _)| name.as_str() != "q");
+        let mut others = range.params().filter(|(name, _)| *name != "q");
         let is_charset = |(name, value): (Name<'_>, mediatype::Value<'_>)| {
             name == "charset" && value.unquoted_str().eq_ignore_ascii_case("utf-8")
         };
@@ -216,6 +216,7 @@ mod tests {
             "text/*",
             "text/*, application/json;q=0.9",
             "text/html;q=0.5, application/json;q=0.4",
+            "text/html;Q=0.5, application/json;q=0.4",
             "text/html;q=0.5, application/*;q=0.4, */*;q=0.3",
             "text/html;q=0.5, */*;q=0.5",
             "text/html, application/json;q=0",

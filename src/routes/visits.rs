@@ -71,7 +71,9 @@ fn chosen(uri: &Uri) -> Option<Language> {
     let query = uri.query().unwrap_or_default();
     let (_, language) =
         form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "lang")?;
-    match &*language {
+    // A tag can have a region, in either case: pt-BR.
+    let (primary, _) = language.split_once('-').unwrap_or((&language, ""));
+    match &*primary.to_ascii_lowercase() {
         "pt" => Some(Language::Portuguese),
         "en" => Some(Language::English),
         _ => None,

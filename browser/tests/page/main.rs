@@ -130,7 +130,7 @@ async fn outage_and_its_end_are_shown_without_a_reload() {
 
     site.postgres.kill().expect("it ends");
     browser
-        .until_text_within(POSTGRES_NEWS, "PostgreSQL does not respond", OUTAGE)
+        .until_text_within(POSTGRES_NEWS, "PostgreSQL takes no visits", OUTAGE)
         .await;
     let notice = browser.text(POSTGRES).await;
     assert!(notice.contains("Your own visit is safe"), "{notice}");
@@ -143,7 +143,7 @@ async fn outage_and_its_end_are_shown_without_a_reload() {
     );
     assert_eq!(browser.text("#postgres-total").await, "1", "the last known");
     browser
-        .until_text("#announcement", "PostgreSQL does not respond")
+        .until_text("#announcement", "PostgreSQL takes no visits")
         .await;
 
     site.postgres.start_again().expect("it starts");
@@ -177,7 +177,7 @@ async fn refused_visit_sees_the_end_of_the_outage() {
     site.postgres.kill().expect("it ends");
     browser.goto(&site.url("/visitas")).await;
     browser
-        .until_text_within(POSTGRES_NEWS, "PostgreSQL does not respond", OUTAGE)
+        .until_text_within(POSTGRES_NEWS, "PostgreSQL takes no visits", OUTAGE)
         .await;
     browser.goto(&site.url("/")).await;
     assert!(
@@ -227,7 +227,7 @@ async fn without_redis_the_visit_is_recorded_and_the_page_says_so() {
     browser.until_text("#redis-total", "1").await;
     site.redis.kill().expect("it ends");
     browser
-        .until_text_within(REDIS_NEWS, "Redis does not respond", OUTAGE)
+        .until_text_within(REDIS_NEWS, "Redis counts no visits", OUTAGE)
         .await;
     browser.goto(&site.url("/")).await;
     assert!(
