@@ -81,8 +81,8 @@ impl Feed {
         })
     }
 
-    /// Watches the feed. If nobody does yet, `render` makes an event once a second and whenever one
-    /// of `changes` does, until nobody does any more.
+    /// Watches the feed. From the first watcher to the last, `render` makes an event once a second
+    /// and whenever one of `changes` does.
     pub(super) fn watch(
         &self,
         mut changes: [watch::Receiver<()>; 2],

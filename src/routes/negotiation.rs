@@ -1,4 +1,4 @@
-//! What a request asks for by its headers: a format, a language, or a page that nobody has opened
+//! What a request asks for by its headers: a format, a language, or a page that no person has opened
 //! yet (RFC 9110, section 12; Fetch, section 2.2.5 on `Sec-Purpose`).
 //!
 //! Must not know: how a response is made.
@@ -14,7 +14,7 @@ use super::language::Language;
 pub(super) struct Wanted {
     /// The language of the page, for a request that prefers it to JSON.
     pub(super) page: Option<Language>,
-    /// Whether this is a prefetch or a prerender: nobody has opened the page yet.
+    /// Whether this is a prefetch or a prerender: no person has opened the page yet.
     pub(super) prefetch: bool,
 }
 

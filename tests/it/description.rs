@@ -14,7 +14,7 @@ use crate::support::collector::Collector;
 use crate::support::traces::{PARENT, traced};
 use crate::support::{Response, Service, World, without_stores};
 
-/// Headers that describe the connection or the message, whatever the route.
+/// Headers that describe the connection or the message, on every route.
 const OF_HTTP: [&str; 5] = [
     "connection",
     "content-length",

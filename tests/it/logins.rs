@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -130,7 +130,7 @@ async fn password_that_the_driver_cannot_send_is_named_by_its_setting_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn role_whose_name_has_a_comma_is_told_so() {
+async fn role_whose_name_has_a_comma_is_named_as_the_cause() {
     let gate = Gate::new(&[]);
     let name = "ana,bia";
     gate.world
@@ -247,7 +247,7 @@ async fn error_says_what_was_tried_and_what_to_check() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusals_and_breaks_before_the_session_is_open_are_told_in_plain_words() {
+async fn refusals_and_breaks_before_the_session_is_open_are_explained() {
     let gate = Gate::new(&[]);
     gate.admit("host all all all scram-sha-256\n").await;
     let closing = Impostor::start(&[b""]).await;
@@ -311,7 +311,7 @@ async fn refusals_and_breaks_before_the_session_is_open_are_told_in_plain_words(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn failures_of_both_ways_are_told_once_each() {
+async fn failures_of_both_ways_are_logged_once_each() {
     let gate = Gate::new(&[]);
     gate.admit("hostssl all all all scram-sha-256\n").await;
     let error = gate.refusal(&[("DB_PASSWORD", "wrong")]).await;
@@ -473,7 +473,7 @@ async fn url_file_that_changes_more_than_the_login_is_refused_without_a_role() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn session_that_breaks_is_told_in_plain_words() {
+async fn session_that_breaks_is_explained() {
     let gate = Gate::new(&[]);
     gate.admit("host all all all scram-sha-256\n").await;
     for mode in ["require", "disable"] {
@@ -519,18 +519,7 @@ async fn certificates_made_as_the_documentation_says_are_accepted() {
     let gate = Gate::new(&[]);
     let folder = recipe("usuario", ROLE);
     let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let server = gate.world.postgres.folder();
-    // They replace devstack's files, whose owner and mode suit the server.
-    for (from, to) in [
-        ("server.crt", "server.pem"),
-        ("server.key", "server.key"),
-        ("root.crt", "ca.pem"),
-    ] {
-        fs::copy(file(from), server.join(to)).unwrap();
-    }
-    let ca = server.join("ca.pem");
-    gate.alter(&format!("set ssl_ca_file = '{}'", ca.display()))
-        .await;
+    gate.present(folder.path()).await;
     let (root, certificate, key) = (file("root.crt"), file("client.crt"), file("client.key"));
     let trusting = [
         ("DB_HOST", "localhost"),
@@ -593,21 +582,11 @@ async fn certificates_made_as_the_documentation_says_are_accepted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn certificate_of_another_role_is_told_so() {
+async fn certificate_of_another_role_is_named_as_the_cause() {
     let gate = Gate::new(&[]);
     let folder = recipe("usuario", "outra");
     let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let server = gate.world.postgres.folder();
-    for (from, to) in [
-        ("server.crt", "server.pem"),
-        ("server.key", "server.key"),
-        ("root.crt", "ca.pem"),
-    ] {
-        fs::copy(file(from), server.join(to)).unwrap();
-    }
-    let authority = server.join("ca.pem");
-    gate.alter(&format!("set ssl_ca_file = '{}'", authority.display()))
-        .await;
+    gate.present(folder.path()).await;
     let (certificate, key) = (file("client.crt"), file("client.key"));
     let given = [
         ("DB_SSLMODE", "require"),
@@ -823,6 +802,22 @@ impl Gate {
         self.reload().await;
         let wrong = "select count(*) from pg_hba_file_rules where error is not null";
         assert_eq!(self.sql(wrong), "0", "{lines}");
+    }
+
+    /// Has the server present the certificate in `folder`, and trust the authority there. The files
+    /// replace devstack's, whose owner and mode suit the server.
+    async fn present(&self, folder: &Path) {
+        let server = self.world.postgres.folder();
+        for (from, to) in [
+            ("server.crt", "server.pem"),
+            ("server.key", "server.key"),
+            ("root.crt", "ca.pem"),
+        ] {
+            fs::copy(folder.join(from), server.join(to)).unwrap();
+        }
+        let authority = server.join("ca.pem");
+        self.alter(&format!("set ssl_ca_file = '{}'", authority.display()))
+            .await;
     }
 
     async fn alter(&self, setting: &str) {

@@ -455,7 +455,7 @@ async fn assert_fits(browser: &Browser) {
     assert_eq!(browser.evaluate(fits).await, true);
 }
 
-/// Closes the browser. Whatever the test has done, the console has no other errors than these, and
+/// Closes the browser. After every test, the console has no other errors than these, and
 /// every request was to the service.
 async fn finish(site: &Site, browser: Browser, expected: &[&str]) {
     let mut errors = browser.console_errors().await;

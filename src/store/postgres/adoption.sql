@@ -6,7 +6,7 @@
 -- in every database. That text alters columns that are right already, which fails if a view, a
 -- policy or a generated column uses them. This one alters only what differs.
 
--- Whatever the session's default, the count must see what the locks here waited for.
+-- Under any default of the session, the count must see what the locks here waited for.
 set transaction isolation level read committed;
 
 do $$
@@ -228,7 +228,7 @@ begin
         end loop;
     end if;
 
-    -- data: what can be read as a moment stays one, anything else keeps its values beside it.
+    -- data: what can be read as a moment stays one, anything else keeps its values next to it.
     open coluna('data');
     fetch coluna into coluna_data;
     tem_data := found;
@@ -530,6 +530,6 @@ create trigger visitas_anota_truncamento
     for each statement
     execute function public.anotar_ajuste();
 
--- Last: the triggers' lock keeps writers out until this is committed, so that nobody is
+-- Last: the triggers' lock keeps writers out until this is committed, so that no row is
 -- counted twice or not at all.
 select public.refazer_contagem();
