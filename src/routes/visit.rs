@@ -97,7 +97,7 @@ pub(super) async fn record(State(state): State<AppState>, request: Request) -> R
     let wanted = Wanted::by(request.headers());
     drop(request);
     if wanted.prefetch {
-        // The browser asks again when somebody opens the page.
+        // The browser asks again when the page is opened.
         return StatusCode::NO_CONTENT.into_response();
     }
     let recorded = state.recorder.record().await;
@@ -162,8 +162,8 @@ impl HttpBody for UnknownLength {
     }
 }
 
-/// The body for a visit. If it is not known to be recorded, the Redis fields are those of the
-/// monitor's last reading, so that a failing database costs no Redis call.
+/// The body for a visit. If it is not known to be recorded, the Redis fields are those of the last
+/// reading or batch, so that a failing database costs no Redis call.
 fn body(state: &AppState, recorded: &Result<Recorded, Refusal>) -> VisitBody {
     match recorded {
         Ok(recorded) => VisitBody {
