@@ -127,6 +127,13 @@ const PROTOCOLS: &[(&str, Protocol)] = &[("http/protobuf", Protocol::HttpProtobu
 /// The resource attribute that has a variable of its own.
 const SERVICE_NAME: &str = "service.name";
 
+/// The service names that are accepted.
+const SERVICE_NAMES: &str = "1 to 255 bytes without control characters";
+
+fn service_name(name: &str) -> Option<String> {
+    text(name, 255)
+}
+
 /// The one protocol that the exporter speaks.
 #[derive(Clone, Copy, Debug)]
 enum Protocol {
@@ -189,7 +196,7 @@ pub struct TracesConfig {
     #[arg(long, env, value_parser = within(parsed::<usize>, "1", "4096"))]
     otel_span_attribute_value_length_limit: Option<usize>,
     /// Resource attribute service.name
-    #[arg(long, env, default_value = "visitas", value_parser = accept("1 to 255 bytes without control characters", |name| text(name, 255)))]
+    #[arg(long, env, default_value = "visitas", value_parser = accept(SERVICE_NAMES, service_name))]
     pub otel_service_name: String,
     /// Further resource attributes: key=value,key=value with other characters percent-encoded
     #[arg(long, env, value_parser = pairs)]
@@ -245,10 +252,16 @@ impl TracesConfig {
         self.exporter = exporter.filter(|_| self.otel_traces_exporter);
         self.otel_traces_sampler = self.sampler(sources)?;
         let mut attributes = self.otel_resource_attributes.iter().flatten();
+        // An empty name is none, as an empty variable is.
+        let name = attributes.find(|(key, name)| key == SERVICE_NAME && !name.is_empty());
         if sources.is_default("OTEL_SERVICE_NAME")
-            && let Some((_, name)) = attributes.find(|(key, _)| key == SERVICE_NAME)
+            && let Some((_, name)) = name
         {
-            self.otel_service_name.clone_from(name);
+            self.otel_service_name = service_name(name).ok_or_else(|| {
+                invalid(format!(
+                    "OTEL_RESOURCE_ATTRIBUTES: service.name must be {SERVICE_NAMES}"
+                ))
+            })?;
             sources.derive("OTEL_SERVICE_NAME", name, "OTEL_RESOURCE_ATTRIBUTES");
         }
         if self.otel_bsp_max_export_batch_size > self.otel_bsp_max_queue_size {

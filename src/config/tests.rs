@@ -503,6 +503,10 @@ fn service_name_is_the_setting_then_the_attribute() {
     assert_eq!(others, [("team".to_owned(), "a,b".to_owned())]);
     let by_setting = traces(&[attributes, "--otel-service-name=setting"]);
     assert_eq!(by_setting.otel_service_name, "setting");
+    let empty = traces(&["--otel-resource-attributes=service.name=,team=a"]);
+    assert_eq!(empty.otel_service_name, "visitas");
+    let control = error(&["--otel-resource-attributes=service.name=a%07"]);
+    assert!(control.contains("OTEL_RESOURCE_ATTRIBUTES: service.name must be 1 to 255"));
 }
 
 #[test]

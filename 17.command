@@ -1,1 +1,0 @@
-docker compose exec -T web visitas reconcile

@@ -1,1 +1,0 @@
-docker compose --profile obs up -d --build --wait

@@ -1,1 +1,0 @@
-curl -i http://localhost:8000

@@ -1,1 +1,0 @@
-docker compose logs --no-log-prefix --since 2m web
