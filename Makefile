@@ -3,7 +3,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults sweep compat compat-ends browser bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
+.PHONY: help run check map test api faults simulate simulate-mutants sweep compat compat-ends browser bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,13 @@ api: setup ## Test the service against its description with Schemathesis, in two
 
 faults: setup ## Run the tests that read a clock, take long or flood, one at a time
 	cargo test --workspace --exclude browser --locked --no-fail-fast -- --ignored --test-threads=1
+
+simulate: export SCHEDULES ?= 1000000
+simulate: ## Try a million schedules of recorder and pool in simulated time, minutes; SEED=n prints the timeline of one
+	cargo test --profile simulation --package visitas --lib --locked --quiet -- simulation::no_schedule --nocapture
+
+simulate-mutants: # Break recorder and pool in some thirty places: the simulation must notice each
+	@tests/simulation.py
 
 sweep: PACKAGES = promtool=prometheus
 sweep: setup ## Try 20 rates of failure against the alerts, a few minutes, and print when each fires

@@ -30,7 +30,7 @@ pub struct App {
     config: Config,
     capacity: Capacity,
     state: AppState,
-    writer: Writer,
+    writer: Writer<Postgres, Redis>,
     listener: TcpListener,
     metrics_listener: Option<TcpListener>,
 }

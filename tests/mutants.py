@@ -39,7 +39,7 @@ STORE = [
 ]
 POSTGRES = [*STORE, "ledger::", "logins::", "poolers::", "tls::", "urls::"]
 TESTS = {
-    "src/recorder.rs": ["abandoned::", "batch::", "load::", "outage::", "promise::", "shutdown::", "spans::", "unread::"],
+    "src/recorder/": ["abandoned::", "batch::", "load::", "outage::", "promise::", "shutdown::", "spans::", "unread::"],
     "src/routes/": ["adoption::", "http::", "outage::", "promise::", "restored::", "roles::", "shutdown::"],
     "src/lifecycle.rs": ["rolling::", "shutdown::"],
     "src/store/postgres/trust.rs": ["roots::"],
@@ -48,7 +48,7 @@ TESTS = {
     "src/store/redis/": [*STORE, "redis_logins::", "urls::"],
     "src/store/": STORE,
 }
-ROOMS = ["src/recorder.rs", "src/routes/health.rs", "src/routes/visit.rs", "src/lifecycle.rs", "src/store/"]
+ROOMS = ["src/recorder/", "src/routes/health.rs", "src/routes/visit.rs", "src/lifecycle.rs", "src/store/"]
 
 results = threading.Lock()
 

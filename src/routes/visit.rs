@@ -6,6 +6,7 @@
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{self, Poll};
+use std::time::SystemTime;
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
@@ -100,7 +101,7 @@ pub(super) async fn record(State(state): State<AppState>, request: Request) -> R
         // The browser asks again when the page is opened.
         return StatusCode::NO_CONTENT.into_response();
     }
-    let recorded = state.recorder.record().await;
+    let recorded = state.recorder.record(SystemTime::now()).await;
     let mut response = match wanted.page {
         None => respond(&body(&state, &recorded)),
         Some(language) => page::of_visit(&state, language, &recorded),

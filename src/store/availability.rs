@@ -1,15 +1,17 @@
 //! Whether a store is up: whether a visit's call would succeed, derived from the outcome of calls.
 //!
 //! One value per store drives readiness, the refusal or skipping of calls while the store is down,
-//! the gauge `visitas_dependency_up` and the log lines of an outage. Must not know: how a call is
-//! made.
+//! the gauge `visitas_dependency_up` and the log lines of an outage. Several calls can be in flight:
+//! the outcome of a call that began before the last change says nothing about the store since, so
+//! the calls that fail together are one outage. Must not know: how a call is made.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use metrics::Gauge;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::error::{Error, System};
@@ -34,7 +36,7 @@ struct Details {
     since_time: SystemTime,
     /// The last count that was read, and when; kept while the count is unknown.
     last_count: Option<(i64, SystemTime)>,
-    /// When a batch has last left a count.
+    /// When the batch ended whose count this is.
     last_batch: Option<Instant>,
     /// The reason in the last log line of the current outage, and when that was logged.
     reason: Option<(String, Instant)>,
@@ -133,12 +135,20 @@ impl Availability {
         }
     }
 
-    /// Records that a visit's call, or a probe, has succeeded.
-    pub(super) fn record_success(&self, took: Duration) {
+    /// Whether the outcome of a call that began at this moment no longer matters.
+    pub(super) fn is_outdated(&self, began: Instant) -> bool {
+        began < self.details().since
+    }
+
+    /// Records that a visit's call, or a probe, that began at this moment has succeeded.
+    pub(super) fn record_success(&self, began: Instant) {
         let mut details = self.details();
+        if began < details.since {
+            return;
+        }
         let now = Instant::now();
         details.last_success = Some(now);
-        details.latency = Some(took);
+        details.latency = Some(now - began);
         if self.up.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -155,7 +165,7 @@ impl Availability {
         details.since = now;
     }
 
-    /// Records that a visit's call, or a probe, has failed.
+    /// Records that a visit's call, or a probe, has failed, which is not outdated.
     pub(super) fn record_failure(&self, error: &Error) {
         self.count.store(UNKNOWN, Ordering::Relaxed);
         let mut details = self.details();
@@ -202,10 +212,14 @@ impl Availability {
         }
     }
 
-    /// Records the count that a batch has left, so that a visit that was answered is in it.
-    pub fn record_count(&self, count: i64) {
+    /// Records the count that a batch has left whose call began at this moment, so that a visit that
+    /// was answered is in it. Of two batches that were in flight together the one with the higher
+    /// count was recorded later, whichever ends first.
+    pub fn record_count(&self, count: i64, began: Instant) {
         let mut details = self.details();
-        if self.is_up() {
+        let known = self.count.load(Ordering::Relaxed);
+        let overlaps = details.last_batch.is_some_and(|ended| began < ended);
+        if self.is_up() && !(overlaps && count < known) {
             self.count.store(count, Ordering::Relaxed);
             details.last_count = Some((count, SystemTime::now()));
             details.last_batch = Some(Instant::now());
@@ -249,7 +263,7 @@ mod tests {
         };
         let mut pauses = Vec::new();
         for _ in 0..8 {
-            availability.record_success(Duration::ZERO);
+            availability.record_success(Instant::now());
             availability.record_failure(&error);
             pauses.push(availability.relapse_pause());
         }
@@ -261,13 +275,46 @@ mod tests {
     #[test]
     fn first_outage_is_probed_at_once() {
         let availability = Availability::new(System::Redis);
-        availability.record_success(Duration::ZERO);
+        availability.record_success(Instant::now());
         availability.details().since -= Duration::from_mins(1);
         availability.record_failure(&Error::Timeout(Duration::ZERO));
         assert_eq!(availability.relapse_pause(), Duration::ZERO);
         // A network that is cut again and again is probed at once each time.
-        availability.record_success(Duration::ZERO);
-        availability.record_failure(&Error::Connection(Cause::from("reset")));
+        availability.record_success(Instant::now());
+        availability.record_failure(&reset());
         assert_eq!(availability.relapse_pause(), Duration::ZERO);
+    }
+
+    #[test]
+    fn calls_that_fail_together_are_one_outage() {
+        let availability = Availability::new(System::Redis);
+        availability.record_success(Instant::now());
+        let sent_together = Instant::now();
+        availability.record_failure(&reset());
+        // Its reply was on the way when the store failed.
+        availability.record_success(sent_together);
+        assert!(!availability.is_up());
+        availability.record_success(Instant::now());
+        assert!(availability.is_up());
+        // Its connection had fallen silent before the store was up again.
+        assert!(availability.is_outdated(sent_together));
+        assert!(!availability.is_outdated(Instant::now()));
+    }
+
+    #[test]
+    fn count_is_that_of_the_batch_recorded_last() {
+        let availability = Availability::new(System::Postgresql);
+        availability.record_success(Instant::now());
+        let (first, second) = (Instant::now(), Instant::now());
+        availability.record_count(20, second);
+        availability.record_count(10, first);
+        assert_eq!(availability.count(), Some(20));
+        // After a deletion by hand.
+        availability.record_count(5, Instant::now());
+        assert_eq!(availability.count(), Some(5));
+    }
+
+    fn reset() -> Error {
+        Error::Connection(Cause::from("reset"))
     }
 }

@@ -10,12 +10,16 @@ mod error;
 mod files;
 mod pool;
 mod postgres;
+mod recording;
 mod redis;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 pub use self::availability::Availability;
 pub use self::call::{Batch, Parent};
 pub use self::error::{CallError, Error};
 pub use self::postgres::{Postgres, Recount};
+pub use self::recording::{Counter, Ledger};
 pub use self::redis::Redis;
 pub use self::watch::{Store, watch};

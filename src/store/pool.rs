@@ -7,10 +7,11 @@
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bb8_redis::bb8::{self, ManageConnection, PooledConnection, QueueStrategy, RunError};
 use metrics::{Counter, Gauge, Histogram};
+use tokio::time::Instant;
 
 use super::availability::Availability;
 use super::call::{Batch, Operation, Target, observe};
@@ -77,6 +78,8 @@ struct PoolMetrics {
 const TRUSTED_IDLE: Duration = Duration::from_millis(50);
 /// Timeout of that ping.
 const PING_TIMEOUT: Duration = Duration::from_millis(250);
+/// A connection that no call has used for this long is closed, within half as long again.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl<C: Connect> Pool<C> {
     /// A pool that opens connections on demand. `timeout` limits a call, its checkout included.
@@ -105,10 +108,12 @@ impl<C: Connect> Pool<C> {
             .connection_timeout(timeout.mul_f64(0.98))
             .retry_connection(false)
             .test_on_check_out(true)
-            // The oldest first, so that connections from before an outage are closed.
-            .queue_strategy(QueueStrategy::Fifo)
+            // The last used first: it needs no ping, and its session has what it needs at hand.
+            .queue_strategy(QueueStrategy::Lifo)
             .max_lifetime(None)
-            .idle_timeout(None)
+            // Of those that only a peak needs, and those from before an outage.
+            .idle_timeout(Some(IDLE_TIMEOUT))
+            .reaper_rate(IDLE_TIMEOUT / 2)
             .error_sink(Box::new(last_failure.clone()))
             .build_unchecked(manager);
         Self {
@@ -149,9 +154,9 @@ impl<C: Connect> Pool<C> {
         })
         .await;
         match &result {
-            Ok(_) => self.availability.record_success(started.elapsed()),
+            Ok(_) => self.availability.record_success(started),
             Err(error) if operation.repairs(error) => {}
-            Err(error) => self.fail(error),
+            Err(error) => self.fail(started, error),
         }
         result.map_err(|error| CallError {
             error,
@@ -223,18 +228,21 @@ impl<C: Connect> Pool<C> {
 
     /// Ends a probe that has succeeded: marks the store up, notes its count, and puts the
     /// connection into the pool, or closes it if there is no room.
-    pub(super) fn keep(&self, link: Link<C::Connection>, took: Duration, count: Option<i64>) {
+    pub(super) fn keep(&self, link: Link<C::Connection>, began: Instant, count: Option<i64>) {
         // The error returns the connection, and dropping it closes it.
         drop(self.connections.add(link));
         if let Some(count) = count {
-            self.availability.record_reading(count, took);
+            self.availability.record_reading(count, began.elapsed());
         }
-        self.availability.record_success(took);
+        self.availability.record_success(began);
     }
 
-    /// Marks the store down, since a visit would fail with this error, and discards its
-    /// connections.
-    pub(super) fn fail(&self, error: &Error) {
+    /// Marks the store down, since a visit would fail as the call did that began at this moment,
+    /// and discards its connections.
+    pub(super) fn fail(&self, began: Instant, error: &Error) {
+        if self.availability.is_outdated(began) {
+            return;
+        }
         // Order matters: a probe starts as soon as the store is down, and its connection must
         // survive.
         self.forget_all();

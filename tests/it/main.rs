@@ -18,6 +18,7 @@ mod compatibility;
 mod count;
 mod description;
 mod exposition;
+mod far;
 mod fronts;
 mod http;
 mod kept;

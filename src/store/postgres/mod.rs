@@ -15,10 +15,11 @@ mod trust;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sqlx::PgConnection;
 use time::OffsetDateTime;
+use tokio::time::Instant;
 
 use self::long_session::LongSession;
 use self::migrate::{Rehearsal, Schema};
@@ -32,6 +33,7 @@ use super::availability::Availability;
 use super::call::{Batch, Target};
 use super::error::{CallError, Cause, Error, System};
 use super::pool::{Link, Pool};
+use super::recording::Ledger;
 use super::watch::Store;
 use crate::config::PostgresConfig;
 
@@ -56,8 +58,8 @@ pub struct Recount {
 /// One in this many readings checks everything that can make a recount due.
 const THOROUGH_READING: u64 = 5;
 
-/// The writer uses one connection and the monitor one; the others are a reserve for connections
-/// that an outage has left in doubt.
+/// Each batch in flight has one connection at most, to this store or to Redis. The monitor uses one
+/// that is idle.
 const POOL_SIZE: u32 = 4;
 
 impl Postgres {
@@ -96,40 +98,6 @@ impl Postgres {
     #[must_use]
     pub fn is_recount_due(&self) -> bool {
         self.schema.is_recount_due()
-    }
-
-    /// Records visits that arrived at these moments, in this order, and returns the number of rows
-    /// after the last of them. On return the visits are committed and flushed.
-    ///
-    /// # Errors
-    ///
-    /// Why the visits were not acknowledged, and whether they can be recorded nevertheless.
-    pub async fn record(
-        &self,
-        arrivals: &[OffsetDateTime],
-        batch: &mut Batch,
-    ) -> Result<i64, CallError> {
-        match self.try_record(arrivals, batch).await {
-            Err(failure) if RECORD.repairs(&failure.error) => {
-                // A row inserted by hand has the sequence's next id. The batch has certainly been
-                // rolled back, so it is repeated once.
-                self.pool
-                    .call(&MOVE_SEQUENCE, Some(batch), move_sequence)
-                    .await
-                    .map_err(|failure| CallError {
-                        sent: false,
-                        ..failure
-                    })?;
-                self.try_record(arrivals, batch)
-                    .await
-                    .inspect_err(|failure| {
-                        if RECORD.repairs(&failure.error) {
-                            self.pool.fail(&failure.error);
-                        }
-                    })
-            }
-            result => result,
-        }
     }
 
     async fn try_record(
@@ -216,6 +184,41 @@ impl Postgres {
     }
 }
 
+impl Ledger for Postgres {
+    async fn record(
+        &self,
+        arrivals: &[OffsetDateTime],
+        batch: &mut Batch,
+    ) -> Result<i64, CallError> {
+        match self.try_record(arrivals, batch).await {
+            Err(failure) if RECORD.repairs(&failure.error) => {
+                // A row inserted by hand has the sequence's next id. The batch has certainly been
+                // rolled back, so it is repeated once.
+                self.pool
+                    .call(&MOVE_SEQUENCE, Some(batch), move_sequence)
+                    .await
+                    .map_err(|failure| CallError {
+                        sent: false,
+                        ..failure
+                    })?;
+                let began = Instant::now();
+                self.try_record(arrivals, batch)
+                    .await
+                    .inspect_err(|failure| {
+                        if RECORD.repairs(&failure.error) {
+                            self.pool.fail(began, &failure.error);
+                        }
+                    })
+            }
+            result => result,
+        }
+    }
+
+    fn round_trip(&self) -> Duration {
+        self.session.round_trip()
+    }
+}
+
 impl Store for Postgres {
     fn availability(&self) -> &Availability {
         self.pool.availability()
@@ -230,11 +233,11 @@ impl Store for Postgres {
         let started = Instant::now();
         match self.rehearse().await {
             Ok((link, total)) => {
-                self.pool.keep(link, started.elapsed(), total);
+                self.pool.keep(link, started, total);
                 Ok(())
             }
             Err(error) => {
-                self.pool.fail(&error);
+                self.pool.fail(started, &error);
                 Err(error)
             }
         }
@@ -242,6 +245,7 @@ impl Store for Postgres {
 
     /// The number of rows, by the ledger and the adjustments that are not folded into it yet.
     async fn total(&self) -> Result<i64, Error> {
+        let began = Instant::now();
         let turn = self.readings.fetch_add(1, Ordering::Relaxed);
         let is_thorough = self.is_recount_due() || turn.is_multiple_of(THOROUGH_READING);
         let read =
@@ -264,7 +268,7 @@ impl Store for Postgres {
                 self.schema.note_missing();
             }
             if is_missing(error) || is_denied(error) {
-                self.pool.fail(error);
+                self.pool.fail(began, error);
             }
         }
         result

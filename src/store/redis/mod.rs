@@ -6,13 +6,16 @@
 mod connection;
 mod error;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use self::connection::{Opener, Session};
 use super::availability::Availability;
 use super::call::{Batch, Operation, Target};
 use super::error::{CallError, Error, System};
 use super::pool::Pool;
+use super::recording::Counter;
 use super::watch::Store;
 use crate::config::RedisConfig;
 
@@ -29,8 +32,8 @@ static ADJUST: Operation = Operation::command("INCRBY");
 const KEY: &str = "visitas_home";
 /// Above this value a batch could overflow the counter, which `INCRBY` refuses.
 const HIGHEST: i64 = i64::MAX - 4096;
-/// The writer uses one connection and the monitor one; the others are a reserve for connections
-/// that an outage has left in doubt.
+/// Each batch in flight has one connection at most, to Postgres or to this store. The monitor uses
+/// one that is idle.
 const POOL_SIZE: u32 = 4;
 
 impl Redis {
@@ -57,20 +60,6 @@ impl Redis {
         })
     }
 
-    /// Adds the visits of a batch to the counter and returns its value after them.
-    ///
-    /// # Errors
-    ///
-    /// Why the value is unknown; the visits can be counted nevertheless.
-    pub async fn increment(&self, visits: usize, batch: &mut Batch) -> Result<i64, CallError> {
-        let by = i64::try_from(visits).unwrap_or(i64::MAX);
-        self.pool
-            .call(&INCREMENT, Some(batch), async |session| {
-                increment_by(session, by).await
-            })
-            .await
-    }
-
     /// Reads the counter, even if it has no room for a batch.
     ///
     /// # Errors
@@ -93,6 +82,17 @@ impl Redis {
     }
 }
 
+impl Counter for Redis {
+    async fn increment(&self, visits: usize, batch: &mut Batch) -> Result<i64, CallError> {
+        let by = i64::try_from(visits).unwrap_or(i64::MAX);
+        self.pool
+            .call(&INCREMENT, Some(batch), async |session| {
+                increment_by(session, by).await
+            })
+            .await
+    }
+}
+
 impl Store for Redis {
     fn availability(&self) -> &Availability {
         self.pool.availability()
@@ -107,11 +107,11 @@ impl Store for Redis {
         let started = Instant::now();
         match self.pool.call_on_new(&ADJUST, read_counter).await {
             Ok((link, count)) => {
-                self.pool.keep(link, started.elapsed(), Some(count));
+                self.pool.keep(link, started, Some(count));
                 Ok(())
             }
             Err(error) => {
-                self.pool.fail(&error);
+                self.pool.fail(started, &error);
                 Err(error)
             }
         }

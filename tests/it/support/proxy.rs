@@ -39,6 +39,11 @@ impl Way {
         self.proxy.change(|rules| rules.lost_below = u64::MAX);
     }
 
+    /// Resets the connections that are open.
+    pub(crate) fn reset(&self) {
+        self.proxy.reset_established();
+    }
+
     /// What each client has said so far.
     pub(crate) fn said(&self) -> Vec<Vec<u8>> {
         self.proxy.record()

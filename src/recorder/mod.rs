@@ -1,22 +1,30 @@
 //! One bounded queue and one writer: one commit records the visits that wait together.
 //!
 //! The writer takes all visits that wait, does not wait for more, and replies to a visit only after
-//! the commit that records it. So a batch holds the visits that arrived during the previous commit.
-//! Must not know: HTTP.
+//! the commit that records it. Near the stores one batch is in flight at a time, so a batch holds
+//! the visits that arrived during the previous one. Where the network takes most of a call, the
+//! next batch leaves while others are in flight: see [`pace`]. Must not know: HTTP.
+
+mod pace;
+mod timer;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
-use metrics::{Counter, Histogram};
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use metrics::Histogram;
 use time::OffsetDateTime;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tracing::warn;
 
+use self::pace::{Pace, Turn};
+use self::timer::Timer;
 use crate::metrics::catalog;
 use crate::rates::Rates;
-use crate::store::{Batch, Error, Parent, Postgres, Redis, Store as _};
+use crate::store::{Batch, CallError, Counter, Error, Ledger, Parent};
 
 /// A recorded visit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +92,7 @@ enum Outcome {
     Abandoned,
 }
 
-static OUTCOMES: LazyLock<[Counter; 6]> =
+static OUTCOMES: LazyLock<[metrics::Counter; 6]> =
     LazyLock::new(|| Outcome::ALL.map(|outcome| catalog::VISITS.with([outcome.label()])));
 static QUEUE_WAIT: LazyLock<Histogram> = LazyLock::new(|| catalog::QUEUE_WAIT.with([]));
 static BATCH_SIZE: LazyLock<Histogram> = LazyLock::new(|| catalog::BATCH_SIZE.with([]));
@@ -127,18 +135,32 @@ pub struct Recorder {
 
 /// The task that records visits. It owns the queue's other end.
 #[derive(Debug)]
-pub struct Writer {
+pub struct Writer<L, C> {
     queue: mpsc::Receiver<QueuedVisit>,
     progress: Arc<Progress>,
     rates: Arc<Rates>,
     stop: watch::Receiver<bool>,
-    postgres: Arc<Postgres>,
-    redis: Arc<Redis>,
-    batch: Vec<QueuedVisit>,
+    postgres: Arc<L>,
+    redis: Arc<C>,
+    pace: Pace,
+    /// Held by the batch that Redis counts.
+    counting: Arc<Mutex<()>>,
+    /// The visits of the next batch.
+    next: Visits,
+    /// Empty ones, to be used again.
+    spare: Vec<Visits>,
     batch_limit: usize,
-    arrivals: Vec<OffsetDateTime>,
     /// How long the visits of a batch took.
     durations: Vec<Duration>,
+}
+
+/// The visits of a batch.
+#[derive(Debug, Default)]
+struct Visits {
+    queued: Vec<QueuedVisit>,
+    arrivals: Vec<OffsetDateTime>,
+    /// The first sampled visit, whose trace has the batch's calls.
+    sampled: Option<usize>,
 }
 
 /// A visit in the queue.
@@ -152,14 +174,17 @@ struct QueuedVisit {
     reply: oneshot::Sender<Result<Recorded, Refusal>>,
 }
 
-/// A batch that was recorded: its totals, and when its calls began and ended.
+/// A batch whose calls have ended: its totals unless Postgres did not acknowledge it, and when its
+/// calls began and ended.
 #[derive(Debug)]
-struct Batched {
-    total: i64,
+struct Ended {
+    visits: Visits,
+    calls: Batch,
+    total: Result<i64, CallError>,
     redis: Option<i64>,
     began: Instant,
     committed: Instant,
-    ended: Instant,
+    counted: Instant,
 }
 
 /// When the last visit that the writer took was queued. From it a request whose deadline passes
@@ -203,13 +228,13 @@ const QUERY_CANCELED: &str = "57014";
 /// Makes a queue for `capacity` visits, each of which gets a reply within `deadline`, and its
 /// writer. Both add to `rates`.
 #[must_use]
-pub fn recorder(
-    postgres: Arc<Postgres>,
-    redis: Arc<Redis>,
+pub fn recorder<L: Ledger, C: Counter>(
+    postgres: Arc<L>,
+    redis: Arc<C>,
     rates: &Arc<Rates>,
     capacity: usize,
     deadline: Duration,
-) -> (Recorder, Writer) {
+) -> (Recorder, Writer<L, C>) {
     LazyLock::force(&OUTCOMES);
     LazyLock::force(&QUEUE_WAIT);
     LazyLock::force(&BATCH_SIZE);
@@ -231,27 +256,29 @@ pub fn recorder(
         stop: stopped,
         postgres,
         redis,
-        batch: Vec::new(),
+        pace: Pace::default(),
+        counting: Arc::default(),
+        next: Visits::default(),
+        spare: Vec::new(),
         batch_limit: BATCH_LIMIT,
-        arrivals: Vec::new(),
         durations: Vec::new(),
     };
     (recorder, writer)
 }
 
 impl Recorder {
-    /// Records a visit that arrives now. The current span is its trace.
+    /// Records a visit that arrived at this moment. The current span is its trace.
     ///
     /// # Errors
     ///
     /// Why the visit is not known to be recorded. Unless it is [`Refusal::InDoubt`], the visit is
     /// certainly not recorded.
-    pub async fn record(&self) -> Result<Recorded, Refusal> {
+    pub async fn record(&self, arrived: SystemTime) -> Result<Recorded, Refusal> {
         let (reply, replied) = oneshot::channel();
         let queued = Instant::now();
         let deadline = queued + self.deadline;
         let visit = QueuedVisit {
-            arrived: SystemTime::now(),
+            arrived,
             queued,
             deadline,
             parent: Parent::current(),
@@ -263,7 +290,7 @@ impl Recorder {
         })?;
         match tokio::time::timeout_at(deadline, replied).await {
             Ok(Ok(reply)) => reply,
-            // The writer has ended, and the batch that it was recording is in doubt.
+            // The writer has ended, and the batches in flight are in doubt.
             Ok(Err(_)) if self.progress.still_waits(queued) => Err(self.shed(Refusal::Stopping)),
             Ok(Err(_)) => {
                 Outcome::InDoubt.count(1);
@@ -297,109 +324,122 @@ impl Recorder {
     }
 }
 
-impl Writer {
+impl<L: Ledger, C: Counter> Writer<L, C> {
     /// Records visits until the recorder is stopped and the queue is empty.
     pub async fn run(mut self) {
-        loop {
-            let taken = tokio::select! {
+        let timer = Timer::new();
+        // Owned by this task, so that they end with it.
+        let mut in_flight = FuturesUnordered::new();
+        let mut is_queue_open = true;
+        while is_queue_open || !in_flight.is_empty() {
+            let turn = self.turn(in_flight.len());
+            tokio::select! {
                 biased;
-                taken = self.queue.recv_many(&mut self.batch, self.batch_limit) => taken,
-                _ = self.stop.wait_for(|stop| *stop), if !self.queue.is_closed() => {
-                    self.queue.close();
-                    continue;
+                Some(ended) = in_flight.next() => self.end(ended),
+                taken = self.queue.recv_many(&mut self.next.queued, self.batch_limit),
+                    if is_queue_open && turn.is_open =>
+                {
+                    is_queue_open = taken > 0;
+                    if let Some(visits) = self.begin() {
+                        let (postgres, redis) =
+                            (Arc::clone(&self.postgres), Arc::clone(&self.redis));
+                        let counting = Arc::clone(&self.counting);
+                        in_flight.push(record(postgres, redis, counting, visits));
+                    }
                 }
-            };
-            if taken == 0 {
-                return;
+                () = timer.wait_until(turn.changes), if is_queue_open => {}
+                () = until_stopped(&mut self.stop), if !self.queue.is_closed() => {
+                    self.queue.close();
+                }
             }
-            self.flush().await;
         }
     }
 
-    /// Records the batch and replies to each of its visits.
-    async fn flush(&mut self) {
-        self.drop_abandoned_and_late();
-        if self.batch.is_empty() {
-            return;
+    /// Whether the visits that wait are taken now.
+    fn turn(&self, in_flight: usize) -> Turn {
+        if self.postgres.availability().is_up() {
+            let round_trip = self.postgres.round_trip();
+            self.pace.turn(Instant::now(), in_flight, round_trip)
+        } else {
+            // They are refused, so they need not wait for a batch whose call has not ended.
+            Turn::OPEN
         }
+    }
+
+    /// Makes a batch of the visits that were taken, if some are to be sent.
+    fn begin(&mut self) -> Option<Visits> {
+        let mut batch = std::mem::replace(&mut self.next, self.spare.pop().unwrap_or_default());
+        self.drop_abandoned_and_late(&mut batch.queued);
         if !self.postgres.availability().is_up() {
             // While Postgres is down a visit must not wait for another timeout.
-            return self.refuse(Outcome::Failed, Refusal::Failed);
+            self.refuse(&mut batch, Outcome::Failed, Refusal::Failed);
         }
-        let visits = self.batch.len();
-        self.arrivals.clear();
-        self.arrivals.extend(
-            self.batch
-                .iter()
-                .map(|visit| OffsetDateTime::from(visit.arrived)),
-        );
-        let sampled = self.batch.iter().position(|visit| visit.parent.is_some());
-        let parent = sampled.and_then(|first| self.batch[first].parent.clone());
-        let mut calls = Batch::new(visits, parent);
+        if batch.queued.is_empty() {
+            self.spare.push(batch);
+            return None;
+        }
+        batch.arrivals.clear();
+        let arrivals = batch
+            .queued
+            .iter()
+            .map(|visit| OffsetDateTime::from(visit.arrived));
+        batch.arrivals.extend(arrivals);
+        batch.sampled = batch.queued.iter().position(|visit| visit.parent.is_some());
+        self.pace.leave(Instant::now());
+        Some(batch)
+    }
 
-        let began = Instant::now();
-        let recorded = self.postgres.record(&self.arrivals, &mut calls).await;
-        let committed = Instant::now();
-        if recorded
-            .as_ref()
-            .map_or_else(|failure| failure.sent, |_| true)
-        {
-            for visit in &self.batch {
-                QUEUE_WAIT.record(began - visit.queued);
-            }
-        }
-        let total = match recorded {
-            Ok(total) => total,
-            Err(failure) => {
-                self.link_waits(sampled, &calls);
-                if is_timeout(&failure.error) {
-                    self.batch_limit = (visits / 2).max(1);
+    /// Replies to each visit of a batch whose calls have ended.
+    fn end(&mut self, mut batch: Ended) {
+        batch.link_waits();
+        let visits = batch.visits.queued.len();
+        match &batch.total {
+            Ok(total) => {
+                let total = *total;
+                BATCH_SIZE.record(visits as f64);
+                if visits >= self.batch_limit {
+                    self.batch_limit = (2 * self.batch_limit).min(BATCH_LIMIT);
                 }
-                return if failure.is_in_doubt() {
+                let counting = batch.redis.map(|_| batch.counted - batch.committed);
+                self.pace.arrive(batch.committed - batch.began, counting);
+                // Both at once: between two batches the counts differ only if the stores do.
+                let postgres = self.postgres.availability();
+                postgres.record_count(total, batch.began);
+                if let Some(count) = batch.redis {
+                    let redis = self.redis.availability();
+                    redis.record_count(count, batch.committed);
+                }
+                self.acknowledge(&mut batch, total);
+            }
+            Err(failure) => {
+                if is_timeout(&failure.error) {
+                    self.batch_limit = self.batch_limit.min((visits / 2).max(1));
+                }
+                let (outcome, refusal) = if failure.is_in_doubt() {
                     warn!(
                         visits,
                         error = failure.error.chain(),
                         "visits in doubt: statement sent, result unknown"
                     );
-                    self.refuse(Outcome::InDoubt, Refusal::InDoubt);
+                    (Outcome::InDoubt, Refusal::InDoubt)
                 } else {
-                    self.refuse(Outcome::Failed, Refusal::Failed);
+                    (Outcome::Failed, Refusal::Failed)
                 };
+                self.refuse(&mut batch.visits, outcome, refusal);
             }
-        };
-        BATCH_SIZE.record(visits as f64);
-        if visits == self.batch_limit {
-            self.batch_limit = (2 * self.batch_limit).min(BATCH_LIMIT);
         }
-        let redis = if self.redis.availability().is_up() {
-            self.redis.increment(visits, &mut calls).await.ok()
-        } else {
-            None
-        };
-        self.link_waits(sampled, &calls);
-        // Both at once: between two batches the counts differ only if the stores do.
-        self.postgres.availability().record_count(total);
-        if let Some(redis) = redis {
-            self.redis.availability().record_count(redis);
-        }
-        self.acknowledge(&Batched {
-            total,
-            redis,
-            began,
-            committed,
-            ended: Instant::now(),
-        });
+        self.spare.push(batch.visits);
     }
 
     /// Drops the visits whose client has disconnected, and the visits whose deadline has passed,
     /// whose clients have their response already.
-    fn drop_abandoned_and_late(&mut self) {
-        if let Some(last) = self.batch.iter().map(|visit| visit.queued).max() {
+    fn drop_abandoned_and_late(&self, batch: &mut Vec<QueuedVisit>) {
+        if let Some(last) = batch.iter().map(|visit| visit.queued).max() {
             self.progress.take(last);
         }
         let now = Instant::now();
         let mut late = 0;
-        self.batch.retain(|visit| {
+        batch.retain(|visit| {
             let outcome = if visit.deadline <= now {
                 late += 1;
                 Outcome::Failed
@@ -416,22 +456,22 @@ impl Writer {
 
     /// Replies to each visit. The last visit gets the batch's totals; the others count down from
     /// them.
-    fn acknowledge(&mut self, batch: &Batched) {
+    fn acknowledge(&mut self, batch: &mut Ended, total: i64) {
         let outcome = if batch.redis.is_some() {
             Outcome::Ok
         } else {
             Outcome::Degraded
         };
-        let batch_size = self.batch.len();
+        let batch_size = batch.visits.queued.len();
         let mut late = 0;
-        for (before, visit) in (0_i64..).zip(self.batch.drain(..).rev()) {
+        for (before, visit) in (0_i64..).zip(batch.visits.queued.drain(..).rev()) {
             let recorded = Recorded {
-                total: batch.total - before,
+                total: total - before,
                 redis: batch.redis.map(|redis| redis - before),
                 timing: Timing {
                     queue: batch.began - visit.queued,
                     postgres: batch.committed - batch.began,
-                    redis: batch.ended - batch.committed,
+                    redis: batch.counted - batch.committed,
                 },
                 batch_size,
             };
@@ -439,7 +479,7 @@ impl Writer {
             if !delivered && visit.deadline <= Instant::now() {
                 late += 1;
             } else {
-                self.durations.push(batch.ended - visit.queued);
+                self.durations.push(batch.counted - visit.queued);
             }
         }
         outcome.count(batch_size - late);
@@ -448,11 +488,11 @@ impl Writer {
         self.rates.add_failures(late);
     }
 
-    fn refuse(&mut self, outcome: Outcome, refusal: Refusal) {
-        let visits = self.batch.len();
+    fn refuse(&self, batch: &mut Visits, outcome: Outcome, refusal: Refusal) {
+        let visits = batch.queued.len();
         self.rates.add_failures(visits);
         let mut late = 0;
-        for visit in self.batch.drain(..) {
+        for visit in batch.queued.drain(..) {
             let delivered = visit.reply.send(Err(refusal)).is_ok();
             late += usize::from(!delivered && visit.deadline <= Instant::now());
         }
@@ -460,13 +500,69 @@ impl Writer {
         // These clients got the response "in doubt" when their deadline passed.
         Outcome::InDoubt.count(late);
     }
+}
 
+/// Waits until the recorder is stopped, or gone.
+async fn until_stopped(stop: &mut watch::Receiver<bool>) {
+    stop.wait_for(|stop| *stop).await.ok();
+}
+
+/// Makes the calls of a batch: records it in Postgres, and then counts it in Redis.
+async fn record<L: Ledger, C: Counter>(
+    postgres: Arc<L>,
+    redis: Arc<C>,
+    counting: Arc<Mutex<()>>,
+    visits: Visits,
+) -> Ended {
+    let size = visits.queued.len();
+    let first = visits.sampled.map(|first| &visits.queued[first]);
+    let mut calls = Batch::new(size, first.and_then(|visit| visit.parent.clone()));
+    let began = Instant::now();
+    let total = postgres.record(&visits.arrivals, &mut calls).await;
+    let committed = Instant::now();
+    if total.as_ref().map_or_else(|failure| failure.sent, |_| true) {
+        for visit in &visits.queued {
+            QUEUE_WAIT.record(began - visit.queued);
+        }
+    }
+    let redis = if total.is_ok() && redis.availability().is_up() {
+        // One after another, in the order of the replies, so that both stores number visits alike.
+        // The wait is part of the call's time: `visitas reconcile` relies on it that no increment
+        // is in flight any more when that has passed since the commit.
+        let deadline = committed + redis.timeout();
+        let counted = async {
+            let _turn = counting.lock().await;
+            if redis.availability().is_up() {
+                redis.increment(size, &mut calls).await.ok()
+            } else {
+                None
+            }
+        };
+        let counted = tokio::time::timeout_at(deadline, counted).await;
+        counted.ok().flatten()
+    } else {
+        None
+    };
+    Ended {
+        visits,
+        calls,
+        total,
+        redis,
+        began,
+        committed,
+        counted: Instant::now(),
+    }
+}
+
+impl Ended {
     /// Links the other sampled visits to the calls, which are children of the first sampled visit.
-    fn link_waits(&self, first: Option<usize>, calls: &Batch) {
-        let Some(first) = first else { return };
-        for visit in &self.batch[first + 1..] {
+    fn link_waits(&self) {
+        let Some(first) = self.visits.sampled else {
+            return;
+        };
+        for visit in &self.visits.queued[first + 1..] {
             if let Some(parent) = &visit.parent {
-                calls.link_wait(parent, visit.arrived);
+                self.calls.link_wait(parent, visit.arrived);
             }
         }
     }

@@ -1,0 +1,230 @@
+//! When the next batch leaves while others are in flight.
+//!
+//! Batches take turns on the count's lock in Postgres, which is held until the commit is flushed. So
+//! what overlaps is the network: the next statement can travel while the one before holds the lock.
+//! It leaves so that it arrives when the lock is free. Sent earlier it would wait for the lock with
+//! fewer visits than it could have, and later the lock would be idle.
+//!
+//! Where the stores are near there is no time to gain, so one batch is in flight at a time. Must not
+//! know: visits and stores.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Maximum number of batches in flight, from the statement that records one to its replies. Each
+/// has a connection to one of the stores.
+pub(super) const MOST_IN_FLIGHT: u32 = 4;
+
+/// Batches overlap if at least this share of a batch's time is spent on the network. With stores on
+/// the same machine it is less than a tenth under load, with stores in another zone a third or more.
+const NETWORK_SHARE: f64 = 0.25;
+
+/// The weight of a batch in the averages.
+const WEIGHT: f64 = 0.125;
+/// How fast the shortest call to Redis is forgotten: its weight in each batch that took longer.
+const FORGETTING: f64 = 1.0 / 64.0;
+
+/// What the last batches took, and when the last one left.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    left: Option<Instant>,
+    usual: Option<Usual>,
+}
+
+/// What a batch usually takes, in seconds.
+#[derive(Debug, Clone, Copy)]
+struct Usual {
+    /// The call to Postgres.
+    postgres: f64,
+    /// Both calls.
+    both: f64,
+    /// The shortest recent call to Redis, which hardly takes longer than the network; zero while
+    /// Redis is skipped.
+    redis_round_trip: f64,
+}
+
+/// Whether a batch can leave now, and when that changes if no batch ends before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Turn {
+    pub(super) is_open: bool,
+    pub(super) changes: Option<Instant>,
+}
+
+impl Turn {
+    pub(super) const OPEN: Self = Self {
+        is_open: true,
+        changes: None,
+    };
+    const CLOSED: Self = Self {
+        is_open: false,
+        changes: None,
+    };
+}
+
+impl Pace {
+    /// Notes that a batch leaves.
+    pub(super) fn leave(&mut self, now: Instant) {
+        self.left = Some(now);
+    }
+
+    /// Notes how long the two calls of a batch took that was recorded; no time for Redis if it was
+    /// skipped or failed.
+    pub(super) fn arrive(&mut self, postgres: Duration, redis: Option<Duration>) {
+        let postgres = postgres.as_secs_f64();
+        let redis = redis.map_or(0.0, |redis| redis.as_secs_f64());
+        let both = postgres + redis;
+        let Some(usual) = &mut self.usual else {
+            self.usual = Some(Usual {
+                postgres,
+                both,
+                redis_round_trip: redis,
+            });
+            return;
+        };
+        usual.postgres += (postgres - usual.postgres) * WEIGHT;
+        usual.both += (both - usual.both) * WEIGHT;
+        usual.redis_round_trip = if redis < usual.redis_round_trip {
+            redis
+        } else {
+            usual.redis_round_trip + (redis - usual.redis_round_trip) * FORGETTING
+        };
+    }
+
+    /// Whether a batch can leave now, with so many in flight. `round_trip` is what a message to
+    /// Postgres and its reply take on the network.
+    pub(super) fn turn(&self, now: Instant, in_flight: usize, round_trip: Duration) -> Turn {
+        if in_flight == 0 {
+            return Turn::OPEN;
+        }
+        let (Some(left), Some(usual)) = (self.left, self.usual) else {
+            return Turn::CLOSED;
+        };
+        let Some(gap) = usual.gap(round_trip.as_secs_f64()) else {
+            return Turn::CLOSED;
+        };
+        if in_flight >= MOST_IN_FLIGHT as usize {
+            return Turn::CLOSED;
+        }
+        let opens = left + Duration::from_secs_f64(gap);
+        // The last batch waits for the lock, or holds it: another one would only wait behind it.
+        let closes = left + Duration::from_secs_f64(2.0 * usual.both);
+        if now < opens {
+            Turn {
+                changes: Some(opens),
+                ..Turn::CLOSED
+            }
+        } else if now < closes {
+            Turn {
+                changes: Some(closes),
+                ..Turn::OPEN
+            }
+        } else {
+            Turn::CLOSED
+        }
+    }
+}
+
+impl Usual {
+    /// The time between two batches; `None` if they should not overlap.
+    fn gap(&self, round_trip: f64) -> Option<f64> {
+        let network = round_trip + self.redis_round_trip;
+        if network < NETWORK_SHARE * self.both {
+            return None;
+        }
+        // A statement that waits for the lock makes this longer, until none waits.
+        let in_the_database = self.postgres - round_trip;
+        // Redis counts one batch after another.
+        let longest = in_the_database.max(self.redis_round_trip);
+        Some(longest.max(self.both / f64::from(MOST_IN_FLIGHT)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn millis(millis: f64) -> Duration {
+        Duration::from_secs_f64(millis / 1e3)
+    }
+
+    /// A pace after many batches that took so long in Postgres and in Redis.
+    fn pace(postgres: f64, redis: f64) -> (Pace, Instant) {
+        let mut pace = Pace::default();
+        for _ in 0..100 {
+            pace.arrive(millis(postgres), Some(millis(redis)));
+        }
+        let now = Instant::now();
+        pace.leave(now);
+        (pace, now)
+    }
+
+    #[test]
+    fn nothing_in_flight_means_no_wait() {
+        let now = Instant::now();
+        assert_eq!(Pace::default().turn(now, 0, millis(1.0)), Turn::OPEN);
+        assert_eq!(pace(3.0, 1.0).0.turn(now, 0, millis(1.0)), Turn::OPEN);
+    }
+
+    #[test]
+    fn before_the_first_reply_one_batch_is_in_flight() {
+        let mut pace = Pace::default();
+        let now = Instant::now();
+        pace.leave(now);
+        assert_eq!(pace.turn(now + millis(9.0), 1, millis(1.0)), Turn::CLOSED);
+    }
+
+    #[test]
+    fn batches_to_near_stores_do_not_overlap() {
+        for (postgres, redis, round_trip) in [(0.36, 0.05, 0.05), (1.3, 0.1, 0.1)] {
+            let (pace, now) = pace(postgres, redis);
+            let turn = pace.turn(now + millis(postgres), 1, millis(round_trip));
+            assert_eq!(turn, Turn::CLOSED);
+        }
+    }
+
+    #[test]
+    fn next_batch_arrives_when_the_one_before_releases_the_lock() {
+        // A commit takes 2.4 ms of the 3.4, the rest is the network.
+        let (pace, now) = pace(3.4, 1.0);
+        let at = |time| pace.turn(now + millis(time), 1, millis(1.0));
+        let early = at(2.39);
+        assert!(!early.is_open);
+        assert!(
+            early
+                .changes
+                .is_some_and(|opens| opens <= now + millis(2.41))
+        );
+        assert!(at(2.41).is_open);
+    }
+
+    #[test]
+    fn batches_are_evenly_spaced_where_the_network_takes_longest() {
+        let (pace, now) = pace(18.0, 2.0);
+        let at = |time| pace.turn(now + millis(time), 3, millis(17.8)).is_open;
+        assert!(!at(4.9));
+        assert!(at(5.1));
+        let turn = pace.turn(now + millis(5.1), MOST_IN_FLIGHT as usize, millis(10.0));
+        assert_eq!(turn, Turn::CLOSED);
+    }
+
+    #[test]
+    fn no_batch_joins_one_that_waits_for_the_lock() {
+        let (pace, now) = pace(2.0, 1.0);
+        let turn = pace.turn(now + millis(5.9), 1, millis(1.0));
+        assert!(turn.is_open);
+        let closes = turn.changes.expect("an end");
+        assert_eq!(pace.turn(closes, 1, millis(1.0)), Turn::CLOSED);
+        assert!(closes <= now + millis(6.1));
+    }
+
+    #[test]
+    fn slow_calls_to_redis_are_not_taken_for_the_network() {
+        let (mut pace, now) = pace(1.3, 0.1);
+        for _ in 0..8 {
+            pace.arrive(millis(1.3), Some(millis(2.0)));
+        }
+        let turn = pace.turn(now + millis(1.3), 1, millis(0.1));
+        assert_eq!(turn, Turn::CLOSED);
+    }
+}

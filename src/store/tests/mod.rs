@@ -1,0 +1,3 @@
+//! Tests of the pool, the availability and the watch together with the recorder.
+
+mod simulation;

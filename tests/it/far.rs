@@ -1,0 +1,90 @@
+//! Stores a network away: several batches are in flight, and each visit still has its own number.
+
+use std::time::Duration;
+
+use crate::support::load::{Load, Visit, are_one_to_n, verdict, visits};
+use crate::support::{PATIENT, SOON, Service, Way, World, eventually};
+
+/// Far more than a commit takes on a busy machine.
+const DELAY: Duration = Duration::from_millis(40);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_batches_are_in_flight_and_number_visits_as_one() {
+    let world = World::new();
+    let (one, other) = (Far::serve(&world).await, Far::serve(&world).await);
+    let visits = visits(&[&one.service, &other.service], 32, 1000).await;
+    assert!(are_one_to_n(visits.iter().map(Visit::total)));
+    assert!(are_one_to_n(visits.iter().map(Visit::redis)));
+    let verdict = verdict(&world, &visits, &[]).await;
+    assert_eq!(
+        (verdict.violations(), verdict.rows),
+        (0, 1000),
+        "{verdict:?}"
+    );
+    for far in [&one, &other] {
+        let recording = far.sessions_that_record();
+        assert!((2..=4).contains(&recording), "{recording} sessions");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_are_reset_under_several_batches_are_one_outage() {
+    let world = World::new();
+    let far = Far::serve(&world).await;
+    let load = Load::start(&[&far.service], 32);
+    eventually("several batches are in flight", SOON, async || {
+        far.sessions_that_record() > 1
+    })
+    .await;
+    far.postgres.reset();
+    eventually("the outage is over", SOON, async || {
+        far.service.logged("store is up again").len() == 1
+    })
+    .await;
+    let rows = world.rows().await;
+    eventually("visits are made again", SOON, async || {
+        world.rows().await > rows + 100
+    })
+    .await;
+    let visits = load.stop().await;
+    let verdict = verdict(&world, &visits, &[]).await;
+    assert_eq!(verdict.violations(), 0, "{verdict:?}");
+    let in_doubt = far.service.counted("in_doubt").await;
+    assert_eq!(u64::try_from(verdict.in_doubt).unwrap(), in_doubt);
+    assert!((1..=32).contains(&in_doubt), "{in_doubt}");
+    assert_eq!(far.service.logged("store is down").len(), 1);
+}
+
+/// A service whose stores are a network away.
+struct Far {
+    service: Service,
+    postgres: Way,
+    _redis: Way,
+}
+
+impl Far {
+    async fn serve(world: &World) -> Self {
+        let postgres = Way::with_delay(world.postgres.port(), DELAY).await;
+        let redis = Way::with_delay(world.redis.port(), DELAY).await;
+        let (postgres_port, redis_port) = (postgres.port.to_string(), redis.port.to_string());
+        let mut settings = PATIENT.to_vec();
+        settings.extend([
+            ("DB_PORT", postgres_port.as_str()),
+            ("REDIS_PORT", redis_port.as_str()),
+            ("DB_SSLMODE", "disable"),
+        ]);
+        Self {
+            service: world.serve_with(&settings).await,
+            postgres,
+            _redis: redis,
+        }
+    }
+
+    /// The number of sessions that have recorded visits.
+    fn sessions_that_record(&self) -> usize {
+        let record = b"registrar_visitas";
+        let said = self.postgres.said();
+        let records = |said: &&Vec<u8>| said.windows(record.len()).any(|word| word == record);
+        said.iter().filter(records).count()
+    }
+}
