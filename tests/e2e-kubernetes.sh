@@ -8,7 +8,7 @@
 # E2E_KUBECONFIG is the file that leads to the cluster; the user's own configuration is never used. The
 # cluster must have the images visitas:local (or E2E_IMAGE), postgres:16 and redis:7, a default class
 # of storage, and NodePorts that answer on 127.0.0.1. E2E_DEFINITIONS is a folder with the definitions of
-# the Prometheus Operator and of CloudNativePG. Needs kubectl, curl, bash, GNU coreutils and
+# the Prometheus Operator and of CloudNativePG. Needs kubectl, curl, openssl, bash, GNU coreutils and
 # target/debug/chaos, which `make e2e-kubernetes` builds.
 #
 # The objects are in a namespace of their own. They are removed at the end, however it comes. What cannot
@@ -37,6 +37,7 @@ cases=(
     autoscaler_follows_the_load
     database_pod_is_replaced_with_its_volume
     database_without_its_volume_is_used_without_a_restart_of_web
+    web_of_production_verifies_the_certificate_of_the_database
 )
 
 every_overlay_is_rendered_without_a_warning() {
@@ -290,6 +291,34 @@ database_without_its_volume_is_used_without_a_restart_of_web() {
     [ "$(incarnations)" = "$web" ] || fail "a pod of web was restarted"
 }
 
+# Without the operator: one PostgreSQL has the names, the Secrets and the kind of certificate that
+# CloudNativePG gives to its own.
+web_of_production_verifies_the_certificate_of_the_database() {
+    namespace=$namespace-tls
+    define_objects_of_operators
+    in_namespace "$namespace" deploy/kubernetes/base/namespace.yaml | k create -f -
+    k create secret generic cache --from-literal=password="$(openssl rand -hex 24)"
+    k create secret generic db-app --type kubernetes.io/basic-auth --from-literal=username=usuario --from-literal=password="$(openssl rand -hex 24)"
+    certify "$work/right" db-rw
+    certify "$work/wrong" db-rw
+    k create secret tls db-server --cert "$work/right/server.crt" --key "$work/right/server.key"
+    k create secret generic db-ca --from-file=ca.crt="$work/wrong/ca.crt" --from-file=ca.key="$work/wrong/ca.key"
+    open_volumes
+    production_without_operator | k apply -f -
+    k rollout status statefulset/db --timeout 120s
+    within 60 logs_say 'store is down.*certificate'
+    replicas_are 3 && fail "web trusts another authority"
+    k create secret generic db-ca --from-file=ca.crt="$work/right/ca.crt" --from-file=ca.key="$work/right/ca.key" --dry-run=client -o yaml | k replace -f -
+    k rollout restart deployment/web
+    within 120 replicas_are 3
+    url=http://127.0.0.1:$(port)
+    [ "$(visit | field total_registros_db)" = 1 ] || fail "$(visit)"
+    [ "$(sql "select count(*) > 0 and bool_and(ssl) from pg_stat_ssl join pg_stat_activity using (pid) where application_name = 'visitas'")" = t ] ||
+        fail "a session of web is not encrypted"
+    refuses 'No such file' k exec "$(one_pod)" -- ls /run/secrets/visitas/ca.key || fail "web has the authority's key"
+    [ "$(k exec "$(one_pod)" -- ls /run/secrets/visitas | paste -sd ' ')" = 'db_ca.crt db_password redis_password' ] || fail "web has other files"
+}
+
 # --- helpers of the cases ---
 
 namespace=visitas-e2e-$$
@@ -317,13 +346,56 @@ apply() {
     render "$namespace" deploy/kubernetes/local "
 images: [{ name: visitas, newName: ${image%:*}, newTag: '${image##*:}' }]
 patches:
-  - patch: '[{ op: add, path: /spec/type, value: NodePort }]'
+  - patch: '[{ \"op\": \"add\", \"path\": \"/spec/type\", \"value\": \"NodePort\" }]'
     target: { kind: Service, name: web }" |
         k apply -f -
     url=http://127.0.0.1:$(port)
 }
 
 port() { k get service web -o 'jsonpath={.spec.ports[0].nodePort}'; }
+
+# `production`, with the PostgreSQL of `local` in place of the operator's.
+production_without_operator() {
+    local here=$work/without-operator
+    mkdir -p "$here/production"
+    cat >"$here/production/kustomization.yaml" <<END
+resources: [$(realpath --relative-to "$here/production" deploy/kubernetes/production)]
+images: [{ name: registry.example/visitas, newName: ${image%:*}, newTag: '${image##*:}' }]
+patches:
+  - patch: '{ apiVersion: postgresql.cnpg.io/v1, kind: Cluster, metadata: { name: db }, \$patch: delete }'
+  - patch: '{ apiVersion: postgresql.cnpg.io/v1, kind: ScheduledBackup, metadata: { name: db }, \$patch: delete }'
+  - patch: '{ apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: { name: db }, \$patch: delete }'
+  - patch: '[{ "op": "add", "path": "/spec/type", "value": "NodePort" }]'
+    target: { kind: Service, name: web }
+END
+    cat >"$here/kustomization.yaml" <<END
+namespace: $namespace
+resources: [production, $(realpath --relative-to "$here" deploy/kubernetes/db)]
+patches:
+  - patch: '[{ "op": "replace", "path": "/metadata/name", "value": "db-rw" }]'
+    target: { kind: Service, name: db }
+  - target: { kind: StatefulSet, name: db }
+    patch: |
+      - { op: add, path: /spec/template/spec/containers/0/args/-, value: -cssl=on }
+      - { op: add, path: /spec/template/spec/containers/0/args/-, value: -cssl_cert_file=/run/secrets/server/tls.crt }
+      - { op: add, path: /spec/template/spec/containers/0/args/-, value: -cssl_key_file=/run/secrets/server/tls.key }
+      - { op: add, path: /spec/template/spec/containers/0/volumeMounts/-, value: { name: server, mountPath: /run/secrets/server } }
+      - { op: add, path: /spec/template/spec/volumes/-, value: { name: server, secret: { secretName: db-server, defaultMode: 0440 } } }
+END
+    kubectl kustomize "$here"
+}
+
+# certify FOLDER NAME: an authority of its own, and a server's certificate for this name.
+certify() {
+    local key=(-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2)
+    mkdir "$1"
+    openssl req -x509 "${key[@]}" -keyout "$1/ca.key" -out "$1/ca.crt" -subj "/OU=$namespace/CN=db" \
+        -addext keyUsage=critical,keyCertSign
+    openssl req -x509 "${key[@]}" -keyout "$1/server.key" -out "$1/server.crt" -subj "/CN=$2" -CA "$1/ca.crt" -CAkey "$1/ca.key" \
+        -addext basicConstraints=critical,CA:FALSE -addext extendedKeyUsage=serverAuth -addext "subjectAltName=DNS:$2,DNS:$2.$namespace,DNS:$2.$namespace.svc"
+}
+
+logs_say() { k logs --selector $web --tail 200 --prefix=false | grep -E "$1"; }
 
 # A hostPath volume that an administrator has made belongs to root, whatever a pod's fsGroup is.
 open_volumes() {
@@ -510,7 +582,7 @@ fail() { echo "failed: $*"; exit 1; }
 clean_up() {
     trap '' INT TERM HUP
     local name
-    k delete namespace "$namespace" "$namespace-dry" --ignore-not-found --timeout 90s >/dev/null 2>&1 || echo "could not remove namespace $namespace"
+    k delete namespace "$namespace" "$namespace-dry" "$namespace-tls" --ignore-not-found --timeout 90s >/dev/null 2>&1 || echo "could not remove namespace $namespace"
     while read -r name; do k delete "$name" --timeout 30s >/dev/null 2>&1 || true; done <"$work/defined"
     rm -rf "$work"
 }
@@ -523,7 +595,7 @@ run_case() {
     (
         set -e
         case $1 in
-        every_overlay_*|api_server_*|kube_linter_*|local_*) ;;
+        every_overlay_*|api_server_*|kube_linter_*|local_*|web_of_production_*) ;;
         *) apply && within 120 replicas_are 3 ;;
         esac
         "$1"

@@ -109,7 +109,7 @@ fn versions_are_those_of_compose_and_of_the_program() {
     let compose = read("docker-compose.yml");
     let folder = "deploy/kubernetes";
     for (manifest, image) in [
-        ("local/db.yaml", "docker.io/library/postgres:"),
+        ("db/db.yaml", "docker.io/library/postgres:"),
         ("cache/cache.yaml", "docker.io/library/redis:"),
     ] {
         let manifest = read(&format!("{folder}/{manifest}"));
