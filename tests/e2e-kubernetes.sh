@@ -546,7 +546,11 @@ end_load() {
         "$lost" "$duplicated" "$out_of_order" "$longest_ms" "$silence_ms" >>"$work/table"
 }
 
-no_visit_failed() { [ $((refused + in_doubt + broken + wrong)) = 0 ] || fail "visits failed: $(cat "$work/visited")"; }
+# A client that is refused for seconds has no failed visit, and no answer either.
+no_visit_failed() {
+    [ $((refused + in_doubt + broken + wrong)) = 0 ] || fail "visits failed: $(cat "$work/visited")"
+    [ "$silence_ms" -lt 5000 ] || fail "no visit was answered for $silence_ms ms"
+}
 
 # within SECONDS COMMAND...: repeats the command until it succeeds.
 within() {
