@@ -3,7 +3,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults sweep compat compat-ends browser bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
+.PHONY: help run check map test api faults sweep compat compat-ends browser bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e e2e-kubernetes setup clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +87,10 @@ browser: ## Test the page in Chromium, a minute, and write target/screenshots; T
 
 e2e: ## Test the Compose stack, also with outages; needs Docker
 	@tests/e2e.sh
+
+e2e-kubernetes: ## Test the manifests, also with outages, in the cluster that E2E_KUBECONFIG names
+	@cargo build --locked --quiet --workspace --bin chaos
+	@tests/e2e-kubernetes.sh
 
 clean: ## Delete the build and the data of `make run`
 	rm -rf target .devstack

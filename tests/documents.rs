@@ -14,7 +14,7 @@ const TRANSLATED: [[&str; 2]; 2] = [
 ];
 
 /// Documents whose links are checked.
-const DOCUMENTS: [&str; 14] = [
+const DOCUMENTS: [&str; 15] = [
     "README.md",
     "README.pt-BR.md",
     "CONTRIBUTING.md",
@@ -23,6 +23,7 @@ const DOCUMENTS: [&str; 14] = [
     "docs/compose.md",
     "docs/connecting.md",
     "docs/http.md",
+    "docs/kubernetes.md",
     "docs/metrics.md",
     "docs/settings.md",
     "docs/tour.md",
