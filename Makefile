@@ -3,7 +3,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults sweep compat compat-ends browser bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e e2e-kubernetes setup clean
+.PHONY: help run check map test api faults sweep compat compat-ends browser picture bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e e2e-kubernetes setup clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,11 @@ compat-ends: setup ## Test with PostgreSQL 14 and 18 what their versions can cha
 
 browser: ## Test the page in Chromium, a minute, and write target/screenshots; T=name runs the tests with this name
 	@tests/browser.sh $(T)
+
+picture: ## Take docs/page.png in Chromium, after ten minutes of visits
+	@rm -f target/screenshots/light.png
+	@RUSH_SECONDS=610 tests/browser.sh audit
+	@cp target/screenshots/light.png docs/page.png
 
 e2e: ## Test the Compose stack, also with outages; needs Docker
 	@tests/e2e.sh
