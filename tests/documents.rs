@@ -14,9 +14,10 @@ const TRANSLATED: [[&str; 2]; 2] = [
 ];
 
 /// Documents whose links are checked.
-const DOCUMENTS: [&str; 14] = [
+const DOCUMENTS: [&str; 17] = [
     "README.md",
     "README.pt-BR.md",
+    "AGENTS.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
     "docs/architecture.md",
@@ -24,6 +25,8 @@ const DOCUMENTS: [&str; 14] = [
     "docs/connecting.md",
     "docs/http.md",
     "docs/metrics.md",
+    "docs/releases.md",
+    "docs/reuse.md",
     "docs/settings.md",
     "docs/tour.md",
     "docs/tour.pt-BR.md",
