@@ -9,5 +9,6 @@ if [ $# != 1 ]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-grep -q '^    image: \${VISITAS_IMAGE:-}$' docker-compose.yml
-sed "s|^    image: \${VISITAS_IMAGE:-}\$|    image: \${VISITAS_IMAGE:-$1}|" docker-compose.yml
+unset_image='    image: \${VISITAS_IMAGE:-}'
+grep -qx "$unset_image" docker-compose.yml
+sed "s|^$unset_image\$|    image: \${VISITAS_IMAGE:-$1}|" docker-compose.yml
