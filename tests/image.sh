@@ -16,7 +16,7 @@ absent='no match for platform|rustup: not found|could not download|component .* 
 main() {
     local architecture
     work=$(mktemp -d)
-    builder=
+    builder=''
     trap clean_up EXIT
     choose_builder
     [ $# -gt 0 ] || set -- amd64 arm64
@@ -37,7 +37,7 @@ choose_builder() {
     if ! docker buildx create --name "$builder" --driver docker-container --bootstrap >"$work/log" 2>&1; then
         docker buildx rm "$builder" >/dev/null 2>&1 || true
         echo "== no builder here writes an image to a file: comparing the files in it ($(tail -1 "$work/log"))"
-        builder= written=files
+        builder='' written=files
     fi
 }
 
