@@ -79,11 +79,13 @@ RUN sed "s/^Architecture: $(dpkg --print-architecture)\$/Architecture: $TARGETAR
     # A package can still name these folders, which are links to those beneath usr.
  && for folder in bin lib sbin; do mkdir -p /files/usr/$folder && ln -s usr/$folder /files/$folder; done \
  && for package in *.deb; do \
-        dpkg-deb --fsys-tarfile "$package" | tar -x --keep-directory-symlink --exclude=./usr/share/man --exclude=./usr/share/locale -C /files \
+        dpkg-deb --fsys-tarfile "$package" | tar -x --keep-directory-symlink -C /files \
         # Scanners look here for packages.
      && dpkg-deb --field "$package" >"/files/var/lib/dpkg/status.d/$(dpkg-deb --field "$package" Package)"; done \
  && cat /files/usr/share/ca-certificates/*/*.crt >/files/etc/ssl/certs/ca-certificates.crt \
- && rm -r /files/bin /files/lib /files/sbin /files/usr/sbin /files/usr/share/ca-certificates
+ && rm -rf /files/bin /files/lib /files/sbin /files/usr/sbin \
+        /files/usr/share/ca-certificates /files/usr/share/lintian /files/usr/share/locale /files/usr/share/man \
+ && find /files/usr/share/doc -type f ! -name copyright -delete
 
 # Licence texts of everything that is in the program, which a release puts in place of this stage:
 # --build-context licences=FOLDER.
