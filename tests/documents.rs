@@ -14,9 +14,10 @@ const TRANSLATED: [[&str; 2]; 2] = [
 ];
 
 /// Documents whose links are checked.
-const DOCUMENTS: [&str; 15] = [
+const DOCUMENTS: [&str; 18] = [
     "README.md",
     "README.pt-BR.md",
+    "AGENTS.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
     "docs/architecture.md",
@@ -25,6 +26,8 @@ const DOCUMENTS: [&str; 15] = [
     "docs/http.md",
     "docs/kubernetes.md",
     "docs/metrics.md",
+    "docs/releases.md",
+    "docs/reuse.md",
     "docs/settings.md",
     "docs/tour.md",
     "docs/tour.pt-BR.md",

@@ -36,6 +36,7 @@ cases=(
     image_says_what_it_is_and_holds_no_secret
     secrets_in_the_build_folder_do_not_get_into_the_image
     change_of_the_source_does_not_rebuild_dependencies
+    released_image_needs_nothing_but_its_compose_file
     every_variable_of_env_example_takes_effect
     env_example_shows_the_defaults
     passwords_are_made_as_documented
@@ -365,8 +366,25 @@ change_of_the_source_does_not_rebuild_dependencies() {
     echo '// Changed.' >>"$context/src/main.rs"
     clean docker build --progress plain --output type=cacheonly --target dependencies "$context" >"$work/build.log" 2>&1 || { cat "$work/build.log"; return 1; }
     local step
-    step=$(sed -n 's/^\(#[0-9]*\) .*RUN .*cargo build.*/\1/p' "$work/build.log" | head -1)
+    step=$(sed -n 's/^\(#[0-9]*\) .*RUN .*cargo .* build --release .*/\1/p' "$work/build.log" | head -1)
     grep -qx "$step CACHED" "$work/build.log" || { cat "$work/build.log"; fail "dependencies were built again"; }
+}
+
+released_image_needs_nothing_but_its_compose_file() {
+    local release=$work/release name=$project-release started took
+    mkdir "$release"
+    docker image tag "$image" "$name:1.0"
+    trap "docker image rm $name:1.0 >/dev/null 2>&1" EXIT
+    .github/release-compose.sh "$name:1.0" >"$release/docker-compose.yml"
+    remove_everything
+    started=$(now)
+    clean docker compose --project-name "$project" --env-file "$env_file" --file "$release/docker-compose.yml" up --detach --wait --wait-timeout 120
+    visit
+    took=$(since "$started")
+    note "$took s from up to the first visit, with images cached"
+    less "$took" 20 || fail "the first visit took $took s"
+    [ "$(docker container inspect --format '{{.Config.Image}}' "$project-web")" = "$name:1.0" ] || fail "web runs another image"
+    remove_everything
 }
 
 every_variable_of_env_example_takes_effect() {
@@ -383,7 +401,7 @@ every_variable_of_env_example_takes_effect() {
         [OTEL_RESOURCE_ATTRIBUTES]=deployment.environment=e2e [OTEL_TRACES_SAMPLER]=parentbased_traceidratio
         [OTEL_TRACES_SAMPLER_ARG]=0.25 [VISITAS_REVISION]=f00dcafe1234 [METRICS_ADDR]=0.0.0.0:9464
         [OTEL_EXPORTER_OTLP_HEADERS]=key=f00d [DATABASE_URL]=postgres://ana:f00d@db.example/outra_base
-        [REDIS_URL]=redis://:f00d@cache.example:6380 [WEB_REPLICAS]=5
+        [REDIS_URL]=redis://:f00d@cache.example:6380 [WEB_REPLICAS]=5 [VISITAS_IMAGE]="$image"
     )
     local variable plain changed listing value
     for variable in "${!sample[@]}"; do
