@@ -38,9 +38,9 @@ use progress;
 /// Explains the figures of measurements in rounds.
 const METHOD: &str = "Each subject is measured once per round, in turn. Figures are medians of the rounds (lowest – \
      highest). Ratios are taken within a round, so that both sides saw the same speed of the machine. \
-     Each measurement restarts the subject and warms it up. Afterwards, the service's number is \
-     compared with `select count(*)`, and a difference ends the run. The median decides whether a goal \
-     is met.";
+     Each measurement restarts the subject and warms it up. Afterwards, the number of another visit \
+     is compared with `select count(*)`, and a difference ends the run. The median decides whether a \
+     goal is met.";
 
 /// The folder of the reports.
 const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
@@ -190,11 +190,12 @@ fn run(matches: &ArgMatches) -> Result<()> {
 }
 
 fn full(effort: Effort, sizes: [u64; 3], before: Option<PathBuf>) -> Result<()> {
+    // A goal that is far from met or missed, or none, needs fewer rounds.
     let fewer = Effort {
         rounds: effort.rounds.min(3),
         ..effort
     };
-    // Sections with many cases have shorter measurements, too.
+    // Sections with dozens of cases have shorter measurements, too.
     let brief = Effort {
         warmup: effort.warmup.min(Duration::from_secs(1)),
         duration: effort.duration.min(Duration::from_secs(4)),

@@ -95,6 +95,17 @@ impl Peer {
         Ok(command)
     }
 
+    /// What runs it, with its version; its lock file has the libraries' versions.
+    pub(crate) fn runtime(self) -> Result<String> {
+        let (program, argument) = match self {
+            Self::AxumPlain | Self::AxumCounter => ("rustc".into(), "--version"),
+            Self::Go => ("go".into(), "version"),
+            _ => (self.program()?, "--version"),
+        };
+        let output = Command::new(program).arg(argument).output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+
     /// Whether one process serves all its requests, so that its memory is that process's.
     pub(crate) fn is_one_process(self) -> bool {
         !matches!(self, Self::FastApi | Self::Fastify | Self::Flask)

@@ -58,7 +58,11 @@ pub(crate) fn connections(ground: &mut Ground, effort: Effort) -> Result<Section
         }
         rows.push(<[String; COUNTS.len() + 1]>::try_from(row).expect("a cell per count"));
     }
-    let mut text = format!("{PEERS}\n{}\n", ground.skipped_lines(&FAST));
+    let mut text = format!("{PEERS}\n\n");
+    for peer in FAST.into_iter().filter(|peer| ground.has(*peer)) {
+        writeln!(text, "- {peer}: {}", peer.runtime()?)?;
+    }
+    writeln!(text, "{}", ground.skipped_lines(&FAST))?;
     text +=
         "The service's visits/s over each peer's, by connections; below 1.00 the peer wins:\n\n";
     let [a, b, c, d] = COUNTS.map(|count| count.to_string());
