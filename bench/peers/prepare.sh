@@ -32,6 +32,9 @@ fastapi | flask)
     python3 -m venv --clear "$folder/venv" >&2 || fail "python3 has no venv"
     "$folder/venv/bin/python" -m pip install --quiet --no-cache-dir --disable-pip-version-check \
         --timeout 15 --retries 1 --require-hashes --requirement requirements.txt
+    PYTHONDONTWRITEBYTECODE=1 REDIS_HOST=localhost REDIS_PORT=1 \
+        "$folder/venv/bin/python" -c 'import app' ||
+        fail "python3 cannot run app.py"
     ;;
 fastify)
     need node
@@ -40,6 +43,8 @@ fastify)
     cd "$folder"
     npm ci --silent --ignore-scripts --no-audit --no-fund --cache "$folder/cache" >&2 ||
         fail "npm cannot install what package-lock.json names"
+    node --input-type=module -e 'import "fastify"; import "ioredis"; import "postgres"' ||
+        fail "node cannot run app.js"
     ;;
 go)
     need go

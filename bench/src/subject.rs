@@ -182,7 +182,7 @@ impl fmt::Display for Subject {
             Self::Visitas(Traces::Nowhere) => "visitas, no collector listens",
             Self::Textbook => "textbook",
             Self::Before => "the commit before",
-            Self::Peer(peer) => return peer.fmt(formatter),
+            Self::Peer(peer) => return fmt::Display::fmt(peer, formatter),
         })
     }
 }

@@ -85,7 +85,7 @@ fn compare(
             series: series.collect(),
             name,
         };
-        write!(text, "\n{}:\n\n{}", commit.name, commit.table()?)?;
+        write!(text, "\nStores {name}:\n\n{}", commit.table()?)?;
         goals.extend(commit.goals()?);
     }
     Ok(Section {
