@@ -32,7 +32,7 @@ fastapi | flask)
     python3 -m venv --clear "$folder/venv" >&2 || fail "python3 has no venv"
     "$folder/venv/bin/python" -m pip install --quiet --no-cache-dir --disable-pip-version-check \
         --timeout 15 --retries 1 --require-hashes --requirement requirements.txt
-    PYTHONDONTWRITEBYTECODE=1 REDIS_HOST=localhost REDIS_PORT=1 \
+    PYTHONDONTWRITEBYTECODE=1 WEB_CONCURRENCY=1 DB_SESSIONS=1 REDIS_HOST=localhost REDIS_PORT=1 \
         "$folder/venv/bin/python" -c 'import app' ||
         fail "python3 cannot run app.py"
     ;;

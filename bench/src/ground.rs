@@ -29,6 +29,8 @@ pub(crate) struct Ground {
     /// The program of the commit before, if one was given.
     pub(crate) before: Option<PathBuf>,
     relay: Option<Relay>,
+    /// How many sessions the peers that were tuned have.
+    sessions: Vec<(Peer, usize)>,
     databases: HashSet<String>,
 }
 
@@ -96,6 +98,7 @@ impl Ground {
             skipped,
             before,
             relay: None,
+            sessions: Vec::new(),
             databases: HashSet::new(),
         })
     }
@@ -103,6 +106,18 @@ impl Ground {
     /// Whether a peer was built. [`Self::start`] must have been asked for it.
     pub(crate) fn has(&self, peer: Peer) -> bool {
         self.skipped.iter().all(|(skipped, _)| *skipped != peer)
+    }
+
+    /// Sets how many sessions with Postgres a peer has from its next start on.
+    pub(crate) fn set_sessions(&mut self, peer: Peer, sessions: usize) {
+        self.sessions.retain(|(tuned, _)| *tuned != peer);
+        self.sessions.push((peer, sessions));
+    }
+
+    /// How many sessions with Postgres a peer has.
+    pub(crate) fn sessions(&self, peer: Peer) -> usize {
+        let tuned = self.sessions.iter().find(|(tuned, _)| *tuned == peer);
+        tuned.map_or(peer.sessions()[0], |(_, sessions)| *sessions)
     }
 
     /// One line for each of these peers that cannot be measured.

@@ -119,7 +119,7 @@ impl Subject {
         match self {
             Self::Ceiling => own("ceiling"),
             Self::Textbook => own("textbook"),
-            Self::Peer(peer) => peer.serve(address),
+            Self::Peer(peer) => peer.serve(address, ground.sessions(peer)),
             Self::Visitas(traces) => service(Owner::Visitas, traces),
             Self::Before => service(Owner::Before, Traces::Hundredth),
         }

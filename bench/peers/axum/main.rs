@@ -56,10 +56,9 @@ fn main() -> Result<()> {
     let [_, kind, address] = &arguments[..] else {
         bail!("expected plain or counter, and an address");
     };
-    let (statement, sessions) = match &**kind {
-        "plain" => (PLAIN, 64),
-        // More would only wait for the counter's lock.
-        "counter" => (COUNTER, 4),
+    let statement = match &**kind {
+        "plain" => PLAIN,
+        "counter" => COUNTER,
         _ => bail!("{kind} is neither plain nor counter"),
     };
     Runtime::new()?.block_on(async {
@@ -70,7 +69,7 @@ fn main() -> Result<()> {
         );
         let stores = Stores {
             postgres: Pool::builder()
-                .max_size(sessions)
+                .max_size(variable("DB_SESSIONS")?.parse()?)
                 .test_on_check_out(false)
                 .build(Sessions(options()?))
                 .await?,

@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse
 # One statement, so that the counter's lock is not held during a round trip.
 RECORD = """WITH visit AS (INSERT INTO visitas DEFAULT VALUES)
     UPDATE contador SET total = total + 1 RETURNING total"""
-# Sessions of each worker. More would only wait for the counter's lock.
-SESSIONS = 2
+WORKERS = int(os.environ["WEB_CONCURRENCY"])
+# Of each worker.
+SESSIONS = max(1, int(os.environ["DB_SESSIONS"]) // WORKERS)
 
 
 class Session(asyncpg.Connection):

@@ -7,7 +7,9 @@ import fastify from "fastify";
 import Redis from "ioredis";
 import postgres from "postgres";
 
-const { DB_HOST, DB_PORT, DB_USER, DB_PASSWORD, DB_NAME, REDIS_HOST, REDIS_PORT } = process.env;
+const { DB_HOST, DB_PORT, DB_USER, DB_PASSWORD, DB_NAME, DB_SESSIONS } = process.env;
+const { REDIS_HOST, REDIS_PORT } = process.env;
+const workers = availableParallelism();
 const [host, port] = process.argv[2].split(":");
 
 // With it, Fastify compiles a serializer.
@@ -22,7 +24,7 @@ const visitSchema = {
 };
 
 if (cluster.isPrimary) {
-  for (let worker = 0; worker < availableParallelism(); worker++) cluster.fork();
+  for (let worker = 0; worker < workers; worker++) cluster.fork();
   cluster.on("exit", () => process.exit(1));
 } else {
   await serve();
@@ -35,8 +37,7 @@ async function serve() {
     username: DB_USER,
     password: DB_PASSWORD,
     database: DB_NAME,
-    // More would only wait for the counter's lock.
-    max: 2,
+    max: Math.max(1, Math.floor(DB_SESSIONS / workers)),
   });
   const redis = new Redis({
     host: REDIS_HOST,

@@ -31,16 +31,10 @@ type response struct {
 }
 
 func main() {
-	config, err := pgxpool.ParseConfig(fmt.Sprintf(
-		"host=%s port=%s user=%s password=%s dbname=%s sslmode=disable",
+	postgres, err := pgxpool.New(context.Background(), fmt.Sprintf(
+		"host=%s port=%s user=%s password=%s dbname=%s sslmode=disable pool_max_conns=%s",
 		os.Getenv("DB_HOST"), os.Getenv("DB_PORT"), os.Getenv("DB_USER"),
-		os.Getenv("DB_PASSWORD"), os.Getenv("DB_NAME")))
-	if err != nil {
-		log.Fatal(err)
-	}
-	// More would only wait for the counter's lock.
-	config.MaxConns = 4
-	postgres, err := pgxpool.NewWithConfig(context.Background(), config)
+		os.Getenv("DB_PASSWORD"), os.Getenv("DB_NAME"), os.Getenv("DB_SESSIONS")))
 	if err != nil {
 		log.Fatal(err)
 	}

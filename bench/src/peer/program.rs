@@ -63,9 +63,19 @@ impl Peer {
         Err(last.unwrap_or("no reason given").to_owned())
     }
 
+    /// How many sessions with Postgres to try, in all its processes together, the likeliest first.
+    /// Counters wait for each other's lock. Flask opens a session for each visit.
+    pub(crate) fn sessions(self) -> [usize; 4] {
+        match self {
+            Self::AxumPlain => [32, 8, 16, 64],
+            _ => [4, 2, 8, 16],
+        }
+    }
+
     /// A command that serves it at an address. The stores' settings are in the environment.
-    pub(crate) fn serve(self, address: SocketAddr) -> Result<Command> {
+    pub(crate) fn serve(self, address: SocketAddr, sessions: usize) -> Result<Command> {
         let mut command = process::command(self.program()?);
+        command.env("DB_SESSIONS", sessions.to_string());
         let processors = available_parallelism().map_or(2, usize::from);
         let (host, port) = (address.ip().to_string(), address.port().to_string());
         match self {
@@ -79,8 +89,9 @@ impl Peer {
             Self::FastApi => command
                 .current_dir(Path::new(FOLDER).join(self.source()))
                 .env("PYTHONDONTWRITEBYTECODE", "1")
-                .args(["-m", "uvicorn", "app:app", "--workers"])
-                .arg(processors.to_string())
+                // The number of uvicorn's workers.
+                .env("WEB_CONCURRENCY", processors.to_string())
+                .args(["-m", "uvicorn", "app:app"])
                 .args(["--loop", "uvloop", "--http", "httptools"])
                 .args(["--no-access-log", "--log-level", "warning"])
                 .args(["--host", &host, "--port", &port]),
