@@ -2,9 +2,10 @@
 //! the service's throughput over each peer's.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use lab::measure::{Mebibytes, Spread};
+use lab::measure::{Mebibytes, Spread, grouped};
 use lab::report::{Goal, Section, table};
 
 use super::{CONNECTIONS, COUNTS, VISITAS};
@@ -14,8 +15,8 @@ use crate::round::{self, Case, Effort, Series, ratio_of, throughputs};
 use crate::subject::Subject;
 
 /// Explains the peers.
-const PEERS: &str = "Each peer is a visit as a good engineer of its stack writes it, with pools that do not ping and \
-     a size tuned for 256 connections, and records each visit in a transaction of its own. *No count* \
+const PEERS: &str = "Each peer is a visit as a good engineer of its stack writes it, with pools that do not ping, and \
+     records each visit in a transaction of its own. *No count* \
      returns the row's id in place of a count. *Counter row* counts exactly: one statement inserts \
      the row and updates the counter. *Textbook* counts all rows. After each measurement, the peer's \
      number is compared with `select count(*)`, and a difference ends the run.";
@@ -27,6 +28,7 @@ pub(crate) fn connections(ground: &mut Ground, effort: Effort) -> Result<Section
         .map(Subject::Peer)
         .chain([Subject::Textbook])
         .collect();
+    let tuning = tune(ground, effort)?;
     let cases: Vec<_> = COUNTS
         .into_iter()
         .flat_map(|connections| {
@@ -63,6 +65,10 @@ pub(crate) fn connections(ground: &mut Ground, effort: Effort) -> Result<Section
         writeln!(text, "- {peer}: {}", peer.runtime()?)?;
     }
     writeln!(text, "{}", ground.skipped_lines(&FAST))?;
+    text += "Sessions with Postgres that were tried with 256 connections, and visits/s; the fastest are \
+             kept:\n\n";
+    text += &tuning;
+    text += "\n";
     text +=
         "The service's visits/s over each peer's, by connections; below 1.00 the peer wins:\n\n";
     let [a, b, c, d] = COUNTS.map(|count| count.to_string());
@@ -114,6 +120,36 @@ pub(crate) fn connections(ground: &mut Ground, effort: Effort) -> Result<Section
         text,
         goals,
     })
+}
+
+/// Tries each number of a peer's sessions briefly, keeps the fastest, and returns a table.
+fn tune(ground: &mut Ground, effort: Effort) -> Result<String> {
+    let effort = Effort {
+        rounds: 1,
+        duration: effort.duration.min(Duration::from_secs(2)),
+        ..effort
+    };
+    let mut rows = Vec::new();
+    for peer in FAST {
+        if !ground.has(peer) {
+            continue;
+        }
+        let mut tried = Vec::new();
+        for sessions in peer.sessions() {
+            ground.set_sessions(peer, sessions);
+            let case = Case::new(Subject::Peer(peer), CONNECTIONS);
+            let series = round::interleaved(ground, &[case], effort)?;
+            tried.push((sessions, series[0].throughput().median));
+        }
+        tried.sort_by(|(_, one), (_, other)| other.total_cmp(one));
+        ground.set_sessions(peer, tried[0].0);
+        let cell = |index: usize| {
+            let (sessions, throughput) = tried[index];
+            format!("{sessions}: {}", grouped(throughput))
+        };
+        rows.push([peer.to_string(), cell(0), cell(1), cell(2), cell(3)]);
+    }
+    Ok(table(&["", "fastest", "second", "third", "fourth"], rows))
 }
 
 /// The highest throughput of each round.
