@@ -4,7 +4,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults sweep compat compat-ends browser picture bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
+.PHONY: help run check map test api faults sweep compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-soak bench-ready chaos chaos-long chaos-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
 
 help: ## List the targets (at once)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,11 +62,20 @@ sweep: PACKAGES = promtool=prometheus
 sweep: setup ## Try 20 rates of failure against the alerts, and print when each fires (5 minutes)
 	SWEEP=whole cargo test --locked --test it sweep:: -- --ignored --nocapture
 
-bench: bench-ready ## Measure everything, and write bench/report.md (30 minutes)
-	@target/release/bench full
+# BEFORE=REVISION compares with the service of that revision, where the stores are far away.
+AGAINST = before=$(if $(BEFORE),$$(bench/before.sh '$(BEFORE)')) && set -- $${before:+--before "$$before"}
 
-bench-quick: bench-ready ## Measure the essentials (2 minutes)
-	@target/release/bench quick
+bench: bench-ready ## Measure everything, and write bench/report.md; BEFORE=revision compares with it (40 minutes)
+	@$(AGAINST) && target/release/bench full "$$@"
+
+bench-quick: bench-ready ## Measure the essentials (3 minutes)
+	@$(AGAINST) && target/release/bench quick "$$@"
+
+bench-far: bench-ready ## Measure with both stores a network away; BEFORE=revision compares with it (9 minutes)
+	@$(AGAINST) && target/release/bench far "$$@"
+
+bench-peers: bench-ready ## Compare with the same visit in other stacks (10 minutes)
+	@target/release/bench peers
 
 bench-soak: bench-ready ## Watch memory at the peak, and write bench/soak.md (30 minutes)
 	@target/release/bench soak
@@ -74,7 +83,7 @@ bench-soak: bench-ready ## Watch memory at the peak, and write bench/soak.md (30
 # Builds the bench and the service as `make run` does.
 bench-ready:
 	@devstack/install.sh wrk=wrk
-	@cargo build --release --locked --quiet --bin visitas --bin bench --workspace
+	@cargo build --release --locked --quiet --bin visitas --bin bench --bin axum-peer --workspace
 
 chaos: chaos-ready ## Break everything, and write docs/faults.md (11 minutes)
 	@target/release/chaos all
