@@ -242,8 +242,10 @@ async fn caddy_that_keeps_connections_sends_a_visit_again() {
     client.get("/").await;
     let response = break_a_visit(&world, &way, client).await;
     assert!(response.starts_with("HTTP/1.1 200"), "{response}");
-    assert_eq!(visits_sent(&way), 3);
-    assert_eq!(world.rows().await, 3);
+    // Caddy decides how often.
+    let sent = visits_sent(&way);
+    assert!(sent >= 3, "{sent}");
+    assert_eq!(world.rows().await, i64::try_from(sent).expect("a few"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
