@@ -122,11 +122,11 @@ impl Ground {
 
     /// One line for each of these peers that cannot be measured.
     pub(crate) fn skipped_lines(&self, peers: &[Peer]) -> String {
-        self.skipped
-            .iter()
-            .filter(|(peer, _)| peers.contains(peer))
+        let skipped = self.skipped.iter().filter(|(peer, _)| peers.contains(peer));
+        let lines: Vec<_> = skipped
             .map(|(peer, reason)| format!("\n{peer} SKIPPED: {reason}.\n"))
-            .collect()
+            .collect();
+        lines.concat()
     }
 
     /// Starts the relay, unless it runs.

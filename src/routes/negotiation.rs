@@ -57,7 +57,7 @@ pub(super) fn accepted(headers: &HeaderMap) -> impl Iterator<Item = MediaType<'_
 /// The elements of all lines of a header whose elements have no quoted strings.
 pub(super) fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &str> {
     let lines = headers.get_all(name).into_iter();
-    lines.flat_map(|line| readable(line.as_bytes().split(is_comma)))
+    lines.flat_map(|line| readable(line.as_bytes().split(|byte| *byte == b',')))
 }
 
 /// The elements of a list that are ASCII, without the white space around them. A byte beyond ASCII,
@@ -69,10 +69,6 @@ fn readable<'a>(elements: impl Iterator<Item = &'a [u8]>) -> impl Iterator<Item 
         .filter_map(|element| std::str::from_utf8(element.trim_ascii()).ok())
 }
 
-fn is_comma(byte: &u8) -> bool {
-    *byte == b','
-}
-
 /// Tells which commas separate elements: those outside of quoted strings. Wants each byte of a line
 /// in turn.
 fn unquoted_comma() -> impl FnMut(&u8) -> bool {
@@ -82,7 +78,7 @@ fn unquoted_comma() -> impl FnMut(&u8) -> bool {
             _ if is_escaped => is_escaped = false,
             b'\\' if is_quoted => is_escaped = true,
             b'"' => is_quoted = !is_quoted,
-            _ => return is_comma(byte) && !is_quoted,
+            _ => return *byte == b',' && !is_quoted,
         }
         false
     }
@@ -198,7 +194,7 @@ pub(super) fn parameter_weight(parameter: &str) -> Option<f32> {
 /// Whether a header's value is the token `prefetch` or `prerender`, with or without parameters such
 /// as `;prerender` (RFC 8941, items).
 fn is_prefetch(value: &HeaderValue) -> bool {
-    readable(value.as_bytes().split(is_comma))
+    readable(value.as_bytes().split(|byte| *byte == b','))
         .map(|item| item.split(';').next().unwrap_or_default().trim_ascii())
         .any(|token| {
             token.eq_ignore_ascii_case("prefetch") || token.eq_ignore_ascii_case("prerender")

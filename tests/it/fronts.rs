@@ -1,4 +1,4 @@
-//! The recipes of `docs/connecting.md` for reverse proxies and the HAProxy of
+//! The recipes of `docs/connecting.md` for reverse proxies and the `HAProxy` of
 //! `docker-compose.scale.yml`, each with the real program in front of the real service: a request is
 //! at most one visit, also when a connection between the two breaks.
 
@@ -345,7 +345,7 @@ enum Program {
     Nginx,
     Haproxy,
     Caddy,
-    /// HAProxy, with the configuration of `docker-compose.scale.yml`.
+    /// `HAProxy`, with the configuration of `docker-compose.scale.yml`.
     Compose,
 }
 

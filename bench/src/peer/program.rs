@@ -19,7 +19,7 @@ pub(crate) enum Peer {
     AxumCounter,
     /// Go with pgx and a counter row.
     Go,
-    /// FastAPI with asyncpg and a counter row.
+    /// `FastAPI` with asyncpg and a counter row.
     FastApi,
     /// Fastify with postgres.js and a counter row.
     Fastify,
