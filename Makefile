@@ -3,7 +3,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults sweep compat compat-ends browser bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
+.PHONY: help run check map test api faults sweep compat compat-ends browser bench bench-quick bench-far bench-peers bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,11 +52,20 @@ sweep: PACKAGES = promtool=prometheus
 sweep: setup ## Try 20 rates of failure against the alerts, a few minutes, and print when each fires
 	SWEEP=whole cargo test --locked --test it sweep:: -- --ignored --nocapture
 
-bench: bench-ready ## Measure everything, half an hour, and write bench/report.md
-	@target/release/bench full
+# BEFORE=REVISION compares with the service of that revision, where the stores are far away.
+AGAINST = before=$(if $(BEFORE),$$(bench/before.sh '$(BEFORE)')) && set -- $${before:+--before "$$before"}
 
-bench-quick: bench-ready ## Measure the essentials, two minutes
-	@target/release/bench quick
+bench: bench-ready ## Measure everything, forty minutes, and write bench/report.md; BEFORE=revision compares with it
+	@$(AGAINST) && target/release/bench full "$$@"
+
+bench-quick: bench-ready ## Measure the essentials, three minutes
+	@$(AGAINST) && target/release/bench quick "$$@"
+
+bench-far: bench-ready ## Measure with both stores a network away, nine minutes; BEFORE=revision compares with it
+	@$(AGAINST) && target/release/bench far "$$@"
+
+bench-peers: bench-ready ## Compare with the same visit in other stacks, ten minutes
+	@target/release/bench peers
 
 bench-soak: bench-ready ## Watch memory at the peak, half an hour, and write bench/soak.md
 	@target/release/bench soak
@@ -64,7 +73,7 @@ bench-soak: bench-ready ## Watch memory at the peak, half an hour, and write ben
 # Builds the bench and the service as `make run` does.
 bench-ready:
 	@devstack/install.sh wrk=wrk
-	@cargo build --release --locked --quiet --bin visitas --bin bench --workspace
+	@cargo build --release --locked --quiet --bin visitas --bin bench --bin axum-peer --workspace
 
 chaos: chaos-ready ## Break everything, eleven minutes, and write docs/faults.md
 	@target/release/chaos all
