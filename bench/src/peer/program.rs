@@ -114,7 +114,13 @@ impl Peer {
             _ => (self.program()?, "--version"),
         };
         let output = Command::new(program).arg(argument).output()?;
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        let version = String::from_utf8_lossy(&output.stdout);
+        let name = if self == Self::Fastify {
+            "Node.js "
+        } else {
+            ""
+        };
+        Ok(format!("{name}{}", version.trim()))
     }
 
     /// Whether one process serves all its requests, so that its memory is that process's.

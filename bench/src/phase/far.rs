@@ -99,7 +99,7 @@ fn compare(
 fn introduction(ground: &mut Ground) -> Result<String> {
     let mut text = format!(
         "Each store is behind a relay that delays everything by {} in each direction, on the same two \
-         processors. *Slower commit* is `commit_delay = {}` and `commit_siblings = 0`. *In lone \
+         processors, at real-time priority where the system allows it. *Slower commit* is `commit_delay = {}` and `commit_siblings = 0`. *In lone \
          visits* is the median over that of the same program with one connection, in the same round. \
          The relay sent {}.\n\n",
         milliseconds(ONE_WAY.as_secs_f64()),
