@@ -24,7 +24,8 @@ SERVERS = promtool=prometheus amtool=prometheus-alertmanager \
 	nginx=nginx haproxy=haproxy caddy=caddy pgbouncer=pgbouncer
 PYTHON = python3:ensurepip=python3-venv
 
-run: setup ## Serve on port 8000 with its own PostgreSQL and Redis (2 seconds)
+run: setup ## Serve on port 8000 with its own PostgreSQL and Redis; a first build takes some minutes (2 seconds)
+	@[ -e target/release/visitas ] || echo 'building: the first time takes some five minutes' >&2
 	@cargo build --release --locked --quiet --bin visitas --bin devstack --workspace
 	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
 
