@@ -402,7 +402,7 @@ certify() {
 
 logs_say() { k logs --selector $selector --tail 200 --prefix=false | grep -E "$1"; }
 
-# A hostPath volume that an administrator has made belongs to root, whatever a pod's fsGroup is.
+# A hostPath volume that an administrator has made belongs to root, so a pod's fsGroup has no effect on it.
 open_volumes() {
     local path
     for path in $(k get persistentvolume -o 'jsonpath={range .items[?(@.status.phase=="Available")]}{.spec.hostPath.path}{"\n"}{end}'); do
