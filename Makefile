@@ -1,99 +1,142 @@
-# The commands for people. `make` alone lists them.
+# The commands for people. `make` alone lists them. A description ends with how long it takes on two
+# processors, after a first build; CONTRIBUTING.md has the minutes of a cold machine.
 
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults simulate simulate-mutants sweep compat compat-ends browser bench bench-quick bench-soak bench-ready chaos chaos-long chaos-ready e2e setup clean
+.PHONY: help run check map test api faults simulate simulate-mutants sweep compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-soak bench-ready chaos chaos-long chaos-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
 
-help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+help: ## List the targets (at once)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: # Install missing tools, if that is allowed
 	@devstack/install.sh $(PACKAGES)
 
-run: setup ## Serve on port 8000 with its own PostgreSQL and Redis
+setup-all: ## Install what any target needs, except Rust and Docker (2 minutes)
+	@devstack/install.sh $(SERVERS) $(PYTHON) npm=npm python3:pip=python3-pip chromium=chromium chromedriver=chromium-driver wrk=wrk
+
+hooks: ## Run `make check` before each commit of this clone (at once)
+	git config core.hooksPath .githooks
+
+# Programs that tests need in addition to the stores, each with its package.
+SERVERS = promtool=prometheus amtool=prometheus-alertmanager \
+	python3:prometheus_client=python3-prometheus-client \
+	nginx=nginx haproxy=haproxy caddy=caddy pgbouncer=pgbouncer
+PYTHON = python3:ensurepip=python3-venv
+
+run: setup ## Serve on port 8000 with its own PostgreSQL and Redis; a first build takes some minutes (2 seconds)
+	@[ -e target/release/visitas ] || echo 'building: the first time takes some five minutes' >&2
 	@cargo build --release --locked --quiet --bin visitas --bin devstack --workspace
 	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
 
-check: ## Check format and lints and run the unit tests, in seconds; needs no server
+check: ## Check format and lints and run the unit tests; needs no server (20 seconds)
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo test --package visitas --lib --locked --quiet
 
-map: ## Print who imports whom in src
+map: ## Print who imports whom in src (seconds)
 	@cargo test --package visitas --test imports --locked --quiet -- rooms --nocapture | grep -e ' -> ' -e arrows
 
-# Programs that tests need in addition to the stores, each with its package.
-test faults: PACKAGES = promtool=prometheus amtool=prometheus-alertmanager \
-	python3:prometheus_client=python3-prometheus-client \
-	nginx=nginx haproxy=haproxy caddy=caddy pgbouncer=pgbouncer
+test faults coverage: PACKAGES = $(SERVERS)
 
 # Tests wait for servers most of the time, so more of them run than there are processors.
-test compat compat-ends: export RUST_TEST_THREADS = 8
+test coverage compat compat-ends: export RUST_TEST_THREADS = 8
 ifdef T
 test: setup
 	@tests=$$(cargo test --workspace --exclude browser --locked --quiet -- --list '$(T)') && \
 	case $$tests in *': test'*) ;; *) echo "no test has $(T) in its name" >&2; exit 1 ;; esac
 	cargo test --workspace --exclude browser --locked --quiet -- --include-ignored '$(T)'
 else
-test: setup check ## Test everything that guards a change, in minutes; T=name runs the tests with this name
+test: setup check ## Test everything that guards a change; T=name runs the tests with this name (4 minutes)
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
 	cargo test --workspace --exclude browser --locked --no-fail-fast
 endif
 
-api: PACKAGES = python3:ensurepip=python3-venv
-api: setup ## Test the service against its description with Schemathesis, in two minutes
+api: PACKAGES = $(PYTHON)
+api: setup ## Test the service against its description with Schemathesis (1 minute)
 	@tests/api.sh
 
-faults: setup ## Run the tests that read a clock, take long or flood, one at a time
+faults: setup ## Run the tests that read a clock, take long or flood, one at a time (9 minutes)
 	cargo test --workspace --exclude browser --locked --no-fail-fast -- --ignored --test-threads=1
 
 simulate: export SCHEDULES ?= 1000000
-simulate: ## Try a million schedules of recorder and pool in simulated time, minutes; SEED=n prints the timeline of one
+simulate: ## Try a million schedules in simulated time; SEED=n prints the timeline of one (10 minutes)
 	cargo test --profile simulation --package visitas --lib --locked --quiet -- simulation::no_schedule --nocapture
 
 simulate-mutants: # Break recorder and pool in some thirty places: the simulation must notice each
 	@tests/simulation.py
 
 sweep: PACKAGES = promtool=prometheus
-sweep: setup ## Try 20 rates of failure against the alerts, a few minutes, and print when each fires
+sweep: setup ## Try 20 rates of failure against the alerts, and print when each fires (5 minutes)
 	SWEEP=whole cargo test --locked --test it sweep:: -- --ignored --nocapture
 
-bench: bench-ready ## Measure everything, half an hour, and write bench/report.md
-	@target/release/bench full
+# BEFORE=REVISION compares with the service of that revision, where the stores are far away.
+AGAINST = before=$(if $(BEFORE),$$(bench/before.sh '$(BEFORE)')) && set -- $${before:+--before "$$before"}
 
-bench-quick: bench-ready ## Measure the essentials, two minutes
-	@target/release/bench quick
+bench: bench-ready ## Measure everything, and write bench/report.md; BEFORE=revision compares with it (40 minutes)
+	@$(AGAINST) && target/release/bench full "$$@"
 
-bench-soak: bench-ready ## Watch memory at the peak, half an hour, and write bench/soak.md
+bench-quick: bench-ready ## Measure the essentials (3 minutes)
+	@$(AGAINST) && target/release/bench quick "$$@"
+
+bench-far: bench-ready ## Measure with both stores a network away; BEFORE=revision compares with it (9 minutes)
+	@$(AGAINST) && target/release/bench far "$$@"
+
+bench-peers: bench-ready ## Compare with the same visit in other stacks (10 minutes)
+	@target/release/bench peers
+
+bench-soak: bench-ready ## Watch memory at the peak, and write bench/soak.md (30 minutes)
 	@target/release/bench soak
 
 # Builds the bench and the service as `make run` does.
 bench-ready:
 	@devstack/install.sh wrk=wrk
-	@cargo build --release --locked --quiet --bin visitas --bin bench --workspace
+	@cargo build --release --locked --quiet --bin visitas --bin bench --bin axum-peer --workspace
 
-chaos: chaos-ready ## Break everything, eleven minutes, and write docs/faults.md
+chaos: chaos-ready ## Break everything, and write docs/faults.md (11 minutes)
 	@target/release/chaos all
 
-chaos-long: chaos-ready ## Kill each part at a hundred random moments, restart replicas a hundred times, six minutes, and write docs/kills.md
+chaos-long: chaos-ready ## Kill each part at a hundred random moments, restart replicas a hundred times, and write docs/kills.md (6 minutes)
 	@target/release/chaos long
 
 chaos-ready: setup
 	@cargo build --release --locked --quiet --bin visitas --bin chaos --workspace
 
 compat compat-ends: PACKAGES = npm=npm python3:pip=python3-pip
-compat: setup ## Test with PostgreSQL 14 to 18, Redis and Valkey, and restore dumps of each into 18
+compat: setup ## Test with PostgreSQL 14 to 18, Redis and Valkey, and restore dumps of each into 18 (10 minutes)
 	@tests/compat.sh
 
-compat-ends: setup ## Test with PostgreSQL 14 and 18 what their versions can change
+compat-ends: setup ## Test with PostgreSQL 14 and 18 what their versions can change (2 minutes)
 	@tests/compat.sh ends
 
-browser: ## Test the page in Chromium, a minute, and write target/screenshots; T=name runs the tests with this name
+browser: ## Test the page in Chromium, and write target/screenshots; T=name runs the tests with this name (1 minute)
 	@tests/browser.sh $(T)
 
-e2e: ## Test the Compose stack, also with outages; needs Docker
+picture: ## Take docs/page.png in Chromium, after ten minutes of visits (12 minutes)
+	@rm -f target/screenshots/light.png
+	@RUSH_SECONDS=610 tests/browser.sh audit
+	@cp target/screenshots/light.png docs/page.png
+
+e2e: ## Test the Compose stack, also with outages; needs Docker (9 minutes)
 	@tests/e2e.sh
 
-clean: ## Delete the build and the data of `make run`
+e2e-kubernetes: ## Test the manifests, also with outages, in the cluster that E2E_KUBECONFIG names (4 minutes)
+	@cargo build --locked --quiet --workspace --bin chaos
+	@tests/e2e-kubernetes.sh
+
+image: ## Build the image for both architectures, twice, and compare; needs Docker (25 minutes)
+	@tests/image.sh
+
+# Programs that tests start leave their part as well, unless they are killed.
+coverage: setup ## Measure which lines the tests run, and write target/coverage; needs cargo-llvm-cov (10 minutes)
+	cargo llvm-cov --workspace --exclude browser --locked --no-report
+	cargo llvm-cov report --html --output-dir target/coverage
+	cargo llvm-cov report --summary-only | tee target/coverage/summary.txt
+
+licences: ## Write the licences of all that is in the program to target/licences; needs cargo-about (seconds)
+	@mkdir -p target/licences
+	cp LICENSE target/licences
+	cargo about generate --locked --fail about.hbs --output-file target/licences/dependencies.txt
+
+clean: ## Delete the build and the data of `make run` (seconds)
 	rm -rf target .devstack

@@ -1,9 +1,54 @@
 // Keeps the page current from /visitas/stream, without a reload. It writes numbers, times and
-// paths, and the attributes of <main>, which choose among the texts of templates/page.html; it has
-// no text of its own, and builds no HTML. The charts are drawn as in src/routes/page/chart.rs.
+// paths, and chooses among the texts of templates/page.html; it has no text of its own. The charts
+// are drawn as in src/routes/page/chart.rs.
 
 const main = document.querySelector("main");
 const at = (id) => document.getElementById(id);
+
+// The texts
+
+// What was not true as the page was sent waits in an attribute, out of sight of text browsers.
+for (const element of document.querySelectorAll("[data-html]")) {
+  element.innerHTML = element.dataset.html;
+  delete element.dataset.html;
+}
+
+// Shows the forms of texts that are true now: what `holds` in src/routes/page/present.rs says for the
+// page as it is sent.
+function showForms() {
+  const { visit, live, difference, rates, failures, back = "" } = main.dataset;
+  const [postgres, redis] = [main.dataset.postgres === "ok", main.dataset.redis === "ok"];
+  const isBack = (store) => back.split(" ").includes(store);
+  const [isPostgresBack, isRedisBack] = [postgres && isBack("postgres"), redis && isBack("redis")];
+  const isRefused = visit === "failed" || visit === "doubt";
+  const forms = {
+    "postgres-up": postgres,
+    "postgres-down": !postgres,
+    "postgres-down-alone": !postgres && redis,
+    "postgres-down-live": !postgres && live === "on",
+    "both-down": !postgres && !redis,
+    "postgres-news": !postgres || isRefused || isPostgresBack,
+    "postgres-fine": postgres && isRefused && !isPostgresBack,
+    "postgres-back": isPostgresBack,
+    "visit-again": postgres && (isRefused || isPostgresBack),
+    "redis-up": redis,
+    "redis-down": !redis,
+    "redis-news": postgres && (!redis || isRedisBack),
+    "redis-down-alone": postgres && !redis,
+    "redis-back": postgres && isRedisBack,
+    same: difference === "same",
+    behind: difference === "behind",
+    ahead: difference === "ahead",
+    still: live === "no",
+    live: live === "on",
+    stale: live === "stale",
+    slider: live !== "no",
+    "no-rates": rates === "none",
+    failures: failures === "some",
+  };
+  for (const element of document.querySelectorAll("[data-if]"))
+    element.hidden = !forms[element.dataset.if];
+}
 
 // How numbers and times are written
 
@@ -100,21 +145,20 @@ function draw(snapshot) {
     )
     .join("");
   for (const path of document.querySelectorAll(".plot .failures")) path.setAttribute("d", bands);
-  main.toggleAttribute("data-failures", bands !== "");
-  if (rates.every((rate) => rate.visitas + rate.falhas === 0)) main.dataset.rates = "none";
-  else delete main.dataset.rates;
+  main.dataset.failures = bands === "" ? "none" : "some";
+  const isEmpty = rates.every((rate) => rate.visitas + rate.falhas === 0);
+  main.dataset.rates = isEmpty ? "none" : "some";
 
-  write(at("visits-top"), rate(top));
-  write(at("visits-half"), rate(top / 2));
-  write(at("milliseconds-top"), `${rate(topMilliseconds)}\u00a0ms`);
-  write(at("milliseconds-half"), `${rate(topMilliseconds / 2)}\u00a0ms`);
+  at("visits-top").dataset.label = rate(top);
+  at("visits-half").dataset.label = rate(top / 2);
+  at("milliseconds-top").dataset.label = `${rate(topMilliseconds)}\u00a0ms`;
+  at("milliseconds-half").dataset.label = `${rate(topMilliseconds / 2)}\u00a0ms`;
   const end = rates.length
     ? Date.parse(rates.at(-1).em) + 1000 * INTERVAL
     : Date.parse(snapshot.atualizado_em);
   writeTime(at("start"), new Date(end - 1000 * SECONDS));
   writeTime(at("middle"), new Date(end - 500 * SECONDS));
   writeTime(at("end"), new Date(end));
-  showMoment();
 }
 
 // Shows the numbers of the interval at which the slider stands: the newest, unless it was moved.
@@ -132,9 +176,7 @@ function showMoment() {
     path.setAttribute("d", isMoved ? `M${place} 0v100` : "");
   if (chosen) writeTime(at("moment-time"), new Date(chosen.em));
   else write(at("moment-time"), "–");
-  const values = [...document.querySelectorAll(".values > span")].filter((value) =>
-    value.checkVisibility(),
-  );
+  const values = document.querySelectorAll(".values > span:not([hidden])");
   slider.setAttribute(
     "aria-valuetext",
     [at("moment-time"), ...values].map((part) => part.innerText.trim()).join(", "),
@@ -168,6 +210,15 @@ const FIRST = 2500;
 // How long a replica that has just started can call a store down that it has not reached yet.
 const STARTING = 2000;
 
+// An event's snapshot. Its totals become BigInts: a number of JavaScript holds no more than 2^53.
+function parse(json) {
+  const totals = /"(total_registros_db|visitas_redis)":(-?\d+)/g;
+  const snapshot = JSON.parse(json.replace(totals, '"$1":"$2"'));
+  for (const name of ["total_registros_db", "visitas_redis"])
+    if (snapshot[name] !== null) snapshot[name] = BigInt(snapshot[name]);
+  return snapshot;
+}
+
 // Writes a store's state and total, and returns whether its state has changed.
 function showStore(store, status, total, moment) {
   const before = main.dataset[store];
@@ -187,7 +238,7 @@ function showStore(store, status, total, moment) {
   // The last known total stays through an outage, with its time.
   count.classList.toggle("old", total === null);
   // Another replica's reading can be older than this page's visit, which is in the total already.
-  const isOld = performance.now() < FIRST && total < Number(count.value);
+  const isOld = performance.now() < FIRST && total < BigInt(count.value);
   if (total !== null && !isOld) {
     count.value = total;
     write(count, whole.format(total));
@@ -197,12 +248,12 @@ function showStore(store, status, total, moment) {
 }
 
 function showTotals(rows, redis) {
-  const [shown, inRedis] = ["postgres", "redis"].map((store) => Number(at(`${store}-total`).value));
-  const difference = rows === null || redis === null ? null : shown - inRedis;
-  const comparisons = { 0: "same", 1: "behind", "-1": "ahead" };
-  main.dataset.difference = difference === null ? "unknown" : comparisons[Math.sign(difference)];
+  const [shown, inRedis] = ["postgres", "redis"].map((store) => BigInt(at(`${store}-total`).value));
+  const difference = shown - inRedis;
+  const comparison = difference > 0n ? "behind" : difference < 0n ? "ahead" : "same";
+  main.dataset.difference = rows === null || redis === null ? "unknown" : comparison;
   for (const element of document.querySelectorAll(".difference"))
-    write(element, whole.format(Math.abs(difference)));
+    write(element, whole.format(difference < 0n ? -difference : difference));
   const total = at("total");
   if (rows === null) {
     total?.classList.add("old");
@@ -230,19 +281,17 @@ function show(snapshot) {
   showTotals(rows, redis);
   if (rows !== null) writeTime(at("total-read"), moment);
   draw(snapshot);
+  showForms();
+  showMoment();
   writeTime(at("news"), moment);
   // The stream can lead to another replica once it was broken.
   write(at("replica"), snapshot.replica.id);
   writeTime(at("replica-since"), new Date(snapshot.replica.desde));
   // A screen reader hears of changes of state alone, not of each second.
   if (changes.includes(true)) {
-    const notices = [...document.querySelectorAll(".notice")].filter((notice) =>
-      notice.checkVisibility(),
-    );
-    write(
-      at("announcement"),
-      notices.map((notice) => notice.innerText.replace(/\s+/g, " ")).join(" "),
-    );
+    const notices = [...document.querySelectorAll(".notice:not([hidden])")];
+    const texts = notices.map((notice) => notice.innerText.replace(/\s+/g, " "));
+    write(at("announcement"), texts.join(" "));
   }
 }
 
@@ -260,8 +309,8 @@ function connect() {
   stream = new EventSource("/visitas/stream");
   stream.onmessage = (event) => {
     lastNews = performance.now();
-    show(JSON.parse(event.data));
     main.dataset.live = "on";
+    show(parse(event.data));
     slider.disabled = false;
   };
   // The browser connects again after a broken connection, but not after a refusal.
@@ -273,8 +322,9 @@ function connect() {
 }
 
 setInterval(() => {
-  if (main.dataset.live === "on" && performance.now() - lastNews > STALE_AFTER)
-    main.dataset.live = "stale";
+  if (main.dataset.live !== "on" || performance.now() - lastNews <= STALE_AFTER) return;
+  main.dataset.live = "stale";
+  showForms();
 }, 1000);
 document.addEventListener("visibilitychange", connect);
 for (const element of document.querySelectorAll("time[datetime]"))

@@ -11,14 +11,15 @@ set -eu
 # Debian keeps nginx and HAProxy where only root looks for programs.
 PATH=$PATH:/usr/sbin
 
+oldest=$(sed -n 's/^rust-version = "1\.\([0-9]*\)"$/\1/p' "$(dirname "$0")/../Cargo.toml")
 minor=$(rustc --version 2>/dev/null | sed -n 's/^rustc 1\.\([0-9]*\)\..*/\1/p')
-if [ "${minor:-0}" -lt 94 ] || [ -z "$(command -v cargo)" ]; then
+if [ "${minor:-0}" -lt "$oldest" ] || [ -z "$(command -v cargo)" ]; then
     if [ -n "$(command -v rustup)" ]; then
         how='rustup update stable'
     else
         how="curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
     fi
-    printf 'Rust 1.94 or newer was not found. Install it:\n  %s\n' "$how" >&2
+    printf 'Rust 1.%s or newer was not found. Install it:\n  %s\n' "$oldest" "$how" >&2
     exit 1
 fi
 

@@ -4,9 +4,9 @@
 #   tests/browser.sh          every test
 #   tests/browser.sh outage   the tests with this in their name
 #
-# The pictures are in target/screenshots. Needs chromium, chromedriver and npm; if one of them can
-# neither be found nor installed, the tests are skipped, and this says so. axe-core is a package of
-# npm, kept in target/axe once it is downloaded. The checksum is of the package as published.
+# The pictures are in target/screenshots. Needs chromium, chromedriver and npm, and axe-core, a package
+# of npm that is kept in target/axe once it is downloaded. Where one of them can be neither found nor
+# got, this says SKIPPED, and that is no failure. The checksum is of the package as published.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export CARGO_TARGET_DIR=$PWD/target
@@ -21,8 +21,7 @@ main() {
     local browser=chromium
     [ -z "$(command -v google-chrome)" ] || browser=google-chrome
     if ! devstack/install.sh "$browser=chromium" chromedriver=chromium-driver npm=npm; then
-        echo "== make browser SKIPPED: there is no chromium, chromedriver or npm, and no way to install them"
-        exit 0
+        skip "a program is missing that cannot be installed here (see above)"
     fi
     [ "$(cat target/axe/sum 2>/dev/null)" = "$axe_sum" ] || download
     cargo build --locked --quiet --bin visitas
@@ -33,15 +32,25 @@ main() {
 download() {
     local new
     new=$(mktemp -d target/axe.XXXXXX)
-    (cd "$new" && npm pack --silent "axe-core@$axe_version" >/dev/null) ||
+    trap "rm -rf '$PWD/$new'" EXIT
+    if ! (cd "$new" && npm pack --loglevel=error "axe-core@$axe_version" >/dev/null) 2>"$new/log"; then
+        cat "$new/log" >&2
+        # What npm says when there is no way to its registry.
+        ! grep -Eq 'code (E[A-Z_]*SOCKET_TIMEOUT|ENOTFOUND|EAI_AGAIN|ECONN[A-Z]*|ETIMEDOUT|ENETUNREACH|EHOSTUNREACH)' "$new/log" ||
+            skip "npm's registry cannot be reached, so there is no axe-core"
         fail "npm cannot download axe-core@$axe_version"
+    fi
     echo "$axe_sum  $new/axe-core-$axe_version.tgz" | sha256sum --check --quiet ||
         fail "axe-core@$axe_version is not the package that was expected"
     tar -xzf "$new/axe-core-$axe_version.tgz" -C "$new" package/axe.min.js package/LICENSE
     echo "$axe_sum" >"$new/package/sum"
     rm -rf target/axe
     mv "$new/package" target/axe
-    rm -rf "$new"
+}
+
+skip() {
+    echo "== make browser SKIPPED: $*"
+    exit 0
 }
 
 fail() {

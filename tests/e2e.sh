@@ -36,6 +36,7 @@ cases=(
     image_says_what_it_is_and_holds_no_secret
     secrets_in_the_build_folder_do_not_get_into_the_image
     change_of_the_source_does_not_rebuild_dependencies
+    released_image_needs_nothing_but_its_compose_file
     every_variable_of_env_example_takes_effect
     env_example_shows_the_defaults
     passwords_are_made_as_documented
@@ -58,6 +59,16 @@ cases=(
     refused_visits_raise_the_availability_alert
     jaeger_stays_within_its_memory_under_load
     grafana_has_its_data_sources_and_dashboards
+    scale_without_its_file_is_refused
+    scaled_web_serves_by_three_replicas_behind_one_port
+    scaled_balancer_has_no_privileges_and_stops_in_time
+    scaled_visits_have_unique_numbers_in_order
+    scaled_replica_that_is_killed_fails_only_its_own_visits
+    scaled_replica_that_is_stopped_fails_no_visit
+    scaled_to_two_and_to_four_fails_no_visit
+    scaled_replicas_speak_for_themselves_while_db_is_down
+    scaled_replicas_are_found_by_prometheus
+    scaled_web_returns_to_one_replica
     tour_does_what_it_says
     down_with_volumes_leaves_nothing
     interrupted_run_leaves_nothing
@@ -66,7 +77,8 @@ cases=(
 
 compose_files_are_valid_without_a_warning() {
     local said
-    said=$(compose --profile '*' config --quiet 2>&1 && with_secrets config --quiet 2>&1) || fail "config fails: $said"
+    said=$(compose --profile '*' config --quiet 2>&1 && with_secrets config --quiet 2>&1 &&
+        scaled config --quiet 2>&1 && with_secrets --file docker-compose.scale.yml config --quiet 2>&1) || fail "config fails: $said"
     [ -z "$said" ] || fail "config says: $said"
     # The Alertmanager of the runbook, and the stores of one's own.
     block_of observability/runbook.md '# docker-compose.override.yml' >"$work/override.yml"
@@ -79,14 +91,16 @@ compose_files_are_valid_without_a_warning() {
 
 names_are_derived_from_the_project() {
     local config
-    config=$(compose --project-name other --profile '*' config)
+    config=$(compose --project-name other --profile '*' config && scaled --project-name other config)
     grep -q 'container_name: other-web' <<<"$config" || fail "the container is not called other-web"
+    grep -q 'container_name: other-balancer' <<<"$config" || fail "the container is not called other-balancer"
     grep -q 'name: other-net' <<<"$config" || fail "the network is not called other-net"
     grep -q 'name: other_db-data' <<<"$config" || fail "the volume is not called other_db-data"
     lacks "$config" -E 'name: .*desafio3' || fail "a name is that of the user's project"
     # As in a second clone, whose .env has this line.
     { cat "$env_file"; echo COMPOSE_PROJECT_NAME=other; } >"$work/other"
-    [ "$(clean docker compose --env-file "$work/other" --file docker-compose.yml --profile '*' config)" = "$config" ] ||
+    [ "$(clean docker compose --env-file "$work/other" --file docker-compose.yml --profile '*' config &&
+        clean docker compose --env-file "$work/other" --file docker-compose.yml --file docker-compose.scale.yml config)" = "$config" ] ||
         fail "COMPOSE_PROJECT_NAME in .env does not name the project"
 }
 
@@ -270,8 +284,8 @@ stores_are_reached_from_inside_only_and_hold_few_capabilities() {
 
 every_service_is_bounded() {
     local config services missing
-    config=$(compose --profile '*' config)
-    services=$(grep -c '^    container_name: ' <<<"$config")
+    config=$(scaled --profile '*' config)
+    services=$(scaled --profile '*' config --services | wc -l)
     for bound in '    mem_limit: ' '    cpus: ' '    pids_limit: ' '        max-size: ' '    restart: unless-stopped' \
         '    healthcheck:' '      - no-new-privileges:true' '    cap_drop:'; do
         [ "$(grep -c "^$bound" <<<"$config")" = "$services" ] || fail "not every service has$bound"
@@ -352,8 +366,25 @@ change_of_the_source_does_not_rebuild_dependencies() {
     echo '// Changed.' >>"$context/src/main.rs"
     clean docker build --progress plain --output type=cacheonly --target dependencies "$context" >"$work/build.log" 2>&1 || { cat "$work/build.log"; return 1; }
     local step
-    step=$(sed -n 's/^\(#[0-9]*\) .*RUN .*cargo build.*/\1/p' "$work/build.log" | head -1)
+    step=$(sed -n 's/^\(#[0-9]*\) .*RUN .*cargo .* build --release .*/\1/p' "$work/build.log" | head -1)
     grep -qx "$step CACHED" "$work/build.log" || { cat "$work/build.log"; fail "dependencies were built again"; }
+}
+
+released_image_needs_nothing_but_its_compose_file() {
+    local release=$work/release name=$project-release started took
+    mkdir "$release"
+    docker image tag "$image" "$name:1.0"
+    trap "docker image rm $name:1.0 >/dev/null 2>&1" EXIT
+    .github/release-compose.sh "$name:1.0" >"$release/docker-compose.yml"
+    remove_everything
+    started=$(now)
+    clean docker compose --project-name "$project" --env-file "$env_file" --file "$release/docker-compose.yml" up --detach --wait --wait-timeout 120
+    visit
+    took=$(since "$started")
+    note "$took s from up to the first visit, with images cached"
+    less "$took" 20 || fail "the first visit took $took s"
+    [ "$(docker container inspect --format '{{.Config.Image}}' "$project-web")" = "$name:1.0" ] || fail "web runs another image"
+    remove_everything
 }
 
 every_variable_of_env_example_takes_effect() {
@@ -370,13 +401,13 @@ every_variable_of_env_example_takes_effect() {
         [OTEL_RESOURCE_ATTRIBUTES]=deployment.environment=e2e [OTEL_TRACES_SAMPLER]=parentbased_traceidratio
         [OTEL_TRACES_SAMPLER_ARG]=0.25 [VISITAS_REVISION]=f00dcafe1234 [METRICS_ADDR]=0.0.0.0:9464
         [OTEL_EXPORTER_OTLP_HEADERS]=key=f00d [DATABASE_URL]=postgres://ana:f00d@db.example/outra_base
-        [REDIS_URL]=redis://:f00d@cache.example:6380
+        [REDIS_URL]=redis://:f00d@cache.example:6380 [WEB_REPLICAS]=5 [VISITAS_IMAGE]="$image"
     )
     local variable plain changed listing value
     for variable in "${!sample[@]}"; do
         grep -q "^#$variable=" .env.example || fail "$variable is not in .env.example"
     done
-    plain=$(with_secrets --profile '*' config && compose config)
+    plain=$(with_secrets --profile '*' config && compose config && scaled config)
     : >"$work/all"
     # The project's name is a flag in these tests; another case is about it.
     for variable in $(sed -n 's/^#\([A-Z_]*\)=.*/\1/p' .env.example | grep -vx COMPOSE_PROJECT_NAME); do
@@ -384,7 +415,7 @@ every_variable_of_env_example_takes_effect() {
         echo "$variable=${sample[$variable]}" >"$work/one"
         # A URL contradicts the settings of its parts.
         [[ $variable =~ ^(DATABASE|REDIS)_URL$ ]] || cat "$work/one" >>"$work/all"
-        changed=$(env_file=$work/one; with_secrets --profile '*' config && compose config) || fail "$variable is refused"
+        changed=$(env_file=$work/one; with_secrets --profile '*' config && compose config && scaled config) || fail "$variable is refused"
         [ "$changed" != "$plain" ] || fail "$variable changes nothing"
     done
     # Each variable of .env.example that Compose gives to web takes effect there.
@@ -404,9 +435,9 @@ env_example_shows_the_defaults() {
     sed -n 's/^#\([A-Z_]*=\)/\1/p' .env.example | grep -Ev '^(OTEL_TRACES_SAMPLER_ARG|COMPOSE_PROJECT_NAME)=' >"$work/uncommented"
     : >"$work/empty"
     local with without
-    with=$(env_file=$work/uncommented; compose run --rm --no-deps -T web config && with_secrets --profile '*' config | grep -v '^      [A-Z_]*:') ||
+    with=$(env_file=$work/uncommented; compose run --rm --no-deps -T web config && { with_secrets --profile '*' config && scaled config; } | grep -v '^      [A-Z_]*:') ||
         fail "config fails"
-    without=$(env_file=$work/empty; compose run --rm --no-deps -T web config && with_secrets --profile '*' config | grep -v '^      [A-Z_]*:') ||
+    without=$(env_file=$work/empty; compose run --rm --no-deps -T web config && { with_secrets --profile '*' config && scaled config; } | grep -v '^      [A-Z_]*:') ||
         fail "config fails"
     diff <(sed 's/ *# .*//' <<<"$without") <(sed 's/ *# .*//' <<<"$with") || fail "a default in .env.example differs"
 }
@@ -696,6 +727,169 @@ grafana_has_its_data_sources_and_dashboards() {
     done
 }
 
+# --- several replicas behind HAProxy; each case begins with three ---
+
+scale_without_its_file_is_refused() {
+    refuses 'Remove the custom name to scale the service' compose up --detach --scale web=3
+    is_healthy web || fail "web is $(health web)"
+}
+
+scaled_web_serves_by_three_replicas_behind_one_port() {
+    local replica address ids
+    start_scaled
+    [ "$(replicas | wc -l)" = 3 ] || fail "the replicas are $(replicas)"
+    for replica in $(replicas); do
+        [ "$(docker container inspect --format '{{.State.Health.Status}} {{len .HostConfig.PortBindings}}' "$replica")" = 'healthy 0' ] ||
+            fail "$replica is not healthy, or has a port of the host"
+    done
+    visit | grep -q '"db_status":"ok","redis_status":"ok"' || fail "$(visit)"
+    ids=$(for _ in $(seq 20); do curl -fsS "$url/visitas" -H 'accept: application/json' | grep -o '"id":"[^"]*"'; done | sort -u)
+    [ "$(wc -l <<<"$ids")" = 3 ] || fail "these replicas answer: $ids"
+    # Line by line, as web sends it.
+    [ "$(timeout 5 curl -fsSN "$url/visitas/stream" | grep -c '^data:')" -ge 3 ] || fail "the stream is held back"
+}
+
+scaled_balancer_has_no_privileges_and_stops_in_time() {
+    local status started stream
+    start_scaled
+    [ "$(process_status balancer Uid)" = 99 ] || fail "the balancer runs as $(process_status balancer Uid)"
+    for status in CapPrm CapEff CapBnd; do
+        [ "$(process_status balancer $status)" = 0000000000000000 ] || fail "the balancer has $(process_status balancer $status)"
+    done
+    [ "$(process_status balancer NoNewPrivs)" = 1 ] || fail "the balancer can gain privileges"
+    refuses 'Read-only file system' docker exec "$project-balancer" touch /var/lib/haproxy/there
+    # A stream never ends by itself.
+    curl -sN "$url/visitas/stream" >"$work/stream" &
+    stream=$!
+    within 10 grep -q ^data: "$work/stream"
+    started=$(now)
+    scaled stop balancer
+    less "$(since "$started")" 8 || fail "the stop took $(since "$started") s"
+    note "the balancer, with a stream open, stops in $(since "$started") s"
+    wait $stream || true
+    scaled up --detach --wait --scale web=3
+}
+
+scaled_visits_have_unique_numbers_in_order() {
+    local replica
+    start_scaled
+    begin_load
+    visited 2000
+    end_load
+    no_visit_failed
+    for replica in $(replicas); do
+        [ "$(metric_of "$replica" 'visitas_visits_total{outcome="ok"}')" -gt 100 ] || fail "$replica records nothing"
+    done
+}
+
+scaled_replica_that_is_killed_fails_only_its_own_visits() {
+    local killed=$project-web-2 address failed
+    start_scaled
+    address=$(address_of "$killed")
+    began=$(date --utc +%FT%T.%NZ)
+    begin_load
+    # In the middle of visits: nearly always the count is held, and all clients wait.
+    hold_the_count 0.4 20 &
+    within 20 count_is_held
+    docker run --rm --pid host --user 0 --entrypoint sh "$image" -c "kill -9 $(docker container inspect --format '{{.State.Pid}}' "$killed")"
+    wait $!
+    # Docker starts it again, and HAProxy sends it visits again.
+    within 60 replica_is_healthy "$killed"
+    within 20 replica_records "$killed"
+    end_load
+    failed=$(counted refused in_doubt broken wrong not_sent)
+    note "$failed visits were in flight on the killed replica"
+    # Sixteen clients are spread evenly.
+    [ "$failed" -gt 0 ] && [ "$failed" -le 6 ] || fail "of 16 visits in flight, $failed failed"
+    [ "$(counted refused not_sent)" = 0 ] || fail "a visit that was not sent was not sent to another replica"
+    lacks "$(unanswered | grep -v "server=$address ")" 'no response' || fail "a visit failed that was not on $address"
+    balancer_says 'Server ready/replica[0-9]* is \(DOWN\|going DOWN\)' || fail "HAProxy did not notice"
+}
+
+scaled_replica_that_is_stopped_fails_no_visit() {
+    local stopped=$project-web-3
+    start_scaled
+    begin_load
+    docker stop "$stopped"
+    [ "$(docker container inspect --format '{{.State.ExitCode}}' "$stopped")" = 0 ] || fail "it did not exit with 0"
+    visited 200
+    docker start "$stopped"
+    within 60 replica_is_healthy "$stopped"
+    within 20 replica_records "$stopped"
+    docker restart "$project-web-1"
+    within 60 replica_is_healthy "$project-web-1"
+    end_load
+    no_visit_failed
+}
+
+scaled_to_two_and_to_four_fails_no_visit() {
+    start_scaled
+    begin_load
+    scaled up --detach --wait --wait-timeout 120 --scale web=2
+    [ "$(replicas | wc -l)" = 2 ] || fail "the replicas are $(replicas)"
+    visited 200
+    scaled up --detach --wait --wait-timeout 120 --scale web=4
+    [ "$(replicas | wc -l)" = 4 ] || fail "the replicas are $(replicas)"
+    within 20 replica_records "$project-web-4"
+    end_load
+    no_visit_failed
+}
+
+scaled_replicas_speak_for_themselves_while_db_is_down() {
+    local said
+    start_scaled
+    began=$(date --utc +%FT%T.%NZ)
+    scaled stop db
+    within 10 balancer_says 'backend ready has no server available'
+    said=$(curl -s --max-time 10 "$url/")
+    [[ $said == '{"db_status":"erro",'*'"total_registros_db":null,'* ]] || fail "$said"
+    status_is 503 /health || fail "the health is not 503"
+    status_is 200 /visitas || fail "the page is gone"
+    scaled start db
+    within 30 status_is 200 /
+    within 30 status_is 200 /health
+}
+
+scaled_replicas_are_found_by_prometheus() {
+    need_image prometheus
+    local expression silent=() gone address
+    start_scaled
+    scaled --profile obs up --detach --build --wait --wait-timeout 120 --no-recreate --scale web=3 web prometheus
+    within 30 prometheus_has 'count(up{job="visitas"} == 1) == 3'
+    within 60 prometheus_has 'count(rate(visitas_visits_total{job="visitas", outcome="ok"}[1m])) == 3'
+    while IFS= read -r expression; do
+        within 60 prometheus_has "$expression" || silent+=("$expression")
+    done < <(expressions)
+    [ ${#silent[@]} = 0 ] || fail "no series: $(printf '%s\n' "${silent[@]}")"
+    prometheus_has 'visitas_build_info{job="visitas"}' || fail "no build is known"
+    # A replica that hangs stays in the network's DNS.
+    gone=$project-web-2
+    address=$(address_of "$gone")
+    docker pause "$gone"
+    within 20 prometheus_has "up{job=\"visitas\", instance=\"$address:5000\"} == 0"
+    within 60 prometheus_has "ALERTS{alertname=\"VisitasDown\", instance=\"$address:5000\", alertstate=\"firing\"}"
+    docker unpause "$gone"
+    within 20 prometheus_has 'count(up{job="visitas"} == 1) == 3'
+    # One that has ended does not, and nothing starts it again.
+    docker kill "$gone"
+    within 30 prometheus_has 'count(up{job="visitas"}) == 2'
+    within 30 prometheus_has 'ALERTS{alertname="VisitasReplicasMissing"}'
+    docker start "$gone"
+    within 60 prometheus_has 'count(up{job="visitas"} == 1) == 3'
+    within 20 prometheus_lacks 'ALERTS{alertname="VisitasReplicasMissing"}'
+}
+
+scaled_web_returns_to_one_replica() {
+    local before
+    start_scaled
+    before=$(total)
+    compose up --detach --wait --wait-timeout 120 --remove-orphans
+    is_healthy web || fail "web is $(health web)"
+    [ "$(total)" = $((before + 1)) ] || fail "the total did not continue from $before"
+    [ -z "$(replicas | grep -vx "$project-web")" ] || fail "these are left: $(replicas)"
+    refuses 'No such container' docker container inspect "$project-balancer"
+}
+
 # tour_does_what_it_says
 . tests/tour.sh
 
@@ -744,6 +938,8 @@ compose() {
 
 with_secrets() { compose --file docker-compose.secrets.yml "$@"; }
 
+scaled() { compose --file docker-compose.scale.yml "$@"; }
+
 clean() {
     env -i PATH="$PATH" HOME="$HOME" ${DOCKER_HOST:+DOCKER_HOST="$DOCKER_HOST"} ${DOCKER_CONTEXT:+DOCKER_CONTEXT="$DOCKER_CONTEXT"} \
         ${DOCKER_CONFIG:+DOCKER_CONFIG="$DOCKER_CONFIG"} timeout --foreground --kill-after 10 "${deadline:-900}" "$@"
@@ -776,6 +972,101 @@ health() { docker container inspect --format '{{.State.Health.Status}}' "$projec
 health_is() { [ "$(health "$2")" = "$1" ]; }
 
 is_healthy() { health_is healthy "$1"; }
+
+# --- helpers of the cases with several replicas ---
+
+start_scaled() {
+    need_balancer
+    scaled up --detach --build --wait --wait-timeout 180 --scale web=3
+}
+
+need_balancer() {
+    local name
+    name=$(sed -n 's/^FROM //p' deploy/haproxy/Dockerfile)
+    docker image inspect "$name" >/dev/null 2>&1 || deadline=600 clean docker pull --quiet "$name" >/dev/null 2>&1 ||
+        { echo "the image $name cannot be pulled"; exit $skipped; }
+}
+
+# The clients and the judge of what they see: a program of this repository.
+find_clients() {
+    command -v cargo >/dev/null || { echo "cargo is needed to build the clients"; exit $skipped; }
+    cargo build --workspace --locked --quiet --bin chaos
+    chaos=${CARGO_TARGET_DIR:-target}/debug/chaos
+}
+
+# The names of web's containers.
+replicas() { docker ps --filter "label=com.docker.compose.project=$project" --filter label=com.docker.compose.service=web --format '{{.Names}}' | sort; }
+
+address_of() { docker container inspect --format '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "$1"; }
+
+replica_is_healthy() { [ "$(docker container inspect --format '{{.State.Health.Status}}' "$1")" = healthy ]; }
+
+# metric_of REPLICA SERIES: its value, rounded down. The image has no client, so db's container asks.
+metric_of() {
+    docker exec "$project-db" bash -c "exec 3<>/dev/tcp/$(address_of "$1")/5000; printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3; cat <&3" |
+        awk -v series="$2" 'index($0, series " ") == 1 { printf "%d", $2 }'
+}
+
+# Whether a replica has recorded ten visits since its start.
+replica_records() { [ "$(metric_of "$1" 'visitas_visits_total{outcome="ok"}')" -gt 10 ]; }
+
+# Starts clients that visit by the balancer until end_load, each over a connection that it keeps.
+begin_load() {
+    find_clients
+    mkfifo "$work/load"
+    "$chaos" visit --pause 5 "127.0.0.1:$WEB_PORT" -- docker exec -e PGPASSWORD=senha123 "$project-db" \
+        psql -h 127.0.0.1 -U usuario -d desafio3db -Atc 'select (extract(epoch from data) * 1000000)::bigint from visitas order by id' \
+        <"$work/load" >"$work/visits" 2>&1 &
+    load=$!
+    exec {load_input}>"$work/load"
+    rm "$work/load"
+    visited 200
+}
+
+# visited NUMBER: waits until so many more visits are recorded.
+visited() {
+    local before
+    before=$(rows)
+    within 60 rows_exceed $((before + $1))
+}
+
+rows() { sql 'select count(*) from visitas'; }
+
+rows_exceed() { [ "$(rows)" -gt "$1" ]; }
+
+# Ends the clients, and fails if what they saw contradicts the rows.
+end_load() {
+    local status=0
+    exec {load_input}>&-
+    wait $load || status=$?
+    note "$(cat "$work/visits")"
+    [ $status = 0 ] || fail "numbers are wrong: $(cat "$work/visits")"
+}
+
+# counted NAME...: the sum of these counts of the clients.
+counted() {
+    local sum=0 name number
+    for name in "$@"; do
+        number=$(grep -o "\b$name=[0-9]*" "$work/visits") || fail "no $name in $(cat "$work/visits")"
+        sum=$((sum + ${number#*=}))
+    done
+    echo $sum
+}
+
+no_visit_failed() {
+    local failures=(in_doubt broken wrong not_sent refused)
+    # HAProxy before 3.1 sends visits to a replica that has just started. It refuses some: they are
+    # certainly not recorded.
+    if docker exec "$project-balancer" haproxy -v | grep -Eq 'version (2|3\.0)\.'; then unset 'failures[-1]'; fi
+    [ "$(counted "${failures[@]}")" = 0 ] || fail "visits failed: $(cat "$work/visits")"
+}
+
+# balancer_says PATTERN: prints HAProxy's lines of this kind since $began.
+balancer_says() { docker logs --since "$began" "$project-balancer" 2>&1 | grep "$1"; }
+
+# HAProxy's lines about requests that no replica answered. It says nothing about a client whose
+# connection it closes because the replica closed its own.
+unanswered() { balancer_says '^no response: ' || true; }
 
 # block_of DOCUMENT LINE: the document's block of code whose first line this is.
 block_of() {
@@ -1005,7 +1296,7 @@ make_decoy() {
 clean_up() {
     trap '' INT TERM HUP
     remove_everything >/dev/null 2>&1 || echo "could not remove everything of project $project"
-    docker image rm --force "$image" "$project"-{jaeger,prometheus,grafana} >/dev/null 2>&1 || true
+    docker image rm --force "$image" "$project"-{balancer,jaeger,prometheus,grafana} >/dev/null 2>&1 || true
     if [ -n "$decoy" ]; then docker volume rm $users_volume >/dev/null 2>&1 || true; fi
     rm -rf "$work"
 }
@@ -1018,8 +1309,8 @@ run_case() {
     (
         set -e
         case $1 in
-        cold_start*|compose_files*|names_*|every_setting_*|env_is_read*|checkout_*|interrupted*|volume_of_the_users*|tour_*) ;;
-        *) compose up --detach --wait --wait-timeout 120 ;;
+        cold_start*|compose_files*|names_*|every_setting_*|env_is_read*|checkout_*|interrupted*|volume_of_the_users*|scaled_*|tour_*) ;;
+        *) compose up --detach --wait --wait-timeout 120 --remove-orphans ;;
         esac
         "$1"
     ) >"$work/log" 2>&1

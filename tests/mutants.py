@@ -6,8 +6,8 @@
 cargo-mutants (`cargo install cargo-mutants --locked`) lists the mutants. Each worker builds one mutant
 after the other in a work tree of its own, and runs the integration tests of the committed revision that
 are listed below for the mutated file, then the unit tests of its module. A mutant is caught as soon as
-a test fails, or when the tests hang, and missed if all tests pass. A mutant that does not compile is not
-counted. Results are kept in target/mutants.json, so a run that was stopped continues where it ended; a
+a test fails, by itself once more, or when the tests hang, and missed if all tests pass. A mutant that
+does not compile is not counted. Results are kept in target/mutants.json, so a run that was stopped continues where it ended; a
 mutant is tried again when its file has changed, or when the tests hung with --retry-hangs.
 """
 
@@ -30,6 +30,9 @@ KNOWN = ROOT / "target" / "mutants.json"
 
 # Seconds after which a build, or a run of tests, counts as hanging.
 TIMEOUT = 300
+
+# Five runs of the tests each had a failure, and none of them twice. Such a mutant is tried again next time.
+UNCLEAR = "a failure that does not repeat"
 
 # Tests that most mutants fail, whichever file they are in.
 QUICK = ["http::second_visit_counts_two", "commands::"]
@@ -100,7 +103,8 @@ def work(tree, waiting, known, ends):
         result = tree.attempt(mutant)
         seconds = time.monotonic() - started
         with results:
-            known[mutant["key"]] = result
+            if UNCLEAR not in result:
+                known[mutant["key"]] = result
             KNOWN.write_text(json.dumps(known, indent=1))
             print(f"{seconds:4.0f} s  {mutant['name']}: {result}", flush=True)
 
@@ -150,16 +154,29 @@ class Tree:
         try:
             if self.failure(["cargo", "build", "--locked", "--bin", "visitas"]):
                 return "does not compile"
-            full = ["--include-ignored", *filters_of(mutant["file"])]
-            unit = ["cargo", "test", "--package", "visitas", "--lib", "--locked", f"{module_of(mutant['file'])}::"]
             # Golden files are found by this variable. Builds do not get it: build scripts would run again.
             program = ["env", f"CARGO_MANIFEST_DIR={self.path}", self.tests]
-            for tests in ([*program, *QUICK], [*program, *full], unit):
-                if failure := self.failure(tests):
+            unit = ["cargo", "test", "--package", "visitas", "--lib", "--locked", "--"]
+            for command, filters in (
+                (program, QUICK),
+                (program, ["--include-ignored", *filters_of(mutant["file"])]),
+                (unit, [f"{module_of(mutant['file'])}::"]),
+            ):
+                if failure := self.confirmed_failure(command, filters):
                     return f"caught: {failure}"
             return "missed"
         finally:
             file.write_text(source)
+
+    def confirmed_failure(self, command, filters):
+        """The first failed test that fails by itself as well: one that only a busy machine failed is no catch."""
+        for _ in range(5):
+            failure = self.failure([*command, *filters])
+            if failure is None or "::" not in failure:
+                return failure
+            if self.failure([*command, "--include-ignored", "--exact", failure]):
+                return failure
+        return UNCLEAR
 
     def failure(self, command):
         """Runs a command; returns its first failed test, what else is wrong, or None. Its whole process group ends with it."""

@@ -1,17 +1,21 @@
-//! The environment of all subjects: one Postgres and one Redis with durable settings, a collector,
-//! and a database for each subject and number of rows.
+//! The environment of all subjects: one Postgres and one Redis with durable settings, near or behind
+//! a relay, a collector, and a database for each subject and number of rows.
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
 use lab::collector::Collector;
-use lab::{program, stack};
+use lab::{process, program, stack};
 use tokio::runtime::{Builder, Runtime};
 
-use crate::flask::{self, Python};
+use crate::peer::Peer;
 use crate::progress;
+use crate::relay::Relay;
 
 /// The servers. They end with this value.
 pub(crate) struct Ground {
@@ -20,15 +24,39 @@ pub(crate) struct Ground {
     pub(crate) collector: Collector,
     /// The runtime of the collector and clients.
     pub(crate) runtime: Runtime,
-    /// The interpreter for the challenge's app, or the reason to skip it.
-    pub(crate) python: Result<Python, String>,
+    /// The peers that cannot be measured, each with the reason.
+    pub(crate) skipped: Vec<(Peer, String)>,
+    /// The program of the commit before, if one was given.
+    pub(crate) before: Option<PathBuf>,
+    relay: Option<Relay>,
+    /// How many sessions the peers that were tuned have.
+    sessions: Vec<(Peer, usize)>,
     databases: HashSet<String>,
 }
 
-/// The kind of table: the service's has its triggers, the peers' is plain.
+/// Where a subject finds the stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stores {
+    /// On this machine.
+    Near,
+    /// Behind the relay.
+    Far,
+    /// Behind the relay, and each commit takes [`SLOWER_COMMIT`] more.
+    FarWithSlowCommit,
+}
+
+/// The relay's delay in each direction.
+pub(crate) const ONE_WAY: Duration = Duration::from_micros(500);
+
+/// Postgres's `commit_delay`.
+pub(crate) const SLOWER_COMMIT: Duration = Duration::from_millis(2);
+
+/// The kind of table: the service's has its triggers, the peers' has a counter row next to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Owner {
     Visitas,
+    /// The service of the commit before, whose migrations can differ.
+    Before,
     Peer,
 }
 
@@ -39,8 +67,16 @@ const DURABLE: [&str; 3] = ["fsync", "synchronous_commit", "full_page_writes"];
 const SETTLE_DEADLINE: Duration = Duration::from_mins(1);
 
 impl Ground {
-    /// Starts the servers, and looks for Python if the challenge's app is measured.
-    pub(crate) fn start(with_flask: bool) -> Result<Self> {
+    /// Starts the servers and builds the peers.
+    pub(crate) fn start(peers: &[Peer], before: Option<PathBuf>) -> Result<Self> {
+        let mut skipped = Vec::new();
+        for &peer in peers {
+            progress!("building {peer}");
+            if let Err(reason) = peer.build() {
+                progress!("{peer} SKIPPED: {reason}");
+                skipped.push((peer, reason));
+            }
+        }
         progress!("starting PostgreSQL and Redis");
         let postgres = Postgres::start(PostgresOptions::default())?;
         for setting in DURABLE {
@@ -50,11 +86,6 @@ impl Ground {
                 "{setting} is {value}: the figures would be meaningless"
             );
         }
-        let python = if with_flask {
-            flask::find().inspect_err(|reason| progress!("Flask SKIPPED: {reason}"))
-        } else {
-            Err("not requested".to_owned())
-        };
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -64,9 +95,47 @@ impl Ground {
             redis: Redis::start(RedisOptions::default())?,
             collector: runtime.block_on(Collector::start()),
             runtime,
-            python,
+            skipped,
+            before,
+            relay: None,
+            sessions: Vec::new(),
             databases: HashSet::new(),
         })
+    }
+
+    /// Whether a peer was built. [`Self::start`] must have been asked for it.
+    pub(crate) fn has(&self, peer: Peer) -> bool {
+        self.skipped.iter().all(|(skipped, _)| *skipped != peer)
+    }
+
+    /// Sets how many sessions with Postgres a peer has from its next start on.
+    pub(crate) fn set_sessions(&mut self, peer: Peer, sessions: usize) {
+        self.sessions.retain(|(tuned, _)| *tuned != peer);
+        self.sessions.push((peer, sessions));
+    }
+
+    /// How many sessions with Postgres a peer has.
+    pub(crate) fn sessions(&self, peer: Peer) -> usize {
+        let tuned = self.sessions.iter().find(|(tuned, _)| *tuned == peer);
+        tuned.map_or(peer.sessions()[0], |(_, sessions)| *sessions)
+    }
+
+    /// One line for each of these peers that cannot be measured.
+    pub(crate) fn skipped_lines(&self, peers: &[Peer]) -> String {
+        let skipped = self.skipped.iter().filter(|(peer, _)| peers.contains(peer));
+        let lines: Vec<_> = skipped
+            .map(|(peer, reason)| format!("\n{peer} SKIPPED: {reason}.\n"))
+            .collect();
+        lines.concat()
+    }
+
+    /// Starts the relay, unless it runs.
+    pub(crate) fn relay(&mut self) -> Result<&Relay> {
+        if self.relay.is_none() {
+            let servers = self.addresses(Stores::Near)?;
+            self.relay = Some(Relay::start(servers, ONE_WAY)?);
+        }
+        self.relay.as_ref().context("the relay has just started")
     }
 
     /// The database of a subject, with `rows` rows plus those recorded since. With 0 rows, the
@@ -74,13 +143,18 @@ impl Ground {
     pub(crate) fn database(&mut self, owner: Owner, rows: u64) -> Result<String> {
         let name = match owner {
             Owner::Visitas => format!("visitas_{rows}"),
+            Owner::Before => format!("before_{rows}"),
             Owner::Peer => format!("peer_{rows}"),
         };
         if !self.databases.contains(&name) {
             self.create(&name, owner, rows)?;
             self.databases.insert(name.clone());
         } else if rows == 0 {
-            self.postgres.sql(&name, "truncate visitas")?;
+            let truncate = match owner {
+                Owner::Visitas | Owner::Before => "truncate visitas",
+                Owner::Peer => "truncate visitas restart identity; update contador set total = 0",
+            };
+            self.postgres.sql(&name, truncate)?;
         }
         // Each measurement starts just after a checkpoint.
         self.postgres.sql(&name, "checkpoint")?;
@@ -96,14 +170,18 @@ impl Ground {
     fn create(&mut self, name: &str, owner: Owner, rows: u64) -> Result<()> {
         self.fresh_database(name)?;
         match owner {
-            Owner::Visitas => self.migrate(name)?,
+            Owner::Visitas | Owner::Before => self.migrate(name, owner)?,
             Owner::Peer => {
                 self.postgres.sql(
                     name,
-                    "create table visitas (
-                         id bigint generated by default as identity primary key,
-                         data timestamptz not null default now()
-                     )",
+                    &format!(
+                        "create table visitas (
+                             id bigint generated by default as identity primary key,
+                             data timestamptz not null default now()
+                         );
+                         create table contador (total bigint not null) with (fillfactor = 10);
+                         insert into contador values ({rows})"
+                    ),
                 )?;
             }
         }
@@ -124,10 +202,9 @@ impl Ground {
         Ok(())
     }
 
-    fn migrate(&self, database: &str) -> Result<()> {
-        let output = program::command(self.settings(database))?
-            .arg("migrate")
-            .output()?;
+    fn migrate(&self, database: &str, owner: Owner) -> Result<()> {
+        let settings = self.settings(database, Stores::Near)?;
+        let output = self.service(owner, settings)?.arg("migrate").output()?;
         ensure!(
             output.status.success(),
             "visitas migrate: {}",
@@ -163,13 +240,62 @@ impl Ground {
         Ok(())
     }
 
-    /// The settings for these stores, for the service and the challenge's app.
-    pub(crate) fn settings(&self, database: &str) -> Vec<(&'static str, String)> {
-        let (postgres, redis) = (&self.postgres, &self.redis);
-        stack::settings(
-            (postgres.host(), postgres.port()),
+    /// Makes commits in a database slower, or as fast as before, in sessions that are opened from now
+    /// on.
+    pub(crate) fn set_commit_delay(&self, database: &str, stores: Stores) -> Result<()> {
+        let delay = match stores {
+            Stores::Near | Stores::Far => Duration::ZERO,
+            Stores::FarWithSlowCommit => SLOWER_COMMIT,
+        };
+        // With `commit_siblings` at 0, a lone commit waits, too.
+        let delay = format!(
+            "alter database {database} set commit_siblings = 0;
+             alter database {database} set commit_delay = {}",
+            delay.as_micros()
+        );
+        self.postgres.sql(database, &delay).map(drop)
+    }
+
+    /// A command that runs the service, this one or the one before, with only these settings in its
+    /// environment.
+    pub(crate) fn service(
+        &self,
+        owner: Owner,
+        settings: impl IntoIterator<Item = (&'static str, String)>,
+    ) -> Result<Command> {
+        if owner != Owner::Before {
+            return program::command(settings);
+        }
+        let before = self.before.as_ref().context("no commit before was given")?;
+        let mut command = process::command(before);
+        command.env_clear().envs(settings);
+        Ok(command)
+    }
+
+    /// The addresses of Postgres and Redis for a subject.
+    pub(crate) fn addresses(&self, stores: Stores) -> Result<[SocketAddr; 2]> {
+        match stores {
+            Stores::Near => Ok([self.postgres.port(), self.redis.port()]
+                .map(|port| SocketAddr::from(([127, 0, 0, 1], port)))),
+            Stores::Far | Stores::FarWithSlowCommit => {
+                let relay = self.relay.as_ref().context("the relay does not run")?;
+                Ok(relay.addresses)
+            }
+        }
+    }
+
+    /// The settings for these stores, for the service and the peers.
+    pub(crate) fn settings(
+        &self,
+        database: &str,
+        stores: Stores,
+    ) -> Result<Vec<(&'static str, String)>> {
+        let addresses = self.addresses(stores)?;
+        let [postgres, redis] = addresses.map(|address| (address.ip().to_string(), address.port()));
+        Ok(stack::settings(
+            (&postgres.0, postgres.1),
             database,
-            (redis.host(), redis.port()),
-        )
+            (&redis.0, redis.1),
+        ))
     }
 }

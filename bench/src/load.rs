@@ -30,7 +30,32 @@ pub(crate) fn run(address: SocketAddr, connections: usize, duration: Duration) -
     start(address, connections, duration)?.finish()
 }
 
-/// Starts the same run without waiting for it.
+/// Makes visits to several replicas at once. The connections are shared out. The median is the mean
+/// of the replicas' medians, and p99 the highest of theirs.
+pub(crate) fn run_on_all(
+    addresses: &[SocketAddr],
+    connections: usize,
+    duration: Duration,
+) -> Result<Load> {
+    let share = (connections / addresses.len()).max(1);
+    let runs: Vec<_> = addresses
+        .iter()
+        .map(|&address| start(address, share, duration))
+        .collect::<Result<_>>()?;
+    let loads: Vec<_> = runs
+        .into_iter()
+        .map(LoadRun::finish)
+        .collect::<Result<_>>()?;
+    let sum = |figure: fn(&Load) -> f64| loads.iter().map(figure).sum::<f64>();
+    Ok(Load {
+        throughput: sum(|load| load.throughput),
+        failed: loads.iter().map(|load| load.failed).sum(),
+        median: sum(|load| load.median) / loads.len() as f64,
+        p99: loads.iter().map(|load| load.p99).fold(0.0, f64::max),
+    })
+}
+
+/// Starts a run on one address without waiting for it.
 pub(crate) fn start(
     address: SocketAddr,
     connections: usize,

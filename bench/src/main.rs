@@ -1,30 +1,31 @@
 //! Compares the service with its limits and with what it replaces: `make bench`.
 //!
 //! In reading order: `subject` (a program to measure), `ground` (stores, collector, databases),
-//! `load` (throughput; `lab`'s `paced` measures latency), `round` (repeats measurements). `phase`
-//! has one file per section of the report, `chart` draws a chart. `peer` and `flask` are the
-//! programs that the service is compared with.
+//! `relay` (makes the stores far away), `load` (throughput; `lab`'s `paced` measures latency),
+//! `round` (repeats measurements). `phase` has one file per section of the report, `chart` draws a
+//! chart. `peer` has the programs that the service is compared with.
 
 mod chart;
-mod flask;
 mod ground;
 mod load;
 mod peer;
 mod phase;
+mod relay;
 mod round;
 mod subject;
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::{Arg, ArgMatches, Command, value_parser};
 use lab::machine;
 use lab::report::{self, Section};
 
 use crate::ground::Ground;
+use crate::peer::Peer;
 use crate::round::Effort;
 use crate::subject::{Subject, Traces};
 
@@ -37,9 +38,9 @@ use progress;
 /// Explains the figures of measurements in rounds.
 const METHOD: &str = "Each subject is measured once per round, in turn. Figures are medians of the rounds (lowest – \
      highest). Ratios are taken within a round, so that both sides saw the same speed of the machine. \
-     Each measurement restarts the subject and warms it up. Afterwards, the service's number is \
-     compared with `select count(*)`, and a difference ends the run. The median decides whether a goal \
-     is met.";
+     Each measurement restarts the subject and warms it up. Afterwards, the number of another visit \
+     is compared with `select count(*)`, and a difference ends the run. The median decides whether a \
+     goal is met.";
 
 /// The folder of the reports.
 const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
@@ -66,12 +67,17 @@ fn command() -> Command {
     let address = Arg::new("address")
         .required(true)
         .value_parser(value_parser!(SocketAddr));
+    let before = Arg::new("before")
+        .long("before")
+        .value_parser(value_parser!(PathBuf))
+        .help("The service's program of another revision, to compare this one with");
     Command::new("bench")
         .about("Measure the service")
         .subcommand_required(true)
         .subcommand(
             Command::new("full")
                 .about("Run all measurements and write report.md and throughput.svg")
+                .arg(before.clone())
                 .arg(number("rounds", "5", "Rounds of each comparison"))
                 .arg(number("seconds", "6", "Seconds of each measurement"))
                 .arg(number("large", "1000000", "Rows of the large table"))
@@ -80,6 +86,20 @@ fn command() -> Command {
         .subcommand(
             Command::new("quick")
                 .about("Run the main measurements and print the results")
+                .arg(before.clone())
+                .arg(number("rounds", "3", "Rounds of each comparison"))
+                .arg(number("seconds", "4", "Seconds of each measurement")),
+        )
+        .subcommand(
+            Command::new("far")
+                .about("Measure with stores a network away and print the results")
+                .arg(before)
+                .arg(number("rounds", "3", "Rounds of each comparison"))
+                .arg(number("seconds", "4", "Seconds of each measurement")),
+        )
+        .subcommand(
+            Command::new("peers")
+                .about("Compare with the peers, by connections, and print the results")
                 .arg(number("rounds", "3", "Rounds of each comparison"))
                 .arg(number("seconds", "4", "Seconds of each measurement")),
         )
@@ -100,32 +120,49 @@ fn command() -> Command {
         .subcommand(
             Command::new("textbook")
                 .about("Serve the textbook version of a visit")
-                .arg(address)
-                .arg(Arg::new("database").required(true))
-                .arg(Arg::new("redis").required(true)),
+                .arg(address.clone()),
+        )
+        .subcommand(
+            Command::new("relay")
+                .about("Relay to two servers with a delay")
+                .arg(
+                    Arg::new("microseconds")
+                        .required(true)
+                        .value_parser(value_parser!(u64))
+                        .help("Delay in each direction"),
+                )
+                .arg(
+                    address
+                        .num_args(4)
+                        .help("Two addresses to listen on, and those of their servers"),
+                ),
         )
 }
 
 fn run(matches: &ArgMatches) -> Result<()> {
     let (name, matches) = matches.subcommand().context("no subcommand")?;
-    let text = |name: &str| {
-        matches
-            .get_one::<String>(name)
-            .context("an argument is missing")
-    };
-    let address = || {
-        matches
-            .get_one::<SocketAddr>("address")
-            .context("no address")
+    let addresses = || -> Vec<SocketAddr> {
+        let addresses = matches.get_many("address");
+        addresses
+            .expect("the argument is required")
+            .copied()
+            .collect()
     };
     let number = |name: &str| {
         *matches
             .get_one::<u64>(name)
-            .expect("the option has a default")
+            .expect("the option has a default or is required")
     };
     match name {
-        "ceiling" => return peer::ceiling(*address()?),
-        "textbook" => return peer::textbook(*address()?, text("database")?, text("redis")?),
+        "ceiling" => return peer::ceiling(addresses()[0]),
+        "textbook" => return peer::textbook(addresses()[0]),
+        "relay" => {
+            let [one, other, server, other_server] = addresses()[..] else {
+                bail!("not four addresses");
+            };
+            let delay = Duration::from_micros(number("microseconds"));
+            return relay::run(delay, [(one, server), (other, other_server)]);
+        }
         _ if !machine::confine() => {
             progress!("taskset does not work: everything uses all processors");
         }
@@ -141,20 +178,31 @@ fn run(matches: &ArgMatches) -> Result<()> {
         warmup: Duration::from_secs(if name == "full" { 2 } else { 1 }).min(seconds),
         duration: seconds,
     };
-    if name == "full" {
-        full(effort, [0, number("large"), number("huge")])
-    } else {
-        quick(effort)
+    if name == "peers" {
+        return peers(effort);
+    }
+    let before = matches.get_one::<PathBuf>("before").cloned();
+    match name {
+        "full" => full(effort, [0, number("large"), number("huge")], before),
+        "far" => far(effort, before),
+        _ => quick(effort, before),
     }
 }
 
-fn full(effort: Effort, sizes: [u64; 3]) -> Result<()> {
-    // Sections without goals need fewer rounds.
+fn full(effort: Effort, sizes: [u64; 3], before: Option<PathBuf>) -> Result<()> {
+    // A goal that is far from met or missed, or none, needs fewer rounds.
     let fewer = Effort {
         rounds: effort.rounds.min(3),
         ..effort
     };
-    let mut ground = Ground::start(true)?;
+    // Sections with dozens of cases have shorter measurements, too.
+    let brief = Effort {
+        warmup: effort.warmup.min(Duration::from_secs(1)),
+        duration: effort.duration.min(Duration::from_secs(4)),
+        ..fewer
+    };
+    let peers: Vec<_> = peer::FAST.into_iter().chain([Peer::Flask]).collect();
+    let mut ground = Ground::start(&peers, before)?;
     let ground = &mut ground;
     let subjects = [
         Subject::Ceiling,
@@ -163,7 +211,7 @@ fn full(effort: Effort, sizes: [u64; 3]) -> Result<()> {
         Subject::Visitas(Traces::All),
         Subject::Visitas(Traces::Nowhere),
         Subject::Textbook,
-        Subject::Flask,
+        Subject::Peer(Peer::Flask),
     ];
     let throughput = phase::throughput(ground, &subjects, effort)?;
     let processors = phase::processors(ground, effort)?;
@@ -171,7 +219,8 @@ fn full(effort: Effort, sizes: [u64; 3]) -> Result<()> {
     let lone_visit = phase::lone_visit(ground, fewer)?;
     let paced = phase::paced(ground, effort)?;
     let footprint = phase::footprint(ground)?;
-    let connections = phase::connections(ground, fewer)?;
+    let connections = phase::connections(ground, brief)?;
+    let far = phase::far(ground, brief)?;
     let replicas = phase::replicas(ground, effort)?;
     let outage = phase::outage(ground, fewer)?;
     let snapshot = phase::snapshot(
@@ -182,7 +231,7 @@ fn full(effort: Effort, sizes: [u64; 3]) -> Result<()> {
         },
     )?;
     let limits = phase::limits(ground, fewer)?;
-    let (rows, chart) = phase::rows(ground, sizes, effort)?;
+    let (rows, chart) = phase::rows(ground, sizes, fewer)?;
     std::fs::write(Path::new(FOLDER).join("throughput.svg"), chart)?;
     let sections = [
         throughput,
@@ -192,6 +241,7 @@ fn full(effort: Effort, sizes: [u64; 3]) -> Result<()> {
         lone_visit,
         paced,
         connections,
+        far,
         replicas,
         outage,
         snapshot,
@@ -207,8 +257,22 @@ fn full(effort: Effort, sizes: [u64; 3]) -> Result<()> {
     )
 }
 
-fn quick(effort: Effort) -> Result<()> {
-    let mut ground = Ground::start(false)?;
+fn far(effort: Effort, before: Option<PathBuf>) -> Result<()> {
+    let mut ground = Ground::start(&[], before)?;
+    let section = phase::far(&mut ground, effort)?;
+    let method = in_rounds(effort);
+    publish(&ground, "make bench-far", &method, &[section], None)
+}
+
+fn peers(effort: Effort) -> Result<()> {
+    let mut ground = Ground::start(&peer::FAST, None)?;
+    let section = phase::connections(&mut ground, effort)?;
+    let method = in_rounds(effort);
+    publish(&ground, "make bench-peers", &method, &[section], None)
+}
+
+fn quick(effort: Effort, before: Option<PathBuf>) -> Result<()> {
+    let mut ground = Ground::start(&[], before)?;
     let ground = &mut ground;
     let subjects = [
         Subject::Ceiling,
@@ -218,17 +282,18 @@ fn quick(effort: Effort) -> Result<()> {
     ];
     let throughput = phase::throughput(ground, &subjects, effort)?;
     let lone = phase::lone(ground, effort)?;
+    let far = phase::far_quick(ground, effort)?;
     publish(
         ground,
         "make bench-quick",
         &in_rounds(effort),
-        &[throughput, lone],
+        &[throughput, lone, far],
         None,
     )
 }
 
 fn soak(duration: Duration) -> Result<()> {
-    let mut ground = Ground::start(false)?;
+    let mut ground = Ground::start(&[], None)?;
     let section = phase::soak(&mut ground, duration)?;
     publish(&ground, "make bench-soak", "", &[section], Some("soak.md"))
 }

@@ -5,11 +5,11 @@
 use std::fmt;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use lab::measure::{Mebibytes, Spread, grouped, milliseconds, ratio};
 use lab::report::table;
 
-use crate::ground::Ground;
+use crate::ground::{Ground, Stores};
 use crate::load;
 use crate::progress;
 use crate::subject::{Instance, Subject, Traces};
@@ -26,9 +26,12 @@ pub(crate) struct Effort {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Case {
     pub(crate) subject: Subject,
+    /// Of all replicas together.
     pub(crate) connections: usize,
+    pub(crate) replicas: usize,
     /// Rows in the table at the start.
     pub(crate) rows: u64,
+    pub(crate) stores: Stores,
 }
 
 /// One measurement.
@@ -90,23 +93,39 @@ fn measure(ground: &mut Ground, case: Case, effort: Effort) -> Result<Sample> {
         });
     };
     let database = ground.database(owner, case.rows)?;
+    if case.stores != Stores::Near {
+        ground.relay()?;
+        ground.set_commit_delay(&database, case.stores)?;
+    }
     let traced = case.subject == Subject::Visitas(Traces::All);
     let before = if traced { ground.rows(&database)? } else { 0 };
     ground.collector.take_server_spans();
 
-    let mut instance = case.subject.start(ground, &database)?;
-    warm_up(&instance, case.connections, effort)?;
-    let load = load::run(instance.address, case.connections, case.duration(effort))?;
-    let memory = match case.subject {
-        // Only the memory of gunicorn's master process is known, which serves no request.
-        Subject::Flask => None,
-        _ => instance.process.peak_memory(),
-    };
-    if let Subject::Visitas(_) = case.subject {
-        instance.check_number(ground, &database)?;
+    let mut instances: Vec<_> = (0..case.replicas)
+        .map(|_| case.subject.start_with(ground, &database, case.stores))
+        .collect::<Result<_>>()?;
+    for instance in &instances {
+        warm_up(instance, case.connections, effort)?;
     }
-    instance.process.stop()?;
+    let addresses: Vec<_> = instances.iter().map(|instance| instance.address).collect();
+    let load = load::run_on_all(&addresses, case.connections, case.duration(effort))?;
+    let memory = match case.subject {
+        // Only the memory of the process that starts the workers is known.
+        Subject::Peer(peer) if !peer.is_one_process() => None,
+        _ => instances[0].process.peak_memory(),
+    };
+    if case.rows == 0 || !case.subject.counts_all_rows() {
+        instances[0]
+            .check_number(ground, &database)
+            .with_context(|| case.to_string())?;
+    }
+    for instance in &mut instances {
+        instance.process.stop()?;
+    }
     ground.settle(&database)?;
+    if case.stores != Stores::Near {
+        ground.set_commit_delay(&database, Stores::Near)?;
+    }
 
     let lost = if traced {
         let visits = (ground.rows(&database)? - before) as f64;
@@ -125,11 +144,21 @@ pub(crate) fn warm_up(instance: &Instance, connections: usize, effort: Effort) -
 }
 
 impl Case {
+    /// One replica on near stores, with an empty table.
+    pub(crate) fn new(subject: Subject, connections: usize) -> Self {
+        Self {
+            subject,
+            connections,
+            replicas: 1,
+            rows: 0,
+            stores: Stores::Near,
+        }
+    }
+
     /// A subject that counts a large table responds so rarely that its measurement must be longer.
     fn duration(self, effort: Effort) -> Duration {
-        let counts = matches!(self.subject, Subject::Textbook | Subject::Flask);
         match self.rows {
-            5_000_000.. if counts => effort.duration * 3,
+            5_000_000.. if self.subject.counts_all_rows() => effort.duration * 3,
             _ => effort.duration,
         }
     }
@@ -149,6 +178,13 @@ impl Series {
 
     pub(crate) fn throughput(&self) -> Spread {
         self.spread(|sample| sample.load.throughput)
+    }
+
+    pub(crate) fn medians(&self) -> Vec<f64> {
+        self.samples
+            .iter()
+            .map(|sample| sample.load.median)
+            .collect()
     }
 
     /// The ratio of its throughput to another's, round by round.
@@ -206,7 +242,7 @@ pub(crate) fn throughputs<'a>(
 }
 
 /// Shows more decimals for small ratios.
-fn ratio_of(spread: &Spread) -> String {
+pub(crate) fn ratio_of(spread: &Spread) -> String {
     if spread.median < 0.095 {
         spread.format_with(|number| format!("{number:.4}"))
     } else {
@@ -216,13 +252,21 @@ fn ratio_of(spread: &Spread) -> String {
 
 impl fmt::Display for Case {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            subject,
-            connections,
-            rows,
-        } = self;
-        write!(formatter, "{subject}, {connections} connections, ")?;
-        formatter.write_str(&rows_in_words(*rows))
+        write!(
+            formatter,
+            "{}, {} connections, {}",
+            self.subject,
+            self.connections,
+            rows_in_words(self.rows)
+        )?;
+        if self.replicas > 1 {
+            write!(formatter, ", {} replicas", self.replicas)?;
+        }
+        match self.stores {
+            Stores::Near => Ok(()),
+            Stores::Far => formatter.write_str(", far"),
+            Stores::FarWithSlowCommit => formatter.write_str(", far, slower commit"),
+        }
     }
 }
 

@@ -5,13 +5,14 @@ use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
 use lab::client;
 use lab::ports::free_address;
 use lab::process::{self, Process};
 use lab::program;
 
-use crate::ground::{Ground, Owner};
+use crate::ground::{Ground, Owner, Stores};
+use crate::peer::Peer;
 
 /// A program that responds to `GET /`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,10 +21,12 @@ pub(crate) enum Subject {
     Ceiling,
     /// The service.
     Visitas(Traces),
+    /// The service of the commit before, as in production.
+    Before,
     /// The textbook version of a visit.
     Textbook,
-    /// The challenge's app.
-    Flask,
+    /// A visit in another stack.
+    Peer(Peer),
 }
 
 /// The service's tracing. Logs and metrics are always on.
@@ -49,21 +52,41 @@ pub(crate) struct Instance {
 
 const START_DEADLINE: Duration = Duration::from_secs(30);
 
+/// How long a peer can still record visits whose clients have left.
+const BACKLOG_DEADLINE: Duration = Duration::from_secs(20);
+
 impl Subject {
     /// The kind of table that it uses, if it has stores.
     pub(crate) fn owner(self) -> Option<Owner> {
         match self {
             Self::Ceiling => None,
             Self::Visitas(_) => Some(Owner::Visitas),
-            Self::Textbook | Self::Flask => Some(Owner::Peer),
+            Self::Before => Some(Owner::Before),
+            Self::Textbook | Self::Peer(_) => Some(Owner::Peer),
         }
     }
 
-    /// Starts it and waits until it serves.
+    /// Whether it counts all rows for each visit.
+    pub(crate) fn counts_all_rows(self) -> bool {
+        matches!(self, Self::Textbook | Self::Peer(Peer::Flask))
+    }
+
+    /// Starts it on near stores and waits until it serves.
     pub(crate) fn start(self, ground: &Ground, database: &str) -> Result<Instance> {
+        self.start_with(ground, database, Stores::Near)
+    }
+
+    /// Starts it and waits until it serves.
+    pub(crate) fn start_with(
+        self,
+        ground: &Ground,
+        database: &str,
+        stores: Stores,
+    ) -> Result<Instance> {
         let address = free_address()?;
         let log = program::scratch()?.join(format!("{}.log", address.port()));
-        let command = self.command(ground, database, address)?;
+        let mut command = self.command(ground, address)?;
+        command.envs(ground.settings(database, stores)?);
         let started = Instant::now();
         let mut process = Process::start(command, &log)?;
         while !self.is_ready(address) {
@@ -81,37 +104,30 @@ impl Subject {
         })
     }
 
-    fn command(self, ground: &Ground, database: &str, address: SocketAddr) -> Result<Command> {
-        let own = std::env::current_exe()?;
-        let mut command = match self {
-            Self::Ceiling => {
-                let mut command = process::command(own);
-                command.arg("ceiling").arg(address.to_string());
-                command
-            }
-            Self::Textbook => {
-                let mut command = process::command(own);
-                command.arg("textbook").arg(address.to_string());
-                command.args([ground.postgres.url(database), ground.redis.url()]);
-                command
-            }
-            Self::Flask => {
-                let python = ground.python.as_ref();
-                python.map_err(|reason| anyhow!("{reason}"))?.serve(address)
-            }
-            Self::Visitas(traces) => {
-                let mut command = program::command(traces.settings(ground)?)?;
-                command.arg("serve").env("BIND_ADDR", address.to_string());
-                command
-            }
+    /// A command that serves it. The stores' settings are still missing.
+    fn command(self, ground: &Ground, address: SocketAddr) -> Result<Command> {
+        let own = |name: &str| -> Result<Command> {
+            let mut command = process::command(std::env::current_exe()?);
+            command.arg(name).arg(address.to_string());
+            Ok(command)
         };
-        command.envs(ground.settings(database));
-        Ok(command)
+        let service = |owner, traces: Traces| -> Result<Command> {
+            let mut command = ground.service(owner, traces.settings(ground)?)?;
+            command.arg("serve").env("BIND_ADDR", address.to_string());
+            Ok(command)
+        };
+        match self {
+            Self::Ceiling => own("ceiling"),
+            Self::Textbook => own("textbook"),
+            Self::Peer(peer) => peer.serve(address, ground.sessions(peer)),
+            Self::Visitas(traces) => service(Owner::Visitas, traces),
+            Self::Before => service(Owner::Before, Traces::Hundredth),
+        }
     }
 
     /// A peer is ready when a visit succeeds.
     fn is_ready(self, address: SocketAddr) -> bool {
-        let path = if matches!(self, Self::Visitas(_)) {
+        let path = if matches!(self, Self::Visitas(_) | Self::Before) {
             "/health/ready"
         } else {
             "/"
@@ -137,15 +153,22 @@ impl Traces {
 }
 
 impl Instance {
-    /// Makes a visit and compares its number with the table. No other client must visit meanwhile.
+    /// Makes a visit and compares its number with the table. No other client must visit meanwhile;
+    /// visits whose clients have left can still be in progress, so there are several attempts.
     pub(crate) fn check_number(&self, ground: &Ground, database: &str) -> Result<()> {
-        let (total, _) = client::visit(self.address).context("checking the number")?;
-        let rows = ground.rows(database)?;
-        ensure!(
-            total == rows,
-            "the service returned {total} with {rows} rows in the table"
-        );
-        Ok(())
+        let deadline = Instant::now() + BACKLOG_DEADLINE;
+        loop {
+            let (total, _) = client::visit(self.address).context("checking the number")?;
+            let rows = ground.rows(database)?;
+            if total == rows {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "a visit returned {total} with {rows} rows in the table"
+            );
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 }
 
@@ -158,7 +181,8 @@ impl fmt::Display for Subject {
             Self::Visitas(Traces::All) => "visitas, traces at 100 %",
             Self::Visitas(Traces::Nowhere) => "visitas, no collector listens",
             Self::Textbook => "textbook",
-            Self::Flask => "Flask",
+            Self::Before => "the commit before",
+            Self::Peer(peer) => return fmt::Display::fmt(peer, formatter),
         })
     }
 }

@@ -5,6 +5,7 @@
 //! with the rows. `overload` and `hostile` test the service with clients instead of store faults,
 //! `bounds` measures its resource use, `rolling` restarts replicas; `report` writes the results.
 //! Everything runs on the loopback interface, ends with this program, and is bounded in time.
+//! `visit` alone starts nothing: it judges a service that another program runs.
 
 #![expect(
     clippy::missing_errors_doc,
@@ -24,6 +25,7 @@ pub mod report;
 pub mod rolling;
 pub mod service;
 pub mod trial;
+pub mod visit;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};

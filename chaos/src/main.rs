@@ -1,5 +1,6 @@
 //! The command line of chaos.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -132,6 +133,27 @@ fn command() -> Command {
                 .arg(number("kills", "100", "Repetitions of each kill, and number of restarts")),
         )
         .subcommand(Command::new("list").about("List the faults"))
+        .subcommand(
+            Command::new("visit")
+                .about("Visit a running service until standard input ends, and judge the responses")
+                .arg(
+                    Arg::new("address")
+                        .required(true)
+                        .value_parser(value_parser!(SocketAddr)),
+                )
+                .arg(number(
+                    "pause",
+                    "10",
+                    "Milliseconds between two visits of a client",
+                ))
+                .arg(
+                    Arg::new("rows")
+                        .required(true)
+                        .num_args(1..)
+                        .last(true)
+                        .help("Command that prints the time of each row in the order of the ids"),
+                ),
+        )
 }
 
 fn run(matches: &ArgMatches) -> Result<bool> {
@@ -180,6 +202,18 @@ fn run(matches: &ArgMatches) -> Result<bool> {
             };
             let kills = report::faults(&faults(Some("killed"), effort)?);
             publish(&[kills, rolling(number("kills")?)?], Some(&KILLS))
+        }
+        "visit" => {
+            let address = matches.get_one("address").context("required")?;
+            let rows: Vec<_> = matches
+                .get_many::<String>("rows")
+                .context("required")?
+                .map(String::as_str)
+                .collect();
+            let pause = Duration::from_millis(u64::try_from(number("pause")?)?);
+            let visited = chaos::visit::run(*address, pause, &rows)?;
+            println!("{}", visited.line());
+            Ok(visited.is_exact())
         }
         _ => {
             for fault in fault::ALL {

@@ -80,10 +80,17 @@ fn newer_source(program: &Path) -> Result<Option<PathBuf>> {
     Ok(sources.find(is_newer))
 }
 
+/// The variable that says where an instrumented program leaves which of its lines have run;
+/// cargo-llvm-cov builds with it.
+pub const COVERAGE: Option<(&str, &str)> = match option_env!("LLVM_PROFILE_FILE") {
+    Some(file) => Some(("LLVM_PROFILE_FILE", file)),
+    None => None,
+};
+
 /// A command that runs the service with only these settings in its environment.
 pub fn command(settings: impl IntoIterator<Item = (&'static str, String)>) -> Result<Command> {
     let mut command = process::command(visitas()?);
-    command.env_clear().envs(settings);
+    command.env_clear().envs(COVERAGE).envs(settings);
     Ok(command)
 }
 

@@ -4,8 +4,8 @@
 //! Must not know: how a response is made.
 
 use http::header::{ACCEPT, ACCEPT_LANGUAGE};
-use http::{HeaderMap, HeaderValue};
-use mediatype::{MediaType, MediaTypeList, Name, ReadParams as _};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use mediatype::{MediaType, Name, ReadParams as _};
 
 use super::language::Language;
 
@@ -50,7 +50,38 @@ pub(super) fn weight(media: &MediaType<'_>) -> f32 {
 /// The media ranges of all `Accept` lines. What is no media range is left out.
 pub(super) fn accepted(headers: &HeaderMap) -> impl Iterator<Item = MediaType<'_>> {
     let lines = headers.get_all(ACCEPT).into_iter();
-    lines.flat_map(|line| MediaTypeList::new(line.to_str().unwrap_or_default()).flatten())
+    let ranges = lines.flat_map(|line| readable(line.as_bytes().split(unquoted_comma())));
+    ranges.filter_map(|range| MediaType::parse(range).ok())
+}
+
+/// The elements of all lines of a header whose elements have no quoted strings.
+pub(super) fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &str> {
+    let lines = headers.get_all(name).into_iter();
+    lines.flat_map(|line| readable(line.as_bytes().split(|byte| *byte == b',')))
+}
+
+/// The elements of a list that are ASCII, without the white space around them. A byte beyond ASCII,
+/// which HTTP allows in a header (`obs-text`; RFC 9110, section 5.5), costs the element that has it
+/// and no other.
+fn readable<'a>(elements: impl Iterator<Item = &'a [u8]>) -> impl Iterator<Item = &'a str> {
+    elements
+        .filter(|element| element.is_ascii())
+        .filter_map(|element| std::str::from_utf8(element.trim_ascii()).ok())
+}
+
+/// Tells which commas separate elements: those outside of quoted strings. Wants each byte of a line
+/// in turn.
+fn unquoted_comma() -> impl FnMut(&u8) -> bool {
+    let (mut is_quoted, mut is_escaped) = (false, false);
+    move |byte| {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' if is_quoted => is_escaped = true,
+            b'"' => is_quoted = !is_quoted,
+            _ => return *byte == b',' && !is_quoted,
+        }
+        false
+    }
 }
 
 /// Whether a line of `Accept` can name `text/html`: whether it has `text/`.
@@ -132,21 +163,19 @@ impl Preference {
 /// Portuguese for a client that prefers it to English, otherwise English.
 pub(super) fn language(headers: &HeaderMap) -> Language {
     let (mut portuguese, mut english, mut others) = (None, None, None);
-    for line in headers.get_all(ACCEPT_LANGUAGE) {
-        for range in line.to_str().unwrap_or_default().split(',') {
-            let (tag, weight) = match range.split_once(';') {
-                None => (range, Some(1.0)),
-                Some((tag, parameter)) => (tag, parameter_weight(parameter)),
-            };
-            let primary = tag.trim_ascii().split('-').next().unwrap_or_default();
-            let named: &mut Option<f32> = match primary {
-                "*" => &mut others,
-                primary if primary.eq_ignore_ascii_case("pt") => &mut portuguese,
-                primary if primary.eq_ignore_ascii_case("en") => &mut english,
-                _ => continue,
-            };
-            *named = Some(weight.unwrap_or(0.0).max(named.unwrap_or(0.0)));
-        }
+    for range in elements(headers, ACCEPT_LANGUAGE) {
+        let (tag, weight) = match range.split_once(';') {
+            None => (range, Some(1.0)),
+            Some((tag, parameter)) => (tag, parameter_weight(parameter)),
+        };
+        let primary = tag.trim_ascii().split('-').next().unwrap_or_default();
+        let named: &mut Option<f32> = match primary {
+            "*" => &mut others,
+            primary if primary.eq_ignore_ascii_case("pt") => &mut portuguese,
+            primary if primary.eq_ignore_ascii_case("en") => &mut english,
+            _ => continue,
+        };
+        *named = Some(weight.unwrap_or(0.0).max(named.unwrap_or(0.0)));
     }
     let portuguese = portuguese.or(others).unwrap_or(0.0);
     if portuguese > english.or(others).unwrap_or(0.0) {
@@ -165,8 +194,7 @@ pub(super) fn parameter_weight(parameter: &str) -> Option<f32> {
 /// Whether a header's value is the token `prefetch` or `prerender`, with or without parameters such
 /// as `;prerender` (RFC 8941, items).
 fn is_prefetch(value: &HeaderValue) -> bool {
-    let items = value.to_str().unwrap_or_default().split(',');
-    items
+    readable(value.as_bytes().split(|byte| *byte == b','))
         .map(|item| item.split(';').next().unwrap_or_default().trim_ascii())
         .any(|token| {
             token.eq_ignore_ascii_case("prefetch") || token.eq_ignore_ascii_case("prerender")
@@ -225,6 +253,11 @@ mod tests {
             "application/json;q=0.2, application/*, text/html;q=0.5",
             "nonsense, text/html",
             "text/html;q=1.000, application/json;q=0.999",
+            // A byte beyond ASCII costs the element that has it.
+            "a\u{e7}\u{e3}o, text/html",
+            "text/html, a\u{e7}\u{e3}o",
+            "text/html, application/json\u{e9}",
+            "application/json;x=\"\u{e9}, application/json\", text/html",
         ] {
             assert!(by_accept(&[accepted]).is_some(), "{accepted}");
         }
@@ -260,7 +293,10 @@ mod tests {
             "text/html\\",
             "\"text/html\"",
             "application/json;x=\"text/html\"",
-            "a\u{e7}\u{e3}o, text/html",
+            "text/html\u{e9}",
+            "text/html;charset=\"\u{e9},text/html\"",
+            "text/html;charset=\"\\\",text/html\"",
+            "text/html, \u{e9}, application/json",
             "text/html;q=0.5, application/json;q=0.500",
         ] {
             assert_eq!(by_accept(&[accepted]), None, "{accepted}");
@@ -283,6 +319,9 @@ mod tests {
             "pt, *;q=0.5",
             "en;q=0, *",
             "pt;q=0.1, pt-BR;q=0.9, en;q=0.5",
+            "portugu\u{ea}s, pt",
+            "pt, en\u{e9}",
+            "en\", pt",
         ] {
             assert_eq!(by_language(&[accepted]), Language::Portuguese, "{accepted}");
         }
@@ -302,6 +341,8 @@ mod tests {
             "fr",
             "x-pt",
             "portugu\u{ea}s",
+            "pt\u{e9}, en",
+            "pt;q=\u{e9}",
         ] {
             assert_eq!(by_language(&[accepted]), Language::English, "{accepted}");
         }
@@ -318,6 +359,7 @@ mod tests {
             ("sec-purpose", " prefetch ; prerender "),
             ("sec-purpose", "prerender"),
             ("sec-purpose", "preview, prefetch"),
+            ("sec-purpose", "pr\u{e9}chargement, prefetch"),
             ("purpose", "prefetch"),
             ("x-moz", "prefetch"),
         ] {

@@ -9,7 +9,7 @@ use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, VARY};
 use http::{HeaderMap, HeaderValue};
 use mediatype::{MediaType, Name, ReadParams as _};
 
-use super::negotiation::{accepted, parameter_weight, weight};
+use super::negotiation::{accepted, elements, parameter_weight, weight};
 use super::renderings::Kind;
 use super::state::AppState;
 use crate::metrics::Format;
@@ -91,18 +91,16 @@ fn format(headers: &HeaderMap) -> Format {
 /// gets plain text, which everything can read (RFC 9110, 12.5.3).
 fn accepts_gzip(headers: &HeaderMap) -> bool {
     let (mut gzip, mut identity, mut others) = (None, None, None);
-    for line in headers.get_all(ACCEPT_ENCODING) {
-        for coding in line.to_str().unwrap_or_default().split(',') {
-            let (name, parameter) = coding.split_once(';').unwrap_or((coding, "q=1"));
-            let weight = parameter_weight(parameter);
-            let named = match &*name.trim_ascii().to_ascii_lowercase() {
-                "gzip" | "x-gzip" => &mut gzip,
-                "identity" => &mut identity,
-                "*" => &mut others,
-                _ => continue,
-            };
-            *named = Some(weight.unwrap_or(0.0).max(named.unwrap_or(0.0)));
-        }
+    for coding in elements(headers, ACCEPT_ENCODING) {
+        let (name, parameter) = coding.split_once(';').unwrap_or((coding, "q=1"));
+        let weight = parameter_weight(parameter);
+        let named = match &*name.trim_ascii().to_ascii_lowercase() {
+            "gzip" | "x-gzip" => &mut gzip,
+            "identity" => &mut identity,
+            "*" => &mut others,
+            _ => continue,
+        };
+        *named = Some(weight.unwrap_or(0.0).max(named.unwrap_or(0.0)));
     }
     let gzip = gzip.or(others).unwrap_or(0.0);
     gzip > 0.0 && gzip >= identity.or(others).unwrap_or(0.0)
@@ -139,6 +137,7 @@ mod tests {
             "application/openmetrics-text;q=0.5, Text/Plain;q=0.5",
             "text/plain;version=1.0.0, application/openmetrics-text;q=0.1",
             "application/openmetrics-text;q=0, application/openmetrics-text;q=0.2",
+            "a\u{e7}\u{e3}o, application/openmetrics-text",
         ] {
             assert_eq!(
                 format(&headers(&ACCEPT, &[accepted])),
@@ -189,6 +188,7 @@ mod tests {
             "identity;q=0, *",
             "*",
             "gzip;q=0, gzip;q=0.2",
+            "a\u{e7}\u{e3}o, gzip, br\u{e9}",
         ] {
             let headers = headers(&ACCEPT_ENCODING, &[accepted]);
             assert!(accepts_gzip(&headers), "{accepted}");

@@ -124,14 +124,22 @@ pub(super) async fn record(State(state): State<AppState>, request: Request) -> R
 #[utoipa::path(head, path = "/", operation_id = "recordVisitHead", params(
     ("accept-language" = Option<String>, Header, description = "The language of the page.",
         example = "pt-BR"),
+    ("sec-purpose" = Option<String>, Header, description = "As for a `GET`.",
+        example = "prefetch"),
 ), responses(
     (status = OK, description = "The service responds.",
         headers(("vary" = String, description = "`Accept, Accept-Language`")),
         content((VisitBody = "application/json"), (String = "text/html"))),
+    (status = NO_CONTENT, description = "A prefetch or prerender, as for a `GET`."),
 ))]
 pub(super) async fn head(request: Request) -> Response {
+    let wanted = Wanted::by(request.headers());
+    if wanted.prefetch {
+        // A HEAD gets what a GET would (RFC 9110, section 9.3.2), as far as no visit decides it.
+        return StatusCode::NO_CONTENT.into_response();
+    }
     let mut response = Response::new(Body::new(UnknownLength));
-    if let Some(language) = Wanted::by(request.headers()).page {
+    if let Some(language) = wanted.page {
         page::set_headers(response.headers_mut(), language);
     } else {
         let json = HeaderValue::from_static("application/json");

@@ -1,5 +1,6 @@
-//! The recipes of `docs/connecting.md` for reverse proxies, each with the real program in front of
-//! the real service: a request is at most one visit, also when a connection between the two breaks.
+//! The recipes of `docs/connecting.md` for reverse proxies and the `HAProxy` of
+//! `docker-compose.scale.yml`, each with the real program in front of the real service: a request is
+//! at most one visit, also when a connection between the two breaks.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -35,6 +36,9 @@ macro_rules! with_each_front {
         }
         mod caddy {
             $(with_each_front!(@ $fact, Caddy, $(#[$attribute])*);)+
+        }
+        mod compose {
+            $(with_each_front!(@ $fact, Compose, $(#[$attribute])*);)+
         }
     };
     (@ $fact:ident, $program:ident, $(#[$attribute:meta])*) => {
@@ -238,8 +242,10 @@ async fn caddy_that_keeps_connections_sends_a_visit_again() {
     client.get("/").await;
     let response = break_a_visit(&world, &way, client).await;
     assert!(response.starts_with("HTTP/1.1 200"), "{response}");
-    assert_eq!(visits_sent(&way), 3);
-    assert_eq!(world.rows().await, 3);
+    // Caddy decides how often.
+    let sent = visits_sent(&way);
+    assert!(sent >= 3, "{sent}");
+    assert_eq!(world.rows().await, i64::try_from(sent).expect("a few"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -269,6 +275,51 @@ async fn haproxy_takes_out_replicas_whose_postgres_is_down() {
     .await;
 }
 
+// --- what the HAProxy of Compose says itself ---
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compose_passes_the_responses_of_replicas_whose_postgres_is_down() {
+    let service = without_stores(&[]).await;
+    let front = Front::start(Program::Compose, [service.address; 2], &[]).await;
+    eventually("no replica is ready", SOON, async || {
+        let log = front.process.log_tail();
+        log.contains("backend ready has no server available")
+    })
+    .await;
+    let visit = front.open().await.get("/").await;
+    assert!(visit.starts_with("HTTP/1.1 503"), "{visit}");
+    assert!(visit.contains(r#""db_status":"erro""#), "{visit}");
+    let page = front.open().await.get("/visitas").await;
+    assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+}
+
+/// As in the service's own responses, `Retry-After` says that the visit is certainly not recorded.
+#[tokio::test(flavor = "multi_thread")]
+async fn compose_invites_to_retry_only_what_was_never_sent() {
+    let absent = free_address().unwrap();
+    let front = Front::start(Program::Compose, [absent; 2], &[]).await;
+    let unsent = front.open().await.get("/").await.to_lowercase();
+    assert!(unsent.starts_with("http/1.1 503"), "{unsent}");
+    assert!(unsent.contains("retry-after: 1\r\n"), "{unsent}");
+
+    let world = World::new();
+    let service = world.serve_with(&PATIENT).await;
+    let hasty = [Program::Compose.hasty()];
+    let front = Front::start(Program::Compose, [service.address; 2], &hasty).await;
+    let sent = give_up_a_visit(&world, &front).await.to_lowercase();
+    assert!(sent.starts_with("http/1.1 504"), "{sent}");
+    assert!(!sent.contains("retry-after"), "{sent}");
+    eventually("the front says so", SOON, async || {
+        let log = front.process.log_tail();
+        log.contains("no response: status=504")
+    })
+    .await;
+
+    for response in [unsent, sent] {
+        assert!(response.contains("application/problem+json"), "{response}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn cache_of_nginx_makes_visits_of_head_requests_unless_configured_not_to() {
     let world = World::new();
@@ -294,14 +345,15 @@ enum Program {
     Nginx,
     Haproxy,
     Caddy,
+    /// `HAProxy`, with the configuration of `docker-compose.scale.yml`.
+    Compose,
 }
 
 impl Program {
-    /// Its name, also in the recipe's fence.
     fn name(self) -> &'static str {
         match self {
             Self::Nginx => "nginx",
-            Self::Haproxy => "haproxy",
+            Self::Haproxy | Self::Compose => "haproxy",
             Self::Caddy => "caddy",
         }
     }
@@ -316,21 +368,22 @@ impl Program {
     fn hasty(self) -> (&'static str, &'static str) {
         match self {
             Self::Nginx => ("proxy_read_timeout 10s", "proxy_read_timeout 1s"),
-            Self::Haproxy => ("timeout server 10s", "timeout server 1s"),
+            Self::Haproxy | Self::Compose => ("timeout server 10s", "timeout server 1s"),
             Self::Caddy => ("response_header_timeout 10s", "response_header_timeout 1s"),
         }
     }
 
-    /// The configuration in the document.
-    fn recipe(self) -> &'static str {
+    /// Its configuration.
+    fn recipe(self) -> String {
         let document = include_str!("../../docs/connecting.md");
         let fence = match self {
             Self::Nginx => "```nginx\n",
             Self::Haproxy => "```haproxy\n",
             Self::Caddy => "```caddyfile\n",
+            Self::Compose => return compose_configuration(),
         };
         let (_, recipe) = document.split_once(fence).expect("a recipe");
-        recipe.split_once("```").expect("its end").0
+        recipe.split_once("```").expect("its end").0.to_owned()
     }
 
     /// What a test changes in each recipe, so that the program can run at `address` as any user.
@@ -338,6 +391,7 @@ impl Program {
         match self {
             Self::Nginx => ("listen 80;", format!("listen {address};")),
             Self::Haproxy => ("bind :80\n", format!("bind {address}\n")),
+            Self::Compose => ("bind :::8000 v4v6\n", format!("bind {address}\n")),
             Self::Caddy => {
                 let (ip, port) = (address.ip(), address.port());
                 (":80 {", format!(":{port} {{\n\tbind {ip}"))
@@ -359,7 +413,7 @@ impl Program {
                 let paths = paths.concat();
                 text.replace("http {", &format!("http {{\n    access_log off;{paths}"))
             }
-            Self::Haproxy => {
+            Self::Haproxy | Self::Compose => {
                 command.args(["-db", "-f"]).arg(&file);
                 text.to_owned()
             }
@@ -374,6 +428,19 @@ impl Program {
         std::fs::write(file, text).expect("a configuration");
         Process::start(command, &folder.join("log")).expect("it starts")
     }
+}
+
+/// The configuration of `docker-compose.scale.yml`, with two replicas where it asks the network's
+/// DNS.
+fn compose_configuration() -> String {
+    let text = include_str!("../../deploy/haproxy/haproxy.cfg");
+    let (found, known) = (
+        "server-template replica 12 \"web:${PORT}\" resolvers network resolve-prefer ipv4 \
+         init-addr none\n",
+        "server replica1 visitas-1:5000\n    server replica2 visitas-2:5000\n",
+    );
+    assert!(text.contains(found), "{found} in {text}");
+    text.replace(found, known)
 }
 
 /// A running front. Dropping it stops it.
@@ -391,7 +458,7 @@ impl Front {
         let address = free_address().expect("a free port");
         let [one, other] = replicas.map(|replica| replica.to_string());
         let (listens, here) = program.settings(address);
-        let mut text = program.recipe().to_owned();
+        let mut text = program.recipe();
         for &(old, new) in changes.iter().chain(&[
             ("visitas-1:5000", &*one),
             ("visitas-2:5000", &*other),

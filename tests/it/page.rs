@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use reqwest::header::HeaderMap;
 use reqwest::{Method, StatusCode};
 
+use crate::promise::{let_flushes_go_on, stall_flushes};
 use crate::support::collector::{Behaviour, Collector};
-use crate::support::traces::{PARENT, UNSAMPLED, ask, traced, traced_with};
+use crate::support::traces::{PARENT, UNSAMPLED, ask, traced, traced_with, with_headers};
 use crate::support::{HeldCount, Response, SOON, Service, Wire, World, eventually, without_stores};
 
 /// What Chromium sends when somebody opens a page.
@@ -187,10 +188,15 @@ async fn prefetch_and_prerender_record_nothing() {
         ("x-moz", "prefetch"),
     ] {
         for accept in [BROWSER, "*/*"] {
-            let response = ask(&service, "/", &[purpose, ("accept", accept)]).await;
-            assert_eq!(response.status, StatusCode::NO_CONTENT, "{purpose:?}");
-            assert_eq!(response.header("cache-control"), "no-store");
-            assert_eq!(response.body, "");
+            for method in [Method::GET, Method::HEAD] {
+                let headers = with_headers(&[purpose, ("accept", accept)]);
+                let response = service.ask(method.clone(), "/", headers).await;
+                let status = response.status;
+                assert_eq!(status, StatusCode::NO_CONTENT, "{method} {purpose:?}");
+                assert_eq!(response.header("cache-control"), "no-store");
+                assert_eq!(response.header("content-type"), "");
+                assert_eq!(response.body, "");
+            }
         }
         let page = ask(&service, "/visitas", &[purpose, ("accept", BROWSER)]).await;
         assert_is_page(&page);
@@ -199,6 +205,167 @@ async fn prefetch_and_prerender_record_nothing() {
     assert_eq!(world.redis_visits().await, 0);
     assert_eq!(service.counted("ok").await, 0);
     assert_eq!(service.visit().await, (1, 1));
+}
+
+#[tokio::test]
+async fn byte_beyond_ascii_in_a_header_costs_only_the_element_that_has_it() {
+    let service = without_stores(&[]).await;
+    let mut wire = Wire::open(&service).await;
+    wire.send(
+        b"GET /visitas HTTP/1.1\r\nhost: test\r\naccept: caf\xe9/*, text/html\r\n\
+          accept-language: fran\xe7ais, pt;q=0.5, en;q=0.4\r\n\r\n",
+    )
+    .await;
+    let page = wire.response_within(SOON).await.expect("a response");
+    assert!(page.contains("content-language: pt-BR"), "{page}");
+    wire.send(
+        b"GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\
+          accept: caf\xe9/*, application/openmetrics-text\r\naccept-encoding: br\xe9, gzip\r\n\r\n",
+    )
+    .await;
+    let metrics = wire.rest().await;
+    assert!(metrics.contains("content-encoding: gzip"), "{metrics}");
+    assert!(metrics.contains("content-type: application/openmetrics-text"));
+}
+
+/// A sentence of the page in English and in Portuguese.
+type Sentence = (&'static str, &'static str);
+
+const POSTGRES_DOWN: Sentence = ("PostgreSQL takes no visits", "não está aceitando visitas");
+const NEW_VISITS: Sentence = ("New visits get status 503", "visitas recebem o status 503");
+const KEEPS_TRYING: Sentence = ("The service keeps trying", "O serviço continua tentando");
+const REDIS_WORKS: Sentence = ("Redis works, but counts", "O Redis funciona, mas");
+const BOTH_DOWN: Sentence = ("Redis does not work either", "também não funciona");
+const REDIS_DOWN: Sentence = ("Redis counts no visits", "não está contando visitas");
+const ALL_THE_SAME: Sentence = ("recorded all the same", "registradas mesmo assim");
+const SINCE: Sentence = ("down since", "fora do ar desde");
+const WORKS: Sentence = (" works ", " funciona ");
+const NUMBER: Sentence = ("is the number of your visit", "é o número da sua visita");
+const SO_FAR: Sentence = ("number of visits so far", "total de visitas até agora");
+const AT: Sentence = ("was the number of visits at", " era o ");
+const NO_NUMBER: Sentence = ("Yours has no number", "A sua ficou sem número");
+const NOT_RECORDED: Sentence = ("was not recorded", "não foi registrada");
+const IN_DOUBT: Sentence = ("not known whether your visit", "sabe se a sua visita");
+const SAME: Sentence = ("the same as PostgreSQL", "o mesmo que no PostgreSQL");
+const BEHIND: Sentence = ("behind PostgreSQL", "a menos do que no PostgreSQL");
+const AS_OF: Sentence = ("See it as it is now", "Ver como está agora");
+
+const SENTENCES: [Sentence; 28] = [
+    POSTGRES_DOWN,
+    NEW_VISITS,
+    KEEPS_TRYING,
+    REDIS_WORKS,
+    BOTH_DOWN,
+    REDIS_DOWN,
+    ALL_THE_SAME,
+    SINCE,
+    WORKS,
+    NUMBER,
+    SO_FAR,
+    AT,
+    NO_NUMBER,
+    NOT_RECORDED,
+    IN_DOUBT,
+    SAME,
+    BEHIND,
+    AS_OF,
+    ("PostgreSQL is back", "PostgreSQL voltou"),
+    ("Redis is back", "Redis voltou"),
+    ("was away for", "ficou fora do ar por"),
+    ("Your own visit is safe", "A sua visita está a salvo"),
+    ("This page will show", "Esta página vai mostrar"),
+    ("Visit again", "Visitar de novo"),
+    ("ahead of PostgreSQL", "a mais do que no PostgreSQL"),
+    ("Live", "Ao vivo"),
+    ("No news since", "Sem notícias desde"),
+    ("Moment", "Momento"),
+];
+
+/// The text of a page for a reader that knows neither CSS nor `hidden`, such as a text browser.
+fn text(page: &str) -> String {
+    let (_, body) = page.split_once("<body>").expect("a body");
+    let texts = body.split('<').skip(1);
+    let texts = texts.map(|text| text.split_once('>').expect("a tag's end").1);
+    let words: Vec<_> = texts.flat_map(str::split_whitespace).collect();
+    words.join(" ")
+}
+
+/// Asserts that the page has these of the sentences in its text, and no other.
+async fn assert_says(service: &Service, path: &str, lang: &str, said: &[Sentence]) {
+    let headers = [("accept", BROWSER), ("accept-language", lang)];
+    let page = ask(service, path, &headers).await.body;
+    let text = text(&page);
+    for sentence in SENTENCES {
+        let (english, portuguese) = sentence;
+        let (own, other) = match lang {
+            "en" => (english, portuguese),
+            _ => (portuguese, english),
+        };
+        assert_eq!(
+            text.contains(own),
+            said.contains(&sentence),
+            "{own}: {text}"
+        );
+        assert!(!text.contains(other), "{other}: {text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn page_without_css_says_what_is_true_and_nothing_else() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    for lang in ["en", "pt"] {
+        assert_says(&service, "/", lang, &[NUMBER, WORKS, SAME, AS_OF]).await;
+    }
+    eventually("both are in the totals", SOON, async || {
+        let read = service.get("/visitas").await.json();
+        read["total_registros_db"] == 2 && read["visitas_redis"] == 2
+    })
+    .await;
+    for lang in ["en", "pt"] {
+        assert_says(&service, "/visitas", lang, &[SO_FAR, WORKS, SAME, AS_OF]).await;
+    }
+    for lang in ["en", "pt"] {
+        stall_flushes(&world).await;
+        let said = [
+            &[POSTGRES_DOWN, NEW_VISITS, KEEPS_TRYING, REDIS_WORKS, SINCE][..],
+            &[WORKS, IN_DOUBT, AT, AS_OF],
+        ];
+        assert_says(&service, "/", lang, &said.concat()).await;
+        let_flushes_go_on(&world);
+        world.sql("drop table public.espera").await;
+        service.until_ready().await;
+    }
+    world.postgres.kill().expect("Postgres ends");
+    service.until_health("unavailable").await;
+    let down = [POSTGRES_DOWN, NEW_VISITS, KEEPS_TRYING, SINCE, AT, AS_OF];
+    for lang in ["en", "pt"] {
+        let said = [&down[..], &[REDIS_WORKS, WORKS, NOT_RECORDED, NO_NUMBER]].concat();
+        assert_says(&service, "/", lang, &said).await;
+        let said = [&down[..], &[REDIS_WORKS, WORKS]].concat();
+        assert_says(&service, "/visitas", lang, &said).await;
+    }
+    world.redis.kill().expect("Redis ends");
+    eventually("Redis is down too", SOON, async || {
+        service.get("/visitas").await.json()["redis_status"] == "erro"
+    })
+    .await;
+    for lang in ["en", "pt"] {
+        let said = [&down[..], &[BOTH_DOWN]].concat();
+        assert_says(&service, "/visitas", lang, &said).await;
+    }
+}
+
+#[tokio::test]
+async fn page_without_css_of_a_visit_that_redis_did_not_count_says_so() {
+    let world = World::new();
+    let service = world.serve().await;
+    world.redis.kill().expect("Redis ends");
+    service.until_health("degraded").await;
+    for lang in ["en", "pt"] {
+        let said = [REDIS_DOWN, ALL_THE_SAME, NUMBER, WORKS, SINCE, AS_OF];
+        assert_says(&service, "/", lang, &said).await;
+    }
 }
 
 #[tokio::test]

@@ -156,7 +156,7 @@ fn set_default(world: &World, owner: &str, name: &str, value: &str) {
 }
 
 /// Makes every commit wait for a standby that does not exist, and waits until commits stall.
-async fn stall_flushes(world: &World) {
+pub(crate) async fn stall_flushes(world: &World) {
     world.sql("create table public.espera (nada int)").await;
     let set = "alter system set synchronous_standby_names = 'ausente'";
     world.postgres.sql("postgres", set).unwrap();
@@ -171,7 +171,7 @@ async fn stall_flushes(world: &World) {
     .await;
 }
 
-fn let_flushes_go_on(world: &World) {
+pub(crate) fn let_flushes_go_on(world: &World) {
     let reset = "alter system reset synchronous_standby_names";
     world.postgres.sql("postgres", reset).unwrap();
     let reload = "select pg_reload_conf()";

@@ -1,7 +1,8 @@
-//! The peers that the service is compared with: subcommands of this program, so that a peer is
-//! built like the service.
+//! The peers that the service is compared with: the ceiling and the textbook are subcommands of this
+//! program, so that they are built like the service; the others are programs of `bench/peers`.
 
 mod ceiling;
+mod program;
 mod textbook;
 
 use std::net::SocketAddr;
@@ -11,15 +12,17 @@ use axum::Router;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
+pub(crate) use program::{FAST, Peer};
+
 /// Serves a constant: the maximum of the HTTP library. Does not return.
 pub(crate) fn ceiling(address: SocketAddr) -> Result<()> {
     runtime()?.block_on(serve(address, ceiling::router()))
 }
 
 /// Serves the textbook version of a visit. Does not return.
-pub(crate) fn textbook(address: SocketAddr, database: &str, redis: &str) -> Result<()> {
+pub(crate) fn textbook(address: SocketAddr) -> Result<()> {
     runtime()?.block_on(async {
-        let router = textbook::router(database, redis).await?;
+        let router = textbook::router().await?;
         serve(address, router).await
     })
 }

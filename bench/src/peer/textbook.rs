@@ -2,7 +2,9 @@
 //! service. A pool for each store in its default size, and for each visit an `INSERT`, a `SELECT
 //! count(*)` and an `INCR`, in sequence.
 
-use anyhow::Result;
+use std::env;
+
+use anyhow::{Context as _, Result};
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
@@ -27,9 +29,25 @@ struct Response {
     visitas_redis: i64,
 }
 
-pub(super) async fn router(database: &str, redis: &str) -> Result<Router> {
+/// With the stores of the environment.
+pub(super) async fn router() -> Result<Router> {
+    let [host, port, user, password, database, redis_host, redis_port] = [
+        "DB_HOST",
+        "DB_PORT",
+        "DB_USER",
+        "DB_PASSWORD",
+        "DB_NAME",
+        "REDIS_HOST",
+        "REDIS_PORT",
+    ]
+    .map(|name| env::var(name).with_context(|| name));
+    let database = format!(
+        "postgres://{}:{}@{}:{}/{}",
+        user?, password?, host?, port?, database?
+    );
+    let redis = format!("redis://{}:{}", redis_host?, redis_port?);
     let stores = Stores {
-        postgres: PgPool::connect(database).await?,
+        postgres: PgPool::connect(&database).await?,
         redis: bb8::Pool::builder()
             .build(RedisConnectionManager::new(redis)?)
             .await?,

@@ -8,12 +8,14 @@ use lab::process;
 use lab::program::scratch;
 use lab::report::{Section, table};
 
-use crate::ground::{Ground, Owner};
+use crate::ground::{Ground, Owner, Stores};
 use crate::progress;
 use crate::round::Effort;
 
 /// The numbers of clients of each tool.
 const CLIENTS: [usize; 2] = [1, 64];
+
+const INSERT: &str = "insert into visitas default values;";
 
 /// Inserts of one row, each committed and flushed, by this many clients of pgbench.
 #[derive(Clone, Copy, Debug)]
@@ -43,7 +45,7 @@ pub(crate) fn limits(ground: &mut Ground, effort: Effort) -> Result<Section> {
             )?);
         }
         for (clients, all) in &mut increments {
-            all.push(increment(ground, *clients)?);
+            all.push(increment(ground, *clients, Stores::Near)?);
         }
         progress!("round {round} of {}: limits of the stores", effort.rounds);
     }
@@ -78,8 +80,23 @@ pub(crate) fn insert(
     duration: Duration,
 ) -> Result<Transactions> {
     let database = ground.database(Owner::Peer, 0)?;
-    let statement = "insert into visitas default values;";
-    transactions(ground, &database, statement, inserts.clients, duration)
+    transactions(ground, &database, INSERT, inserts.clients, duration)
+}
+
+/// The medians of a lone `select 1`, a lone insert and a lone `INCR`, in seconds. `stores` are
+/// reached as a subject reaches them.
+pub(crate) fn lone_calls(
+    ground: &mut Ground,
+    stores: Stores,
+    duration: Duration,
+) -> Result<[f64; 3]> {
+    let database = ground.database(Owner::Peer, 0)?;
+    ground.set_commit_delay(&database, stores)?;
+    let [select, insert] = ["select 1;", INSERT]
+        .map(|statement| transactions_at(ground, stores, &database, statement, 1, duration));
+    ground.set_commit_delay(&database, Stores::Near)?;
+    let (_, increment) = increment(ground, 1, stores)?;
+    Ok([select?.median, insert?.median, increment])
 }
 
 /// Runs the statement that records a visit, by one client of pgbench.
@@ -96,6 +113,18 @@ fn transactions(
     clients: usize,
     duration: Duration,
 ) -> Result<Transactions> {
+    transactions_at(ground, Stores::Near, database, statement, clients, duration)
+}
+
+fn transactions_at(
+    ground: &Ground,
+    stores: Stores,
+    database: &str,
+    statement: &str,
+    clients: usize,
+    duration: Duration,
+) -> Result<Transactions> {
+    let [postgres, _] = ground.addresses(stores)?;
     let folder = scratch()?;
     let script = folder.join("transaction.sql");
     std::fs::write(&script, statement)?;
@@ -115,8 +144,8 @@ fn transactions(
         .args(["--time", &duration.as_secs().max(1).to_string()])
         .arg("--file")
         .arg(&script)
-        .args(["--host", ground.postgres.host()])
-        .args(["--port", &ground.postgres.port().to_string()])
+        .args(["--host", &postgres.ip().to_string()])
+        .args(["--port", &postgres.port().to_string()])
         .args(["--username", devstack::USER, database])
         .output()
         .context("cannot run pgbench")?;
@@ -179,12 +208,17 @@ fn remove_logs(prefix: &std::path::Path) -> Result<()> {
     Ok(())
 }
 
-/// Increments for about a second: returns the throughput and the median latency.
-fn increment(ground: &Ground, clients: usize) -> Result<(f64, f64)> {
-    let requests = if clients == 1 { "20000" } else { "100000" };
+/// Increments for a few seconds at most: returns the throughput and the median latency.
+fn increment(ground: &Ground, clients: usize, stores: Stores) -> Result<(f64, f64)> {
+    let [_, redis] = ground.addresses(stores)?;
+    let requests = match (clients, stores) {
+        (1, Stores::Near) => "20000",
+        (1, _) => "2000",
+        _ => "100000",
+    };
     let output = process::command("redis-benchmark")
-        .args(["-h", ground.redis.host()])
-        .args(["-p", &ground.redis.port().to_string()])
+        .args(["-h", &redis.ip().to_string()])
+        .args(["-p", &redis.port().to_string()])
         .args(["-t", "incr", "-n", requests, "-c", &clients.to_string()])
         .arg("--csv")
         .output()

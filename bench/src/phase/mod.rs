@@ -1,6 +1,7 @@
 //! The sections of the report, one file each.
 
 mod connections;
+mod far;
 mod footprint;
 mod latency;
 mod limits;
@@ -13,6 +14,7 @@ mod soak;
 mod throughput;
 
 pub(crate) use connections::connections;
+pub(crate) use far::{far, far_quick};
 pub(crate) use footprint::footprint;
 pub(crate) use latency::{lone, paced};
 pub(crate) use limits::limits;
@@ -31,6 +33,12 @@ use crate::subject::{Instance, Subject, Traces};
 
 /// The default number of connections: enough to fill every batch well.
 const CONNECTIONS: usize = 256;
+
+/// The numbers of connections of a comparison.
+const COUNTS: [usize; 4] = [1, 64, 256, 1024];
+
+/// The number of replicas of a comparison with one.
+const REPLICAS: usize = 3;
 
 /// The service as in production, with all telemetry on.
 const VISITAS: Subject = Subject::Visitas(Traces::Hundredth);

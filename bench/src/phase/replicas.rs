@@ -1,51 +1,44 @@
 //! Checks whether three replicas on the same stores have the throughput of one and still number
 //! exactly.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use lab::history::{History, Visit, judge};
-use lab::measure::{Spread, grouped, ratio};
+use lab::measure::{grouped, ratio};
 use lab::report::{Goal, Section, table};
 use lab::stack;
 use lab::visitor::Visitor;
 
-use super::{CONNECTIONS, VISITAS};
+use super::{CONNECTIONS, REPLICAS, VISITAS};
 use crate::ground::{Ground, Owner};
-use crate::load;
-use crate::progress;
-use crate::round::Effort;
+use crate::round::{self, Case, Effort};
 use crate::subject::Instance;
 
-const REPLICAS: usize = 3;
 /// Clients per replica in the check of numbers, and visits per client.
 const CLIENTS: usize = 16;
 const VISITS: usize = 100;
 
 pub(crate) fn replicas(ground: &mut Ground, effort: Effort) -> Result<Section> {
-    let mut one = Vec::new();
-    let mut three = Vec::new();
-    for round in 1..=effort.rounds {
-        one.push(together(ground, 1, effort)?);
-        three.push(together(ground, REPLICAS, effort)?);
-        progress!(
-            "round {round} of {}: one replica {}/s, three {}/s",
-            effort.rounds,
-            grouped(one[one.len() - 1]),
-            grouped(three[three.len() - 1])
-        );
-    }
+    let cases = [1, REPLICAS].map(|replicas| Case {
+        replicas,
+        ..Case::new(VISITAS, CONNECTIONS)
+    });
+    let all = round::interleaved(ground, &cases, effort)?;
+    let [one, three] = &all[..] else {
+        bail!("not measured");
+    };
     let numbers = check_numbers(ground)?;
-    let ratios = Spread::ratio(&three, &one);
+    let ratios = three.ratio_to(one);
     let text = table(
         &["", "visits/s", "against one"],
         [
             [
                 "one replica".to_owned(),
-                Spread::new(one).format_with(grouped),
+                one.throughput().format_with(grouped),
                 String::new(),
             ],
             [
                 "three replicas together".to_owned(),
-                Spread::new(three).format_with(grouped),
+                three.throughput().format_with(grouped),
                 ratios.format_with(ratio),
             ],
         ],
@@ -63,32 +56,6 @@ pub(crate) fn replicas(ground: &mut Ground, effort: Effort) -> Result<Section> {
             ratios,
         )],
     })
-}
-
-/// The total throughput of this many replicas.
-fn together(ground: &mut Ground, replicas: usize, effort: Effort) -> Result<f64> {
-    let database = ground.database(Owner::Visitas, 0)?;
-    let mut instances = start(ground, replicas, &database)?;
-    let load = |duration| -> Result<f64> {
-        let loads: Vec<_> = instances
-            .iter()
-            .map(|replica| load::start(replica.address, CONNECTIONS / replicas, duration))
-            .collect::<Result<_>>()?;
-        let mut throughput = 0.0;
-        for load in loads {
-            throughput += load.finish()?.throughput;
-        }
-        Ok(throughput)
-    };
-    load(effort.warmup)?;
-    let throughput = load(effort.duration)?;
-    instances[0].check_number(ground, &database)?;
-    for replica in &mut instances {
-        replica.process.stop()?;
-    }
-    ground.settle(&database)?;
-    ground.collector.take_server_spans();
-    Ok(throughput)
 }
 
 fn start(ground: &Ground, replicas: usize, database: &str) -> Result<Vec<Instance>> {

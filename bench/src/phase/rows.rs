@@ -6,6 +6,7 @@ use lab::report::{Goal, Section};
 use super::{CONNECTIONS, VISITAS};
 use crate::chart::{self, Line};
 use crate::ground::Ground;
+use crate::peer::Peer;
 use crate::round::{self, Case, Effort, Series, rows_in_words, throughputs};
 use crate::subject::Subject;
 
@@ -17,16 +18,15 @@ pub(crate) fn rows(
 ) -> Result<(Section, String)> {
     let [empty, large, huge] = sizes;
     let case = |subject, rows| Case {
-        subject,
-        connections: CONNECTIONS,
         rows,
+        ..Case::new(subject, CONNECTIONS)
     };
     let mut cases = vec![case(Subject::Ceiling, empty)];
     cases.extend(sizes.map(|rows| case(VISITAS, rows)));
     cases.extend(sizes.map(|rows| case(Subject::Textbook, rows)));
-    if ground.python.is_ok() {
+    if ground.has(Peer::Flask) {
         // A larger table shows nothing beyond the textbook's results.
-        cases.extend([empty, large].map(|rows| case(Subject::Flask, rows)));
+        cases.extend([empty, large].map(|rows| case(Subject::Peer(Peer::Flask), rows)));
     }
     let all = round::interleaved(ground, &cases, effort)?;
     let find =
@@ -63,7 +63,7 @@ pub(crate) fn rows(
             find(case(VISITAS, huge))?.ratio_to(find(case(VISITAS, empty))?),
         ),
     ];
-    let lines = [VISITAS, Subject::Textbook, Subject::Flask]
+    let lines = [VISITAS, Subject::Textbook, Subject::Peer(Peer::Flask)]
         .map(|subject| Line {
             name: match subject {
                 VISITAS => "visitas".to_owned(),

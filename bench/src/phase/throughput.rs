@@ -8,6 +8,7 @@ use lab::report::{Goal, Section};
 
 use super::{CONNECTIONS, VISITAS};
 use crate::ground::Ground;
+use crate::peer::Peer;
 use crate::round::{self, Case, Effort, Series, throughputs};
 use crate::subject::{Subject, Traces};
 
@@ -18,12 +19,8 @@ pub(crate) fn throughput(
 ) -> Result<Section> {
     let cases: Vec<_> = subjects
         .iter()
-        .filter(|&&subject| subject != Subject::Flask || ground.python.is_ok())
-        .map(|&subject| Case {
-            subject,
-            connections: CONNECTIONS,
-            rows: 0,
-        })
+        .filter(|subject| !matches!(subject, Subject::Peer(peer) if !ground.has(*peer)))
+        .map(|&subject| Case::new(subject, CONNECTIONS))
         .collect();
     let all = round::interleaved(ground, &cases, effort)?;
     let find = |subject| round::find(&all, move |case| case.subject == subject);
@@ -40,11 +37,7 @@ pub(crate) fn throughput(
         "share of the ceiling",
         |_| Some(ceiling),
     );
-    if let Err(reason) = &ground.python
-        && subjects.contains(&Subject::Flask)
-    {
-        writeln!(text, "\nFlask SKIPPED: {reason}.")?;
-    }
+    text += &ground.skipped_lines(&[Peer::Flask]);
 
     let mut goals = vec![Goal::at_least(
         "traces at 1 %: share of the ceiling",

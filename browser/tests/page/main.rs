@@ -23,6 +23,9 @@ const REDIS_NEWS: &str = "#redis-news";
 /// A store that does not come back by itself is noticed and probed well within this.
 const OUTAGE: Duration = Duration::from_secs(20);
 
+/// A stream's first comment is sent after 15 s.
+const COMMENT: Duration = Duration::from_secs(40);
+
 #[tokio::test]
 async fn page_speaks_the_language_that_the_browser_prefers() {
     let (site, browser) = (Site::start(&[]), Browser::open().await);
@@ -95,6 +98,75 @@ async fn page_is_useful_without_javascript() {
     .await;
     assert_eq!(site.rows(), 2);
     browser.picture("no-javascript").await;
+    finish(&site, browser, &[]).await;
+}
+
+/// As without CSS, or in a reader mode: a form of a text that is not true is hidden all the same.
+#[tokio::test]
+async fn page_without_its_style_says_what_is_true_and_nothing_else() {
+    let (site, browser) = (Site::start(&[]), Browser::open().await);
+    browser.goto(&site.url("/")).await;
+    browser.until_text(".live", "Live").await;
+    browser
+        .evaluate("document.querySelector('link[rel=stylesheet]').disabled = true")
+        .await;
+    let said = browser.text("body").await;
+    for held in ["works", "the same as PostgreSQL", "Live", "Moment"] {
+        assert!(said.contains(held), "{held}: {said}");
+    }
+    for other in [
+        "takes no visits",
+        "is back",
+        "away for",
+        "safe",
+        "Visit again",
+        "counts no visits",
+        "down since",
+        "behind",
+        "ahead",
+        "No news",
+        "See it as it is now",
+    ] {
+        assert!(!said.contains(other), "{other}: {said}");
+    }
+    finish(&site, browser, &[]).await;
+}
+
+/// A number of JavaScript holds 2^53 and no odd number beyond it.
+#[tokio::test]
+async fn totals_beyond_the_numbers_of_javascript_are_exact() {
+    let (site, browser) = (Site::start(&[]), Browser::open().await);
+    site.set_redis(9_007_199_254_740_992);
+    browser.goto(&site.url("/")).await;
+    browser.until_text(".live", "Live").await;
+    browser
+        .until_text("#redis-total", "9,007,199,254,740,993")
+        .await;
+    // Close to the end of the counter, with room for a batch.
+    site.set_redis(i64::MAX - 5_000);
+    browser
+        .until_text("#redis-total", "9,223,372,036,854,770,807")
+        .await;
+    let difference = "9,223,372,036,854,770,806 ahead of PostgreSQL";
+    browser.until_text(".store:has(#redis)", difference).await;
+    finish(&site, browser, &[]).await;
+}
+
+#[tokio::test]
+async fn comment_on_the_stream_leaves_the_page_live() {
+    let (site, browser) = (Site::start(&[]), Browser::open().await);
+    browser.goto(&site.url("/")).await;
+    browser.until_text(".live", "Live").await;
+    // The page does not see comments, so a second stream, which is opened after the page's, is read.
+    let read = "(window.read = '', fetch('/visitas/stream').then(async ({ body }) => { \
+        for await (const bytes of body) window.read += new TextDecoder().decode(bytes); }), true)";
+    browser.evaluate(read).await;
+    eventually("a comment was sent", COMMENT, async || {
+        browser.evaluate("/\\n\\n:\\n\\n/.test(window.read)").await == true
+    })
+    .await;
+    assert_eq!(browser.text(".live").await, "Live");
+    assert_eq!(site.streams(), Some(2.0));
     finish(&site, browser, &[]).await;
 }
 
@@ -190,7 +262,7 @@ async fn refused_visit_sees_the_end_of_the_outage() {
     assert!(notice.contains("Your visit was not recorded."), "{notice}");
     browser.until_text(".live", "Live").await;
     // The failed visit is in the chart once its interval of five seconds is complete.
-    browser.until_text(".if-failures", "failed").await;
+    browser.until_text("[data-if=failures]", "failed").await;
     browser.picture("outage").await;
     assert_eq!(browser.violations().await, [""; 0]);
     browser.look(DARK).await;
@@ -216,6 +288,48 @@ async fn refused_visit_sees_the_end_of_the_outage() {
     browser
         .until_text("h1", "31\nis the number of your visit")
         .await;
+    finish(&site, browser, &["status of 503"]).await;
+}
+
+#[tokio::test]
+async fn visit_in_doubt_is_a_page_that_says_so() {
+    let (site, browser) = (Site::start(&[]), Browser::open().await);
+    site.visit();
+    browser.goto(&site.url("/visitas")).await;
+    browser.until_text("#postgres-total", "1").await;
+    // The visit's statement is sent, and Postgres ends before it replies.
+    let (holder, visit) = (site.hold_count(), site.url("/"));
+    tokio::join!(browser.goto(&visit), async {
+        eventually("the visit is with Postgres", SOON, async || {
+            site.waits_for_count()
+        })
+        .await;
+        site.postgres.kill().expect("it ends");
+    });
+    drop(holder);
+    let number = browser.text("h1").await;
+    assert!(
+        number.starts_with("1\nwas the number of visits at"),
+        "{number}"
+    );
+    assert!(
+        number.ends_with("It is not known whether yours was counted after that."),
+        "{number}"
+    );
+    let notice = browser.text(POSTGRES).await;
+    let doubt = "It is not known whether your visit was recorded";
+    assert!(notice.contains(doubt), "{notice}");
+    assert!(!notice.contains("Visit again"), "{notice}");
+    browser.until_text(".live", "Live").await;
+    browser.picture("in-doubt").await;
+    assert_eq!(browser.violations().await, [""; 0]);
+
+    site.postgres.start_again().expect("it starts");
+    browser
+        .until_text_within(POSTGRES_NEWS, "PostgreSQL is back", OUTAGE)
+        .await;
+    let notice = browser.text(POSTGRES).await;
+    assert!(notice.contains(doubt), "{notice}");
     finish(&site, browser, &["status of 503"]).await;
 }
 
@@ -298,7 +412,8 @@ async fn hidden_page_has_no_stream() {
 
 #[tokio::test]
 async fn page_passes_an_accessibility_audit() {
-    let (site, browser) = (Site::start(&[]), Browser::open().await);
+    let collector = Collector::start().await;
+    let (site, browser) = (watched_site(&collector), Browser::open().await);
     browser.goto(&site.url("/")).await;
     browser.until_text(".live", "Live").await;
     assert_eq!(browser.violations().await, [""; 0], "the first visit");
@@ -306,7 +421,7 @@ async fn page_passes_an_accessibility_audit() {
     rush_hour(&site).await;
     for (look, name) in [(LIGHT, "light"), (DARK, "dark"), (NARROW, "narrow")] {
         browser.look(look).await;
-        browser.goto(&site.url("/")).await;
+        until_linked_to_its_trace(&site, &browser).await;
         browser.until_text(".live", "Live").await;
         browser.picture(name).await;
         assert_eq!(browser.violations().await, [""; 0], "{name}");
@@ -326,19 +441,8 @@ async fn page_passes_an_accessibility_audit() {
 #[tokio::test]
 async fn keyboard_reaches_everything_in_the_order_of_the_page() {
     let collector = Collector::start().await;
-    let endpoint = collector.endpoint();
-    let site = Site::start(&[
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
-        ("JAEGER_PUBLIC_URL", "http://127.0.0.1:16686"),
-        ("PROMETHEUS_PUBLIC_URL", "http://127.0.0.1:9090"),
-        ("GRAFANA_PUBLIC_URL", "http://127.0.0.1:3000"),
-    ]);
-    let browser = Browser::open().await;
-    eventually("the page links to the trace", SOON, async || {
-        browser.goto(&site.url("/")).await;
-        !browser.text("a.trace").await.is_empty()
-    })
-    .await;
+    let (site, browser) = (watched_site(&collector), Browser::open().await);
+    until_linked_to_its_trace(&site, &browser).await;
     browser.until_text(".live", "Live").await;
     let trace = browser.text("a.trace").await;
     let link = browser
@@ -419,13 +523,29 @@ async fn slider_names_the_time_and_the_numbers_of_a_moment() {
     finish(&site, browser, &[]).await;
 }
 
-/// Makes visits, more and fewer in turn, for a bit more than an interval of the charts. For a
-/// picture with full charts: `RUSH_SECONDS=610 make browser T=audit`.
+/// A site with all its links.
+fn watched_site(collector: &Collector) -> Site {
+    Site::start(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &*collector.endpoint()),
+        ("JAEGER_PUBLIC_URL", "http://127.0.0.1:16686"),
+        ("PROMETHEUS_PUBLIC_URL", "http://127.0.0.1:9090"),
+        ("GRAFANA_PUBLIC_URL", "http://127.0.0.1:3000"),
+    ])
+}
+
+/// Makes visits until the page has a link to Jaeger, as it does once spans are exported.
+async fn until_linked_to_its_trace(site: &Site, browser: &Browser) {
+    eventually("the page links to the trace", SOON, async || {
+        browser.goto(&site.url("/")).await;
+        !browser.text("a.trace").await.is_empty()
+    })
+    .await;
+}
+
+/// Makes visits, more and fewer in turn, for a bit more than an interval of the charts; `make
+/// picture` fills the charts.
 async fn rush_hour(site: &Site) {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "only a person who wants another picture sets it"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "`make picture` sets it")]
     let seconds = std::env::var("RUSH_SECONDS").ok();
     let seconds = seconds.map_or(6, |seconds| seconds.parse().expect("a number"));
     let start = Instant::now();

@@ -1,10 +1,11 @@
 //! A running service with its own stores, which a test can break.
 
-use std::net::SocketAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 
 use devstack::{DATABASE, Postgres, PostgresOptions, Redis, RedisOptions};
 use lab::metrics::Metrics;
-use lab::process::Process;
+use lab::process::{self, Process};
 use lab::wait::{SOON, within};
 use lab::{client, ports, program, stack};
 
@@ -75,6 +76,42 @@ impl Site {
         let rows = self.postgres.sql(DATABASE, "select count(*) from visitas");
         let rows = rows.expect("the rows");
         rows.trim().parse().expect("a number")
+    }
+
+    /// Sets the count in Redis.
+    pub(crate) fn set_redis(&self, count: i64) {
+        let mut redis = TcpStream::connect((self.redis.host(), self.redis.port())).expect("Redis");
+        let command = format!("SET visitas_home {count}\r\nQUIT\r\n");
+        redis.write_all(command.as_bytes()).expect("it is sent");
+        let mut replies = String::new();
+        redis.read_to_string(&mut replies).expect("replies");
+        assert!(replies.starts_with("+OK"), "{replies}");
+    }
+
+    /// Holds the count's lock, for which visits wait, until the session ends.
+    pub(crate) fn hold_count(&self) -> Process {
+        let mut command = process::command(self.postgres.programs().join("psql"));
+        let held = "begin; select public.travar_contagem(); select pg_sleep(600)";
+        command.args(["-c", held, &self.postgres.url(DATABASE)]);
+        let log = program::scratch()
+            .expect("a folder")
+            .join("browser-psql.log");
+        let session = Process::start(command, &log).expect("psql starts");
+        let is_held = || self.locks("granted") == 1;
+        assert!(within(SOON, is_held), "{}", session.log_tail());
+        session
+    }
+
+    /// Whether a batch of visits waits for the count's lock.
+    pub(crate) fn waits_for_count(&self) -> bool {
+        self.locks("not granted") == 1
+    }
+
+    fn locks(&self, which: &str) -> i64 {
+        let locks =
+            format!("select count(*) from pg_locks where locktype = 'advisory' and {which}");
+        let locks = self.postgres.sql(DATABASE, &locks).expect("the locks");
+        locks.trim().parse().expect("a number")
     }
 
     /// The number of pages that listen to the stream.

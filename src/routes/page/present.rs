@@ -8,8 +8,50 @@ use time::OffsetDateTime;
 use super::chart::Charts;
 use super::view::{Page, Timing, Visit};
 use crate::routes::language::Language;
+use crate::routes::snapshot::Status;
 
 impl Page<'_> {
+    /// Whether a form of a text is true as the page is sent. `assets/page.js` decides this again
+    /// with each event.
+    pub(super) fn holds(&self, form: &str) -> bool {
+        let postgres = self.snapshot.db_status == Status::Ok;
+        let redis = self.snapshot.redis_status == Status::Ok;
+        let is_refused = matches!(self.visit, Some(Visit::Refused { .. }));
+        match form {
+            "postgres-up" => postgres,
+            "postgres-down" => !postgres,
+            "postgres-down-alone" => !postgres && redis,
+            "both-down" => !postgres && !redis,
+            "postgres-news" => !postgres || is_refused,
+            "postgres-fine" | "visit-again" => postgres && is_refused,
+            "redis-up" => redis,
+            "redis-down" => !redis,
+            "redis-news" | "redis-down-alone" => !redis && postgres,
+            "same" | "behind" | "ahead" => form == self.difference_state(),
+            "still" => true,
+            "no-rates" => !self.has_rates(),
+            "failures" => self
+                .snapshot
+                .replica
+                .taxas
+                .iter()
+                .any(|rate| rate.falhas > 0),
+            // Live news, and stores that have come back: only the script sees them.
+            _ => false,
+        }
+    }
+
+    /// The attribute of an element that is there for its forms, while none of them holds.
+    pub(super) fn hidden(&self, form: &str) -> &'static str {
+        if self.holds(form) { "" } else { "hidden" }
+    }
+
+    /// Whether there is something to draw.
+    pub(super) fn has_rates(&self) -> bool {
+        let mut rates = self.snapshot.replica.taxas.iter();
+        rates.any(|rate| rate.visitas + rate.falhas > 0)
+    }
+
     /// The title of the browser's tab: the visit's number, or what is wrong.
     pub(super) fn title(&self) -> String {
         let text = match (&self.visit, &self.snapshot.total_registros_db) {
@@ -105,5 +147,37 @@ impl Timing {
             postgres: share(self.postgres_ms),
             redis: share(self.redis_ms),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    /// What stands between `start` and the quotation mark after it, wherever `start` does.
+    fn named<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
+        let ends = text.split(start).skip(1);
+        ends.filter_map(|end| Some(end.split_once('"')?.0))
+            .collect()
+    }
+
+    #[test]
+    fn script_decides_about_the_forms_of_the_template() {
+        let template = include_str!("../../../templates/page.html");
+        let mut used = BTreeSet::new();
+        for start in ["form(\"span\", \"", "form(\"p\", \"", "data-if=\""] {
+            used.extend(named(template, start));
+        }
+        used.remove("{{ name }}");
+        let script = include_str!("../../../assets/page.js");
+        let (_, forms) = script.split_once("const forms = {\n").expect("the table");
+        let (forms, _) = forms.split_once("};").expect("its end");
+        let names = forms.lines().filter_map(|line| line.split_once(": "));
+        let decided = names.map(|(name, _)| name.trim().trim_matches('"'));
+        assert_eq!(used, decided.collect());
+        assert_eq!(
+            template.matches("call form(").count(),
+            named(template, "call form(\"").len()
+        );
     }
 }

@@ -19,6 +19,14 @@ pub(crate) const OBSERVABILITY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/obs
 /// How often it scrapes and evaluates: a test does not wait for seconds.
 const OFTEN: &str = "200ms";
 
+/// How it finds the replicas in Compose.
+const DISCOVERY: &str = "dns_sd_configs:
+      - names: [web]
+        type: A
+        port: 5000
+        refresh_interval: 5s
+";
+
 /// A running Prometheus. Dropping it kills it.
 pub(crate) struct Prometheus {
     address: SocketAddr,
@@ -178,7 +186,13 @@ fn configured(address: SocketAddr, targets: &[SocketAddr]) -> String {
             "evaluation_interval: 5s",
             format!("evaluation_interval: {OFTEN}"),
         ),
-        ("\"web:5000\"", targets.join(", ")),
+        (
+            DISCOVERY,
+            format!(
+                "static_configs: [{{ targets: [{}] }}]\n",
+                targets.join(", ")
+            ),
+        ),
         ("\"localhost:9090\"", format!("\"{address}\"")),
     ] {
         assert!(text.contains(own), "{own} in {text}");

@@ -65,6 +65,7 @@ pub(crate) fn program(arguments: &[&str], settings: &[(String, String)]) -> Comm
     command
         .args(arguments)
         .env_clear()
+        .envs(lab::program::COVERAGE)
         .envs(settings.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null());
     command

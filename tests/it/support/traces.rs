@@ -1,6 +1,6 @@
 //! Services whose spans are exported, requests with headers, and the counters of spans.
 
-use http::Method;
+use http::{HeaderMap, HeaderName, Method};
 use lab::metrics::whole;
 
 use super::collector::Collector;
@@ -35,14 +35,16 @@ pub(crate) async fn ask(
     path: &str,
     headers: &[(&'static str, &str)],
 ) -> Response {
-    let headers = headers
-        .iter()
-        .map(|&(name, value)| {
-            let value = value.parse().expect("a header's value");
-            (http::HeaderName::from_static(name), value)
-        })
-        .collect();
-    service.ask(Method::GET, path, headers).await
+    service.ask(Method::GET, path, with_headers(headers)).await
+}
+
+/// A request's headers.
+pub(crate) fn with_headers(headers: &[(&'static str, &str)]) -> HeaderMap {
+    let header = |&(name, value): &(&'static str, &str)| {
+        let value = value.parse().expect("a header's value");
+        (HeaderName::from_static(name), value)
+    };
+    headers.iter().map(header).collect()
 }
 
 /// How many spans the exporter or the processor has counted, those with an error or those without.
