@@ -256,7 +256,7 @@ pub fn recorder<L: Ledger, C: Counter>(
         stop: stopped,
         postgres,
         redis,
-        pace: Pace::default(),
+        pace: Pace::new(),
         counting: Arc::default(),
         next: Visits::default(),
         spare: Vec::new(),

@@ -19,29 +19,30 @@ pub(super) const MOST_IN_FLIGHT: u32 = 4;
 /// Batches overlap if at least this share of a batch's time is spent on the network. With stores on
 /// the same machine it is less than a tenth under load, with stores in another zone a third or more.
 const NETWORK_SHARE: f64 = 0.25;
+/// Stores whose networks take less than this time together, in seconds, are near: it is several
+/// times what messages within a machine take, and a third of a round trip to another zone.
+const NEAR: f64 = 0.000_3;
+/// So many batches are recorded one at a time first: the first calls open connections and prepare
+/// statements, which takes as long near the stores as a network would.
+const FIRST_BATCHES: u32 = 16;
 
 /// The weight of a batch in the averages.
 const WEIGHT: f64 = 0.125;
-/// How fast the shortest call to Redis is forgotten: its weight in each batch that took longer.
-const FORGETTING: f64 = 1.0 / 64.0;
 
-/// What the last batches took, and when the last one left.
-#[derive(Debug, Default)]
+/// What the last batches took, and when the last one left. Times are in seconds.
+#[derive(Debug)]
 pub(super) struct Pace {
     left: Option<Instant>,
-    usual: Option<Usual>,
-}
-
-/// What a batch usually takes, in seconds.
-#[derive(Debug, Clone, Copy)]
-struct Usual {
-    /// The call to Postgres.
+    /// The batches that were recorded, up to [`FIRST_BATCHES`].
+    recorded: u32,
+    /// What the call to Postgres usually takes.
     postgres: f64,
-    /// Both calls.
+    /// What both calls usually take.
     both: f64,
-    /// The shortest recent call to Redis, which hardly takes longer than the network; zero while
-    /// Redis is skipped.
-    redis_round_trip: f64,
+    /// The shortest call to Redis so far, which hardly takes longer than the network: a machine
+    /// under load delays messages for long, but not each of them.
+    shortest_redis: f64,
+    counts_in_redis: bool,
 }
 
 /// Whether a batch can leave now, and when that changes if no batch ends before.
@@ -63,6 +64,17 @@ impl Turn {
 }
 
 impl Pace {
+    pub(super) fn new() -> Self {
+        Self {
+            left: None,
+            recorded: 0,
+            postgres: 0.0,
+            both: 0.0,
+            shortest_redis: f64::INFINITY,
+            counts_in_redis: false,
+        }
+    }
+
     /// Notes that a batch leaves.
     pub(super) fn leave(&mut self, now: Instant) {
         self.left = Some(now);
@@ -71,24 +83,15 @@ impl Pace {
     /// Notes how long the two calls of a batch took that was recorded; no time for Redis if it was
     /// skipped or failed.
     pub(super) fn arrive(&mut self, postgres: Duration, redis: Option<Duration>) {
-        let postgres = postgres.as_secs_f64();
-        let redis = redis.map_or(0.0, |redis| redis.as_secs_f64());
-        let both = postgres + redis;
-        let Some(usual) = &mut self.usual else {
-            self.usual = Some(Usual {
-                postgres,
-                both,
-                redis_round_trip: redis,
-            });
-            return;
-        };
-        usual.postgres += (postgres - usual.postgres) * WEIGHT;
-        usual.both += (both - usual.both) * WEIGHT;
-        usual.redis_round_trip = if redis < usual.redis_round_trip {
-            redis
-        } else {
-            usual.redis_round_trip + (redis - usual.redis_round_trip) * FORGETTING
-        };
+        let weight = if self.recorded == 0 { 1.0 } else { WEIGHT };
+        self.recorded = (self.recorded + 1).min(FIRST_BATCHES);
+        self.counts_in_redis = redis.is_some();
+        if let Some(redis) = redis {
+            self.shortest_redis = self.shortest_redis.min(redis.as_secs_f64());
+        }
+        let both = postgres + redis.unwrap_or_default();
+        self.postgres += (postgres.as_secs_f64() - self.postgres) * weight;
+        self.both += (both.as_secs_f64() - self.both) * weight;
     }
 
     /// Whether a batch can leave now, with so many in flight. `round_trip` is what a message to
@@ -97,10 +100,7 @@ impl Pace {
         if in_flight == 0 {
             return Turn::OPEN;
         }
-        let (Some(left), Some(usual)) = (self.left, self.usual) else {
-            return Turn::CLOSED;
-        };
-        let Some(gap) = usual.gap(round_trip.as_secs_f64()) else {
+        let (Some(left), Some(gap)) = (self.left, self.gap(round_trip.as_secs_f64())) else {
             return Turn::CLOSED;
         };
         if in_flight >= MOST_IN_FLIGHT as usize {
@@ -108,7 +108,7 @@ impl Pace {
         }
         let opens = left + Duration::from_secs_f64(gap);
         // The last batch waits for the lock, or holds it: another one would only wait behind it.
-        let closes = left + Duration::from_secs_f64(2.0 * usual.both);
+        let closes = left + Duration::from_secs_f64(2.0 * self.both);
         if now < opens {
             Turn {
                 changes: Some(opens),
@@ -123,19 +123,23 @@ impl Pace {
             Turn::CLOSED
         }
     }
-}
 
-impl Usual {
     /// The time between two batches; `None` if they should not overlap.
     fn gap(&self, round_trip: f64) -> Option<f64> {
-        let network = round_trip + self.redis_round_trip;
-        if network < NETWORK_SHARE * self.both {
+        let redis = if self.counts_in_redis {
+            self.shortest_redis
+        } else {
+            0.0
+        };
+        let network = round_trip + redis;
+        let is_far = network >= NEAR.max(NETWORK_SHARE * self.both);
+        if self.recorded < FIRST_BATCHES || !is_far {
             return None;
         }
         // A statement that waits for the lock makes this longer, until none waits.
         let in_the_database = self.postgres - round_trip;
         // Redis counts one batch after another.
-        let longest = in_the_database.max(self.redis_round_trip);
+        let longest = in_the_database.max(redis);
         Some(longest.max(self.both / f64::from(MOST_IN_FLIGHT)))
     }
 }
@@ -150,7 +154,7 @@ mod tests {
 
     /// A pace after many batches that took so long in Postgres and in Redis.
     fn pace(postgres: f64, redis: f64) -> (Pace, Instant) {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new();
         for _ in 0..100 {
             pace.arrive(millis(postgres), Some(millis(redis)));
         }
@@ -162,21 +166,25 @@ mod tests {
     #[test]
     fn nothing_in_flight_means_no_wait() {
         let now = Instant::now();
-        assert_eq!(Pace::default().turn(now, 0, millis(1.0)), Turn::OPEN);
+        assert_eq!(Pace::new().turn(now, 0, millis(1.0)), Turn::OPEN);
         assert_eq!(pace(3.0, 1.0).0.turn(now, 0, millis(1.0)), Turn::OPEN);
     }
 
     #[test]
-    fn before_the_first_reply_one_batch_is_in_flight() {
-        let mut pace = Pace::default();
+    fn first_batches_do_not_overlap() {
+        let mut pace = Pace::new();
         let now = Instant::now();
         pace.leave(now);
-        assert_eq!(pace.turn(now + millis(9.0), 1, millis(1.0)), Turn::CLOSED);
+        for _ in 0..FIRST_BATCHES {
+            assert_eq!(pace.turn(now + millis(3.0), 1, millis(1.0)), Turn::CLOSED);
+            pace.arrive(millis(3.0), Some(millis(1.0)));
+        }
+        assert!(pace.turn(now + millis(3.0), 1, millis(1.0)).is_open);
     }
 
     #[test]
     fn batches_to_near_stores_do_not_overlap() {
-        for (postgres, redis, round_trip) in [(0.36, 0.05, 0.05), (1.3, 0.1, 0.1)] {
+        for (postgres, redis, round_trip) in [(0.36, 0.1, 0.1), (1.3, 0.1, 0.1), (2.0, 0.3, 0.1)] {
             let (pace, now) = pace(postgres, redis);
             let turn = pace.turn(now + millis(postgres), 1, millis(round_trip));
             assert_eq!(turn, Turn::CLOSED);
@@ -219,12 +227,23 @@ mod tests {
     }
 
     #[test]
-    fn slow_calls_to_redis_are_not_taken_for_the_network() {
+    fn near_stores_under_load_are_not_taken_for_distant_ones() {
         let (mut pace, now) = pace(1.3, 0.1);
-        for _ in 0..8 {
-            pace.arrive(millis(1.3), Some(millis(2.0)));
+        for _ in 0..1000 {
+            pace.arrive(millis(4.0), Some(millis(3.0)));
         }
-        let turn = pace.turn(now + millis(1.3), 1, millis(0.1));
+        let turn = pace.turn(now + millis(4.0), 1, millis(0.1));
         assert_eq!(turn, Turn::CLOSED);
+    }
+
+    #[test]
+    fn distant_ledger_alone_is_enough() {
+        let mut pace = Pace::new();
+        let now = Instant::now();
+        for _ in 0..FIRST_BATCHES {
+            pace.arrive(millis(2.0), None);
+        }
+        pace.leave(now);
+        assert!(pace.turn(now + millis(1.1), 1, millis(1.0)).is_open);
     }
 }

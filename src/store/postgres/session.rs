@@ -31,9 +31,10 @@ const LONG_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// which says what was tried, comes before the call's own.
 const SHARE: f64 = 0.95;
 
-/// How many times a new session is pinged to measure the round trip, of which the shortest counts:
-/// the others can have waited for a processor.
-const ROUND_TRIPS: u32 = 3;
+/// How many times a new session is pinged at most to measure the round trip.
+const ROUND_TRIPS: u32 = 5;
+/// No further ping follows when they have taken so long.
+const MEASURING: Duration = Duration::from_millis(20);
 
 /// The first `server_version_num` that has `transaction_timeout`.
 const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
@@ -49,7 +50,8 @@ pub(super) struct Session {
     files: Files,
     /// Looking up a name blocks, too.
     names: Files,
-    /// In nanoseconds, as measured when the last session was opened.
+    /// In nanoseconds: the shortest that any new session has measured. The others can have waited
+    /// for a processor.
     round_trip: Arc<AtomicU64>,
 }
 
@@ -103,7 +105,7 @@ impl Session {
             options,
             files: Files::default(),
             names: Files::default(),
-            round_trip: Arc::default(),
+            round_trip: Arc::new(AtomicU64::new(u64::MAX)),
         }
     }
 
@@ -337,14 +339,16 @@ impl Connect for Session {
     async fn open(&self) -> Result<PgConnection, Error> {
         let (lock, statement) = (self.config.lock_timeout(), self.config.statement_timeout());
         let mut session = self.open_with(lock, statement).await?;
-        let mut shortest = Duration::MAX;
+        let opened = Instant::now();
         for _ in 0..ROUND_TRIPS {
-            let began = Instant::now();
+            let sent = Instant::now();
             Self::ping(&mut session).await?;
-            shortest = shortest.min(began.elapsed());
+            let took = u64::try_from(sent.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            self.round_trip.fetch_min(took, Ordering::Relaxed);
+            if opened.elapsed() > MEASURING {
+                break;
+            }
         }
-        let shortest = u64::try_from(shortest.as_nanos()).unwrap_or(u64::MAX);
-        self.round_trip.store(shortest, Ordering::Relaxed);
         Ok(session)
     }
 

@@ -226,16 +226,21 @@ impl HeldCount {
 
     /// Waits until a batch of visits is with Postgres and waits for it.
     pub(crate) async fn until_waited_for(&mut self) {
-        let waiting = "select exists (select from pg_locks as l \
-                       where l.locktype = 'advisory' and not l.granted and l.database = \
-                       (select d.oid from pg_database as d where d.datname = current_database()))";
         eventually("a batch waits for the lock", SOON, async || {
-            sqlx::query_scalar::<_, bool>(waiting)
-                .fetch_one(&mut self.0)
-                .await
-                .expect("the locks")
+            self.waiting().await > 0
         })
         .await;
+    }
+
+    /// The number of batches that are with Postgres and wait for it.
+    pub(crate) async fn waiting(&mut self) -> i64 {
+        let waiting = "select count(*) from pg_locks as l \
+                       where l.locktype = 'advisory' and not l.granted and l.database = \
+                       (select d.oid from pg_database as d where d.datname = current_database())";
+        sqlx::query_scalar(waiting)
+            .fetch_one(&mut self.0)
+            .await
+            .expect("the locks")
     }
 
     /// Gives it back.
