@@ -144,7 +144,7 @@ pub struct Writer<L, C> {
     redis: Arc<C>,
     pace: Pace,
     /// Held by the batch that Redis counts.
-    counting: Arc<Mutex<()>>,
+    redis_turn: Arc<Mutex<()>>,
     /// The visits of the next batch.
     next: Visits,
     /// Empty ones, to be used again.
@@ -182,6 +182,8 @@ struct Ended {
     calls: Batch,
     total: Result<i64, CallError>,
     redis: Option<i64>,
+    /// How long the call to Redis took, without the wait for its turn.
+    counting: Option<Duration>,
     began: Instant,
     committed: Instant,
     counted: Instant,
@@ -222,6 +224,9 @@ impl Progress {
 /// Maximum number of visits in a batch: large enough that it never limits throughput. A batch that
 /// times out halves the limit for the next ones, and each full batch that is recorded doubles it.
 const BATCH_LIMIT: usize = 4096;
+/// Timers of the runtime end at whole milliseconds. The timeout of a call to Redis, which marks the
+/// store as down, must end before the recorder drops the call.
+const TIMER_STEP: Duration = Duration::from_millis(2);
 /// The SQLSTATE of a statement that ran into `statement_timeout`.
 const QUERY_CANCELED: &str = "57014";
 
@@ -257,7 +262,7 @@ pub fn recorder<L: Ledger, C: Counter>(
         postgres,
         redis,
         pace: Pace::new(),
-        counting: Arc::default(),
+        redis_turn: Arc::default(),
         next: Visits::default(),
         spare: Vec::new(),
         batch_limit: BATCH_LIMIT,
@@ -343,8 +348,8 @@ impl<L: Ledger, C: Counter> Writer<L, C> {
                     if let Some(visits) = self.begin() {
                         let (postgres, redis) =
                             (Arc::clone(&self.postgres), Arc::clone(&self.redis));
-                        let counting = Arc::clone(&self.counting);
-                        in_flight.push(record(postgres, redis, counting, visits));
+                        let redis_turn = Arc::clone(&self.redis_turn);
+                        in_flight.push(record(postgres, redis, redis_turn, visits));
                     }
                 }
                 () = timer.wait_until(turn.changes), if is_queue_open => {}
@@ -400,8 +405,9 @@ impl<L: Ledger, C: Counter> Writer<L, C> {
                 if visits >= self.batch_limit {
                     self.batch_limit = (2 * self.batch_limit).min(BATCH_LIMIT);
                 }
-                let counting = batch.redis.map(|_| batch.counted - batch.committed);
-                self.pace.arrive(batch.committed - batch.began, counting);
+                let postgres = batch.committed - batch.began;
+                let both = batch.counted - batch.began;
+                self.pace.arrive(postgres, batch.counting, both);
                 // Both at once: between two batches the counts differ only if the stores do.
                 let postgres = self.postgres.availability();
                 postgres.record_count(total, batch.began);
@@ -511,7 +517,7 @@ async fn until_stopped(stop: &mut watch::Receiver<bool>) {
 async fn record<L: Ledger, C: Counter>(
     postgres: Arc<L>,
     redis: Arc<C>,
-    counting: Arc<Mutex<()>>,
+    redis_turn: Arc<Mutex<()>>,
     visits: Visits,
 ) -> Ended {
     let size = visits.queued.len();
@@ -525,29 +531,28 @@ async fn record<L: Ledger, C: Counter>(
             QUEUE_WAIT.record(began - visit.queued);
         }
     }
-    let redis = if total.is_ok() && redis.availability().is_up() {
+    let (mut count, mut counting) = (None, None);
+    if total.is_ok() && redis.availability().is_up() {
         // One after another, in the order of the replies, so that both stores number visits alike.
         // The wait is part of the call's time: `visitas reconcile` relies on it that no increment
         // is in flight any more when that has passed since the commit.
-        let deadline = committed + redis.timeout();
+        let deadline = committed + redis.timeout() + TIMER_STEP;
         let counted = async {
-            let _turn = counting.lock().await;
+            let _turn = redis_turn.lock().await;
             if redis.availability().is_up() {
-                redis.increment(size, &mut calls).await.ok()
-            } else {
-                None
+                let began = Instant::now();
+                count = redis.increment(size, &mut calls).await.ok();
+                counting = count.map(|_| began.elapsed());
             }
         };
-        let counted = tokio::time::timeout_at(deadline, counted).await;
-        counted.ok().flatten()
-    } else {
-        None
-    };
+        tokio::time::timeout_at(deadline, counted).await.ok();
+    }
     Ended {
         visits,
         calls,
         total,
-        redis,
+        redis: count,
+        counting,
         began,
         committed,
         counted: Instant::now(),

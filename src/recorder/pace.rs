@@ -37,12 +37,13 @@ pub(super) struct Pace {
     recorded: u32,
     /// What the call to Postgres usually takes.
     postgres: f64,
-    /// What both calls usually take.
-    both: f64,
+    /// What the call to Redis usually takes; zero while Redis is skipped or fails.
+    redis: f64,
     /// The shortest call to Redis so far, which hardly takes longer than the network: a machine
     /// under load delays messages for long, but not each of them.
     shortest_redis: f64,
-    counts_in_redis: bool,
+    /// What both calls usually take, with the wait for a turn in Redis.
+    both: f64,
 }
 
 /// Whether a batch can leave now, and when that changes if no batch ends before.
@@ -69,9 +70,9 @@ impl Pace {
             left: None,
             recorded: 0,
             postgres: 0.0,
-            both: 0.0,
+            redis: 0.0,
             shortest_redis: f64::INFINITY,
-            counts_in_redis: false,
+            both: 0.0,
         }
     }
 
@@ -80,18 +81,20 @@ impl Pace {
         self.left = Some(now);
     }
 
-    /// Notes how long the two calls of a batch took that was recorded; no time for Redis if it was
-    /// skipped or failed.
-    pub(super) fn arrive(&mut self, postgres: Duration, redis: Option<Duration>) {
+    /// Notes how long the calls of a batch took that was recorded, each and both together; no time
+    /// for Redis if it was skipped or failed.
+    pub(super) fn arrive(&mut self, postgres: Duration, redis: Option<Duration>, both: Duration) {
         let weight = if self.recorded == 0 { 1.0 } else { WEIGHT };
         self.recorded = (self.recorded + 1).min(FIRST_BATCHES);
-        self.counts_in_redis = redis.is_some();
         if let Some(redis) = redis {
             self.shortest_redis = self.shortest_redis.min(redis.as_secs_f64());
         }
-        let both = postgres + redis.unwrap_or_default();
-        self.postgres += (postgres.as_secs_f64() - self.postgres) * weight;
-        self.both += (both.as_secs_f64() - self.both) * weight;
+        let average = |usual: &mut f64, took: Duration| {
+            *usual += (took.as_secs_f64() - *usual) * weight;
+        };
+        average(&mut self.postgres, postgres);
+        average(&mut self.redis, redis.unwrap_or_default());
+        average(&mut self.both, both);
     }
 
     /// Whether a batch can leave now, with so many in flight. `round_trip` is what a message to
@@ -126,12 +129,7 @@ impl Pace {
 
     /// The time between two batches; `None` if they should not overlap.
     fn gap(&self, round_trip: f64) -> Option<f64> {
-        let redis = if self.counts_in_redis {
-            self.shortest_redis
-        } else {
-            0.0
-        };
-        let network = round_trip + redis;
+        let network = round_trip + self.redis.min(self.shortest_redis);
         let is_far = network >= NEAR.max(NETWORK_SHARE * self.both);
         if self.recorded < FIRST_BATCHES || !is_far {
             return None;
@@ -139,7 +137,7 @@ impl Pace {
         // A statement that waits for the lock makes this longer, until none waits.
         let in_the_database = self.postgres - round_trip;
         // Redis counts one batch after another.
-        let longest = in_the_database.max(redis);
+        let longest = in_the_database.max(self.redis);
         Some(longest.max(self.both / f64::from(MOST_IN_FLIGHT)))
     }
 }
@@ -152,12 +150,17 @@ mod tests {
         Duration::from_secs_f64(millis / 1e3)
     }
 
-    /// A pace after many batches that took so long in Postgres and in Redis.
+    /// Notes many batches that took so long in Postgres and in Redis.
+    fn arrive(pace: &mut Pace, postgres: f64, redis: f64) {
+        for _ in 0..100 {
+            let both = millis(postgres + redis);
+            pace.arrive(millis(postgres), Some(millis(redis)), both);
+        }
+    }
+
     fn pace(postgres: f64, redis: f64) -> (Pace, Instant) {
         let mut pace = Pace::new();
-        for _ in 0..100 {
-            pace.arrive(millis(postgres), Some(millis(redis)));
-        }
+        arrive(&mut pace, postgres, redis);
         let now = Instant::now();
         pace.leave(now);
         (pace, now)
@@ -177,7 +180,7 @@ mod tests {
         pace.leave(now);
         for _ in 0..FIRST_BATCHES {
             assert_eq!(pace.turn(now + millis(3.0), 1, millis(1.0)), Turn::CLOSED);
-            pace.arrive(millis(3.0), Some(millis(1.0)));
+            pace.arrive(millis(3.0), Some(millis(1.0)), millis(4.0));
         }
         assert!(pace.turn(now + millis(3.0), 1, millis(1.0)).is_open);
     }
@@ -229,9 +232,7 @@ mod tests {
     #[test]
     fn near_stores_under_load_are_not_taken_for_distant_ones() {
         let (mut pace, now) = pace(1.3, 0.1);
-        for _ in 0..1000 {
-            pace.arrive(millis(4.0), Some(millis(3.0)));
-        }
+        arrive(&mut pace, 4.0, 3.0);
         let turn = pace.turn(now + millis(4.0), 1, millis(0.1));
         assert_eq!(turn, Turn::CLOSED);
     }
@@ -241,9 +242,17 @@ mod tests {
         let mut pace = Pace::new();
         let now = Instant::now();
         for _ in 0..FIRST_BATCHES {
-            pace.arrive(millis(2.0), None);
+            pace.arrive(millis(2.0), None, millis(2.0));
         }
         pace.leave(now);
         assert!(pace.turn(now + millis(1.1), 1, millis(1.0)).is_open);
+    }
+
+    #[test]
+    fn batches_do_not_queue_for_slow_calls_to_redis() {
+        let (mut pace, now) = pace(2.0, 1.0);
+        arrive(&mut pace, 2.0, 9.0);
+        let turn = pace.turn(now + millis(8.9), 1, millis(1.5));
+        assert!(!turn.is_open);
     }
 }
