@@ -3,7 +3,7 @@
 
     tests/simulation.py [--schedules N] [NAME ...]
 
-Each mutant replaces one text in a copy of the work tree in target/simulation. It is caught when the
+Each mutant replaces one text in a copy of the work tree in target/simulation-mutants. It is caught when the
 simulation fails or hangs, and missed when all schedules pass. Exits with 1 if one is missed.
 """
 
@@ -11,12 +11,13 @@ import argparse
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PLACE = ROOT / "target" / "simulation"
+PLACE = ROOT / "target" / "simulation-mutants"
 RECORDER, PACE = "src/recorder/mod.rs", "src/recorder/pace.rs"
 POOL, AVAILABILITY = "src/store/pool.rs", "src/store/availability.rs"
 
@@ -101,14 +102,19 @@ def cargo(flag, schedules, timeout):
     """Builds or runs the simulation in the copy, and returns its exit status, or None if it hangs."""
     command = ["cargo", "test", "--profile", "simulation", "--package", "visitas", "--lib", "--locked", "--quiet"]
     command += ["--no-run"] if flag == "--no-run" else ["--", "simulation::no_schedule", flag]
-    environment = {**os.environ, "CARGO_TARGET_DIR": str(PLACE / "target"), "SCHEDULES": str(schedules)}
-    output = open(PLACE / "output.txt", "w")
-    try:
-        return subprocess.run(
-            command, cwd=PLACE / "tree", env=environment, stdout=output, stderr=output, timeout=timeout
-        ).returncode
-    except subprocess.TimeoutExpired:
-        return None
+    # Not a folder of its own: the dependencies are built already.
+    environment = {**os.environ, "CARGO_TARGET_DIR": str(ROOT / "target"), "SCHEDULES": str(schedules)}
+    with open(PLACE / "output.txt", "w") as output:
+        process = subprocess.Popen(
+            command, cwd=PLACE / "tree", env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            # With the test program that cargo has started.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
 
 
 if __name__ == "__main__":
