@@ -24,7 +24,7 @@ const NETWORK_SHARE: f64 = 0.25;
 const NEAR: f64 = 0.000_3;
 /// So many batches are recorded one at a time first: the first calls open connections and prepare
 /// statements, which takes as long near the stores as a network would.
-const FIRST_BATCHES: u32 = 16;
+const FIRST_BATCHES: u32 = 8;
 
 /// The weight of a batch in the averages.
 const WEIGHT: f64 = 0.125;

@@ -203,8 +203,8 @@ impl Availability {
     pub(super) fn record_reading(&self, count: i64, took: Duration) {
         let mut details = self.details();
         details.latency = Some(took);
-        // A batch that has ended during the reading knows better.
-        let is_newer = |batch: Instant| batch.elapsed() < took;
+        // A batch that has ended since the reading began knows better.
+        let is_newer = |batch: Instant| batch.elapsed() <= took;
         let is_known = self.count.load(Ordering::Relaxed) != UNKNOWN;
         if !(is_known && details.last_batch.is_some_and(is_newer)) {
             self.count.store(count, Ordering::Relaxed);

@@ -102,6 +102,11 @@ impl Timeline {
         !self.log().violations.is_empty()
     }
 
+    /// Whether this happened at this moment.
+    pub(super) fn has(&self, moment: Instant, event: Event) -> bool {
+        self.log().events.contains(&(moment, event))
+    }
+
     pub(super) fn count(&self, is_meant: impl Fn(&Event) -> bool) -> usize {
         let log = self.log();
         log.events
