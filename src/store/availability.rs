@@ -214,12 +214,15 @@ impl Availability {
 
     /// Records the count that a batch has left whose call began at this moment, so that a visit that
     /// was answered is in it. Of two batches that were in flight together the one with the higher
-    /// count was recorded later, whichever ends first.
+    /// count was recorded later, whichever ends first. An unknown count of a store that is down stays
+    /// unknown.
     pub fn record_count(&self, count: i64, began: Instant) {
         let mut details = self.details();
         let known = self.count.load(Ordering::Relaxed);
         let overlaps = details.last_batch.is_some_and(|ended| began < ended);
-        if self.is_up() && !(overlaps && count < known) {
+        // A reading can end well after the store went down, and before the batch.
+        let is_known = self.is_up() || known != UNKNOWN;
+        if is_known && !(overlaps && count < known) {
             self.count.store(count, Ordering::Relaxed);
             details.last_count = Some((count, SystemTime::now()));
             details.last_batch = Some(Instant::now());
