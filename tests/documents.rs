@@ -14,7 +14,7 @@ const TRANSLATED: [[&str; 2]; 2] = [
 ];
 
 /// Documents whose links are checked.
-const DOCUMENTS: [&str; 18] = [
+const DOCUMENTS: [&str; 20] = [
     "README.md",
     "README.pt-BR.md",
     "AGENTS.md",
@@ -26,8 +26,10 @@ const DOCUMENTS: [&str; 18] = [
     "docs/http.md",
     "docs/kubernetes.md",
     "docs/metrics.md",
+    "docs/operations.md",
     "docs/releases.md",
     "docs/reuse.md",
+    "docs/scale.md",
     "docs/settings.md",
     "docs/tour.md",
     "docs/tour.pt-BR.md",

@@ -24,9 +24,9 @@ use self::long_session::LongSession;
 use self::migrate::{Rehearsal, Schema};
 use self::session::Session;
 use self::statements::{
-    BEGIN, LOCK_COUNT, MOVE_SEQUENCE, READ, RECORD, RECOUNT, REHEARSE, ROLLBACK, Reading,
-    UNIQUE_VIOLATION, execute, is_denied, is_missing, lock_count, move_sequence, read_count,
-    record, recount, rehearse,
+    BEGIN, LOCK_COUNT, MEASURE, MOVE_SEQUENCE, READ, RECORD, RECOUNT, REHEARSE, ROLLBACK, Reading,
+    UNIQUE_VIOLATION, execute, is_denied, is_missing, lock_count, measure, move_sequence,
+    read_count, record, recount, rehearse,
 };
 use super::availability::Availability;
 use super::call::{Batch, Target};
@@ -34,6 +34,7 @@ use super::error::{CallError, Cause, Error, System};
 use super::pool::{Link, Pool};
 use super::watch::Store;
 use crate::config::PostgresConfig;
+use crate::metrics::catalog::DATABASE_SIZE;
 
 /// The database of visits.
 #[derive(Debug)]
@@ -55,6 +56,9 @@ pub struct Recount {
 
 /// One in this many readings checks everything that can make a recount due.
 const THOROUGH_READING: u64 = 5;
+
+/// One in this many readings is followed by one of the database's size. The monitor reads each second.
+const MEASURING_READING: u64 = 60;
 
 /// The writer uses one connection and the monitor one; the others are a reserve for connections
 /// that an outage has left in doubt.
@@ -78,6 +82,7 @@ impl Postgres {
             target,
             &[&RECORD, &migrate::APPLY, &migrate::UNINSTALL_OBJECTS],
         ));
+        DATABASE_SIZE.with([]).set(f64::NAN);
         Self {
             schema: Schema::new(Arc::clone(&pool), session.clone()),
             pool,
@@ -198,6 +203,14 @@ impl Postgres {
         result
     }
 
+    /// Publishes the database's size. On failure the last one stays: while a full disk keeps
+    /// Postgres down, it says why.
+    async fn publish_size(&self) {
+        if let Ok(bytes) = self.pool.ask(&MEASURE, measure).await {
+            DATABASE_SIZE.with([]).set(bytes as f64);
+        }
+    }
+
     /// Applies pending migrations, then rehearses a visit. Returns the connection, and the total if
     /// it could be read.
     async fn rehearse(&self) -> Result<(Link<PgConnection>, Option<i64>), Error> {
@@ -257,6 +270,9 @@ impl Store for Postgres {
                 check_version(&reading)?;
                 Ok(reading.total)
             });
+        if result.is_ok() && turn.is_multiple_of(MEASURING_READING) {
+            self.publish_size().await;
+        }
         if let Err(error) = &result {
             // A visit can still succeed without what a reading needs. The probe creates a missing
             // object again, and fails for as long as a right is missing.

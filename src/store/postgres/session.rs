@@ -2,6 +2,7 @@
 //!
 //! Must not know: statements.
 
+use std::hash::{BuildHasher as _, RandomState};
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::path::Path;
 use std::sync::Arc;
@@ -33,6 +34,9 @@ const SHARE: f64 = 0.95;
 /// The first `server_version_num` that has `transaction_timeout`.
 const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
 
+/// A parameter of ours. Only a session that got all of this program's parameters has its value.
+const MARK: &str = "visitas.sessao";
+
 static PING: Operation = Operation::command("PING");
 
 /// How to open a session. It sets every parameter that exact counting depends on, so that no
@@ -41,6 +45,9 @@ static PING: Operation = Operation::command("PING");
 pub(super) struct Session {
     config: Arc<PostgresConfig>,
     options: PgConnectOptions,
+    /// The value of [`MARK`]. It is random: otherwise a pooler's configuration could hold it without
+    /// the other parameters.
+    mark: String,
     files: Files,
     /// Looking up a name blocks, too.
     names: Files,
@@ -55,6 +62,7 @@ struct Contents {
 
 impl Session {
     pub(super) fn new(config: &PostgresConfig) -> Self {
+        let mark = RandomState::new().hash_one(MARK).to_string();
         let mut options = driver_options(config.options.as_deref())
             .host(&config.db_host)
             .port(config.db_port)
@@ -90,10 +98,12 @@ impl Session {
             // it, and by default Postgres plans some of them at every call.
             ("jit", "off"),
             ("plan_cache_mode", "force_generic_plan"),
+            (MARK, &mark),
         ]);
         Self {
             config: Arc::new(config.clone()),
             options,
+            mark,
             files: Files::default(),
             names: Files::default(),
         }
@@ -234,16 +244,16 @@ impl Session {
         let has_transaction_timeout =
             connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT);
         let check = if has_transaction_timeout {
-            "select current_setting('plan_cache_mode') = 'force_generic_plan' \
+            "select current_setting('visitas.sessao', true) \
              from set_config('transaction_timeout', '0', false)"
         } else {
-            "select current_setting('plan_cache_mode') = 'force_generic_plan'"
+            "select current_setting('visitas.sessao', true)"
         };
         let row = sqlx::raw_sql(check).fetch_one(&mut connection).await;
-        let has_options: bool = row
+        let mark: Option<String> = row
             .and_then(|row| row.try_get(0))
             .map_err(|error| login.failure(error, None))?;
-        if !has_options {
+        if mark.as_ref() != Some(&self.mark) {
             return Err(login.without_settings());
         }
         Ok(connection)
