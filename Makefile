@@ -4,7 +4,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults sweep compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-soak bench-ready chaos chaos-long chaos-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
+.PHONY: help run check map test api faults sweep compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
 
 help: ## List the targets (at once)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ bench-far: bench-ready ## Measure with both stores a network away; BEFORE=revisi
 
 bench-peers: bench-ready ## Compare with the same visit in other stacks (10 minutes)
 	@target/release/bench peers
+
+bench-scale: bench-ready ## Measure what slower commits allow, next to a model (5 minutes)
+	@target/release/bench scale
 
 bench-soak: bench-ready ## Watch memory at the peak, and write bench/soak.md (30 minutes)
 	@target/release/bench soak
