@@ -166,8 +166,7 @@ impl Site {
     /// not started again.
     pub fn cut(&mut self, services: bool) -> Result<Outage> {
         let postgres = self.postgres.take().context("Postgres is off")?;
-        let cut = Instant::now();
-        let remains = self.disk.cut()?;
+        let (cut, remains) = self.disk.cut()?;
         postgres.kill()?;
         if !services {
             self.kill_services()?;
