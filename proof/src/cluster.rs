@@ -32,6 +32,12 @@ const BALANCER: &str = include_str!("../patroni/haproxy.cfg");
 /// Making the first cluster, or copying the leader's, is the longest start.
 const START_TIMEOUT: Duration = Duration::from_mins(2);
 
+/// Reading ten million rows takes less than a minute.
+const SQL_TIMEOUT: &str = "120";
+/// A transaction that writes.
+const COMMIT: &str = "begin; create table if not exists sonda (id integer); \
+    insert into sonda values (1); commit";
+
 /// The machines and the balancer. Everything ends with this value.
 pub struct Cluster {
     /// Where the balancer listens.
@@ -310,11 +316,20 @@ impl Cluster {
         tails.collect()
     }
 
+    /// Waits until a transaction that writes succeeds through the balancer, and returns when it did.
+    pub fn wait_for_a_commit(&self) -> Result<Instant> {
+        let commits = || self.sql("postgres", COMMIT).is_ok();
+        ensure!(within(START_TIMEOUT, commits), "no commit succeeds");
+        Ok(Instant::now())
+    }
+
     /// Runs a statement on the leader, through the balancer.
     pub fn sql(&self, database: &str, statement: &str) -> Result<String> {
         let port = self.address.port();
         let url = format!("postgres://{USER}:{PASSWORD}@127.0.0.1:{port}/{database}");
-        let output = Command::new(self.programs.join("psql"))
+        let output = Command::new("timeout")
+            .arg(SQL_TIMEOUT)
+            .arg(self.programs.join("psql"))
             .args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-c", statement, &url])
             .env("PGCONNECT_TIMEOUT", "10")
             .output()?;

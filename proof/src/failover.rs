@@ -57,8 +57,9 @@ pub struct Finding {
     pub verdict: Verdict,
     /// The longest time without an acknowledged visit.
     pub silence: Duration,
-    /// From when a machine said that it leads to the first visit that was acknowledged.
-    pub after_promotion: Option<Duration>,
+    /// From when a machine said that it leads, and from when a commit succeeds through the balancer
+    /// without the service, to the first visit that was acknowledged.
+    pub after_promotion: Option<(Duration, Duration)>,
     /// Visits acknowledged while no standby could have them.
     pub alone: usize,
     /// What must not be, apart from the verdict.
@@ -85,8 +86,9 @@ const AWAY: Duration = Duration::from_secs(3);
 const GRACE: Duration = Duration::from_millis(500);
 /// Patroni's `ttl` is 20 s; after it, the machines elect.
 const RETURN_TIMEOUT: Duration = Duration::from_secs(90);
-/// How long a promotion can take to be of use to clients.
-const AFTER_PROMOTION: Duration = Duration::from_secs(1);
+/// How long the service can take once a commit succeeds without it. After a promotion that is when a
+/// standby follows the new leader.
+const AFTER_A_COMMIT: Duration = Duration::from_secs(1);
 
 const ROWS: &str = "select (extract(epoch from data) * 1000000)::bigint from visitas order by id";
 
@@ -183,6 +185,9 @@ fn test(site: &mut Site, loss: Loss) -> Result<Finding> {
     std::thread::sleep(LOAD);
     let begun = Instant::now();
     let Course { promoted, alone } = loss.happen(site)?;
+    let usable = promoted
+        .map(|_| site.cluster.wait_for_a_commit())
+        .transpose()?;
     let first = site.wait_for_return(&ledger, promoted.unwrap_or_else(Instant::now))?;
     std::thread::sleep(AFTERMATH);
     let mut visits = ledger.stop();
@@ -192,7 +197,10 @@ fn test(site: &mut Site, loss: Loss) -> Result<Finding> {
         loss,
         verdict: Verdict::default(),
         silence: longest_silence(begun, &visits),
-        after_promotion: promoted.map(|promoted| first - promoted),
+        after_promotion: promoted.zip(usable).map(|(promoted, usable)| {
+            let since = |moment| first.saturating_duration_since(moment);
+            (since(promoted), since(usable))
+        }),
         alone: alone.map_or(0, |(from, to)| {
             let is_alone =
                 |visit: &&Visit| visit.is_recorded() && visit.sent > from && visit.ended < to;
@@ -360,6 +368,7 @@ pub fn report(findings: &[Finding]) -> String {
             "acknowledged without a standby",
             "longest time without a 200",
             "first 200 after the promotion",
+            "after a commit without the service",
         ],
         rows,
     );
