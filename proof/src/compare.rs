@@ -284,6 +284,7 @@ impl Trial {
         let ports = (postgres.port(), redis.port());
         redis.kill()?;
         postgres.kill()?;
+        let off = Instant::now();
         drop((postgres, redis));
         self.disk.replace(remains)?;
         let started = Instant::now();
@@ -292,6 +293,7 @@ impl Trial {
         let back = Instant::now();
         Ok(Outage {
             cut,
+            off,
             back,
             recovery: back - started,
         })

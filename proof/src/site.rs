@@ -47,6 +47,8 @@ pub struct Site {
 pub struct Outage {
     /// Just before the copy was taken: responses from before it are kept to.
     pub cut: Instant,
+    /// When the stores were killed.
+    pub off: Instant,
     /// When Postgres accepted connections again.
     pub back: Instant,
     /// The part of it that Postgres took to recover.
@@ -173,12 +175,14 @@ impl Site {
         }
         let port = postgres.port();
         drop(postgres);
+        let off = Instant::now();
         self.disk.replace(remains)?;
         let started = Instant::now();
         self.postgres = Some(start_postgres(&self.disk, port, &self.config)?);
         let back = Instant::now();
         Ok(Outage {
             cut,
+            off,
             back,
             recovery: back - started,
         })
@@ -220,7 +224,7 @@ impl Outage {
     /// Takes back what was answered after the cut, which no client can have read: the power was off.
     pub fn hide(self, visits: &mut [Visit]) {
         let is_hidden = |visit: &&mut Visit| {
-            visit.is_recorded() && visit.ended >= self.cut && visit.sent <= self.back
+            visit.is_recorded() && visit.ended >= self.cut && visit.sent <= self.off
         };
         for visit in visits.iter_mut().filter(is_hidden) {
             visit.outcome = Outcome::NoResponse;
@@ -314,7 +318,8 @@ mod tests {
         };
         let outage = Outage {
             cut: at(10),
-            back: at(20),
+            off: at(20),
+            back: at(30),
             recovery: Duration::ZERO,
         };
         let mut visits = [visit(8, 9), visit(9, 11), visit(19, 21), visit(21, 22)];
