@@ -15,7 +15,7 @@
 )]
 
 pub mod bounds;
-mod chance;
+pub mod chance;
 pub mod fault;
 pub mod ground;
 pub mod hostile;
