@@ -488,3 +488,52 @@ impl fmt::Display for Design {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn finding(design: Design, lost: usize, duplicate: usize) -> Finding {
+        Finding {
+            design,
+            acknowledged: 100,
+            lost,
+            numbers: Some(Numbers {
+                duplicate,
+                gaps: 3,
+                out_of_order: 0,
+                off: 0,
+            }),
+            rate: 1.0,
+        }
+    }
+
+    #[test]
+    fn service_that_loses_or_repeats_is_not_as_known() {
+        assert!(finding(Design::Visitas, 0, 0).is_as_known());
+        assert!(!finding(Design::Visitas, 1, 0).is_as_known());
+        assert!(!finding(Design::Visitas, 0, 1).is_as_known());
+    }
+
+    #[test]
+    fn test_that_finds_no_fault_in_a_faulty_counter_is_blind() {
+        assert!(!finding(Design::TwoTransactions, 0, 0).is_as_known());
+        assert!(!finding(Design::RedisAlone, 0, 0).is_as_known());
+        assert!(!finding(Design::ReadWrite, 0, 7).is_as_known());
+        assert!(finding(Design::ReadWrite, 7, 7).is_as_known());
+    }
+
+    #[test]
+    fn each_counter_is_shorter_than_sixty_lines() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("counters");
+        let files = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|file| file.unwrap().path());
+        let designs: Vec<_> = files.filter(|file| !file.ends_with("main.rs")).collect();
+        assert_eq!(designs.len(), 5);
+        for file in designs {
+            let lines = std::fs::read_to_string(&file).unwrap().lines().count();
+            assert!(lines < 60, "{}: {lines}", file.display());
+        }
+    }
+}

@@ -45,7 +45,8 @@ response, and it was counted.
 - *out of order*: visits sent after a visit with the same or a higher number had been answered.
 - *last number off by*: the number of one more visit, at rest, minus what the store has.
 - *visits a second*: before anything is broken, with both replicas, the stores and the clients on one \
-machine.
+machine. Sixteen clients wait for the disk most of the time; [`bench/report.md`](../bench/report.md) has \
+the throughput under more.
 
 ";
 

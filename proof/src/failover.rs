@@ -392,3 +392,31 @@ impl fmt::Display for Loss {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn finding(loss: Loss, verdict: Verdict) -> Finding {
+        Finding {
+            loss,
+            verdict,
+            silence: Duration::ZERO,
+            after_promotion: None,
+            alone: 0,
+            violations: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn control_that_loses_nothing_fails_the_test() {
+        let kept = Verdict::default();
+        assert!(finding(Loss::LeaderKilled, kept).is_as_wanted());
+        assert!(!finding(Loss::Control, kept).is_as_wanted());
+        let mut repeated = kept;
+        repeated.lost = 1;
+        repeated.postgres.repeated = 1;
+        assert!(finding(Loss::Control, repeated).is_as_wanted());
+        assert!(!finding(Loss::LeaderKilled, repeated).is_as_wanted());
+    }
+}

@@ -411,6 +411,11 @@ impl Cuts {
         for visit in &mut visits {
             visit.total = visit.total.map(|number| number - total);
             visit.redis = visit.redis.map(|number| number - counted);
+            // `reconcile` moves the counter in Redis on purpose, also back: Redis can have counted a
+            // visit whose commit the cut took, since no client is told of either.
+            if self.series.moment == Moment::Reconcile {
+                visit.redis = None;
+            }
         }
         let all = site.rows()?;
         let rows = all.get(usize::try_from(total)?..).unwrap_or_default();
@@ -481,13 +486,16 @@ impl Cuts {
     /// One line, for the terminal.
     pub fn line(&self) -> String {
         let mut line = format!(
-            "{}: {} cuts, {} acknowledged, {} lost, {} duplicated, {} out of order, {} in doubt",
+            "{}: {} cuts, {} acknowledged, {} lost, {} duplicated ({} of them in Redis), {} out of order \
+             ({}), {} in doubt",
             self.series,
             self.verdicts.len(),
             self.sum(|verdict| verdict.recorded),
             self.sum(|verdict| verdict.lost),
             self.sum(Verdict::duplicated),
+            self.sum(|verdict| verdict.redis.repeated + verdict.redis.unexplained),
             self.sum(Verdict::out_of_order),
+            self.sum(|verdict| verdict.redis.out_of_order),
             self.sum(|verdict| verdict.in_doubt),
         );
         for violation in &self.violations {

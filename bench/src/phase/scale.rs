@@ -42,7 +42,7 @@ pub(crate) fn scale(ground: &mut Ground, effort: Effort) -> Result<Section> {
         })
         .collect();
     let all = round::interleaved(ground, &cases, effort)?;
-    let model = Model::of(&all)?;
+    let model = Model::fit(&all)?;
 
     let measured = COMMITS.iter().flat_map(|&commit| {
         let all = &all;
@@ -51,7 +51,7 @@ pub(crate) fn scale(ground: &mut Ground, effort: Effort) -> Result<Section> {
                 case.stores == Stores::SlowCommit(commit) && case.connections == connections
             };
             let throughputs = find(all, case)?.throughputs();
-            let modelled = model.throughput(batch_of(connections), commit);
+            let modelled = model.throughput(batch_size(connections), commit);
             Some([
                 commit_in_words(commit),
                 connections.to_string(),
@@ -96,16 +96,16 @@ pub(crate) fn scale(ground: &mut Ground, effort: Effort) -> Result<Section> {
 
 impl Model {
     /// By the series without a delay, with one connection and with [`CONNECTIONS`].
-    fn of(all: &[Series]) -> Result<Self> {
+    fn fit(all: &[Series]) -> Result<Self> {
         let seconds = |connections| {
             let case = |case: &Case| {
                 case.stores == Stores::SlowCommit(Duration::ZERO) && case.connections == connections
             };
             let series = find(all, case).context("not measured")?;
-            Ok::<_, anyhow::Error>(batch_of(connections) / series.throughput().median)
+            Ok::<_, anyhow::Error>(batch_size(connections) / series.throughput().median)
         };
         let lone = seconds(1)?;
-        let each = (seconds(CONNECTIONS)? - lone) / (batch_of(CONNECTIONS) - 1.0);
+        let each = (seconds(CONNECTIONS)? - lone) / (batch_size(CONNECTIONS) - 1.0);
         Ok(Self { lone, each })
     }
 
@@ -116,7 +116,7 @@ impl Model {
 }
 
 /// How many visits are in a batch of this many clients that visit without a pause.
-fn batch_of(connections: usize) -> f64 {
+fn batch_size(connections: usize) -> f64 {
     (connections as f64 / 2.0).clamp(1.0, LARGEST_BATCH)
 }
 

@@ -57,7 +57,7 @@ pub struct Recount {
 /// One in this many readings checks everything that can make a recount due.
 const THOROUGH_READING: u64 = 5;
 
-/// One in this many readings is followed by one of the database's size. The monitor reads each second.
+/// One in this many readings, which are a second apart, also reads the size of the database.
 const MEASURING_READING: u64 = 60;
 
 /// The writer uses one connection and the monitor one; the others are a reserve for connections
