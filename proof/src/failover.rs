@@ -26,7 +26,7 @@ use crate::cluster::Cluster;
 pub enum Loss {
     /// The leader's machine ends without a goodbye.
     LeaderKilled,
-    /// The leader's machine goes on, and reaches nobody.
+    /// The leader's machine goes on, and reaches no other machine.
     LeaderCutOff,
     /// The lead is handed over.
     SwitchedOver,
