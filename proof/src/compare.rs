@@ -189,12 +189,12 @@ impl Trial {
             .max()
             .unwrap_or(0);
         // One visit after another, at rest.
-        let (last, _) = client::visit(self.replicas[0].0).context("the last visit")?;
+        let (final_number, _) = client::visit(self.replicas[0].0).context("the last visit")?;
         let numbers = Numbers {
             duplicate: verdict.postgres.repeated,
             gaps: usize::try_from(highest)? + verdict.postgres.repeated - acknowledged,
             out_of_order: verdict.postgres.out_of_order,
-            off: last - self.count()?,
+            off: final_number - self.count()?,
         };
         Ok(Finding {
             design: self.design,

@@ -376,7 +376,10 @@ pub fn report(findings: &[Finding]) -> String {
     );
     for finding in findings {
         for violation in &finding.violations {
-            text += &format!("\n- {}: {violation}", finding.loss);
+            text += "\n- ";
+            text += &finding.loss.to_string();
+            text += ": ";
+            text += violation;
         }
     }
     text
