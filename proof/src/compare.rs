@@ -189,12 +189,12 @@ impl Trial {
             .max()
             .unwrap_or(0);
         // One visit after another, at rest.
-        let (last, _) = client::visit(self.replicas[0].0).context("the last visit")?;
+        let (final_number, _) = client::visit(self.replicas[0].0).context("the last visit")?;
         let numbers = Numbers {
             duplicate: verdict.postgres.repeated,
             gaps: usize::try_from(highest)? + verdict.postgres.repeated - acknowledged,
             out_of_order: verdict.postgres.out_of_order,
-            off: last - self.count()?,
+            off: final_number - self.count()?,
         };
         Ok(Finding {
             design: self.design,
@@ -317,7 +317,7 @@ impl Trial {
 
 impl Drop for Trial {
     fn drop(&mut self) {
-        // A stop would flush what nobody needs.
+        // A stop would flush data that no test reads.
         if let Some(postgres) = &self.postgres {
             postgres.kill().ok();
         }
@@ -406,8 +406,8 @@ impl Design {
 }
 
 impl Finding {
-    /// Whether the design failed, or kept its promise, as it is known to. A test in which nobody
-    /// fails is blind.
+    /// Whether the design failed, or kept its promise, as it is known to. A test in which no
+    /// counter fails is blind.
     pub fn is_as_known(&self) -> bool {
         let duplicate = self.numbers.map_or(0, |numbers| numbers.duplicate);
         match self.design {
@@ -439,7 +439,7 @@ pub fn report(findings: &[Finding]) -> String {
             numbers(&|numbers| count(numbers.gaps)),
             numbers(&|numbers| count(numbers.out_of_order)),
             numbers(&|numbers| numbers.off.to_string()),
-            count(finding.rate.round() as usize),
+            grouped(finding.rate.round()),
         ]
     });
     table(

@@ -26,7 +26,7 @@ use crate::cluster::Cluster;
 pub enum Loss {
     /// The leader's machine ends without a goodbye.
     LeaderKilled,
-    /// The leader's machine goes on, and reaches nobody.
+    /// The leader's machine goes on, and reaches no other machine.
     LeaderCutOff,
     /// The lead is handed over.
     SwitchedOver,
@@ -232,12 +232,11 @@ fn test(site: &mut Site, loss: Loss) -> Result<Finding> {
             "{alone} visits were acknowledged while no standby could have them"
         ));
     }
-    if let Some(after) = finding
-        .after_promotion
-        .filter(|after| *after > AFTER_PROMOTION)
+    if let Some((_, after)) = finding.after_promotion
+        && after > AFTER_A_COMMIT
     {
         finding.violate(format!(
-            "the first visit came {after:?} after the promotion"
+            "the first visit came {after:?} after commits succeeded"
         ));
     }
     Ok(finding)
@@ -354,7 +353,10 @@ pub fn report(findings: &[Finding]) -> String {
             seconds(finding.silence),
             finding
                 .after_promotion
-                .map_or_else(|| "–".to_owned(), seconds),
+                .map_or_else(|| "–".to_owned(), |(promotion, _)| seconds(promotion)),
+            finding
+                .after_promotion
+                .map_or_else(|| "–".to_owned(), |(_, commit)| seconds(commit)),
         ]
     });
     let mut text = table(
@@ -374,7 +376,10 @@ pub fn report(findings: &[Finding]) -> String {
     );
     for finding in findings {
         for violation in &finding.violations {
-            text += &format!("\n- {}: {violation}", finding.loss);
+            text += "\n- ";
+            text += &finding.loss.to_string();
+            text += ": ";
+            text += violation;
         }
     }
     text

@@ -8,7 +8,6 @@
 
 #![expect(
     clippy::missing_errors_doc,
-    clippy::missing_panics_doc,
     clippy::must_use_candidate,
     reason = "the library is for this program and its tests alone"
 )]

@@ -320,6 +320,10 @@ pub(crate) struct Other {
     pub(crate) postgres: std::sync::Arc<Postgres>,
     pub(crate) database: String,
     /// The folder of a server on data that was there before. Last, so that it is removed after it.
+    #[expect(
+        dead_code,
+        reason = "held, so that the folder is removed with the server"
+    )]
     pub(crate) folder: Option<tempfile::TempDir>,
 }
 
