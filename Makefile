@@ -26,7 +26,7 @@ PYTHON = python3:ensurepip=python3-venv
 
 run: setup ## Serve on port 8000 with its own PostgreSQL and Redis; a first build takes some minutes (2 seconds)
 	@[ -e target/release/visitas ] || echo 'building: the first time takes some five minutes' >&2
-	@cargo build --release --locked --quiet --bin visitas --bin devstack --workspace
+	@cargo build --release --locked $(if $(wildcard target/release/visitas),--quiet) --bin visitas --bin devstack --workspace
 	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
 
 check: ## Check format and lints and run the unit tests; needs no server (20 seconds)
@@ -43,9 +43,11 @@ test faults coverage: PACKAGES = $(SERVERS)
 test coverage compat compat-ends: export RUST_TEST_THREADS = 8
 ifdef T
 test: setup
-	@tests=$$(cargo test --workspace --exclude browser --locked --quiet -- --list '$(T)') && \
+	@tests=$$(cargo test --workspace --exclude browser --locked -- --list '$(T)') && \
 	case $$tests in *': test'*) ;; *) echo "no test has $(T) in its name" >&2; exit 1 ;; esac
-	cargo test --workspace --exclude browser --locked --quiet -- --include-ignored '$(T)'
+	@# Without the programs in which no test has this name.
+	@bash -o pipefail -c 'cargo test --workspace --exclude browser --locked -- --include-ignored "$$1" 2>&1 | \
+		sed -E "/^ +(Running|Doc-tests|Finished) |^running 0 tests|^test result: ok\. 0 passed|^ *$$/d"' bash '$(T)'
 else
 test: setup check ## Test everything that guards a change; T=name runs the tests with this name (4 minutes)
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items

@@ -36,7 +36,7 @@ const MACHINES: Needs = Needs {
 const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
 
 /// How long the visits of `order` can take.
-const ORDER_LIMIT: Duration = Duration::from_mins(120);
+const ORDER_LIMIT: Duration = Duration::from_hours(2);
 
 fn main() -> ExitCode {
     let matches = command().get_matches();
