@@ -111,14 +111,14 @@ powercut-quick: ## Cut the power three times and once without flushes, with a de
 	@cargo build --locked --quiet --workspace --bin visitas --bin proof
 	@target/debug/proof powercut quick
 
-failover: proof-ready ## Lose the machine of the database's leader, and write it into docs/kills.md; needs root (5 minutes)
+failover: proof-ready ## Lose the machine of the database's leader, and write it into docs/kills.md; needs root (4 minutes)
 	@target/release/proof failover
 
 VISITS = 10000000
 order: proof-ready ## Visit ten million times through kills and a failover, or VISITS=number; needs root (40 minutes)
 	@target/release/proof order $(VISITS)
 
-proof: proof-ready ## Hold other counters to the same test, and write docs/proof.md; needs root (8 minutes)
+proof: proof-ready ## Hold other counters to the same test, and write docs/proof.md; needs root (4 minutes)
 	@target/release/proof compare
 
 # What these tests need in addition to the stores. Where it cannot be installed, they say that they are

@@ -177,8 +177,9 @@ impl Cluster {
             "the machine has no network of its own"
         );
         let cable = cable(machine);
-        // The kernel removes the cable of a dead machine a little later.
+        // The kernel removes the cable of a dead machine some seconds later.
         let plug = || {
+            run("ip", &["link", "delete", &cable]).ok();
             run(
                 "ip",
                 &[

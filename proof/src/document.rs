@@ -78,7 +78,7 @@ are visits in doubt.
 $ make proof
 ```
 
-It takes ten minutes, and needs Linux, root (or a `sudo` that asks for no password), loop devices and \
+It takes four minutes, and needs Linux, root (or a `sudo` that asks for no password), loop devices and \
 `xfsprogs`; elsewhere it says SKIPPED and why. Mounts and processes are in namespaces of their own, \
 which end with it. `target/release/proof compare --only Redis` tests some.
 ";
