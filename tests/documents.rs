@@ -14,7 +14,7 @@ const TRANSLATED: [[&str; 2]; 2] = [
 ];
 
 /// Documents whose links are checked.
-const DOCUMENTS: [&str; 20] = [
+const DOCUMENTS: [&str; 21] = [
     "README.md",
     "README.pt-BR.md",
     "AGENTS.md",
@@ -27,6 +27,7 @@ const DOCUMENTS: [&str; 20] = [
     "docs/kubernetes.md",
     "docs/metrics.md",
     "docs/operations.md",
+    "docs/proof.md",
     "docs/releases.md",
     "docs/reuse.md",
     "docs/scale.md",
@@ -80,7 +81,7 @@ fn evidence_is_what_its_report_says() {
         .lines()
         .filter(|line| line.starts_with("| ") && line.contains("](") && line.contains(".md)"))
         .collect();
-    assert_eq!(rows.len(), 8);
+    assert_eq!(rows.len(), 9);
     for row in rows {
         let cells: Vec<_> = row.trim_matches('|').split(" | ").collect();
         let [_, measured, source, bounds] = cells[..] else {

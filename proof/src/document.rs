@@ -119,6 +119,7 @@ fn origin(command: &str) -> Result<String> {
     let date = OffsetDateTime::now_utc().date();
     let version = version.trim();
     Ok(format!(
-        "Written by `{command}` on {date}, {version}, on two processors that everything shares.\n\n"
+        "- command: `{command}`\n- date: {date}\n- service: {version}\n\
+         - processors: shared by the clients, the service and the stores\n\n"
     ))
 }
