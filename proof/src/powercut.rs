@@ -412,7 +412,7 @@ impl Cuts {
             visit.total = visit.total.map(|number| number - total);
             visit.redis = visit.redis.map(|number| number - counted);
             // `reconcile` moves the counter in Redis on purpose, also back: Redis can have counted a
-            // visit whose commit the cut took, since no client is told of either.
+            // visit whose commit the cut took, since no client gets a response about either.
             if self.series.moment == Moment::Reconcile {
                 visit.redis = None;
             }
