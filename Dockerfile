@@ -41,9 +41,10 @@ COPY browser/Cargo.toml browser/
 COPY chaos/Cargo.toml chaos/
 COPY devstack/Cargo.toml devstack/
 COPY lab/Cargo.toml lab/
+COPY proof/Cargo.toml proof/
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    mkdir -p src bench/src browser/src chaos/src devstack/src lab/src \
- && for crate in . bench browser chaos devstack lab; do touch $crate/src/lib.rs; done \
+    mkdir -p src bench/src browser/src chaos/src devstack/src lab/src proof/src \
+ && for crate in . bench browser chaos devstack lab proof; do touch $crate/src/lib.rs; done \
  && echo 'fn main() {}' >src/main.rs \
  && cargo ${AUDITABLE:+auditable} build --release --locked --bin visitas
 

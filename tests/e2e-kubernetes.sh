@@ -326,8 +326,10 @@ web_of_production_verifies_the_certificate_of_the_database() {
 
 # --- helpers of the cases ---
 
+# run_cases, within, refuses, fail and their like
+. tests/cases.sh
+
 namespace=visitas-e2e-$$
-skipped=77
 chaos=target/debug/chaos
 linter_version=v0.8.3
 selector=app.kubernetes.io/component=web
@@ -553,40 +555,6 @@ no_visit_failed() {
     [ "$silence_ms" -lt 2000 ] || fail "no visit was answered for $silence_ms ms"
 }
 
-# within SECONDS COMMAND...: repeats the command until it succeeds.
-within() {
-    local deadline=$((SECONDS + $1)); shift
-    until "$@" >"$work/last" 2>&1; do
-        [ $SECONDS -lt $deadline ] || { cat "$work/last"; fail "timed out: $*"; }
-        sleep 0.2
-    done
-}
-
-# ends_with STATUS COMMAND...: whether the command exits with this status.
-ends_with() {
-    local wanted=$1 status=0; shift
-    "$@" || status=$?
-    [ $status = "$wanted" ] || { echo "status $status: $*"; return 1; }
-}
-
-# refuses WORDS COMMAND...: whether the command fails with these words.
-refuses() {
-    local words=$1 said; shift
-    if said=$("$@" 2>&1); then
-        echo "succeeds: $*"
-        return 1
-    fi
-    grep -F "$words" <<<"$said" || { echo "$said"; return 1; }
-}
-
-now() { date +%s.%N; }
-
-since() { awk "BEGIN { printf \"%.1f\", $(now) - $1 }"; }
-
-note() { sed 's/^/# /' <<<"$*" >>"$work/notes"; }
-
-fail() { echo "failed: $*"; exit 1; }
-
 # --- running the cases ---
 
 clean_up() {
@@ -597,27 +565,12 @@ clean_up() {
     rm -rf "$work"
 }
 
-run_case() {
-    local status=0 started
-    started=$(now)
-    : >"$work/notes"
-    set +e
-    (
-        set -e
-        case $1 in
-        every_overlay_*|api_server_*|kube_linter_*|local_*|web_of_production_*) ;;
-        *) apply && within 120 replicas_are 3 && within 30 total ;;
-        esac
-        "$1"
-    ) >"$work/log" 2>&1
-    status=$?
-    set -e
-    case $status in
-    0) echo "ok - $1 ($(since "$started") s)"; passed=$((passed + 1)) ;;
-    $skipped) echo "ok - $1 # SKIPPED: $(tail -1 "$work/log")"; skips=$((skips + 1)) ;;
-    *) echo "not ok - $1 ($(since "$started") s)"; tail -40 "$work/log" | sed 's/^/#   /'; failed=$((failed + 1)) ;;
+# The later cases begin with three ready replicas.
+prepare() {
+    case $1 in
+    every_overlay_*|api_server_*|kube_linter_*|local_*|web_of_production_*) ;;
+    *) apply && within 120 replicas_are 3 && within 30 total ;;
     esac
-    cat "$work/notes"
 }
 
 main() {
@@ -632,10 +585,7 @@ main() {
     [ -x "$chaos" ] || { echo "$chaos is not built: make e2e-kubernetes builds it" >&2; exit 1; }
     sed -n 's/^Server Version: /# Kubernetes /p' "$work/version"
 
-    passed=0 failed=0 skips=0
-    local begun case
-    begun=$(now)
-    for case in "${@:-${cases[@]}}"; do run_case "$case"; done
+    run_cases "${@:-${cases[@]}}"
     if [ -e "$work/table" ]; then
         echo
         echo '| sixteen clients that keep their connections | s | visits answered | failed | connects refused | lost | duplicated | out of order | longest, ms | no answer for, ms |'
@@ -643,7 +593,7 @@ main() {
         cat "$work/table"
         echo
     fi
-    echo "$passed passed, $failed failed, $skips skipped in $(since "$begun") s"
+    echo "$verdict"
     [ $failed = 0 ]
 }
 

@@ -926,10 +926,12 @@ volume_of_the_users_project_is_untouched() {
 
 # --- helpers of the cases ---
 
+# run_cases, within, refuses, fail and their like
+. tests/cases.sh
+
 project=visitas-e2e-$$
 image=$project-web
 watchers=()
-skipped=77
 
 # Compose without the user's .env, override file and variables.
 compose() {
@@ -1211,49 +1213,6 @@ print_memory() { note "$(docker stats --no-stream --format '{{.Name}} {{.MemUsag
 
 remove_everything() { compose --profile '*' down --volumes --remove-orphans --timeout 10; }
 
-# within SECONDS COMMAND...: repeats the command until it succeeds.
-within() {
-    local deadline=$((SECONDS + $1)); shift
-    until "$@" >"$work/last" 2>&1; do
-        [ $SECONDS -lt $deadline ] || { cat "$work/last"; fail "timed out: $*"; }
-        sleep 0.2
-    done
-}
-
-# ends_with STATUS COMMAND...: whether the command exits with this status. A command that cannot be run
-# exits with another status than one that refuses.
-ends_with() {
-    local wanted=$1 status=0; shift
-    "$@" || status=$?
-    [ $status = "$wanted" ] || { echo "status $status: $*"; return 1; }
-}
-
-# refuses WORDS COMMAND...: whether the command fails with these words.
-refuses() {
-    local words=$1 said; shift
-    if said=$("$@" 2>&1); then
-        echo "succeeds: $*"
-        return 1
-    fi
-    grep -F "$words" <<<"$said" || { echo "$said"; return 1; }
-}
-
-# lacks TEXT FILTER...: whether grep finds nothing in TEXT; an error of grep does not count.
-lacks() {
-    local text=$1; shift
-    ends_with 1 grep "$@" <<<"$text"
-}
-
-now() { date +%s.%N; }
-
-since() { awk "BEGIN { printf \"%.1f\", $(now) - $1 }"; }
-
-less() { awk "BEGIN { exit !($1 < $2) }"; }
-
-note() { sed 's/^/# /' <<<"$*" >>"$work/notes"; }
-
-fail() { echo "failed: $*"; exit 1; }
-
 need_image() { [[ " ${watchers[*]} " == *" $1 "* ]] || { echo "the image of $1 cannot be pulled"; exit $skipped; }; }
 
 need_watchers() { need_image jaeger; need_image prometheus; }
@@ -1301,27 +1260,12 @@ clean_up() {
     rm -rf "$work"
 }
 
-run_case() {
-    local status=0 started
-    started=$(now)
-    : >"$work/notes"
-    set +e
-    (
-        set -e
-        case $1 in
-        cold_start*|compose_files*|names_*|every_setting_*|env_is_read*|checkout_*|interrupted*|volume_of_the_users*|scaled_*|tour_*) ;;
-        *) compose up --detach --wait --wait-timeout 120 --remove-orphans ;;
-        esac
-        "$1"
-    ) >"$work/log" 2>&1
-    status=$?
-    set -e
-    case $status in
-    0) echo "ok - $1 ($(since "$started") s)"; passed=$((passed + 1)) ;;
-    $skipped) echo "ok - $1 # SKIPPED: $(tail -1 "$work/log")"; skips=$((skips + 1)) ;;
-    *) echo "not ok - $1 ($(since "$started") s)"; grep -Ev '^(#[0-9]| (Container|Network|Volume) |$)' "$work/log" | tail -40 | sed 's/^/#   /'; failed=$((failed + 1)) ;;
+# Most cases begin with all three services up.
+prepare() {
+    case $1 in
+    cold_start*|compose_files*|names_*|every_setting_*|env_is_read*|checkout_*|interrupted*|volume_of_the_users*|scaled_*|tour_*) ;;
+    *) compose up --detach --wait --wait-timeout 120 --remove-orphans ;;
     esac
-    cat "$work/notes"
 }
 
 main() {
@@ -1341,11 +1285,8 @@ main() {
     users_volume_before=$(users_volume)
     find_watchers
 
-    passed=0 failed=0 skips=0
-    local begun
-    begun=$(now)
-    for case in "${@:-${cases[@]}}"; do run_case "$case"; done
-    echo "$passed passed, $failed failed, $skips skipped in $(since "$begun") s"
+    run_cases "${@:-${cases[@]}}"
+    echo "$verdict"
     [ $failed = 0 ]
 }
 

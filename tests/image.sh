@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # What a build says if it lacks something of an architecture, as opposed to what is wrong here.
-absent='no match for platform|rustup: not found|could not download|component .* is unavailable|toolchain .* does not support|Unable to locate package|Failed to fetch'
+absent='no match for platform|failed to resolve source metadata|rustup: not found|could not download|component .* is unavailable|toolchain .* does not support|Unable to locate package|Failed to fetch'
 
 main() {
     local architecture

@@ -39,10 +39,19 @@ pub(crate) struct Ground {
 pub(crate) enum Stores {
     /// On this machine.
     Near,
+    /// On this machine, and each commit takes this much longer.
+    SlowCommit(Duration),
     /// Behind the relay.
     Far,
     /// Behind the relay, and each commit takes [`SLOWER_COMMIT`] more.
     FarWithSlowCommit,
+}
+
+impl Stores {
+    /// Whether they are behind the relay.
+    pub(crate) fn are_far(self) -> bool {
+        matches!(self, Self::Far | Self::FarWithSlowCommit)
+    }
 }
 
 /// The relay's delay in each direction.
@@ -245,6 +254,7 @@ impl Ground {
     pub(crate) fn set_commit_delay(&self, database: &str, stores: Stores) -> Result<()> {
         let delay = match stores {
             Stores::Near | Stores::Far => Duration::ZERO,
+            Stores::SlowCommit(delay) => delay,
             Stores::FarWithSlowCommit => SLOWER_COMMIT,
         };
         // With `commit_siblings` at 0, a lone commit waits, too.
@@ -275,7 +285,7 @@ impl Ground {
     /// The addresses of Postgres and Redis for a subject.
     pub(crate) fn addresses(&self, stores: Stores) -> Result<[SocketAddr; 2]> {
         match stores {
-            Stores::Near => Ok([self.postgres.port(), self.redis.port()]
+            Stores::Near | Stores::SlowCommit(_) => Ok([self.postgres.port(), self.redis.port()]
                 .map(|port| SocketAddr::from(([127, 0, 0, 1], port)))),
             Stores::Far | Stores::FarWithSlowCommit => {
                 let relay = self.relay.as_ref().context("the relay does not run")?;

@@ -98,6 +98,12 @@ fn command() -> Command {
                 .arg(number("seconds", "4", "Seconds of each measurement")),
         )
         .subcommand(
+            Command::new("scale")
+                .about("Measure what slower commits allow, next to a model, and print the results")
+                .arg(number("rounds", "3", "Rounds of each comparison"))
+                .arg(number("seconds", "3", "Seconds of each measurement")),
+        )
+        .subcommand(
             Command::new("peers")
                 .about("Compare with the peers, by connections, and print the results")
                 .arg(number("rounds", "3", "Rounds of each comparison"))
@@ -178,8 +184,10 @@ fn run(matches: &ArgMatches) -> Result<()> {
         warmup: Duration::from_secs(if name == "full" { 2 } else { 1 }).min(seconds),
         duration: seconds,
     };
-    if name == "peers" {
-        return peers(effort);
+    match name {
+        "peers" => return peers(effort),
+        "scale" => return scale(effort),
+        _ => {}
     }
     let before = matches.get_one::<PathBuf>("before").cloned();
     match name {
@@ -269,6 +277,13 @@ fn peers(effort: Effort) -> Result<()> {
     let section = phase::connections(&mut ground, effort)?;
     let method = in_rounds(effort);
     publish(&ground, "make bench-peers", &method, &[section], None)
+}
+
+fn scale(effort: Effort) -> Result<()> {
+    let mut ground = Ground::start(&[], None)?;
+    let section = phase::scale(&mut ground, effort)?;
+    let method = in_rounds(effort);
+    publish(&ground, "make bench-scale", &method, &[section], None)
 }
 
 fn quick(effort: Effort, before: Option<PathBuf>) -> Result<()> {

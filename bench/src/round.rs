@@ -93,8 +93,10 @@ fn measure(ground: &mut Ground, case: Case, effort: Effort) -> Result<Sample> {
         });
     };
     let database = ground.database(owner, case.rows)?;
-    if case.stores != Stores::Near {
+    if case.stores.are_far() {
         ground.relay()?;
+    }
+    if case.stores != Stores::Near {
         ground.set_commit_delay(&database, case.stores)?;
     }
     let traced = case.subject == Subject::Visitas(Traces::All);
@@ -264,6 +266,9 @@ impl fmt::Display for Case {
         }
         match self.stores {
             Stores::Near => Ok(()),
+            Stores::SlowCommit(delay) => {
+                write!(formatter, ", commit {} ms longer", delay.as_millis())
+            }
             Stores::Far => formatter.write_str(", far"),
             Stores::FarWithSlowCommit => formatter.write_str(", far, slower commit"),
         }

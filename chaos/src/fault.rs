@@ -289,6 +289,13 @@ impl Fault {
         matches!(self.kind, Kind::SilenceEstablished(_))
     }
 
+    /// Whether the fault harms a visit to every replica that it affects. A replica can find silent
+    /// connections without harm: by the ping before a visit, or while a reading of the store uses
+    /// its only one. The proxy's own count then shows that the fault took effect.
+    pub fn must_harm_every_replica(&self) -> bool {
+        self.harm != Harm::Nothing && !matches!(self.kind, Kind::SilenceEstablished(_))
+    }
+
     /// Whether the fault harms every visit from the first harmed visit to its end.
     pub fn harms_every_visit(&self) -> bool {
         let leaves_some = matches!(
@@ -515,7 +522,7 @@ fn while_paused(services: &[Service], work: &mut dyn FnMut() -> Result<()>) -> R
 
 /// Takes all connections of Postgres, including those of the service.
 fn take_connections(ground: &Ground) -> Result<Vec<PgConnection>> {
-    const TRIES: usize = 50;
+    const TRIES: usize = 500;
     let end = "select pg_terminate_backend(pid) from pg_stat_activity \
                where application_name = 'visitas'";
     let mut taken = vec![ground.session("select 1")?];

@@ -1,7 +1,7 @@
 //! Clients that visit until they are stopped, and a record of all their visits.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,9 +16,21 @@ use crate::chance;
 /// Running clients. Each makes its next visit shortly after the previous one.
 pub struct Ledger {
     visits: Arc<Mutex<Vec<Visit>>>,
+    recorded: Arc<AtomicUsize>,
     running: Arc<AtomicBool>,
     clients: Vec<JoinHandle<()>>,
     runtime: Handle,
+}
+
+/// How the clients visit.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// The number of clients.
+    pub clients: usize,
+    /// The pause between two visits of a client.
+    pub pause: Duration,
+    /// The minimum pause after a visit that was not recorded.
+    pub pause_after_refusal: Duration,
 }
 
 /// Enough that a batch is in flight almost always.
@@ -33,10 +45,23 @@ impl Ledger {
     /// each replica, and pauses for `pause` between visits.
     #[must_use]
     pub fn start(runtime: &Handle, addresses: &[SocketAddr], pause: Duration) -> Self {
+        let pace = Pace {
+            clients: CLIENTS,
+            pause,
+            pause_after_refusal: PAUSE_AFTER_REFUSAL,
+        };
+        Self::start_at(runtime, addresses, pace)
+    }
+
+    /// The same with another number of clients, and other pauses.
+    #[must_use]
+    pub fn start_at(runtime: &Handle, addresses: &[SocketAddr], pace: Pace) -> Self {
         let visits = Arc::new(Mutex::new(Vec::new()));
+        let recorded = Arc::new(AtomicUsize::new(0));
         let running = Arc::new(AtomicBool::new(true));
-        let clients = (0..CLIENTS).map(|client| {
+        let clients = (0..pace.clients).map(|client| {
             let visits = Arc::clone(&visits);
+            let recorded = Arc::clone(&recorded);
             let running = Arc::clone(&running);
             let replicas = addresses.iter().enumerate();
             let visitor = |(replica, &address)| Visitor::new(client, replica, address);
@@ -47,17 +72,19 @@ impl Ledger {
                     let visit = visitors[replica].visit().await;
                     lock(&visits).push(visit);
                     let min_pause = if visit.is_recorded() {
+                        recorded.fetch_add(1, Ordering::Relaxed);
                         Duration::ZERO
                     } else {
-                        PAUSE_AFTER_REFUSAL
+                        pace.pause_after_refusal
                     };
-                    tokio::time::sleep(pause.max(min_pause)).await;
+                    tokio::time::sleep(pace.pause.max(min_pause)).await;
                 }
             })
         });
         Self {
             clients: clients.collect(),
             visits,
+            recorded,
             running,
             runtime: runtime.clone(),
         }
@@ -66,6 +93,11 @@ impl Ledger {
     /// The number of visits so far.
     pub fn count(&self) -> usize {
         lock(&self.visits).len()
+    }
+
+    /// The number of recorded visits so far.
+    pub fn recorded(&self) -> usize {
+        self.recorded.load(Ordering::Relaxed)
     }
 
     /// The visits made after the first `from`.

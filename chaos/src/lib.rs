@@ -15,7 +15,7 @@
 )]
 
 pub mod bounds;
-mod chance;
+pub mod chance;
 pub mod fault;
 pub mod ground;
 pub mod hostile;
@@ -36,8 +36,8 @@ use crate::fault::Fault;
 use crate::report::FaultResult;
 use crate::trial::Effort;
 
-/// Each fault once, as short as possible, four at a time. All 16 clients stay: each replica needs
-/// visits in flight when a fault begins. They pause so that four faults fit on two cores.
+/// Each fault once, as short as possible, three at a time. All 16 clients stay: each replica needs
+/// visits in flight when a fault begins. They pause so that three faults fit on two cores.
 pub const SHORT: Effort = Effort {
     repetitions: 1,
     kills: 1,
@@ -45,7 +45,7 @@ pub const SHORT: Effort = Effort {
     pause: Duration::from_secs(3),
     aftermath: Duration::from_millis(1300),
     stop: true,
-    at_once: 4,
+    at_once: 3,
     visit_pause: Duration::from_millis(20),
 };
 

@@ -11,7 +11,7 @@ use chaos::report::{self, FaultResult};
 use chaos::trial::Effort;
 use clap::{Arg, ArgMatches, Command, value_parser};
 use lab::machine;
-use lab::report::{Section, document};
+use lab::report::{Section, document, section, with_section};
 
 /// A report that is written to a file.
 struct ReportFile {
@@ -29,6 +29,9 @@ const KILLS: ReportFile = ReportFile {
     file: "kills.md",
     command: "make chaos-long",
 };
+
+/// The sections of docs/kills.md that `proof` writes.
+const OF_PROOF: [&str; 3] = ["Power cuts", "Lost machines", "Order"];
 
 /// The folder of the reports.
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
@@ -280,11 +283,19 @@ fn publish(sections: &[Section], file: Option<&ReportFile>) -> Result<bool> {
         let load = "sixteen clients of this program";
         introduction = machine::describe(&postgres, command, load)? + METHOD;
     }
-    let document = document("Fault tests", &introduction, sections);
+    let mut document = document("Fault tests", &introduction, sections);
     print!("{document}");
     if let Some(ReportFile { file, .. }) = file {
         std::fs::create_dir_all(FOLDER)?;
-        std::fs::write(Path::new(FOLDER).join(file), &document)?;
+        let path = Path::new(FOLDER).join(file);
+        let before = std::fs::read_to_string(&path).unwrap_or_default();
+        for title in OF_PROOF {
+            if let Some((_, text)) = section(&before, title).and_then(|kept| kept.split_once('\n'))
+            {
+                document = with_section(&document, title, text.trim());
+            }
+        }
+        std::fs::write(path, &document)?;
         eprintln!("chaos: written to docs/{file}");
     }
     let mut goals = sections.iter().flat_map(|section| &section.goals);

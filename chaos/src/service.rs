@@ -41,10 +41,19 @@ const READY_DEADLINE: Duration = Duration::from_secs(30);
 impl Service {
     /// A service in this environment, not started yet.
     pub fn new(ground: &Ground) -> Result<Self> {
+        let service = Self::with_settings(ground.settings())?;
+        Ok(Self {
+            wrapping: ground.wrapping(),
+            ..service
+        })
+    }
+
+    /// A service with these settings, not started yet.
+    pub fn with_settings(settings: Vec<(&'static str, String)>) -> Result<Self> {
         Ok(Self {
             address: free_address()?,
-            settings: ground.settings(),
-            wrapping: ground.wrapping(),
+            settings,
+            wrapping: Vec::new(),
             logs: Vec::new(),
             process: None,
             saved_counters: Counters::default(),
@@ -110,6 +119,13 @@ impl Service {
         self.saved_counters = self.counters()?;
         let mut process = self.process.take().context("the service is not running")?;
         process.kill()
+    }
+
+    /// Kills the process without a look at its counters. Does nothing if it is not running.
+    pub fn kill_at_once(&mut self) -> Result<()> {
+        self.process
+            .take()
+            .map_or(Ok(()), |mut process| process.kill())
     }
 
     /// Saves the counters, sends SIGTERM, and returns the time of the signal.

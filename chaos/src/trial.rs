@@ -353,8 +353,8 @@ impl<'a> Attempt<'a> {
         self.check_aftermath(from, recovered, aftermath);
     }
 
-    /// The first harmed visit to a replica. Reports a violation if there is none, or if a fault
-    /// that harms every visit spared a later one.
+    /// The first harmed visit to a replica. Reports a violation if there is none although the fault
+    /// must harm one, or if a fault that harms every visit spared a later one.
     fn first_error(
         &mut self,
         replica: usize,
@@ -385,7 +385,7 @@ impl<'a> Attempt<'a> {
                     ));
                 }
             }
-            None if harm != Harm::Nothing => {
+            None if self.fault.must_harm_every_replica() => {
                 self.report_violation(format!("no visit to replica {replica} was harmed"));
             }
             _ => {}

@@ -64,7 +64,7 @@ impl Home {
                 }
                 Err(TryLockError::WouldBlock) => {
                     bail!(
-                        "{} is in use: another devstack is running on it",
+                        "{} is in use: another `make run` or test of this folder is running on it",
                         path.display()
                     )
                 }

@@ -1,4 +1,4 @@
-//! Shared by the tests, bench and chaos: starts the service under test, visits it, breaks its
+//! Shared by the tests, bench, chaos and proof: starts the service under test, visits it, breaks its
 //! connections, and judges its responses.
 //!
 //! In reading order: `program` finds the service's executable, `process` runs it, `output` reads

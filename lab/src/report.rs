@@ -83,6 +83,29 @@ pub fn table<const N: usize>(
     text
 }
 
+/// The section of a document with this title, from its heading to the next one.
+pub fn section<'a>(document: &'a str, title: &str) -> Option<&'a str> {
+    let heading = format!("## {title}\n");
+    let start = document
+        .match_indices(&heading)
+        .map(|(start, _)| start)
+        .find(|&start| start == 0 || document[..start].ends_with('\n'))?;
+    let rest = &document[start + heading.len()..];
+    let length = rest.find("\n## ").map_or(rest.len(), |end| end + 1);
+    Some(&document[start..start + heading.len() + length])
+}
+
+/// The document with this text as its section of this title, in the old one's place or at the end.
+pub fn with_section(document: &str, title: &str, text: &str) -> String {
+    let new = format!("## {title}\n\n{}\n", text.trim_end());
+    let Some(old) = section(document, title) else {
+        return format!("{}\n\n{new}", document.trim_end());
+    };
+    let (before, after) = document.split_once(old).unwrap_or((document, ""));
+    let gap = if after.is_empty() { "" } else { "\n" };
+    format!("{before}{new}{gap}{after}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,5 +144,23 @@ Here.
 Little.
 ";
         assert_eq!(document("Measurements", "Here.\n", &[section]), expected);
+    }
+
+    #[test]
+    fn section_is_replaced_in_its_place_or_added_at_the_end() {
+        let document = "# Title\n\n## One\n\nFirst.\n\n## Two\n\nSecond.\n";
+        assert_eq!(section(document, "One"), Some("## One\n\nFirst.\n\n"));
+        assert_eq!(section(document, "Two"), Some("## Two\n\nSecond.\n"));
+        assert_eq!(section(document, "Three"), None);
+        assert_eq!(
+            with_section(document, "One", "New.\n"),
+            "# Title\n\n## One\n\nNew.\n\n## Two\n\nSecond.\n"
+        );
+        assert_eq!(
+            with_section(document, "Two", "New."),
+            "# Title\n\n## One\n\nFirst.\n\n## Two\n\nNew.\n"
+        );
+        let added = with_section(document, "Three", "Third.");
+        assert_eq!(added, format!("{document}\n## Three\n\nThird.\n"));
     }
 }

@@ -104,6 +104,8 @@ metrics! {
     /// Rows minus the value in Redis, as far as visits in flight cannot explain it; NaN while
     /// either is unknown.
     DRIFT: Gauge = "visitas_store_drift";
+    /// Size of the database on disk, without the write-ahead log; NaN before the first reading.
+    DATABASE_SIZE: Gauge(Bytes) = "visitas_database_size_bytes";
     /// 1 if loaded data can have made the count wrong, otherwise 0.
     RECOUNT_DUE: Gauge = "visitas_recount_due";
 

@@ -201,6 +201,18 @@ impl<C: Connect> Pool<C> {
         result
     }
 
+    /// Makes a call that no visit needs: its outcome does not change the availability.
+    pub(super) async fn ask<R>(
+        &self,
+        operation: &Operation,
+        work: impl AsyncFnOnce(&mut C::Connection) -> Result<R, Error>,
+    ) -> Result<R, Error> {
+        observe(&self.target, operation, None, self.timeout, async {
+            self.check_out().await?.call(work).await
+        })
+        .await
+    }
+
     /// Makes a call on a new connection outside the pool, so that a connect error is returned at
     /// once. This does not change the availability: see [`Self::fail`] and [`Self::keep`].
     pub(super) async fn call_on_new<R>(

@@ -10,6 +10,7 @@ mod support;
 mod abandoned;
 mod accept;
 mod adoption;
+mod backups;
 mod batch;
 mod canary;
 mod collectors;

@@ -137,3 +137,29 @@ async fn counts_are_known_as_soon_as_the_stores_are_up() {
     )
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn size_of_the_database_is_known_once_postgres_is_up_and_stays_while_it_is_down() {
+    let world = World::of_its_own();
+    let service = world.start(&[]).await;
+    let size = async || service.metric("visitas_database_size_bytes").await;
+    eventually("the size is read", SOON, async || {
+        size().await.is_some_and(|bytes| !bytes.is_nan())
+    })
+    .await;
+    let read = size().await.unwrap();
+    let template = "select pg_database_size('template1')";
+    assert!(read > world.number(template).await as f64, "{read}");
+    let now = "select pg_database_size(current_database())";
+    assert!(read <= world.number(now).await as f64, "{read}");
+    world.postgres.kill().unwrap();
+    service.until_health("unavailable").await;
+    assert_eq!(size().await, Some(read));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn size_of_the_database_is_unknown_before_postgres_is_up() {
+    let service = without_stores(&[]).await;
+    let size = service.metric("visitas_database_size_bytes").await;
+    assert!(size.is_some_and(f64::is_nan), "{size:?}");
+}

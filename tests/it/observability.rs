@@ -21,6 +21,8 @@ const VISITS: &str = "grafana/dashboards/visits.json";
 const STORES: &str = "grafana/dashboards/stores.json";
 const DATA_SOURCES: &str = "grafana/provisioning/datasources/visitas.yml";
 const RUNBOOK: &str = "runbook.md";
+/// The variable of a dashboard by which a reader chooses the Prometheus.
+const METRICS: &str = "${metrics}";
 
 // --- Prometheus ---
 
@@ -209,14 +211,11 @@ async fn every_expression_returns_series_from_a_live_run() {
 // --- Grafana ---
 
 #[test]
-fn panels_have_unique_ids_a_description_and_prometheus_as_source() {
+fn panels_have_unique_ids_a_description_and_the_chosen_prometheus_as_source() {
     let mut names = HashSet::new();
     for file in [VISITS, STORES] {
         let dashboard = dashboard(file);
         assert!(names.insert(text(&dashboard["uid"]).to_owned()), "{file}");
-        for variable in array(&dashboard["templating"]["list"]) {
-            assert_eq!(variable["datasource"]["uid"], "prometheus", "{file}");
-        }
         let mut ids = HashSet::new();
         for panel in panels(&dashboard) {
             let title = text(&panel["title"]);
@@ -225,14 +224,36 @@ fn panels_have_unique_ids_a_description_and_prometheus_as_source() {
                 continue;
             }
             assert!(text(&panel["description"]).len() > 40, "{title}");
-            assert_eq!(panel["datasource"]["uid"], "prometheus", "{title}");
+            assert_eq!(panel["datasource"]["uid"], METRICS, "{title}");
             let targets = array(&panel["targets"]);
             assert!(!targets.is_empty(), "{title}");
             let mut letters = HashSet::new();
             for target in targets {
                 assert!(letters.insert(text(&target["refId"])), "{title}");
-                assert_eq!(target["datasource"]["uid"], "prometheus", "{title}");
+                assert_eq!(target["datasource"]["uid"], METRICS, "{title}");
             }
+        }
+    }
+}
+
+/// An existing Grafana has its sources under other names.
+#[test]
+fn sources_are_chosen_by_variables() {
+    for file in [VISITS, STORES] {
+        let dashboard = dashboard(file);
+        let (sources, others): (Vec<_>, Vec<_>) = array(&dashboard["templating"]["list"])
+            .iter()
+            .partition(|variable| variable["type"] == "datasource");
+        let sources = sources
+            .iter()
+            .map(|source| (text(&source["name"]), text(&source["query"])));
+        let expected = [("metrics", "prometheus"), ("traces", "jaeger")];
+        assert_eq!(sources.collect::<Vec<_>>(), expected, "{file}");
+        for variable in others {
+            assert_eq!(variable["datasource"]["uid"], METRICS, "{file}");
+        }
+        for source in read(file).split("%22datasource%22%3A%22").skip(1) {
+            assert!(source.starts_with("${traces}%22"), "{source:.40}");
         }
     }
 }

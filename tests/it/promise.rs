@@ -4,8 +4,10 @@
 use std::time::{Duration, Instant};
 
 use reqwest::StatusCode;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
+use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::{Ended, SOON, World, eventually, execute};
+use crate::support::{Ended, SOON, World, eventually, execute, settings};
 
 /// Each setting that the session of a visit fixes: its name, another value, and the fixed value.
 const PINNED: [(&str, &str, &str); 9] = [
@@ -68,6 +70,69 @@ async fn no_default_of_the_database_shortens_a_migration_or_a_recount() {
         ended.output, "counted 1 rows; the total was 1\n",
         "{ended:?}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn session_whose_settings_were_changed_on_the_way_is_refused_and_names_them() {
+    let world = World::new();
+    drop(world.serve().await);
+    for (setting, value, found) in [
+        ("synchronous_commit", "no", "off"),
+        ("lock_timeout", "9", "9"),
+        ("statement_timeout", "8", "8"),
+        ("plan_cache_mode", "auto", "auto"),
+    ] {
+        let port = change_on_the_way(&world, setting, value).await.to_string();
+        let on_the_way = [("DB_PORT", &*port), ("DB_SSLMODE", "disable")];
+        let settings = [world.settings(), settings(&on_the_way)].concat();
+        let ended = Ended::of(&["recount"], &settings).await;
+        assert_eq!(ended.code, Some(1), "{setting}: {ended:?}");
+        let named = format!("{setting} is \"{found}\" in place of ");
+        assert!(ended.errors.contains(&named), "{named} in {ended:?}");
+
+        let service = world.start(&on_the_way).await;
+        eventually("the log names the setting", SOON, async || {
+            service.printed().contains(&format!("{setting} is "))
+        })
+        .await;
+        let visit = service.get("/").await;
+        assert_eq!(visit.status, StatusCode::SERVICE_UNAVAILABLE, "{setting}");
+    }
+    assert_eq!(world.rows().await, 0);
+}
+
+/// Listens in place of the server, and gives each session another value for a setting of its login.
+async fn change_on_the_way(world: &World, setting: &str, value: &str) -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = (world.postgres.host(), world.postgres.port());
+    let (setting, value) = (format!("{setting}="), value.to_owned());
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let mut server = TcpStream::connect(server).await.unwrap();
+            let (setting, value) = (setting.clone(), value.clone());
+            tokio::spawn(async move {
+                let mut login = vec![0; client.read_u32().await? as usize - 4];
+                client.read_exact(&mut login).await?;
+                // One byte a character, so that the login stays what it is.
+                let login: String = login.iter().map(|byte| char::from(*byte)).collect();
+                let changed = match login.split_once(&*setting) {
+                    Some((before, rest)) => {
+                        let end = rest.find([' ', '\0']).unwrap_or(rest.len());
+                        format!("{before}{setting}{value}{}", &rest[end..])
+                    }
+                    None => login,
+                };
+                let changed: Vec<u8> = changed.chars().map(|char| char as u8).collect();
+                server
+                    .write_u32(u32::try_from(changed.len()).unwrap() + 4)
+                    .await?;
+                server.write_all(&changed).await?;
+                copy_bidirectional(&mut client, &mut server).await
+            });
+        }
+    });
+    port
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,7 @@ use reqwest::StatusCode;
 use crate::support::{Ended, SOON, Service, World, eventually};
 
 /// Rows added and removed by hand, which no visit has added to the total yet.
-const BY_HAND: &str = "insert into visitas select from generate_series(1, 20); \
+pub(crate) const BY_HAND: &str = "insert into visitas select from generate_series(1, 20); \
                        delete from visitas where id in (select id from visitas order by id limit 2)";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -287,7 +287,7 @@ async fn dumped(arguments: &[&str]) -> (World, String) {
     (world, dump)
 }
 
-fn dump_of(postgres: &Postgres, database: &str, arguments: &[&str]) -> String {
+pub(crate) fn dump_of(postgres: &Postgres, database: &str, arguments: &[&str]) -> String {
     let output = client(postgres, "pg_dump", database)
         .args(arguments)
         .output()
@@ -296,7 +296,7 @@ fn dump_of(postgres: &Postgres, database: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).expect("text")
 }
 
-fn client(postgres: &Postgres, program: &str, database: &str) -> Command {
+pub(crate) fn client(postgres: &Postgres, program: &str, database: &str) -> Command {
     let mut command = Command::new(postgres.programs().join(program));
     command
         .env_clear()
@@ -316,14 +316,20 @@ fn restored_into() -> Option<PathBuf> {
 }
 
 /// A database that data is loaded into.
-struct Other {
-    postgres: std::sync::Arc<Postgres>,
-    database: String,
+pub(crate) struct Other {
+    pub(crate) postgres: std::sync::Arc<Postgres>,
+    pub(crate) database: String,
+    /// The folder of a server on data that was there before. Last, so that it is removed after it.
+    #[expect(
+        dead_code,
+        reason = "held, so that the folder is removed with the server"
+    )]
+    pub(crate) folder: Option<tempfile::TempDir>,
 }
 
 impl Other {
     /// A new database on its own cluster.
-    fn new(database: &str) -> Self {
+    pub(crate) fn new(database: &str) -> Self {
         let postgres = Postgres::start(PostgresOptions {
             programs: restored_into(),
             ..PostgresOptions::default()
@@ -336,6 +342,7 @@ impl Other {
         Self {
             postgres: postgres.into(),
             database: database.to_owned(),
+            folder: None,
         }
     }
 
@@ -345,6 +352,7 @@ impl Other {
         Self {
             postgres: std::sync::Arc::clone(&self.postgres),
             database: database.to_owned(),
+            folder: None,
         }
     }
 
@@ -353,6 +361,7 @@ impl Other {
         Self {
             postgres: std::sync::Arc::clone(&world.postgres),
             database: database.to_owned(),
+            folder: None,
         }
     }
 
@@ -368,14 +377,14 @@ impl Other {
         )
     }
 
-    async fn serve(&self, world: &World) -> Service {
+    pub(crate) async fn serve(&self, world: &World) -> Service {
         let service = Service::start(&self.settings(world)).await;
         service.until_ready().await;
         service
     }
 
     /// Loads a dump with `psql`, which continues after an error by default.
-    fn load(&self, dump: &str) {
+    pub(crate) fn load(&self, dump: &str) {
         let mut psql = client(&self.postgres, "psql", &self.database)
             .arg("-Xq")
             .stdin(Stdio::piped())
@@ -389,13 +398,13 @@ impl Other {
         psql.wait().expect("psql ends");
     }
 
-    fn sql(&self, statement: &str) -> String {
+    pub(crate) fn sql(&self, statement: &str) -> String {
         self.postgres
             .sql(&self.database, statement)
             .expect("the statement succeeds")
     }
 
-    fn rows(&self) -> i64 {
+    pub(crate) fn rows(&self) -> i64 {
         self.sql("select count(*) from visitas")
             .parse()
             .expect("a number")
@@ -419,7 +428,7 @@ impl Other {
         }
     }
 
-    async fn expect_exact(&self, service: &Service) {
+    pub(crate) async fn expect_exact(&self, service: &Service) {
         eventually("the health is ok", SOON, async || {
             let health = service.get("/health").await.json();
             health["checks"]["count"]["status"] == "ok"

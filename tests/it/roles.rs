@@ -312,6 +312,25 @@ async fn right_that_only_the_reading_needs_is_named_and_missed_steadily() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn size_that_the_role_cannot_read_stays_unknown_and_stops_no_visit() {
+    let (world, _owner) = migrated_with_exact_rights().await;
+    world
+        .sql("revoke execute on function pg_database_size(name), pg_database_size(oid) from public")
+        .await;
+    let service = Service::start(&settings(&world, APP)).await;
+    service.until_ready().await;
+    eventually("the size is asked for", SOON, async || {
+        failed_calls(&service).await >= 1.0
+    })
+    .await;
+    assert_eq!(service.visit().await.0, 1);
+    service.until_ready().await;
+    let size = service.metric("visitas_database_size_bytes").await;
+    assert!(size.is_some_and(f64::is_nan), "{size:?}");
+    assert_eq!(service.logged("store is down").len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn upgrade_with_exact_rights_names_the_table_that_has_to_be_granted() {
     let (world, owner) = migrated_with_exact_rights().await;
     // As the release before left it, with its ledger under another name.

@@ -96,10 +96,13 @@ impl Login {
         Error::NoSession(after, self.cause(why, check))
     }
 
-    /// The error of a session that lacks the settings that exact counting depends on.
-    pub(super) fn without_settings(&self) -> Error {
-        let why = "a pooler drops the settings of the session";
-        Error::Connection(self.cause(why, NO_POOLER))
+    /// The error of a session that lacks the settings that exact counting depends on. `changed`
+    /// names each, with both values.
+    pub(super) fn without_settings(&self, changed: &str) -> Error {
+        let why = format!(
+            "a pooler drops the settings of the session, or a login trigger changes them: {changed}"
+        );
+        Error::Connection(self.cause(&why, NO_POOLER))
     }
 
     fn cause(&self, why: &str, check: &str) -> Cause {

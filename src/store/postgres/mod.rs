@@ -25,9 +25,9 @@ use self::long_session::LongSession;
 use self::migrate::{Rehearsal, Schema};
 use self::session::Session;
 use self::statements::{
-    BEGIN, LOCK_COUNT, MOVE_SEQUENCE, READ, RECORD, RECOUNT, REHEARSE, ROLLBACK, Reading,
-    UNIQUE_VIOLATION, execute, is_denied, is_missing, lock_count, move_sequence, read_count,
-    record, recount, rehearse,
+    BEGIN, LOCK_COUNT, MEASURE, MOVE_SEQUENCE, READ, RECORD, RECOUNT, REHEARSE, ROLLBACK, Reading,
+    UNIQUE_VIOLATION, execute, is_denied, is_missing, lock_count, measure, move_sequence,
+    read_count, record, recount, rehearse,
 };
 use super::availability::Availability;
 use super::call::{Batch, Target};
@@ -36,6 +36,7 @@ use super::pool::{Link, Pool};
 use super::recording::Ledger;
 use super::watch::Store;
 use crate::config::PostgresConfig;
+use crate::metrics::catalog::DATABASE_SIZE;
 
 /// The database of visits.
 #[derive(Debug)]
@@ -57,6 +58,9 @@ pub struct Recount {
 
 /// One in this many readings checks everything that can make a recount due.
 const THOROUGH_READING: u64 = 5;
+
+/// One in this many readings, which are a second apart, also reads the size of the database.
+const MEASURING_READING: u64 = 60;
 
 /// Each batch in flight has one connection at most, to this store or to Redis. The monitor uses one
 /// that is idle.
@@ -80,6 +84,7 @@ impl Postgres {
             target,
             &[&RECORD, &migrate::APPLY, &migrate::UNINSTALL_OBJECTS],
         ));
+        DATABASE_SIZE.with([]).set(f64::NAN);
         Self {
             schema: Schema::new(Arc::clone(&pool), session.clone()),
             pool,
@@ -164,6 +169,14 @@ impl Postgres {
         let roll_back = async |connection: &mut PgConnection| execute(connection, "rollback").await;
         self.pool.call_on(&mut link, &ROLLBACK, roll_back).await?;
         result
+    }
+
+    /// Publishes the database's size. On failure the last one stays: while a full disk keeps
+    /// Postgres down, it says why.
+    async fn publish_size(&self) {
+        if let Ok(bytes) = self.pool.ask(&MEASURE, measure).await {
+            DATABASE_SIZE.with([]).set(bytes as f64);
+        }
     }
 
     /// Applies pending migrations, then rehearses a visit. Returns the connection, and the total if
@@ -261,6 +274,9 @@ impl Store for Postgres {
                 check_version(&reading)?;
                 Ok(reading.total)
             });
+        if result.is_ok() && turn.is_multiple_of(MEASURING_READING) {
+            self.publish_size().await;
+        }
         if let Err(error) = &result {
             // A visit can still succeed without what a reading needs. The probe creates a missing
             // object again, and fails for as long as a right is missing.

@@ -2,6 +2,7 @@
 //!
 //! Must not know: statements.
 
+use std::hash::{BuildHasher as _, RandomState};
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::path::Path;
 use std::sync::Arc;
@@ -41,12 +42,58 @@ const HAS_TRANSACTION_TIMEOUT: u32 = 170_000;
 
 static PING: Operation = Operation::command("PING");
 
+/// The parameters of every session, apart from the timeouts.
+const PINNED: [(&str, &str); 12] = [
+    // Each statement of the recording function must see the changes of the lock's last holder.
+    ("default_transaction_isolation", "read committed"),
+    // A 200 means committed and flushed.
+    ("synchronous_commit", "on"),
+    ("search_path", "public"),
+    ("TimeZone", "UTC"),
+    // Notices are for a person at a terminal.
+    ("client_min_messages", "warning"),
+    // An idle session is waiting for the next visit.
+    ("idle_session_timeout", "0"),
+    // A client whose host has failed must not keep its locks for hours.
+    ("tcp_keepalives_idle", "5"),
+    ("tcp_keepalives_interval", "5"),
+    ("tcp_keepalives_count", "2"),
+    ("tcp_user_timeout", "15000"),
+    // Compiling or planning a statement of the recording function costs more than running it, and
+    // by default Postgres plans some of them at every call.
+    ("jit", "off"),
+    ("plan_cache_mode", "force_generic_plan"),
+];
+
+/// A parameter of ours with a random value, which only a session that got all of this program's
+/// parameters has. A pooler whose configuration holds the others for its sessions shares those with
+/// clients that can change them.
+const MARK: &str = "visitas.sessao";
+
+/// Reads the settings that [`Session::verify`] checks, in their base units, and the mark.
+macro_rules! settings {
+    () => {
+        "select name, setting from pg_catalog.pg_settings \
+          where name in ('default_transaction_isolation', 'synchronous_commit', 'search_path', \
+                'plan_cache_mode', 'lock_timeout', 'statement_timeout', 'transaction_timeout') \
+         union all select 'visitas.sessao', coalesce(current_setting('visitas.sessao', true), '')"
+    };
+}
+const SETTINGS: &str = settings!();
+/// Turns `transaction_timeout` off first. An older server refuses a session that names it.
+const SETTINGS_WITHOUT_TIMEOUT: &str = concat!(
+    "select 'transaction_timeout', set_config('transaction_timeout', '0', false) union all ",
+    settings!()
+);
+
 /// How to open a session. It sets every parameter that exact counting depends on, so that no
 /// default of the server, the database or the role can weaken it.
 #[derive(Debug, Clone)]
 pub(super) struct Session {
     config: Arc<PostgresConfig>,
     options: PgConnectOptions,
+    /// The value of [`MARK`].
+    mark: String,
     files: Files,
     /// Looking up a name blocks, too.
     names: Files,
@@ -78,31 +125,12 @@ impl Session {
             // As in libpq, a Unix socket is never encrypted.
             options = options.socket(&config.db_host).ssl_mode(PgSslMode::Disable);
         }
-        options = options.options([
-            // Each statement of the recording function must see the changes of the lock's last
-            // holder.
-            ("default_transaction_isolation", "read committed"),
-            // A 200 means committed and flushed.
-            ("synchronous_commit", "on"),
-            ("search_path", "public"),
-            ("TimeZone", "UTC"),
-            // Notices are for a person at a terminal.
-            ("client_min_messages", "warning"),
-            // An idle session is waiting for the next visit.
-            ("idle_session_timeout", "0"),
-            // A client whose host has failed must not keep its locks for hours.
-            ("tcp_keepalives_idle", "5"),
-            ("tcp_keepalives_interval", "5"),
-            ("tcp_keepalives_count", "2"),
-            ("tcp_user_timeout", "15000"),
-            // Compiling or planning a statement of the recording function costs more than running
-            // it, and by default Postgres plans some of them at every call.
-            ("jit", "off"),
-            ("plan_cache_mode", "force_generic_plan"),
-        ]);
+        let mark = RandomState::new().hash_one(MARK).to_string();
+        options = options.options(PINNED).options([(MARK, &mark)]);
         Self {
             config: Arc::new(config.clone()),
             options,
+            mark,
             files: Files::default(),
             names: Files::default(),
             round_trip: Arc::new(AtomicU64::new(u64::MAX)),
@@ -144,7 +172,14 @@ impl Session {
         let options = with_contents(options, contents);
         // Before the deadline, so that the error names the addresses that are silent.
         let reached_by = deadline - timeout / 10;
-        let connecting = Box::pin(self.connect(&options, &addresses, reached_by, &login));
+        let connecting = Box::pin(async {
+            let mut connection = self
+                .connect(&options, &addresses, reached_by, &login)
+                .await?;
+            self.verify(&mut connection, lock, statement, &login)
+                .await?;
+            Ok(connection)
+        });
         timeout_at(deadline, connecting).await.unwrap_or_else(|_| {
             let check = "check the network and firewalls, and whether the server hangs";
             Err(login.timeout(timeout, "no answer", check))
@@ -234,34 +269,65 @@ impl Session {
             }
             route::connect_to_any(options, addresses, reached_by).await
         };
-        let mut connection = match connect(options).await {
-            Ok(connection) => connection,
+        match connect(options).await {
+            Ok(connection) => Ok(connection),
             Err(first) => {
                 let Some(mode) = second_mode(options.get_ssl_mode(), &first) else {
                     return Err(login.failure(first, None));
                 };
                 connect(&options.clone().ssl_mode(mode))
                     .await
-                    .map_err(|second| login.failure(first, Some(second)))?
+                    .map_err(|second| login.failure(first, Some(second)))
             }
-        };
-        // Not among the options above, since an older server refuses a session that names it.
-        let has_transaction_timeout =
-            connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT);
-        let check = if has_transaction_timeout {
-            "select current_setting('plan_cache_mode') = 'force_generic_plan' \
-             from set_config('transaction_timeout', '0', false)"
-        } else {
-            "select current_setting('plan_cache_mode') = 'force_generic_plan'"
-        };
-        let row = sqlx::raw_sql(check).fetch_one(&mut connection).await;
-        let has_options: bool = row
-            .and_then(|row| row.try_get(0))
-            .map_err(|error| login.failure(error, None))?;
-        if !has_options {
-            return Err(login.without_settings());
         }
-        Ok(connection)
+    }
+
+    /// Checks that the session has the settings that exact counting and the promise depend on. A pooler
+    /// can drop them, and a pooler or a login trigger can change them after the session has begun. A
+    /// timeout that fires while a commit waits for its standby would make the commit visible, and even
+    /// acknowledge it, before the standby has it.
+    async fn verify(
+        &self,
+        connection: &mut PgConnection,
+        lock: Duration,
+        statement: Duration,
+        login: &Login,
+    ) -> Result<(), Error> {
+        let settings = if connection.server_version_num() >= Some(HAS_TRANSACTION_TIMEOUT) {
+            SETTINGS_WITHOUT_TIMEOUT
+        } else {
+            SETTINGS
+        };
+        let rows = sqlx::raw_sql(settings).fetch_all(connection).await;
+        let settings = rows.and_then(|rows| {
+            let settings = rows
+                .iter()
+                .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
+            settings.collect::<Result<Vec<(String, String)>, sqlx::Error>>()
+        });
+        let settings = settings.map_err(|error| login.failure(error, None))?;
+        let milliseconds = |duration: Duration| duration.as_millis().to_string();
+        let (lock, statement) = (milliseconds(lock), milliseconds(statement));
+        let pinned = |name: &str| match name {
+            "lock_timeout" => Some(&*lock),
+            "statement_timeout" => Some(&*statement),
+            "transaction_timeout" => Some("0"),
+            MARK => Some(&*self.mark),
+            _ => PINNED
+                .iter()
+                .find(|(pinned, _)| *pinned == name)
+                .map(|(_, value)| *value),
+        };
+        let changed = settings.iter().filter_map(|(name, value)| {
+            let pinned = pinned(name)?;
+            (pinned != value).then(|| format!("{name} is {value:?} in place of {pinned:?}"))
+        });
+        let changed: Vec<_> = changed.collect();
+        if changed.is_empty() {
+            Ok(())
+        } else {
+            Err(login.without_settings(&changed.join(", ")))
+        }
     }
 }
 

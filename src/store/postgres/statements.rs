@@ -35,6 +35,11 @@ pub(super) static READ: Operation = Operation::procedure(
             (select max(m.version) from public.visitas_migracoes as m where m.success) \
        from public.estado_da_contagem($1) as e",
 );
+/// The size of the database in bytes. Postgres looks at each of its files.
+pub(super) static MEASURE: Operation = Operation::query(
+    "SELECT pg_database_size",
+    "select pg_database_size(current_database())",
+);
 pub(super) static LOCK_COUNT: Operation = Operation::procedure(
     "SELECT travar_contagem",
     "travar_contagem",
@@ -212,6 +217,14 @@ pub(super) async fn read_count(
         }),
         Err(error) => Err(name_rights(connection, false, error).await),
     }
+}
+
+/// Reads the size of the database in bytes.
+pub(super) async fn measure(connection: &mut PgConnection) -> Result<i64, Error> {
+    sqlx::query_scalar(MEASURE.text())
+        .fetch_one(connection)
+        .await
+        .map_err(failure)
 }
 
 /// Adds to a refusal the rights that the session's role lacks, if that is the reason. The server
