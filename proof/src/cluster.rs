@@ -21,6 +21,7 @@ use lab::wait::within;
 use serde_json::Value;
 
 use crate::disk::run;
+use crate::isolate;
 
 /// The machines' number, and the last part of their addresses.
 const MACHINES: [u8; 3] = [11, 12, 13];
@@ -50,20 +51,8 @@ pub struct Cluster {
 
 /// Installs Patroni. The error is the reason to skip the test.
 pub fn prepare() -> Result<()> {
-    let output = Command::new(Path::new(SOURCES).join("prepare.sh"))
-        .arg(installation()?)
-        .output()?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    let last = errors
-        .trim_end()
-        .lines()
-        .next_back()
-        .unwrap_or("no reason given");
-    ensure!(
-        output.status.success(),
-        "Patroni cannot be installed: {last}"
-    );
-    Ok(())
+    let mut script = Command::new(Path::new(SOURCES).join("prepare.sh"));
+    isolate::prepare(script.arg(installation()?)).context("Patroni cannot be installed")
 }
 
 fn installation() -> Result<PathBuf> {

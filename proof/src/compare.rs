@@ -21,6 +21,7 @@ use lab::{client, stack};
 use tokio::runtime::Runtime;
 
 use crate::disk::{Disk, folder};
+use crate::isolate;
 use crate::site::Outage;
 
 /// A way to count visits.
@@ -363,18 +364,8 @@ impl Design {
         if self != Self::Flask {
             return Ok(());
         }
-        let output = Command::new(Path::new(PEERS).join("prepare.sh"))
-            .arg("flask")
-            .arg(flask_folder()?)
-            .output()?;
-        let errors = String::from_utf8_lossy(&output.stderr);
-        let last = errors
-            .trim_end()
-            .lines()
-            .next_back()
-            .unwrap_or("no reason given");
-        ensure!(output.status.success(), "{last}");
-        Ok(())
+        let mut script = Command::new(Path::new(PEERS).join("prepare.sh"));
+        isolate::prepare(script.arg("flask").arg(flask_folder()?))
     }
 
     fn command(self, address: SocketAddr) -> Result<Command> {

@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use lab::process;
 
 /// The argument of the program inside the namespaces.
@@ -51,6 +51,20 @@ pub fn skip_reason(needs: Needs) -> Option<String> {
         }
         Err(error) => Some(format!("needs unshare: {error}")),
     }
+}
+
+/// Runs a script that installs what a test needs. The error, the script's last line, is the reason to
+/// skip the test.
+pub fn prepare(script: &mut Command) -> Result<()> {
+    let output = script.output()?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let last = errors.trim_end().lines().next_back();
+    ensure!(
+        output.status.success(),
+        "{}",
+        last.unwrap_or("no reason given")
+    );
+    Ok(())
 }
 
 /// Runs this program again with the same arguments, in namespaces. Returns whether it succeeded.
