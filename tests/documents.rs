@@ -81,7 +81,7 @@ fn evidence_is_what_its_report_says() {
         .lines()
         .filter(|line| line.starts_with("| ") && line.contains("](") && line.contains(".md)"))
         .collect();
-    assert_eq!(rows.len(), 9);
+    assert_eq!(rows.len(), 10);
     for row in rows {
         let cells: Vec<_> = row.trim_matches('|').split(" | ").collect();
         let [_, measured, source, bounds] = cells[..] else {
@@ -165,7 +165,7 @@ fn tour_shows_lines_of_the_last_migration() {
     let tour = read("docs/tour.md");
     let (_, after) = tour.split_once("sf registrar_visitas").expect("the lines");
     let shown = after.split("```").nth(2).expect("a block");
-    let migration = read("migrations/0003_verificacao.sql");
+    let migration = read("migrations/0004_registro.sql");
     let lines: Vec<_> = shown.lines().skip(1).filter(|line| *line != "…").collect();
     assert_eq!(lines.len(), 3, "{shown}");
     for line in lines {
