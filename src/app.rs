@@ -88,6 +88,7 @@ impl App {
             feed: Feed::new(max_streams),
             page: config.page.clone(),
             has_metrics: metrics_listener.is_none(),
+            access_slow: config.telemetry.log.access_slow,
             started: SystemTime::now(),
         };
         Ok(Self {

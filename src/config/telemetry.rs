@@ -67,7 +67,7 @@ pub struct LogConfig {
     /// Which lines are logged, in the directives of tracing-subscriber
     #[arg(long, env, default_value = "info", value_parser = accept("directives such as info or visitas=debug,warn", filter))]
     pub rust_log: String,
-    /// Requests that take longer have an access line at level info
+    /// Requests that take longer have an access line at level info, and a trace even if not sampled
     #[arg(long, env, default_value = "500ms", value_parser = within(duration, "0s", "1h"))]
     pub access_slow: Duration,
 }
@@ -183,7 +183,7 @@ pub struct TracesConfig {
     /// Which requests are traced
     #[arg(long, env, default_value = "parentbased_always_on", value_parser = one_of(SAMPLERS))]
     pub otel_traces_sampler: Sampler,
-    /// Share of the traces that the two samplers with a ratio keep
+    /// Share of the traces that the two samplers with a ratio keep; slow and failed requests are added
     #[arg(long, env, default_value = "1", value_parser = within(parsed::<f64>, "0", "1"))]
     otel_traces_sampler_arg: f64,
     /// Headers that carry a caller's trace. Baggage is accepted and not used; none reads no header

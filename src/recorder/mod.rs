@@ -50,6 +50,14 @@ pub struct Timing {
     pub redis: Duration,
 }
 
+impl Timing {
+    /// From the queue to the end of the batch.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        self.queue + self.postgres + self.redis
+    }
+}
+
 /// Why a visit is not known to be recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {

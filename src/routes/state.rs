@@ -5,7 +5,7 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::feed::Feed;
 use super::renderings::Renderings;
@@ -42,6 +42,8 @@ pub struct Parts {
     pub page: PageConfig,
     /// Whether visitors can read `/metrics`.
     pub has_metrics: bool,
+    /// How long a request takes that is slow.
+    pub access_slow: Duration,
     /// When the service started.
     pub started: SystemTime,
 }

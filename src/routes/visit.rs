@@ -21,8 +21,9 @@ use super::negotiation::Wanted;
 use super::page;
 use super::snapshot::{Status, status};
 use super::state::AppState;
-use crate::recorder::{Recorded, Refusal};
+use crate::recorder::{Recorded, Refusal, Timing};
 use crate::store::Store as _;
+use crate::telemetry::late::Timeline;
 
 /// The response's body, with its fields in the order of the challenge.
 #[derive(Debug, Serialize, ToSchema)]
@@ -101,12 +102,21 @@ pub(super) async fn record(State(state): State<AppState>, request: Request) -> R
         // The browser asks again when the page is opened.
         return StatusCode::NO_CONTENT.into_response();
     }
-    let recorded = state.recorder.record(SystemTime::now()).await;
+    let arrived = SystemTime::now();
+    let recorded = state.recorder.record(arrived).await;
     let mut response = match wanted.page {
         None => respond(&body(&state, &recorded)),
         Some(language) => page::of_visit(&state, language, &recorded),
     };
     set_vary(&mut response);
+    // Half of it, since the request takes longer than its visit.
+    if let Ok(recorded) = &recorded
+        && recorded.timing.total() >= state.access_slow / 2
+    {
+        response
+            .extensions_mut()
+            .insert(timeline(arrived, recorded.timing));
+    }
     if let Err(refusal) = recorded {
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
         // If the visit can have been recorded, a retry could count it twice.
@@ -147,6 +157,19 @@ pub(super) async fn head(request: Request) -> Response {
     }
     set_vary(&mut response);
     response
+}
+
+/// Where the time of a visit went, as the page's `Server-Timing` names it.
+fn timeline(arrived: SystemTime, timing: Timing) -> Timeline {
+    let parts = [
+        ("queue", timing.queue),
+        ("postgres", timing.postgres),
+        ("redis", timing.redis),
+    ];
+    Timeline {
+        began: arrived,
+        parts: parts.into(),
+    }
 }
 
 /// Says that the response depends on these headers (RFC 9110, section 12.5.5).

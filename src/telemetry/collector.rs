@@ -40,6 +40,8 @@ pub(super) struct Collector {
     has_exported: AtomicBool,
     /// The second since `started`, from 1, in which the open breaker last admitted a request.
     admitted: AtomicU64,
+    /// The capacity of the queue of spans.
+    queue: usize,
     /// Spans that are queued or being exported. Decreases only under the lock of `status`, so that
     /// no span counts twice as lost.
     unexported: AtomicUsize,
@@ -78,6 +80,25 @@ const REASON_INTERVAL: Duration = Duration::from_secs(1);
 const REJECTION_INTERVAL: Duration = Duration::from_mins(1);
 
 impl Collector {
+    /// A collector that accepts spans until exports fail. `queue` spans can wait for it.
+    pub(super) fn new(queue: usize) -> Self {
+        Self {
+            started: Instant::now(),
+            failures: AtomicUsize::new(0),
+            has_exported: AtomicBool::new(false),
+            admitted: AtomicU64::new(0),
+            queue,
+            unexported: AtomicUsize::new(0),
+            status: Mutex::default(),
+        }
+    }
+
+    /// Whether there is room for spans that a trace can do without: they would use at most half of
+    /// the queue.
+    pub(super) fn has_room(&self) -> bool {
+        self.unexported.load(Ordering::Relaxed) < self.queue / 2
+    }
+
     /// Whether a request can be sampled now.
     pub(super) fn admits(&self) -> bool {
         !self.is_down() || self.admits_in(self.started.elapsed().as_secs() + 1)
@@ -182,19 +203,6 @@ impl Collector {
     }
 }
 
-impl Default for Collector {
-    fn default() -> Self {
-        Self {
-            started: Instant::now(),
-            failures: AtomicUsize::new(0),
-            has_exported: AtomicBool::new(false),
-            admitted: AtomicU64::new(0),
-            unexported: AtomicUsize::new(0),
-            status: Mutex::default(),
-        }
-    }
-}
-
 impl Status {
     /// Logs rejections at most once a minute; each line counts all since the last one.
     fn record_rejected(&mut self, spans: usize) {
@@ -214,7 +222,7 @@ mod tests {
 
     #[test]
     fn open_breaker_admits_one_request_a_second() {
-        let collector = Collector::default();
+        let collector = Collector::new(0);
         assert!(collector.admits_in(5));
         assert!(!collector.admits_in(5));
         assert!(collector.admits_in(6));

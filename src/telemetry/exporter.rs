@@ -59,7 +59,7 @@ pub(super) struct Pipeline {
 impl Pipeline {
     /// Must be called outside the runtime, since the exporter's HTTP client is blocking.
     pub(super) fn new(config: &TracesConfig, exporter: &ExporterConfig) -> anyhow::Result<Self> {
-        let collector = Arc::new(Collector::default());
+        let collector = Arc::new(Collector::new(config.otel_bsp_max_queue_size));
         let queued = Arc::new(AtomicUsize::new(0));
         let exporter = CountingExporter {
             exporter: otlp::exporter(exporter, Arc::clone(&collector))?,

@@ -6,6 +6,7 @@
 
 mod collector;
 mod exporter;
+pub mod late;
 mod log;
 mod otlp;
 mod panic;

@@ -1,4 +1,5 @@
-//! The outermost layer: a request's ids, its span, its metrics and its line in the access log.
+//! The outermost layer: a request's ids, its span, its metrics and its line in the access log. A
+//! request that was not sampled gets a late trace if it was slow or failed.
 //!
 //! Must not know: which routes there are, bodies, query strings and client addresses.
 
@@ -21,6 +22,7 @@ use tracing::{Level, Span, field};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use uuid::Uuid;
 
+use super::late::{LateTrace, Timeline};
 use super::panic::{RequestIds, RequestScope};
 use super::request_metrics::{self, Kind};
 use super::sampler::Sampler;
@@ -35,18 +37,27 @@ const TRACE_RESPONSE: HeaderName = HeaderName::from_static("traceresponse");
 pub struct Observer {
     sampler: Sampler,
     slow: Duration,
-    access_limit: AccessLimit,
+    access_limit: RateLimit,
+    late_limit: RateLimit,
 }
 
+/// Maximum number of access lines at level info in a second.
+const ACCESS_LINES: u64 = 10;
+/// Maximum number of late traces in a second. An overloaded service must not spend its time on
+/// them.
+const LATE_TRACES: u64 = 1000;
+
 impl Observer {
-    /// Logs requests slower than `slow` at level info.
+    /// Logs requests slower than `slow` at level info, and traces them late unless they are
+    /// sampled.
     #[must_use]
     pub fn new(sampler: Sampler, slow: Duration) -> Arc<Self> {
         request_metrics::declare();
         Arc::new(Self {
             sampler,
             slow,
-            access_limit: AccessLimit::default(),
+            access_limit: RateLimit::new(ACCESS_LINES),
+            late_limit: RateLimit::new(LATE_TRACES),
         })
     }
 
@@ -62,8 +73,15 @@ impl Observer {
         })
     }
 
-    /// Logs how many access lines were suppressed since the last report, if any.
+    /// Logs how many access lines and late traces were suppressed since the last report, if any.
     pub fn report_suppressed(&self) {
+        let suppressed = self.late_limit.take_suppressed();
+        if suppressed > 0 {
+            tracing::warn!(
+                traces.suppressed = suppressed,
+                "slow or failed requests without a trace"
+            );
+        }
         let suppressed = self.access_limit.take_suppressed();
         if suppressed > 0 {
             tracing::event!(
@@ -156,6 +174,7 @@ struct InFlight {
     /// The ids of the span, if the request is sampled.
     context: Option<SpanContext>,
     span: Span,
+    late: Option<LateTrace>,
     started: Instant,
     timed: bool,
     ended: bool,
@@ -182,6 +201,7 @@ impl InFlight {
             Span::none()
         };
         let context = (!span.is_none()).then(|| decision.start(&span));
+        let trace = context.as_ref().or(parent).map(SpanContext::trace_id);
         request_metrics::add_active(method, 1.0);
         Self {
             observer: Arc::clone(observer),
@@ -189,9 +209,10 @@ impl InFlight {
             route,
             version: version(request.version()),
             id,
-            trace: context.as_ref().or(parent).map(SpanContext::trace_id),
+            trace,
             context,
             span,
+            late: LateTrace::keep(decision, request),
             started,
             timed: extent != Observed::Untimed,
             ended: false,
@@ -208,11 +229,7 @@ impl InFlight {
 
     fn respond(&mut self, response: &mut Response) {
         let status = response.status();
-        if let Some(context) = &self.context {
-            let value = format!("00-{}-{}-01", context.trace_id(), context.span_id());
-            if let Ok(value) = HeaderValue::try_from(value) {
-                response.headers_mut().insert(TRACE_RESPONSE, value);
-            }
+        if self.context.is_some() {
             self.span
                 .record("http.response.status_code", i64::from(status.as_u16()));
             if status.is_server_error() {
@@ -220,22 +237,42 @@ impl InFlight {
                 self.span.record("error.type", status.as_str());
             }
         }
-        self.end(Some(status));
+        self.end(Some(status), response.extensions_mut().remove());
+        if let Some(context) = &self.context {
+            let value = format!("00-{}-{}-01", context.trace_id(), context.span_id());
+            if let Ok(value) = HeaderValue::try_from(value) {
+                response.headers_mut().insert(TRACE_RESPONSE, value);
+            }
+        }
         response.headers_mut().insert(REQUEST_ID, self.id.clone());
     }
 
-    fn end(&mut self, status: Option<StatusCode>) {
+    fn end(&mut self, status: Option<StatusCode>, timeline: Option<Timeline>) {
         self.ended = true;
         let took = self.started.elapsed();
         let code = status.map(|status| status.as_u16());
         let route = self.route.as_ref().map(MatchedPath::as_str);
-        let span = self.context.as_ref();
         let kind = Kind {
             method: self.method,
             route,
             status,
             version: self.version,
         };
+        let failed = status.is_some_and(|status| status.is_server_error());
+        let is_notable = failed || took >= self.observer.slow;
+        if is_notable
+            && let Some(late) = self.late.take()
+            && self.observer.late_limit.admits()
+            && self.observer.sampler.admits()
+        {
+            let name = span_name(self.method, route);
+            let timeline = timeline.filter(|_| self.observer.sampler.has_room());
+            if let Some(context) = late.export(name, kind, &self.id, self.started, timeline) {
+                self.trace = Some(context.trace_id());
+                self.context = Some(context);
+            }
+        }
+        let span = self.context.as_ref();
         if self.timed || status.is_some_and(|status| status.is_client_error()) {
             request_metrics::record(kind, took, span);
         }
@@ -257,8 +294,7 @@ impl InFlight {
                 )
             };
         }
-        let failed = status.is_some_and(|status| status.is_server_error());
-        if !failed && took < self.observer.slow {
+        if !is_notable {
             line!(Level::DEBUG, None::<u64>);
         } else if self.observer.access_limit.admits() {
             let suppressed = self.observer.access_limit.take_suppressed();
@@ -270,7 +306,7 @@ impl InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         if !self.ended {
-            self.end(None);
+            self.end(None, None);
         }
     }
 }
@@ -282,11 +318,7 @@ fn request_span(
     id: &HeaderValue,
     parent: Option<&SpanContext>,
 ) -> Span {
-    let verb = if method == OTHER { "HTTP" } else { method };
-    let name = route.map_or_else(
-        || verb.to_owned(),
-        |route| format!("{verb} {}", route.as_str()),
-    );
+    let route = route.map(MatchedPath::as_str);
     // Cut here as well as in the queue, since the span is held while the request is in flight.
     let cut = |value| span::cut(value, span::value_length_limit());
     let agent = request.headers().get(http::header::USER_AGENT);
@@ -294,11 +326,11 @@ fn request_span(
         target: span::TARGET,
         parent: None,
         "request",
-        otel.name = name,
+        otel.name = span_name(method, route),
         otel.kind = "server",
         otel.status_code = field::Empty,
         http.request.method = method,
-        http.route = route.map(MatchedPath::as_str),
+        http.route = route,
         url.path = cut(request.uri().path()),
         url.scheme = "http",
         http.response.status_code = field::Empty,
@@ -313,6 +345,11 @@ fn request_span(
             .ok();
     }
     span
+}
+
+fn span_name(method: &str, route: Option<&str>) -> String {
+    let verb = if method == OTHER { "HTTP" } else { method };
+    route.map_or_else(|| verb.to_owned(), |route| format!("{verb} {route}"))
 }
 
 /// The method's name if HTTP defines it, so that a client cannot create series.
@@ -359,17 +396,25 @@ fn request_id(request: &Request) -> HeaderValue {
         })
 }
 
-/// Limits access lines at level info to ten a second, and counts the others.
+/// Admits a number of events a second, and counts the others.
 #[derive(Debug)]
-struct AccessLimit {
+struct RateLimit {
+    per_second: u64,
     started: Instant,
-    /// The second since `started` in the high half, the lines written in it in the low half.
+    /// The second since `started` in the high half, the events admitted in it in the low half.
     window: AtomicU64,
     suppressed: AtomicU64,
 }
 
-impl AccessLimit {
-    const LINES_PER_SECOND: u64 = 10;
+impl RateLimit {
+    fn new(per_second: u64) -> Self {
+        Self {
+            per_second,
+            started: Instant::now(),
+            window: AtomicU64::new(0),
+            suppressed: AtomicU64::new(0),
+        }
+    }
 
     fn admits(&self) -> bool {
         let second = self.started.elapsed().as_secs() & u64::from(u32::MAX);
@@ -377,8 +422,8 @@ impl AccessLimit {
             if window >> 32 != second {
                 return Some(second << 32 | 1);
             }
-            let written = window & u64::from(u32::MAX);
-            (written < Self::LINES_PER_SECOND).then_some(window + 1)
+            let admitted = window & u64::from(u32::MAX);
+            (admitted < self.per_second).then_some(window + 1)
         };
         let admitted = self
             .window
@@ -390,19 +435,9 @@ impl AccessLimit {
         admitted
     }
 
-    /// Returns how many lines were suppressed since the last call.
+    /// Returns how many events were suppressed since the last call.
     fn take_suppressed(&self) -> u64 {
         self.suppressed.swap(0, Ordering::Relaxed)
-    }
-}
-
-impl Default for AccessLimit {
-    fn default() -> Self {
-        Self {
-            started: Instant::now(),
-            window: AtomicU64::new(0),
-            suppressed: AtomicU64::new(0),
-        }
     }
 }
 

@@ -42,7 +42,7 @@ pub(super) struct Decision {
     /// The caller's span, if there was a valid `traceparent`. It has a `tracestate` only if the
     /// request is sampled.
     pub(super) parent: Option<SpanContext>,
-    /// The id of a trace that starts with this request.
+    /// The id of the request's trace; invalid if no span of the request is ever exported.
     trace: TraceId,
 }
 
@@ -107,8 +107,22 @@ impl Sampler {
         if decision.sampled {
             let parent = parent.map(|parent| propagation::with_tracestate(parent, headers));
             decision.parent = parent;
+        } else if matches!(rule.root, SdkSampler::AlwaysOff) {
+            decision.trace = TraceId::INVALID;
         }
         decision
+    }
+
+    /// Whether a late trace can be exported now.
+    pub(super) fn admits(&self) -> bool {
+        let rule = self.rule.as_ref();
+        rule.is_some_and(|rule| rule.collector.admits())
+    }
+
+    /// Whether a late trace can have more than its server span.
+    pub(super) fn has_room(&self) -> bool {
+        let rule = self.rule.as_ref();
+        rule.is_some_and(|rule| rule.collector.has_room())
     }
 }
 
@@ -123,10 +137,22 @@ impl Rule {
 impl Decision {
     /// Starts the span of a sampled request.
     pub(super) fn start(&self, span: &Span) -> SpanContext {
+        self.with_trace(|| span.context().span().span_context().clone())
+    }
+
+    /// Whether the request can get a late trace: it is not sampled, and the rule is not to trace
+    /// nothing at all. A caller that is not sampled does not prevent it: the caller has decided
+    /// before it could know.
+    pub(super) fn can_be_late(&self) -> bool {
+        !self.sampled && self.trace != TraceId::INVALID
+    }
+
+    /// Runs `start`, in which a span without a parent starts the request's trace.
+    pub(super) fn with_trace<R>(&self, start: impl FnOnce() -> R) -> R {
         STARTING.set(Some(self.trace));
-        let context = span.context().span().span_context().clone();
+        let started = start();
         STARTING.set(None);
-        context
+        started
     }
 }
 
@@ -135,7 +161,7 @@ thread_local! {
     static STARTING: Cell<Option<TraceId>> = const { Cell::new(None) };
 }
 
-/// Generates ids: a trace of [`Decision::start`] gets the id drawn for its decision, any other a
+/// Generates ids: a trace of [`Decision::with_trace`] gets the id drawn for its decision, any other a
 /// random one.
 #[derive(Debug, Default)]
 pub(super) struct TraceIdGenerator(RandomIdGenerator);
@@ -167,7 +193,7 @@ mod tests {
             (false, Root::Ratio(1.0), true, true, true),
         ] {
             let rule = config::Sampler { parent_based, root };
-            let sampler = Sampler::new(rule, Arc::default(), true);
+            let sampler = Sampler::new(rule, Arc::new(Collector::new(0)), true);
             let decide = |flags: &str| {
                 let parent =
                     format!("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-{flags}");

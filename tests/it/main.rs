@@ -23,6 +23,7 @@ mod far;
 mod fronts;
 mod http;
 mod kept;
+mod late;
 mod ledger;
 mod listen;
 mod load;

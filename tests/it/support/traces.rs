@@ -25,6 +25,8 @@ pub(crate) async fn traced_with(
     let mut all = vec![
         ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
         ("OTEL_BSP_SCHEDULE_DELAY", "20"),
+        // On a loaded machine a visit that is not sampled would otherwise get a late trace.
+        ("ACCESS_SLOW", "1h"),
     ];
     all.extend(settings);
     world.serve_with(&all).await
