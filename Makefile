@@ -163,8 +163,7 @@ image: ## Build the image for both architectures, twice, and compare; needs Dock
 
 # Programs that tests start leave their part as well, unless they are killed.
 coverage: setup ## Measure which lines the tests run, and write target/coverage; needs cargo-llvm-cov (10 minutes)
-	cargo llvm-cov --workspace --exclude browser --locked --no-report
-	cargo llvm-cov report --html --output-dir target/coverage
+	cargo llvm-cov --workspace --exclude browser --locked --html --output-dir target/coverage
 	cargo llvm-cov report --summary-only | tee target/coverage/summary.txt
 
 licences: ## Write the licences of all that is in the program to target/licences; needs cargo-about (seconds)
