@@ -13,7 +13,7 @@ setup: # Install missing tools, if that is allowed
 	@devstack/install.sh $(PACKAGES)
 
 setup-all: ## Install what any target needs, except Rust and Docker (2 minutes)
-	@devstack/install.sh $(SERVERS) $(PYTHON) npm=npm python3:pip=python3-pip chromium=chromium chromedriver=chromium-driver wrk=wrk
+	@devstack/install.sh $(SERVERS) $(PYTHON) $(POWER) $(MACHINES) npm=npm python3:pip=python3-pip chromium=chromium chromedriver=chromium-driver wrk=wrk
 
 hooks: ## Run `make check` before each commit of this clone (at once)
 	git config core.hooksPath .githooks

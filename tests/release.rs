@@ -175,6 +175,32 @@ fn every_target_that_is_listed_says_how_long_it_takes() {
     }
 }
 
+#[test]
+fn setup_all_installs_what_any_target_installs() {
+    let said = run(Command::new("make")
+        .args(["--dry-run", "setup-all"])
+        .current_dir(root()));
+    let installed = text(&said.stdout);
+    let makefile = read("Makefile");
+    let is_pair = |word: &&str| {
+        let name = |name: &str| {
+            let letters = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+            name.starts_with(|letter: char| letter.is_ascii_lowercase())
+                && name
+                    .bytes()
+                    .all(|byte| letters(byte) || b":._-".contains(&byte))
+        };
+        let sides = word.split_once('=');
+        sides.is_some_and(|(program, package)| name(program) && name(package))
+    };
+    let pairs: Vec<_> = makefile.split_whitespace().filter(is_pair).collect();
+    assert!(pairs.len() > 15, "{pairs:?}");
+    for pair in pairs {
+        let mut words = installed.split_whitespace();
+        assert!(words.any(|word| word == pair), "{pair} in {said:?}");
+    }
+}
+
 // --- the release's scripts ---
 
 #[test]
