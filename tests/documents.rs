@@ -168,8 +168,8 @@ fn reuse_names_files_that_exist_and_leaves_out_no_crate_and_no_part_of_src() {
     for row in tables.lines().filter(|line| line.starts_with("| `")) {
         let cell = row.trim_start_matches("| ").split(" | ").next();
         let mut folder = "";
-        let names = code(cell.expect("a cell"));
-        for name in &names {
+        let spans = code(cell.expect("a cell"));
+        for name in &spans {
             // A name without a folder is in that of the name before it, or in the root.
             let paths = [format!("{folder}{name}"), name.clone()];
             let path = paths.into_iter().find(|path| begins_a_file(path));
