@@ -159,7 +159,7 @@ fn error_says_that_a_duration_lacks_its_unit_or_has_one_too_many() {
     for unit in ["500ms", "5s"] {
         let error = error(&[&format!("--otel-bsp-schedule-delay={unit}")]);
         assert!(
-            error.contains("has a unit, and is milliseconds without one; expected 1 to 600000"),
+            error.contains("has a unit: write milliseconds without one; expected 1 to 600000"),
             "{error}"
         );
     }

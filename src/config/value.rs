@@ -135,7 +135,7 @@ pub(super) fn milliseconds(low: &'static str, high: &'static str) -> Accept<Dura
     Accept {
         mistake: Some(Mistake {
             is_made: |text| duration(text).is_some(),
-            explanation: "has a unit, and is milliseconds without one",
+            explanation: "has a unit: write milliseconds without one",
         }),
         ..within(|text| parsed(text).map(Duration::from_millis), low, high)
     }
