@@ -99,8 +99,8 @@ mod tests {
     async fn precise_timer_ends_after_its_time_and_not_a_millisecond_later() {
         let timer = precise::Timer::new().expect("a timer");
         // A wait that is dropped leaves nothing behind.
-        let begun = timer.wait(Duration::from_millis(8)).now_or_never();
-        assert!(begun.is_none(), "it is over: {begun:?}");
+        let polled = timer.wait(Duration::from_millis(8)).now_or_never();
+        assert!(polled.is_none(), "it is over: {polled:?}");
         let wait = Duration::from_micros(300);
         let mut shortest = Duration::MAX;
         for _ in 0..50 {
