@@ -7,13 +7,13 @@ export CARGO_TARGET_DIR = $(CURDIR)/target
 .PHONY: help run check map test api faults simulate simulate-mutants sweep compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready powercut powercut-quick powercut-long failover order proof proof-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
 
 help: ## List the targets (at once)
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: # Install missing tools, if that is allowed
 	@devstack/install.sh $(PACKAGES)
 
 setup-all: ## Install what any target needs, except Rust and Docker (2 minutes)
-	@devstack/install.sh $(SERVERS) $(PYTHON) npm=npm python3:pip=python3-pip chromium=chromium chromedriver=chromium-driver wrk=wrk
+	@devstack/install.sh $(SERVERS) $(PYTHON) $(POWER) $(MACHINES) npm=npm python3:pip=python3-pip chromium=chromium chromedriver=chromium-driver wrk=wrk
 
 hooks: ## Run `make check` before each commit of this clone (at once)
 	git config core.hooksPath .githooks
@@ -161,8 +161,10 @@ e2e-kubernetes: ## Test the manifests, also with outages, in the cluster that E2
 image: ## Build the image for both architectures, twice, and compare; needs Docker (25 minutes)
 	@tests/image.sh
 
-# Programs that tests start leave their part as well, unless they are killed.
-coverage: setup ## Measure which lines the tests run, and write target/coverage; needs cargo-llvm-cov (10 minutes)
+# Programs that tests start leave their part as well, unless they are killed. Without the first line a
+# run would count what the one before has left.
+coverage: setup ## Measure which lines of src the tests run, and write target/coverage; needs cargo-llvm-cov (15 minutes)
+	cargo llvm-cov clean --workspace
 	cargo llvm-cov --workspace --exclude browser --locked --no-report
 	cargo llvm-cov report --html --output-dir target/coverage
 	cargo llvm-cov report --summary-only | tee target/coverage/summary.txt

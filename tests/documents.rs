@@ -159,6 +159,42 @@ fn readme_names_existing_cases_of_the_end_to_end_test() {
     }
 }
 
+/// Who copies the repository learns of each part whether it is the challenge.
+#[test]
+fn reuse_names_files_that_exist_and_leaves_out_no_crate_and_no_part_of_src() {
+    let reuse = read("docs/reuse.md");
+    let tables = section(&reuse, "## What is the challenge, and what is not");
+    let mut named: Vec<String> = Vec::new();
+    for row in tables.lines().filter(|line| line.starts_with("| `")) {
+        let cell = row.trim_start_matches("| ").split(" | ").next();
+        let mut folder = "";
+        let spans = code(cell.expect("a cell"));
+        for name in &spans {
+            // A name without a folder is in that of the name before it, or in the root.
+            let paths = [format!("{folder}{name}"), name.clone()];
+            let path = paths.into_iter().find(|path| begins_a_file(path));
+            named.push(path.unwrap_or_else(|| panic!("{name} in {row}")));
+            if let Some(end) = name.rfind('/') {
+                folder = &name[..=end];
+            }
+        }
+    }
+    let manifest = read("Cargo.toml");
+    let members = manifest.lines().find(|line| line.starts_with("members = "));
+    let mut parts: Vec<_> = members
+        .expect("members")
+        .split('"')
+        .skip(1)
+        .step_by(2)
+        .collect();
+    let src: Vec<_> = entries("src").collect();
+    parts.extend(src.iter().map(String::as_str));
+    assert!(parts.len() > 15, "{parts:?}");
+    for part in parts {
+        assert!(named.iter().any(|name| name.starts_with(part)), "{part}");
+    }
+}
+
 /// The tour shows these lines as those of the function that records visits.
 #[test]
 fn tour_shows_lines_of_the_last_migration() {
@@ -308,6 +344,27 @@ fn anchors(page: &str) -> BTreeSet<String> {
             kept.collect::<String>().replace(' ', "-")
         })
         .collect()
+}
+
+/// Whether this path, up to a `*`, is that of a file or the beginning of one.
+fn begins_a_file(path: &str) -> bool {
+    let path = path.split('*').next().unwrap_or_default();
+    let (folder, _) = path.rsplit_once('/').unwrap_or_default();
+    entries(folder).any(|entry| entry.starts_with(path))
+}
+
+/// The paths of what is in a folder; none if it does not exist.
+fn entries(folder: &str) -> impl Iterator<Item = String> {
+    let entries = fs::read_dir(root().join(folder)).into_iter().flatten();
+    let prefix = if folder.is_empty() {
+        String::new()
+    } else {
+        format!("{folder}/")
+    };
+    entries.map(move |entry| {
+        let name = entry.expect("an entry").file_name();
+        format!("{prefix}{}", name.to_string_lossy())
+    })
 }
 
 fn read(document: &str) -> String {

@@ -85,6 +85,27 @@ fn pull_requests_meet_no_secret_and_no_right_to_write() {
     assert!(!hosted.contains("github.token"));
 }
 
+#[test]
+fn dependabot_watches_each_dockerfile() {
+    let dependabot = read(".github/dependabot.yml");
+    let docker = dependabot.split("package-ecosystem: docker\n").nth(1);
+    let watched = docker.and_then(|rest| rest.lines().next()).expect("docker");
+    let mut folders = folders_in(&root());
+    let nested: Vec<_> = folders.iter().flat_map(|one| folders_in(one)).collect();
+    folders.extend(nested);
+    let mut found = 0;
+    for folder in folders {
+        if folder.join("Dockerfile").exists() {
+            let name = folder.strip_prefix(root()).expect("a folder of ours");
+            let name = format!(" /{}", name.display());
+            let mut names = watched.split([',', '[', ']']);
+            assert!(names.any(|watched| watched == name), "{name} in {watched}");
+            found += 1;
+        }
+    }
+    assert!(found > 2, "{found}");
+}
+
 // --- versions, each stated once ---
 
 #[test]
@@ -151,6 +172,32 @@ fn every_target_that_is_listed_says_how_long_it_takes() {
             time.is_some_and(|time| units.iter().any(|unit| time.ends_with(unit))),
             "{line}"
         );
+    }
+}
+
+#[test]
+fn setup_all_installs_what_any_target_installs() {
+    let said = run(Command::new("make")
+        .args(["--dry-run", "setup-all"])
+        .current_dir(root()));
+    let installed = text(&said.stdout);
+    let makefile = read("Makefile");
+    let is_pair = |word: &&str| {
+        let name = |name: &str| {
+            let letters = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+            name.starts_with(|letter: char| letter.is_ascii_lowercase())
+                && name
+                    .bytes()
+                    .all(|byte| letters(byte) || b":._-".contains(&byte))
+        };
+        let sides = word.split_once('=');
+        sides.is_some_and(|(program, package)| name(program) && name(package))
+    };
+    let pairs: Vec<_> = makefile.split_whitespace().filter(is_pair).collect();
+    assert!(pairs.len() > 15, "{pairs:?}");
+    for pair in pairs {
+        let mut words = installed.split_whitespace();
+        assert!(words.any(|word| word == pair), "{pair} in {said:?}");
     }
 }
 
@@ -251,6 +298,20 @@ fn run(command: &mut Command) -> Output {
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).expect("text")
+}
+
+/// The folders in a folder, without what builds and git keep.
+fn folders_in(folder: &Path) -> Vec<PathBuf> {
+    let kept = |path: &PathBuf| {
+        ["target", ".git", ".devstack"]
+            .iter()
+            .any(|name| path.ends_with(name))
+    };
+    let entries = fs::read_dir(folder).expect("a folder");
+    entries
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.is_dir() && !kept(path))
+        .collect()
 }
 
 /// A folder with these files.

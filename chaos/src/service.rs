@@ -9,7 +9,7 @@ use lab::measure::Mebibytes;
 use lab::metrics::Metrics;
 use lab::ports::free_address;
 use lab::process::{self, Process};
-use lab::program::{scratch, visitas};
+use lab::program::{COVERAGE, scratch, visitas};
 use lab::{client, wait};
 
 use crate::ground::Ground;
@@ -77,6 +77,7 @@ impl Service {
         command
             .args(words)
             .env_clear()
+            .envs(COVERAGE)
             .env("BIND_ADDR", self.address.to_string())
             .envs(self.settings.iter().map(|(name, value)| (name, value)));
         let port = self.address.port();

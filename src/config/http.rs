@@ -9,7 +9,7 @@ use clap::Args;
 use url::Url;
 
 use super::sources::{Sources, invalid};
-use super::value::{Accept, accept, duration, parsed, port, within};
+use super::value::{Accept, accept, durations, parsed, port, within};
 
 /// The address that visitors are served on, which `visitas healthcheck` asks too.
 #[derive(Args, Clone, Debug)]
@@ -48,10 +48,10 @@ pub struct HttpConfig {
     #[arg(long, env, default_value = "16384", value_parser = within(parsed::<usize>, "1", "1000000"))]
     pub http_max_connections: usize,
     /// Maximum time to receive a request's headers, from their first byte
-    #[arg(long, env, default_value = "5s", value_parser = within(duration, "100ms", "5m"))]
+    #[arg(long, env, default_value = "5s", value_parser = durations("100ms", "5m"))]
     pub header_timeout: Duration,
     /// Maximum time that a connection, a new one included, stays open without a request
-    #[arg(long, env, default_value = "75s", value_parser = within(duration, "100ms", "1h"))]
+    #[arg(long, env, default_value = "75s", value_parser = durations("100ms", "1h"))]
     pub idle_timeout: Duration,
 }
 
@@ -74,7 +74,7 @@ impl HttpConfig {
 #[command(next_help_heading = "Visits")]
 pub struct VisitConfig {
     /// Timeout of one visit, its wait in the queue included; at least DB_TIMEOUT + REDIS_TIMEOUT
-    #[arg(long, env, default_value = "2s", value_parser = within(duration, "10ms", "2m"))]
+    #[arg(long, env, default_value = "2s", value_parser = durations("10ms", "2m"))]
     pub visit_timeout: Duration,
     /// Maximum number of visits that wait to be recorded; further ones are refused at once
     #[arg(long, env, default_value = "8192", value_parser = within(parsed::<usize>, "1", "1000000"))]
@@ -86,10 +86,10 @@ pub struct VisitConfig {
 #[command(next_help_heading = "Shutdown")]
 pub struct ShutdownConfig {
     /// Time after SIGTERM, SIGINT or SIGHUP during which everything is still served, so that load balancers notice
-    #[arg(long, env, default_value = "0s", value_parser = within(duration, "0s", "10m"))]
+    #[arg(long, env, default_value = "0s", value_parser = durations("0s", "10m"))]
     pub shutdown_delay: Duration,
     /// Maximum time to drain after SHUTDOWN_DELAY
-    #[arg(long, env, default_value = "10s", value_parser = within(duration, "100ms", "10m"))]
+    #[arg(long, env, default_value = "10s", value_parser = durations("100ms", "10m"))]
     pub shutdown_timeout: Duration,
 }
 

@@ -11,8 +11,8 @@ use super::database_url::{Database, DatabaseUrl, host_or_directory, role_or_data
 use super::parameters::Unenforced;
 use super::sources::{Sources, identity, invalid};
 use super::value::{
-    Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, duration, listed, one_of,
-    port, within,
+    Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, durations, listed, one_of,
+    port,
 };
 
 const SSL_MODES: &[(&str, PgSslMode)] = &[
@@ -75,7 +75,7 @@ pub struct PostgresConfig {
     #[arg(long, env)]
     db_sslkey: Option<PrivateKey>,
     /// Timeout of one call; the server gives up waiting for a lock at 70 % of it, and a statement at 85 %
-    #[arg(long, env, default_value = "1s", value_parser = within(duration, "10ms", "1m"))]
+    #[arg(long, env, default_value = "1s", value_parser = durations("10ms", "1m"))]
     pub db_timeout: Duration,
     /// Password of DB_USER
     #[arg(long, env, hide = true, conflicts_with = "db_password_file")]

@@ -11,8 +11,8 @@ use super::redis_url::{Cache, RedisUrl, host_or_socket};
 use super::roots;
 use super::sources::{Sources, identity, invalid};
 use super::value::{
-    Accept, Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, accept, duration,
-    listed, port, text, within,
+    Accept, Certificates, Credentials, Identity, PrivateKey, Secret, SecretFile, accept, durations,
+    listed, port, text,
 };
 
 const FORM: &str = "redis:// or rediss:// and user:password@host:port/number, percent-encoded, or \
@@ -50,7 +50,7 @@ pub struct RedisConfig {
     #[arg(long, env)]
     redis_tls_key: Option<PrivateKey>,
     /// Timeout of one call; below 70 % of DB_TIMEOUT
-    #[arg(long, env, default_value = "250ms", value_parser = within(duration, "1ms", "30s"))]
+    #[arg(long, env, default_value = "250ms", value_parser = durations("1ms", "30s"))]
     pub redis_timeout: Duration,
     /// Password
     #[arg(long, env, hide = true, conflicts_with = "redis_password_file")]

@@ -13,7 +13,7 @@ use url::Url;
 use super::roots;
 use super::sources::{Sources, invalid};
 use super::value::{
-    Accept, Certificates, Pairs, Secret, accept, duration, milliseconds, one_of, pairs, parsed,
+    Accept, Certificates, Pairs, Secret, accept, durations, milliseconds, one_of, pairs, parsed,
     text, within,
 };
 
@@ -68,7 +68,7 @@ pub struct LogConfig {
     #[arg(long, env, default_value = "info", value_parser = accept("directives such as info or visitas=debug,warn", filter))]
     pub rust_log: String,
     /// Requests that take longer have an access line at level info, and a trace even if not sampled
-    #[arg(long, env, default_value = "500ms", value_parser = within(duration, "0s", "1h"))]
+    #[arg(long, env, default_value = "500ms", value_parser = durations("0s", "1h"))]
     pub access_slow: Duration,
 }
 
@@ -157,10 +157,10 @@ pub struct TracesConfig {
     #[arg(long, env, hide = true)]
     otel_exporter_otlp_traces_headers: Option<Secret>,
     /// Timeout of one export, in milliseconds
-    #[arg(long, env, default_value = "10000", value_parser = within(milliseconds, "1", "600000"))]
+    #[arg(long, env, default_value = "10000", value_parser = milliseconds("1", "600000"))]
     otel_exporter_otlp_timeout: Duration,
     /// Overrides OTEL_EXPORTER_OTLP_TIMEOUT for traces
-    #[arg(long, env, value_parser = within(milliseconds, "1", "600000"))]
+    #[arg(long, env, value_parser = milliseconds("1", "600000"))]
     otel_exporter_otlp_traces_timeout: Option<Duration>,
     /// Compression of exports
     #[arg(long, env, default_value = "none", value_parser = one_of(COMPRESSIONS))]
@@ -202,7 +202,7 @@ pub struct TracesConfig {
     #[arg(long, env, value_parser = pairs)]
     otel_resource_attributes: Option<Pairs>,
     /// Pause between two exports, in milliseconds
-    #[arg(long, env, default_value = "5000", value_parser = within(milliseconds, "1", "600000"))]
+    #[arg(long, env, default_value = "5000", value_parser = milliseconds("1", "600000"))]
     pub otel_bsp_schedule_delay: Duration,
     /// Maximum number of spans that wait for export; further ones are dropped and counted
     #[arg(long, env, default_value = "2048", value_parser = within(parsed::<usize>, "1", "1000000"))]
@@ -211,7 +211,7 @@ pub struct TracesConfig {
     #[arg(long, env, default_value = "512", value_parser = within(parsed::<usize>, "1", "1000000"))]
     pub otel_bsp_max_export_batch_size: usize,
     /// Timeout of one export, in milliseconds; the shorter of it and OTEL_EXPORTER_OTLP_TIMEOUT applies
-    #[arg(long, env, default_value = "30000", value_parser = within(milliseconds, "1", "600000"))]
+    #[arg(long, env, default_value = "30000", value_parser = milliseconds("1", "600000"))]
     otel_bsp_export_timeout: Duration,
     /// The exporter's settings; `None` without an endpoint, or if `OTEL_TRACES_EXPORTER` is none.
     #[arg(skip)]

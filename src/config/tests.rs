@@ -143,6 +143,37 @@ fn durations_have_units_and_reach_their_bounds() {
 }
 
 #[test]
+fn error_says_that_a_duration_lacks_its_unit_or_has_one_too_many() {
+    let lacking = "lacks a unit (ms, s, m or h); expected ";
+    for (argument, range) in [
+        ("--db-timeout=500", "10ms to 1m"),
+        ("--redis-timeout=250", "1ms to 30s"),
+        ("--visit-timeout=2", "10ms to 2m"),
+        ("--header-timeout=5", "100ms to 5m"),
+        ("--shutdown-delay=0", "0s to 10m"),
+        ("--access-slow=500", "0s to 1h"),
+    ] {
+        let error = error(&[argument]);
+        assert!(error.contains(&format!("{lacking}{range}")), "{error}");
+    }
+    for unit in ["500ms", "5s"] {
+        let error = error(&[&format!("--otel-bsp-schedule-delay={unit}")]);
+        assert!(
+            error.contains("has a unit: write milliseconds without one; expected 1 to 600000"),
+            "{error}"
+        );
+    }
+    for other in [
+        "--db-timeout=5ms",
+        "--db-timeout=1d",
+        "--otel-bsp-schedule-delay=0",
+    ] {
+        let error = error(&[other]);
+        assert!(!error.contains("unit"), "{error}");
+    }
+}
+
+#[test]
 fn settings_that_just_fit_together_are_accepted() {
     serve(&["--db-timeout=1750ms"]);
     serve(&["--visit-timeout=1250ms"]);

@@ -30,6 +30,14 @@ use rustls::sign::CertifiedKey;
 pub(super) struct Accept<T> {
     accepted: String,
     read: Arc<Read<T>>,
+    mistake: Option<Mistake>,
+}
+
+/// A frequent mistake, which an error explains.
+#[derive(Clone)]
+struct Mistake {
+    is_made: fn(&str) -> bool,
+    explanation: &'static str,
 }
 
 type Read<T> = dyn Fn(&str) -> Option<T> + Send + Sync;
@@ -40,7 +48,15 @@ impl<T> Accept<T> {
     /// # Errors
     /// A description of accepted values, without the text.
     pub(super) fn read(&self, text: &str) -> Result<T, String> {
-        (self.read)(text).ok_or_else(|| format!("expected {}", self.accepted))
+        (self.read)(text).ok_or_else(|| {
+            let mistake = self.mistake.iter().find(|mistake| (mistake.is_made)(text));
+            let explained = mistake.map(|mistake| format!("{}; ", mistake.explanation));
+            format!(
+                "{}expected {}",
+                explained.unwrap_or_default(),
+                self.accepted
+            )
+        })
     }
 }
 
@@ -52,6 +68,7 @@ pub(super) fn accept<T>(
     Accept {
         accepted: accepted.into(),
         read: Arc::new(read),
+        mistake: None,
     }
 }
 
@@ -102,6 +119,28 @@ pub(super) fn parsed<T: FromStr>(text: &str) -> Option<T> {
     text.parse().ok()
 }
 
+/// Accepts durations from `low` to `high`, both included.
+pub(super) fn durations(low: &'static str, high: &'static str) -> Accept<Duration> {
+    Accept {
+        mistake: Some(Mistake {
+            is_made: |text| text.bytes().all(|byte| byte.is_ascii_digit()),
+            explanation: "lacks a unit (ms, s, m or h)",
+        }),
+        ..within(duration, low, high)
+    }
+}
+
+/// Accepts durations as OpenTelemetry writes them, in milliseconds without a unit.
+pub(super) fn milliseconds(low: &'static str, high: &'static str) -> Accept<Duration> {
+    Accept {
+        mistake: Some(Mistake {
+            is_made: |text| duration(text).is_some(),
+            explanation: "has a unit: write milliseconds without one",
+        }),
+        ..within(|text| parsed(text).map(Duration::from_millis), low, high)
+    }
+}
+
 /// Reads a duration of whole units. A number without a unit is refused, since its unit is a guess.
 pub(super) fn duration(text: &str) -> Option<Duration> {
     let number = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
@@ -117,11 +156,6 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
         .ok()?
         .checked_mul(milliseconds_per_unit)?;
     Some(Duration::from_millis(milliseconds))
-}
-
-/// Reads a duration as OpenTelemetry writes it, in milliseconds without a unit.
-pub(super) fn milliseconds(text: &str) -> Option<Duration> {
-    parsed(text).map(Duration::from_millis)
 }
 
 /// Accepts a TCP port.

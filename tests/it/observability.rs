@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::support::prometheus::{OBSERVABILITY, Prometheus, installed, installed_by};
-use crate::support::{SOON, Service, World, eventually};
+use crate::support::{SOON, Service, World, client, eventually};
 
 const VISITS: &str = "grafana/dashboards/visits.json";
 const STORES: &str = "grafana/dashboards/stores.json";
@@ -125,7 +125,7 @@ async fn alertmanager_of_the_runbook_sends_each_severity_to_its_receiver() {
         .arg(format!("--web.listen-address={address}"))
         .arg("--cluster.listen-address=");
     let _process = Process::start(command, &folder.path().join("log")).unwrap();
-    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let client = client();
     let alert = |name: &str, severity: &str| {
         let labels = json!({ "alertname": name, "severity": severity, "job": "visitas" });
         json!({ "labels": labels })

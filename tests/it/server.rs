@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use lab::program::COVERAGE;
+
 use crate::support::{SOON, Service, Wire, World, eventually, without_stores};
 
 #[tokio::test]
@@ -126,6 +128,7 @@ async fn file_limit_is_raised_to_fit_the_connections() {
         .args(["-c", "ulimit -S -n 128 && exec \"$0\" serve"])
         .arg(env!("CARGO_BIN_EXE_visitas"))
         .env_clear()
+        .envs(COVERAGE)
         .envs(world.settings())
         .env("HTTP_MAX_CONNECTIONS", "300");
     let service = Service::spawn(command).await;
@@ -148,6 +151,7 @@ async fn both_listeners_together_stay_below_a_file_limit_that_cannot_be_raised()
         .args(["-c", "ulimit -n 200 && exec \"$0\" serve"])
         .arg(env!("CARGO_BIN_EXE_visitas"))
         .env_clear()
+        .envs(COVERAGE)
         .envs(world.settings())
         .env("METRICS_ADDR", "127.0.0.1:0");
     let service = Service::spawn(command).await;
