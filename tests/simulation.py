@@ -31,7 +31,7 @@ MUTANTS = [
     ("redis-numbers-ahead", RECORDER, "batch.redis.map(|redis| redis - before)", "batch.redis.map(|redis| redis + before)"),
     ("doubt-is-called-failure", RECORDER, "(Outcome::InDoubt, Refusal::InDoubt)\n                } else", "(Outcome::Failed, Refusal::Failed)\n                } else"),
     ("failure-is-called-doubt", RECORDER, "if failure.is_in_doubt() {", "if failure.sent {"),
-    ("failed-batch-is-counted", RECORDER, "if total.is_ok() && redis.availability().is_up()", "if redis.availability().is_up()"),
+    ("failed-batch-is-counted", RECORDER, "    if let Ok(total) = total\n", "    if let Ok(total) = total.as_ref().map_or(Ok::<i64, ()>(0), |total| Ok(*total))\n"),
     ("counted-while-redis-is-down", RECORDER, "            if redis.availability().is_up() {", "            if true {"),
     ("sent-while-postgres-is-down", RECORDER, "if !self.postgres.availability().is_up() {", "if false {"),
     ("visits-wait-while-postgres-is-down", RECORDER, "            Turn::OPEN\n", "            self.pace.turn(Instant::now(), in_flight, Duration::ZERO)\n"),

@@ -7,6 +7,7 @@
 
 mod pace;
 mod timer;
+mod turns;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -16,12 +17,13 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use metrics::Histogram;
 use time::OffsetDateTime;
-use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tracing::warn;
 
 use self::pace::{Pace, Turn};
 use self::timer::Timer;
+use self::turns::{Ticket, Turns};
 use crate::metrics::catalog;
 use crate::rates::Rates;
 use crate::store::{Batch, CallError, Counter, Error, Ledger, Parent};
@@ -151,8 +153,8 @@ pub struct Writer<L, C> {
     postgres: Arc<L>,
     redis: Arc<C>,
     pace: Pace,
-    /// Held by the batch that Redis counts.
-    redis_turn: Arc<Mutex<()>>,
+    /// The order in which Redis counts the batches.
+    turns: Arc<Turns>,
     /// The visits of the next batch.
     next: Visits,
     /// Empty ones, to be used again.
@@ -270,7 +272,7 @@ pub fn recorder<L: Ledger, C: Counter>(
         postgres,
         redis,
         pace: Pace::new(),
-        redis_turn: Arc::default(),
+        turns: Arc::new(Turns::new()),
         next: Visits::default(),
         spare: Vec::new(),
         batch_limit: BATCH_LIMIT,
@@ -356,8 +358,8 @@ impl<L: Ledger, C: Counter> Writer<L, C> {
                     if let Some(visits) = self.begin() {
                         let (postgres, redis) =
                             (Arc::clone(&self.postgres), Arc::clone(&self.redis));
-                        let redis_turn = Arc::clone(&self.redis_turn);
-                        in_flight.push(record(postgres, redis, redis_turn, visits));
+                        let turn = (Arc::clone(&self.turns), self.turns.leave());
+                        in_flight.push(record(postgres, redis, turn, visits));
                     }
                 }
                 () = timer.wait_until(turn.changes), if is_queue_open => {}
@@ -525,7 +527,7 @@ async fn until_stopped(stop: &mut watch::Receiver<bool>) {
 async fn record<L: Ledger, C: Counter>(
     postgres: Arc<L>,
     redis: Arc<C>,
-    redis_turn: Arc<Mutex<()>>,
+    (turns, ticket): (Arc<Turns>, Ticket),
     visits: Visits,
 ) -> Ended {
     let size = visits.queued.len();
@@ -533,6 +535,7 @@ async fn record<L: Ledger, C: Counter>(
     let mut calls = Batch::new(size, first.and_then(|visit| visit.parent.clone()));
     let began = Instant::now();
     let total = postgres.record(&visits.arrivals, &mut calls).await;
+    turns.reply(ticket);
     let committed = Instant::now();
     if total.as_ref().map_or_else(|failure| failure.sent, |_| true) {
         for visit in &visits.queued {
@@ -540,13 +543,16 @@ async fn record<L: Ledger, C: Counter>(
         }
     }
     let (mut count, mut counting) = (None, None);
-    if total.is_ok() && redis.availability().is_up() {
-        // One after another, in the order of the replies, so that both stores number visits alike.
+    if let Ok(total) = total
+        && redis.availability().is_up()
+    {
+        // One after another, in the order of Postgres, so that both stores number visits alike.
         // The wait is part of the call's time: `visitas reconcile` relies on it that no increment
         // is in flight any more when that has passed since the commit.
         let deadline = committed + redis.timeout() + TIMER_STEP;
+        let before = total.saturating_sub_unsigned(size as u64);
         let counted = async {
-            let _turn = redis_turn.lock().await;
+            let _turn = turns.wait(ticket, before, total, redis.timeout() / 4).await;
             if redis.availability().is_up() {
                 let began = Instant::now();
                 count = redis.increment(size, &mut calls).await.ok();
