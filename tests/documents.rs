@@ -201,7 +201,7 @@ fn tour_shows_lines_of_the_last_migration() {
     let tour = read("docs/tour.md");
     let (_, after) = tour.split_once("sf registrar_visitas").expect("the lines");
     let shown = after.split("```").nth(2).expect("a block");
-    let migration = read("migrations/0004_registro.sql");
+    let migration = read("migrations/0003_verificacao.sql");
     let lines: Vec<_> = shown.lines().skip(1).filter(|line| *line != "…").collect();
     assert_eq!(lines.len(), 3, "{shown}");
     for line in lines {

@@ -9,7 +9,7 @@ use sqlx::migrate::{Migration, MigrationType, Migrator};
 use crate::support::{Ended, PATIENT, SOON, Service, World, eventually};
 
 /// The released migrations. Their checksums are in every database.
-const RELEASED: [(i64, &str); 4] = [
+const RELEASED: [(i64, &str); 3] = [
     (
         1,
         "113887dd4d661401ca66864b22b67e91ae9f088982545a7beacfb03158178b9d\
@@ -24,11 +24,6 @@ const RELEASED: [(i64, &str); 4] = [
         3,
         "b4e527c4731f6442b2074ebf2e333406d06df43eb2e18c7ecb1c7eff52f819b0\
          5bf2a4f509b31e3d2eb0f03a293a10c6",
-    ),
-    (
-        4,
-        "543dd86a2f8d83feda7c9401cdab3a5cd99d56f2e75b2fad495c68e6069c776e\
-         b13cfdc55dd8aebda5eaaa4332d2d8a2",
     ),
 ];
 
@@ -50,7 +45,7 @@ fn released_migrations_are_unchanged() {
 #[tokio::test(flavor = "multi_thread")]
 async fn database_of_the_release_before_is_not_migrated_again() {
     let world = World::new();
-    migrate_as_the_release_before(&world, 4).await;
+    migrate_as_the_release_before(&world, 3).await;
     world
         .sql("insert into visitas select from generate_series(1, 5)")
         .await;
@@ -64,30 +59,30 @@ async fn database_of_the_release_before_is_not_migrated_again() {
     );
     let (after,): (String,) = world.row(objects).await;
     assert_eq!(after, before);
-    assert_eq!(copied_rows(&world).await, 4);
+    assert_eq!(copied_rows(&world).await, 3);
     assert_eq!(world.serve().await.visit().await.0, 6);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn release_before_still_starts_next_to_this_one() {
     let world = World::new();
-    migrate_as_the_release_before(&world, 4).await;
+    migrate_as_the_release_before(&world, 3).await;
     let service = world.serve_with(&PATIENT).await;
     // What the release before does first; it fails if a row is missing or changed.
-    migrate_as_the_release_before(&world, 4).await;
+    migrate_as_the_release_before(&world, 3).await;
     let reading = "select max(version) from _sqlx_migrations where success";
-    assert_eq!(world.number(reading).await, 4);
+    assert_eq!(world.number(reading).await, 3);
     assert_eq!(service.visit().await.0, 1);
     assert!(service.logged("store is down").is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migration_of_the_release_before_is_continued() {
-    for applied in [1, 2, 3] {
+    for applied in [1, 2] {
         let world = World::new();
         migrate_as_the_release_before(&world, applied).await;
         let ended = Ended::of(&["migrate"], &world.settings()).await;
-        let said = format!("{}", 4 - applied);
+        let said = format!("{}", 3 - applied);
         assert!(ended.output.contains(&said), "{ended:?}");
         assert_eq!(world.serve().await.visit().await.0, 1, "after {applied}");
     }
@@ -96,13 +91,13 @@ async fn migration_of_the_release_before_is_continued() {
 #[tokio::test(flavor = "multi_thread")]
 async fn dropped_ledger_is_copied_again() {
     let world = World::new();
-    migrate_as_the_release_before(&world, 4).await;
+    migrate_as_the_release_before(&world, 3).await;
     let service = world.serve().await;
     service.visit().await;
     world.sql("drop table visitas_migracoes").await;
     eventually("the ledger is back", SOON, async || {
         let exists = "select count(*) from pg_class where relname = 'visitas_migracoes'";
-        world.number(exists).await == 1 && copied_rows(&world).await == 4
+        world.number(exists).await == 1 && copied_rows(&world).await == 3
     })
     .await;
     service.until_ready().await;
@@ -117,7 +112,7 @@ async fn ledger_of_the_release_before_without_its_objects_is_not_believed() {
         "drop table visitas cascade",
     ] {
         let world = World::new();
-        migrate_as_the_release_before(&world, 4).await;
+        migrate_as_the_release_before(&world, 3).await;
         world.sql(loss).await;
         let service = world.serve().await;
         assert_eq!(service.visit().await.0, 1, "after {loss}");
@@ -168,19 +163,19 @@ async fn migrations_of_another_program_stop_nothing_and_stay() {
 #[tokio::test(flavor = "multi_thread")]
 async fn own_rows_are_copied_from_among_those_of_another_program() {
     let world = World::new();
-    migrate_as_the_release_before(&world, 4).await;
+    migrate_as_the_release_before(&world, 3).await;
     world
         .sql(
             "insert into _sqlx_migrations (version, description, success, checksum, execution_time) \
-             values (5, 'theirs', true, 'a', 1), (6, 'theirs', false, 'b', -1)",
+             values (4, 'theirs', true, 'a', 1), (5, 'theirs', false, 'b', -1)",
         )
         .await;
     let service = world.serve().await;
     assert_eq!(service.visit().await.0, 1);
-    assert_eq!(copied_rows(&world).await, 4);
+    assert_eq!(copied_rows(&world).await, 3);
     assert_eq!(
         world.number("select count(*) from visitas_migracoes").await,
-        4
+        3
     );
 }
 
