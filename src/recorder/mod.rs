@@ -3,7 +3,7 @@
 //! The writer takes all visits that wait, does not wait for more, and replies to a visit only after
 //! the commit that records it. Near the stores one batch is in flight at a time, so a batch holds
 //! the visits that arrived during the previous one. Where the network takes most of a call, the
-//! next batch leaves while others are in flight: see [`pace`]. Must not know: HTTP.
+//! next batch leaves while others are in flight: see `pace`. Must not know: HTTP.
 
 mod pace;
 mod timer;
