@@ -3,9 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::thread;
 
 const WORKFLOWS: [&str; 4] = [
     ".github/workflows/ci.yml",
@@ -292,8 +294,14 @@ fn verification_fails_if_provenance_contents_or_signature_do_not_hold() {
 
 // --- helpers ---
 
+/// A child that another test has forked holds a script open until the child's program starts.
 fn run(command: &mut Command) -> Output {
-    command.output().expect("a script")
+    loop {
+        match command.output() {
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => thread::yield_now(),
+            output => return output.expect("a script"),
+        }
+    }
 }
 
 fn text(bytes: &[u8]) -> String {

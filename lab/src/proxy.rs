@@ -5,6 +5,7 @@
 //! they can neither silence established connections while new ones work, nor distinguish a
 //! statement from its reply. It knows nothing of the service.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -200,7 +201,7 @@ impl Proxy {
     }
 
     async fn accept(&self) -> Result<()> {
-        let listener = TcpListener::bind(self.address)
+        let listener = listen(self.address)
             .await
             .with_context(|| format!("cannot listen on {}", self.address))?;
         let lane = self.lane.clone();
@@ -215,6 +216,20 @@ impl Proxy {
         }));
         Ok(())
     }
+}
+
+/// Listens at an address that was free a moment ago. A child that another thread has forked holds
+/// the sockets of this process until its program starts.
+async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    for _ in 0..100 {
+        match TcpListener::bind(address).await {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            listener => return listener,
+        }
+    }
+    TcpListener::bind(address).await
 }
 
 impl Drop for Proxy {

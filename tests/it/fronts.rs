@@ -242,10 +242,11 @@ async fn caddy_that_keeps_connections_sends_a_visit_again() {
     client.get("/").await;
     let response = break_a_visit(&world, &way, client).await;
     assert!(response.starts_with("HTTP/1.1 200"), "{response}");
-    // Caddy decides how often.
-    let sent = visits_sent(&way);
-    assert!(sent >= 3, "{sent}");
-    assert_eq!(world.rows().await, i64::try_from(sent).expect("a few"));
+    // Caddy decides how often. What it sends on a connection that is reset before its batch begins is
+    // no visit.
+    let sent = i64::try_from(visits_sent(&way)).expect("a few");
+    let rows = world.rows().await;
+    assert!((3..=sent).contains(&rows), "{rows} of {sent}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
