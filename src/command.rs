@@ -9,7 +9,7 @@ use reqwest::redirect::Policy;
 use url::Url;
 
 use crate::config::{PostgresConfig, RedisConfig};
-use crate::store::{Postgres, Redis};
+use crate::store::{Postgres, Redis, settle_time};
 
 /// How long `healthcheck` waits for a response; the service promises one within 100 ms.
 const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -76,7 +76,7 @@ pub async fn recount(postgres: &PostgresConfig) -> anyhow::Result<String> {
 ///
 /// Why the stores could not be reconciled.
 pub async fn reconcile(postgres: &PostgresConfig, redis: &RedisConfig) -> anyhow::Result<String> {
-    let settle = redis.redis_timeout;
+    let settle = settle_time(redis.redis_timeout);
     let postgres = Postgres::new(postgres);
     let redis = Redis::new(redis)?;
     let (total, difference) = postgres

@@ -48,7 +48,7 @@ pub struct Timing {
     pub queue: Duration,
     /// In the call that recorded it.
     pub postgres: Duration,
-    /// In the call that counted it; hardly anything if Redis was skipped.
+    /// In the call that counted it and in the wait for its turn; hardly anything if Redis was skipped.
     pub redis: Duration,
 }
 
@@ -546,15 +546,18 @@ async fn record<L: Ledger, C: Counter>(
     if let Ok(total) = total
         && redis.availability().is_up()
     {
-        // One after another, in the order of Postgres, so that both stores number visits alike.
-        // The wait is part of the call's time: `visitas reconcile` relies on it that no increment
-        // is in flight any more when that has passed since the commit.
-        let deadline = committed + redis.timeout() + TIMER_STEP;
+        // One after another, in the order of Postgres, so that both stores usually number visits
+        // alike. The wait is part of the call's time, and `settle_time` relies on it.
+        let timeout = redis.timeout();
+        let deadline = committed + timeout + TIMER_STEP;
         let before = total.saturating_sub_unsigned(size as u64);
         let counted = async {
-            let _turn = turns.wait(ticket, before, total, redis.timeout() / 4).await;
-            if redis.availability().is_up() {
-                let began = Instant::now();
+            let _turn = turns.wait(ticket, before, total, timeout / 4).await;
+            let began = Instant::now();
+            // With less time left the increment could be cut off in flight, and count visits whose
+            // response says that they are not counted.
+            let has_time = began + timeout / 2 < deadline;
+            if has_time && redis.availability().is_up() {
                 count = redis.increment(size, &mut calls).await.ok();
                 counting = count.map(|_| began.elapsed());
             }

@@ -22,7 +22,7 @@ const NETWORK_SHARE: f64 = 0.25;
 /// Stores whose networks take less than this time together, in seconds, are near: it is several
 /// times what messages within a machine take, and a third of a round trip to another zone.
 const NEAR: f64 = 0.000_3;
-/// So many batches are recorded one at a time first: the first calls open connections and prepare
+/// The first batches do not overlap: the first calls open connections and prepare
 /// statements, which takes as long near the stores as a network would.
 const FIRST_BATCHES: u32 = 8;
 
@@ -81,8 +81,8 @@ impl Pace {
         self.left = Some(now);
     }
 
-    /// Notes how long the calls of a batch took that was recorded, each and both together; no time
-    /// for Redis if it was skipped or failed.
+    /// Notes how long the calls of a recorded batch took, each and both together; no time for Redis
+    /// if it was skipped or failed.
     pub(super) fn arrive(&mut self, postgres: Duration, redis: Option<Duration>, both: Duration) {
         let weight = if self.recorded == 0 { 1.0 } else { WEIGHT };
         self.recorded = (self.recorded + 1).min(FIRST_BATCHES);

@@ -50,7 +50,7 @@ mod precise {
     use tokio::io::Interest;
     use tokio::io::unix::AsyncFd;
 
-    /// A timer of the kernel, of which the runtime is told as of a socket.
+    /// A kernel timer that the runtime polls like a socket.
     #[derive(Debug)]
     pub(super) struct Timer(AsyncFd<OwnedFd>);
 

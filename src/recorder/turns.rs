@@ -1,7 +1,7 @@
 //! In which order Redis counts the batches that Postgres has recorded.
 //!
-//! With one replica, both stores are to number visits alike, although the reply of a batch can be
-//! overtaken by that of the next one. Must not know: visits and stores.
+//! With one replica, both stores should number visits alike, although the reply to a batch can be
+//! overtaken by the reply to the next one. Must not know: visits and stores.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -62,7 +62,7 @@ impl Turns {
     /// Waits for the turn of a batch that recorded the visits after `before`, up to `total`. The
     /// next batch in the order of Postgres follows at once. After a gap, which another replica can
     /// have left, the batch waits until Postgres has replied to all that left earlier. A reply that
-    /// takes longer than `limit` is not waited for: to be counted is worth more than the order.
+    /// takes longer than `limit` is not waited for: counting matters more than order.
     pub(super) async fn wait(
         &self,
         Ticket(number): Ticket,

@@ -42,7 +42,7 @@ pub struct Parts {
     pub page: PageConfig,
     /// Whether visitors can read `/metrics`.
     pub has_metrics: bool,
-    /// How long a request takes that is slow.
+    /// Requests that take longer are slow.
     pub access_slow: Duration,
     /// When the service started.
     pub started: SystemTime,

@@ -109,7 +109,7 @@ pub(super) async fn record(State(state): State<AppState>, request: Request) -> R
         Some(language) => page::of_visit(&state, language, &recorded),
     };
     set_vary(&mut response);
-    // Half of it, since the request takes longer than its visit.
+    // Half of `ACCESS_SLOW`, since the request takes longer than its visit.
     if let Ok(recorded) = &recorded
         && recorded.timing.total() >= state.access_slow / 2
     {

@@ -22,4 +22,4 @@ pub use self::error::{CallError, Error};
 pub use self::postgres::{Postgres, Recount};
 pub use self::recording::{Counter, Ledger};
 pub use self::redis::Redis;
-pub use self::watch::{Store, watch};
+pub use self::watch::{Store, settle_time, watch};

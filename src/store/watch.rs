@@ -82,6 +82,16 @@ async fn recover(store: &impl Store, publish: impl Fn(Option<i64>)) {
     }
 }
 
+/// How much longer than `REDIS_TIMEOUT` after a commit an increment of its batch can be in flight: the
+/// reply of Postgres travels, and timers are late.
+const SETTLE_MARGIN: Duration = Duration::from_millis(50);
+
+/// How long after a commit no increment of its batch is in flight any more.
+#[must_use]
+pub fn settle_time(redis_timeout: Duration) -> Duration {
+    redis_timeout + SETTLE_MARGIN
+}
+
 /// Reads the counts of both stores. Redis is read before Postgres and again after it, once no
 /// increment of a batch in that reading of Postgres can still be in flight. So visits that arrive
 /// meanwhile do not count as drift.
@@ -92,7 +102,7 @@ async fn read(postgres: &impl Store, redis: &impl Store, publish: impl Fn(Option
         ticks.tick().await;
         let before = read_if_up(redis).await;
         let rows = read_if_up(postgres).await;
-        tokio::time::sleep(redis.timeout()).await;
+        tokio::time::sleep(settle_time(redis.timeout())).await;
         let after = read_if_up(redis).await;
         let drift = match (rows, before, after) {
             (Some(rows), Some(before), Some(after)) => Some(nearest_drift(rows, before, after)),

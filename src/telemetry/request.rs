@@ -97,7 +97,7 @@ impl Observer {
 /// What is observed of a route's requests, next to the access line and the number in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Observed {
-    /// A span, if the request is sampled, and its duration.
+    /// A span, if the request is sampled, slow or failed, and its duration.
     Traced,
     /// The duration alone.
     Timed,
@@ -171,7 +171,7 @@ struct InFlight {
     version: &'static str,
     id: HeaderValue,
     trace: Option<TraceId>,
-    /// The ids of the span, if the request is sampled.
+    /// The ids of the span, if the request has one.
     context: Option<SpanContext>,
     span: Span,
     late: Option<LateTrace>,
@@ -262,8 +262,8 @@ impl InFlight {
         let is_notable = failed || took >= self.observer.slow;
         if is_notable
             && let Some(late) = self.late.take()
-            && self.observer.late_limit.admits()
             && self.observer.sampler.admits()
+            && self.observer.late_limit.admits()
         {
             let name = span_name(self.method, route);
             let timeline = timeline.filter(|_| self.observer.sampler.has_room());

@@ -62,8 +62,8 @@ const THOROUGH_READING: u64 = 5;
 /// One in this many readings, which are a second apart, also reads the size of the database.
 const MEASURING_READING: u64 = 60;
 
-/// Each batch in flight has one connection at most, to this store or to Redis. The monitor uses one
-/// that is idle.
+/// Each batch in flight has one connection at most, to this store or to Redis. The monitor shares
+/// them: its reading waits if four batches are in this store.
 const POOL_SIZE: u32 = 4;
 
 impl Postgres {

@@ -34,7 +34,7 @@ const SHARE: f64 = 0.95;
 
 /// How many times a new session is pinged at most to measure the round trip.
 const ROUND_TRIPS: u32 = 5;
-/// No further ping follows when they have taken so long.
+/// After this time no further ping follows.
 const MEASURING: Duration = Duration::from_millis(20);
 
 /// The first `server_version_num` that has `transaction_timeout`.
