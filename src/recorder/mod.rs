@@ -447,26 +447,25 @@ impl<L: Ledger, C: Counter> Writer<L, C> {
         self.spare.push(batch.visits);
     }
 
-    /// Drops the visits whose client has disconnected, and the visits whose deadline has passed,
-    /// whose clients have their response already.
+    /// Drops the visits whose client has disconnected, and the visits whose deadline has passed.
+    /// Nearly all clients of those have their response already.
     fn drop_abandoned_and_late(&self, batch: &mut Vec<QueuedVisit>) {
         if let Some(last) = batch.iter().map(|visit| visit.queued).max() {
             self.progress.take(last);
         }
         let now = Instant::now();
         let mut late = 0;
-        batch.retain(|visit| {
-            let outcome = if visit.deadline <= now {
+        let is_over = |visit: &mut QueuedVisit| visit.deadline <= now || visit.reply.is_closed();
+        for visit in batch.extract_if(.., is_over) {
+            if visit.deadline <= now {
                 late += 1;
-                Outcome::Failed
-            } else if visit.reply.is_closed() {
-                Outcome::Abandoned
+                Outcome::Failed.count(1);
+                // Its request's timer can be later than this clock.
+                visit.reply.send(Err(Refusal::Failed)).ok();
             } else {
-                return true;
-            };
-            outcome.count(1);
-            false
-        });
+                Outcome::Abandoned.count(1);
+            }
+        }
         self.rates.add_failures(late);
     }
 
