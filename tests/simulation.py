@@ -36,7 +36,7 @@ MUTANTS = [
     ("sent-while-postgres-is-down", RECORDER, "if !self.postgres.availability().is_up() {", "if false {"),
     ("visits-wait-while-postgres-is-down", RECORDER, "            Turn::OPEN\n", "            self.pace.turn(Instant::now(), in_flight, Duration::ZERO)\n"),
     ("abandoned-visit-is-sent", RECORDER, "visit.deadline <= now || visit.reply.is_closed();", "visit.deadline <= now;"),
-    ("late-visit-is-sent", RECORDER, "visit.deadline <= now || visit.reply.is_closed();", "visit.reply.is_closed();"),
+    ("late-visit-is-called-abandoned", RECORDER, "            if visit.deadline <= now {\n", "            if false {\n"),
     ("taken-visits-are-not-published", RECORDER, "self.progress.take(last);", "let _ = last;"),
     ("stop-forgets-what-is-in-flight", RECORDER, "while is_queue_open || !in_flight.is_empty() {", "while is_queue_open {"),
     ("stop-leaves-the-queue-open", RECORDER, "if !self.queue.is_closed() => {\n                    self.queue.close();", "if false => {"),
