@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 /// The turns of the batches of one writer. Its batches wait in one task, so what they do between two
 /// waits is not interrupted by another batch.
@@ -61,8 +61,8 @@ impl Turns {
 
     /// Waits for the turn of a batch that recorded the visits after `before`, up to `total`. The
     /// next batch in the order of Postgres follows at once. After a gap, which another replica can
-    /// have left, the batch waits until Postgres has replied to all that left earlier. A reply that
-    /// takes longer than `limit` is not waited for: counting matters more than order.
+    /// have left, the batch waits until Postgres has replied to all that left earlier. After `limit`
+    /// it waits no longer, and gets no permit: counting matters more than order.
     pub(super) async fn wait(
         &self,
         Ticket(number): Ticket,
@@ -79,12 +79,13 @@ impl Turns {
                 replied.await;
             }
         };
-        if timeout(limit, in_line).await.is_err() {
+        let limit = Instant::now() + limit;
+        if timeout_at(limit, in_line).await.is_err() {
             self.state().last = total;
         }
         // The next batch in line can stand behind this one now.
         self.replied.notify_waiters();
-        self.turn.acquire().await.ok()
+        timeout_at(limit, self.turn.acquire()).await.ok()?.ok()
     }
 
     fn line_up(&self, number: u64, before: i64, total: i64) -> bool {
@@ -104,6 +105,8 @@ impl Turns {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
 
     const LIMIT: Duration = Duration::from_millis(60);
@@ -175,5 +178,16 @@ mod tests {
         assert!(!is_open(&turns, second, 3, 5).await);
         drop(turn);
         assert!(is_open(&turns, second, 3, 5).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn long_turn_is_not_waited_for() {
+        let turns = Turns::new();
+        let (first, second) = (turns.leave(), turns.leave());
+        turns.reply(first);
+        turns.reply(second);
+        let _turn = turns.wait(first, 0, 3, LIMIT).await;
+        let wait = timeout(2 * LIMIT, turns.wait(second, 3, 5, LIMIT));
+        assert!(wait.await.is_ok());
     }
 }

@@ -64,6 +64,33 @@ async fn connections_that_are_reset_under_several_batches_are_one_outage() {
     assert_eq!(far.service.logged("store is down").len(), 1);
 }
 
+/// Redis counts one batch after another, but none is left out because the one before it takes long.
+#[tokio::test(flavor = "multi_thread")]
+async fn batch_behind_a_slow_call_to_redis_is_counted() {
+    let world = World::new();
+    let redis = Way::with_delay(world.redis.port(), DELAY).await;
+    let port = redis.port.to_string();
+    let settings = [
+        ("REDIS_PORT", port.as_str()),
+        ("REDIS_TIMEOUT", "1s"),
+        PATIENT[0],
+        PATIENT[2],
+    ];
+    let service = world.serve_with(&settings).await;
+    let load = Load::start(&[&service], 16);
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        redis.delay(Duration::from_millis(800));
+        // A batch leaves meanwhile.
+        tokio::time::sleep(2 * DELAY).await;
+        redis.delay(DELAY);
+    }
+    let visits = load.stop().await;
+    let longest = visits.iter().map(|visit| visit.took).max();
+    assert!(longest > Some(Duration::from_millis(800)), "{longest:?}");
+    assert!(are_one_to_n(visits.iter().map(Visit::redis)));
+}
+
 /// A service whose stores are a network away.
 struct Far {
     service: Service,

@@ -11,13 +11,16 @@ use reqwest::StatusCode;
 use crate::support::collector::{Collector, ExportedSpan, hex, named};
 use crate::support::load::Load;
 use crate::support::traces::{PARENT, UNSAMPLED, ask, spans, traced_with};
-use crate::support::{HeldCount, Response, SOON, Service, Wire, World, eventually, without_stores};
+use crate::support::{HeldCount, PATIENT, Response, SOON, Service, Wire, World, eventually, without_stores};
 
-/// No request is sampled, and a visit is slow after 50 ms.
-const LATE: [(&str, &str); 3] = [
+/// No request is sampled, and a visit is slow after 50 ms. It may take long on a busy machine.
+const LATE: [(&str, &str); 6] = [
     ("OTEL_TRACES_SAMPLER", "parentbased_traceidratio"),
     ("OTEL_TRACES_SAMPLER_ARG", "0"),
     ("ACCESS_SLOW", "50ms"),
+    PATIENT[0],
+    PATIENT[1],
+    PATIENT[2],
 ];
 /// How long a visit is held that must be slow.
 const HELD: Duration = Duration::from_millis(100);

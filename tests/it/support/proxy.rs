@@ -25,8 +25,13 @@ impl Way {
     /// Opens a way on which everything from a client arrives late.
     pub(crate) async fn with_delay(port: u16, delay: Duration) -> Self {
         let way = Self::to(port).await;
-        way.proxy.change(|rules| rules.delay_to_server = delay);
+        way.delay(delay);
         way
+    }
+
+    /// From now on everything from a client arrives that late.
+    pub(crate) fn delay(&self, delay: Duration) {
+        self.proxy.change(|rules| rules.delay_to_server = delay);
     }
 
     /// From now on all bytes on the connections that are open are lost, without an error.
