@@ -48,8 +48,8 @@ async fn ordinary_request_has_no_line_at_info() {
     ask(&service, "/", &[("x-request-id", "ordinary")]).await;
     world.postgres.kill().unwrap();
     service.until_health("unavailable").await;
-    ask(&service, "/", &[("x-request-id", "failed")]).await;
     eventually("a failure has a line", SOON, async || {
+        ask(&service, "/", &[("x-request-id", "failed")]).await;
         let lines = service.logged("request");
         lines.iter().any(|line| line["http.route"] == "/")
     })
