@@ -32,7 +32,7 @@ static ADJUST: Operation = Operation::command("INCRBY");
 const KEY: &str = "visitas_home";
 /// Above this value a batch could overflow the counter, which `INCRBY` refuses.
 const HIGHEST: i64 = i64::MAX - 4096;
-/// Redis counts one batch at a time. The monitor uses another connection; the others are a reserve
+/// Redis usually counts one batch at a time. The monitor uses another connection; the others are a reserve
 /// for connections that an outage has left in doubt.
 const POOL_SIZE: u32 = 4;
 
