@@ -291,12 +291,13 @@ fn remains(site: &Site) -> Result<String> {
         (_, "") => "the old table, untouched".to_owned(),
         _ => {
             let versions = site.sql("select count(*) from visitas_migracoes where success")?;
-            format!("{versions} migrations")
+            let plural = if versions == "1" { "" } else { "s" };
+            format!("{versions} migration{plural}")
         }
     };
-    if left.ends_with("migrations") && tables.starts_with('|') {
+    if left.contains(" migration") && tables.starts_with('|') {
         left += ", no table";
-    } else if left.ends_with("migrations") {
+    } else if left.contains(" migration") {
         let ids = "select data_type from information_schema.columns \
             where table_name = 'visitas' and column_name = 'id'";
         if site.sql(ids)? == "integer" {
@@ -451,9 +452,8 @@ impl Cuts {
             lost: recorded,
             ..Verdict::default()
         });
-        let text = format!("{error:#}");
-        let last = text.lines().next_back().unwrap_or_default().to_owned();
-        self.note(format!("a server that does not start: {last}"));
+        eprintln!("proof: {error:#}");
+        self.note("a server that does not start".to_owned());
     }
 
     fn note(&mut self, left: String) {
