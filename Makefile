@@ -4,7 +4,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults simulate simulate-mutants sweep compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready powercut powercut-quick powercut-long failover order proof proof-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
+.PHONY: help run check map test api faults simulate simulate-mutants sweep compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready powercut powercut-quick powercut-long powercut-compose failover order proof proof-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
 
 help: ## List the targets (at once)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -118,11 +118,16 @@ powercut-quick: ## Cut the power three times and once without flushes, with a de
 	@cargo build --locked --quiet --workspace --bin visitas --bin proof
 	@target/debug/proof powercut quick
 
+powercut-compose: ## Cut the power below the volume of the Compose stack, and write it into docs/kills.md; needs Docker and root (2 minutes)
+	-@devstack/install.sh $(POWER)
+	@cargo build --locked --quiet --workspace --bin visitas --bin chaos --bin proof
+	@tests/powercut-compose.sh
+
 failover: proof-ready ## Lose the machine of the database's leader, and write it into docs/kills.md; needs root (4 minutes)
 	@target/release/proof failover
 
 VISITS = 10000000
-order: proof-ready ## Visit ten million times through kills and a failover, or VISITS=number; needs root (40 minutes)
+order: proof-ready ## Visit ten million times through kills and a failover, or VISITS=number; needs root (10 minutes)
 	@target/release/proof order $(VISITS)
 
 proof: proof-ready ## Hold other counters to the same test, and write docs/proof.md; needs root (4 minutes)

@@ -928,24 +928,16 @@ volume_of_the_users_project_is_untouched() {
 
 # run_cases, within, refuses, fail and their like
 . tests/cases.sh
+# compose, visit, sql, begin_load and their like
+. tests/stack.sh
 
 project=visitas-e2e-$$
 image=$project-web
 watchers=()
 
-# Compose without the user's .env, override file and variables.
-compose() {
-    clean docker compose --project-name "$project" --env-file "$env_file" --file docker-compose.yml "$@"
-}
-
 with_secrets() { compose --file docker-compose.secrets.yml "$@"; }
 
 scaled() { compose --file docker-compose.scale.yml "$@"; }
-
-clean() {
-    env -i PATH="$PATH" HOME="$HOME" ${DOCKER_HOST:+DOCKER_HOST="$DOCKER_HOST"} ${DOCKER_CONTEXT:+DOCKER_CONTEXT="$DOCKER_CONTEXT"} \
-        ${DOCKER_CONFIG:+DOCKER_CONFIG="$DOCKER_CONFIG"} timeout --foreground --kill-after 10 "${deadline:-900}" "$@"
-}
 
 # Runs a command with a Docker client that gives every container the variables of a proxy, which does
 # not answer.
@@ -958,12 +950,6 @@ behind_a_proxy() {
         "$(clean docker context show)" $proxy $proxy $proxy localhost,127.0.0.1,.example >"$work/docker/config.json"
     DOCKER_CONFIG=$work/docker "$@"
 }
-
-visit() { curl -fsS --max-time 10 "$url/"; }
-
-field() { sed -n "s/.*\"$1\":\([0-9]*\).*/\1/p"; }
-
-total() { visit | field total_registros_db; }
 
 status_is() { [ "$(curl -s --max-time 10 -o /dev/null -w '%{http_code}' "$url$2")" = "$1" ]; }
 
@@ -989,13 +975,6 @@ need_balancer() {
         { echo "the image $name cannot be pulled"; exit $skipped; }
 }
 
-# The clients and the judge of what they see: a program of this repository.
-find_clients() {
-    command -v cargo >/dev/null || { echo "cargo is needed to build the clients"; exit $skipped; }
-    cargo build --workspace --locked --quiet --bin chaos
-    chaos=${CARGO_TARGET_DIR:-target}/debug/chaos
-}
-
 # The names of web's containers.
 replicas() { docker ps --filter "label=com.docker.compose.project=$project" --filter label=com.docker.compose.service=web --format '{{.Names}}' | sort; }
 
@@ -1012,47 +991,12 @@ metric_of() {
 # Whether a replica has recorded ten visits since its start.
 replica_records() { [ "$(metric_of "$1" 'visitas_visits_total{outcome="ok"}')" -gt 10 ]; }
 
-# Starts clients that visit by the balancer until end_load, each over a connection that it keeps.
-begin_load() {
-    find_clients
-    mkfifo "$work/load"
-    "$chaos" visit --pause 5 "127.0.0.1:$WEB_PORT" -- docker exec -e PGPASSWORD=senha123 "$project-db" \
-        psql -h 127.0.0.1 -U usuario -d desafio3db -Atc 'select (extract(epoch from data) * 1000000)::bigint from visitas order by id' \
-        <"$work/load" >"$work/visits" 2>&1 &
-    load=$!
-    exec {load_input}>"$work/load"
-    rm "$work/load"
-    visited 200
-}
-
-# visited NUMBER: waits until so many more visits are recorded.
-visited() {
-    local before
-    before=$(rows)
-    within 60 rows_exceed $((before + $1))
-}
-
-rows() { sql 'select count(*) from visitas'; }
-
-rows_exceed() { [ "$(rows)" -gt "$1" ]; }
-
 # Ends the clients, and fails if what they saw contradicts the rows.
 end_load() {
     local status=0
-    exec {load_input}>&-
-    wait $load || status=$?
+    stop_load || status=$?
     note "$(cat "$work/visits")"
     [ $status = 0 ] || fail "numbers are wrong: $(cat "$work/visits")"
-}
-
-# counted NAME...: the sum of these counts of the clients.
-counted() {
-    local sum=0 name number
-    for name in "$@"; do
-        number=$(grep -o "\b$name=[0-9]*" "$work/visits") || fail "no $name in $(cat "$work/visits")"
-        sum=$((sum + ${number#*=}))
-    done
-    echo $sum
 }
 
 no_visit_failed() {
@@ -1086,8 +1030,6 @@ exists() { docker container inspect "$1" >/dev/null 2>&1; }
 
 # process_status SERVICE FIELD: of the container's first process.
 process_status() { docker exec "$project-$1" awk -v field="$2:" '$1 == field { print $2 }' /proc/1/status; }
-
-sql() { compose exec -T -e PGPASSWORD=senha123 db psql -h 127.0.0.1 -U usuario -d desafio3db -Atc "$1"; }
 
 # blobs_with TEXT FOLDER: how many files of a saved image hold TEXT, compressed files included.
 blobs_with() {
@@ -1211,8 +1153,6 @@ remains() {
 
 print_memory() { note "$(docker stats --no-stream --format '{{.Name}} {{.MemUsage}}' $(compose --profile '*' ps --quiet))"; }
 
-remove_everything() { compose --profile '*' down --volumes --remove-orphans --timeout 10; }
-
 need_image() { [[ " ${watchers[*]} " == *" $1 "* ]] || { echo "the image of $1 cannot be pulled"; exit $skipped; }; }
 
 need_watchers() { need_image jaeger; need_image prometheus; }
@@ -1226,15 +1166,6 @@ find_watchers() {
             watchers+=("$service")
         fi
     done
-}
-
-free_port() {
-    local port
-    while :; do
-        port=$((20000 + RANDOM % 10000))
-        (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
-    done
-    echo $port
 }
 
 # --- a user's volume, real or a decoy, that the cases must leave unchanged ---

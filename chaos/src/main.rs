@@ -31,7 +31,12 @@ const KILLS: ReportFile = ReportFile {
 };
 
 /// The sections of docs/kills.md that `proof` writes.
-const OF_PROOF: [&str; 3] = ["Power cuts", "Lost machines", "Order"];
+const OF_PROOF: [&str; 4] = [
+    "Power cuts",
+    "Power cuts of Compose",
+    "Lost machines",
+    "Order",
+];
 
 /// The folder of the reports.
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
@@ -138,7 +143,10 @@ fn command() -> Command {
         .subcommand(Command::new("list").about("List the faults"))
         .subcommand(
             Command::new("visit")
-                .about("Visit a running service until standard input ends, and judge the responses")
+                .about(
+                    "Visit a running service until standard input ends, and judge the responses. \
+                     A line CUT OFF of the input, in microseconds since 1970, is a power cut",
+                )
                 .arg(
                     Arg::new("address")
                         .required(true)

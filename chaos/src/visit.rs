@@ -1,16 +1,17 @@
 //! Visits a service that another program runs, replaces or breaks, until standard input ends, and
 //! judges the responses.
 //!
-//! `tests/e2e-kubernetes.sh` does so during a rolling update. Must not know: what happens to the
-//! service meanwhile.
+//! `tests/e2e-kubernetes.sh` does so during a rolling update, `tests/powercut-compose.sh` through power
+//! cuts. Must not know: what happens to the service meanwhile, except when the power was cut.
 
+use std::io::BufRead;
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use lab::client;
-use lab::history::{History, Outcome, Verdict, Visit, judge};
+use lab::history::{History, Outcome, PowerCut, Verdict, Visit, judge};
 use tokio::runtime::Runtime;
 
 use crate::ledger::Ledger;
@@ -29,6 +30,9 @@ pub struct Visited {
 /// Visits `address` with the ledger's clients, each over one connection that it keeps. A request is
 /// repeated only if no byte of it was sent. At the end the command `rows` must print the `data` of
 /// all rows in the order of their ids, in microseconds since 1970, one on each line.
+///
+/// A line `CUT OFF` of standard input, both in the same unit, is a power cut, which also empties
+/// Redis: only what was answered before `CUT` must be kept, and nothing ran any more at `OFF`.
 pub fn run(address: SocketAddr, pause: Duration, rows: &[&str]) -> Result<Visited> {
     // All numbers after these belong to the ledger's visits.
     let (total, counted) = client::visit(address).context("the first visit")?;
@@ -36,26 +40,53 @@ pub fn run(address: SocketAddr, pause: Duration, rows: &[&str]) -> Result<Visite
     let runtime = Runtime::new()?;
     let started = Instant::now();
     let mut ledger = Ledger::start(runtime.handle(), &[address], pause);
-    std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink())?;
+    let cuts = read_cuts(std::io::stdin().lock())?;
     let mut visits = ledger.stop();
+    for cut in &cuts {
+        cut.hide(&mut visits);
+    }
     let silence = longest_silence(started, &visits);
     for visit in &mut visits {
         visit.total = visit.total.map(|number| number - total);
-        visit.redis = visit.redis.map(|number| number - counted);
+        // After a power cut, Redis counts from 1.
+        if cuts.iter().all(|cut| visit.sent <= cut.off) {
+            visit.redis = visit.redis.map(|number| number - counted);
+        }
     }
+    let redis_outages: Vec<_> = cuts.iter().map(|cut| cut.off..cut.off).collect();
     let rows = read_rows(rows)?;
     let rows = rows.get(usize::try_from(total)?..);
     let rows = rows.context("rows of earlier visits are missing")?;
     let verdict = judge(History {
         visits: &visits,
         rows,
-        redis_outages: &[],
+        redis_outages: &redis_outages,
     });
     Ok(Visited {
         visits,
         verdict,
         silence,
     })
+}
+
+/// Reads power cuts until the input ends.
+fn read_cuts(input: impl BufRead) -> Result<Vec<PowerCut>> {
+    let now = Instant::now();
+    let now_at = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let instant = |microseconds: &str| -> Result<Instant> {
+        let at = Duration::from_micros(microseconds.parse()?);
+        (now + at).checked_sub(now_at).context("too long ago")
+    };
+    let mut cuts = Vec::new();
+    for line in input.lines() {
+        let line = line?;
+        let (cut, off) = line.split_once(' ').context("a line is not CUT OFF")?;
+        cuts.push(PowerCut {
+            cut: instant(cut)?,
+            off: instant(off)?,
+        });
+    }
+    Ok(cuts)
 }
 
 fn read_rows(command: &[&str]) -> Result<Vec<i64>> {
@@ -156,6 +187,19 @@ mod tests {
         let silence = longest_silence(started, &visits);
         assert_eq!(silence, Duration::from_millis(55));
         assert_eq!(longest_silence(started, &[]), Duration::ZERO);
+    }
+
+    #[test]
+    fn power_cuts_are_read_from_lines() {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let now = now.as_micros();
+        let lines = format!("{} {}\n{now} {now}\n", now - 3_000_000, now - 1_000_000);
+        let [first, second] = read_cuts(lines.as_bytes()).unwrap().try_into().unwrap();
+        assert_eq!(first.off - first.cut, Duration::from_secs(2));
+        assert_eq!(second.cut - first.off, Duration::from_secs(1));
+        assert!(second.off.elapsed() < Duration::from_secs(1));
+        assert!(read_cuts("".as_bytes()).unwrap().is_empty());
+        assert!(read_cuts("now\n".as_bytes()).is_err());
     }
 
     #[test]

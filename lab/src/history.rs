@@ -89,6 +89,15 @@ pub struct Numbers {
     pub out_of_order: usize,
 }
 
+/// When the power of the database's machine was off.
+#[derive(Clone, Copy, Debug)]
+pub struct PowerCut {
+    /// Just before the disk was copied: responses from before it are kept to.
+    pub cut: Instant,
+    /// When the killed processes had ended.
+    pub off: Instant,
+}
+
 /// Maximum difference between the service's and the client's clock readings, in microseconds.
 const TOLERANCE: i64 = 10_000;
 
@@ -134,6 +143,20 @@ impl Visit {
         let started = outages.iter().filter(|outage| outage.start <= self.sent);
         let over = outages.iter().filter(|outage| outage.end <= self.ended);
         started.count()..=over.count()
+    }
+}
+
+impl PowerCut {
+    /// Takes back what was answered after the cut, which no client can have read: the power was off.
+    pub fn hide(self, visits: &mut [Visit]) {
+        let is_hidden = |visit: &&mut Visit| {
+            visit.is_recorded() && visit.ended >= self.cut && visit.sent <= self.off
+        };
+        for visit in visits.iter_mut().filter(is_hidden) {
+            visit.outcome = Outcome::NoResponse;
+            visit.total = None;
+            visit.redis = None;
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use chaos::ledger::Ledger;
 use devstack::{DATABASE, Data, Postgres, PostgresOptions, Redis, RedisOptions};
-use lab::history::{History, Visit, judge};
+use lab::history::{History, PowerCut, Visit, judge};
 use lab::measure::grouped;
 use lab::ports::free_address;
 use lab::process::{self, Process};
@@ -161,7 +161,7 @@ impl Trial {
         self.wait_for_return(&ledger, outage.back)?;
         std::thread::sleep(BETWEEN);
         let mut visits = ledger.stop();
-        outage.hide(&mut visits);
+        outage.power.hide(&mut visits);
         self.judge(&visits, rate)
     }
 
@@ -293,8 +293,7 @@ impl Trial {
         self.postgres = Some(start_postgres(&self.disk, ports.0)?);
         let back = Instant::now();
         Ok(Outage {
-            cut,
-            off,
+            power: PowerCut { cut, off },
             back,
             recovery: back - started,
         })

@@ -15,6 +15,14 @@ adoption, a new volume) the replicas lose their power, too. The table has 300 00
 checkpoint, a `recount` or an adoption. The controls take the flush away, and must lose visits: \
 otherwise the test is blind. A device with a volatile cache that ignores a flush is not tested.\n\n";
 
+const COMPOSE: &str = "\
+`docker-compose.yml` under Docker, with an override file that puts its volume `db-data` on ext4 in an \
+image on XFS. While sixteen clients visit the published port, `cp --reflink=always` copies the image, \
+which takes with it what had reached the device and nothing of the page cache. Then all containers are \
+killed, and `docker compose up` starts them again on the copy. What was acknowledged before the copy \
+must be there; a response from after it counts as in doubt. The control runs `db` with `fsync=off`, and \
+must lose visits: otherwise the test is blind.\n\n";
+
 const LOST_MACHINES: &str = "\
 Three machines (network namespaces with their own processes) run PostgreSQL under Patroni with \
 `synchronous_mode: quorum` and `synchronous_mode_strict`, and etcd; HAProxy leads to the machine whose \
@@ -89,6 +97,14 @@ pub fn power_cuts(table: &str) -> Result<String> {
     Ok(format!(
         "{}{POWER_CUTS}{table}",
         origin("make powercut-long")?
+    ))
+}
+
+/// The section on power cuts of the Compose stack.
+pub fn compose(table: &str) -> Result<String> {
+    Ok(format!(
+        "{}{COMPOSE}{table}",
+        origin("make powercut-compose")?
     ))
 }
 

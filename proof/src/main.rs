@@ -1,6 +1,7 @@
 //! The command line of proof.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -72,6 +73,9 @@ fn command() -> Command {
                         ),
                 ),
         )
+        .subcommand(Command::new("compose").about(
+            "Write the table of tests/powercut-compose.sh, from standard input, into docs/kills.md",
+        ))
         .subcommand(
             Command::new("compare")
                 .about("Hold other counters to the same test, and write docs/proof.md")
@@ -103,6 +107,11 @@ fn command() -> Command {
 fn run(matches: &ArgMatches) -> Result<bool> {
     let is_inside = matches.get_flag("inside");
     let (name, matches) = matches.subcommand().context("no subcommand")?;
+    if name == "compose" {
+        let table = io::read_to_string(io::stdin())?;
+        write_section("Power cuts of Compose", &document::compose(&table)?)?;
+        return Ok(true);
+    }
     let needs_machines = matches!(name, "failover" | "order");
     let needs = if needs_machines { MACHINES } else { POWERCUT };
     if !is_inside {

@@ -408,7 +408,7 @@ impl Cuts {
         total: i64,
         counted: i64,
     ) -> Result<()> {
-        outage.hide(&mut visits);
+        outage.power.hide(&mut visits);
         for visit in &mut visits {
             visit.total = visit.total.map(|number| number - total);
             visit.redis = visit.redis.map(|number| number - counted);

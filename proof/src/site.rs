@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use chaos::ledger::Ledger;
 use chaos::service::Service;
 use devstack::{DATABASE, Data, PASSWORD, Postgres, PostgresOptions, Redis, RedisOptions, USER};
-use lab::history::{Outcome, Visit};
+use lab::history::PowerCut;
 use lab::program::visitas;
 use lab::stack;
 use tokio::runtime::Runtime;
@@ -45,10 +45,8 @@ pub struct Site {
 /// When the power was off.
 #[derive(Clone, Copy, Debug)]
 pub struct Outage {
-    /// Just before the copy was taken: responses from before it are kept to.
-    pub cut: Instant,
-    /// When the stores were killed.
-    pub off: Instant,
+    /// Until when responses are kept to, and when the stores were killed.
+    pub power: PowerCut,
     /// When Postgres accepted connections again.
     pub back: Instant,
     /// The part of it that Postgres took to recover.
@@ -181,8 +179,7 @@ impl Site {
         self.postgres = Some(start_postgres(&self.disk, port, &self.config)?);
         let back = Instant::now();
         Ok(Outage {
-            cut,
-            off,
+            power: PowerCut { cut, off },
             back,
             recovery: back - started,
         })
@@ -216,20 +213,6 @@ impl Drop for Site {
         // A stop would flush what the test no longer needs.
         if let Some(postgres) = &self.postgres {
             postgres.kill().ok();
-        }
-    }
-}
-
-impl Outage {
-    /// Takes back what was answered after the cut, which no client can have read: the power was off.
-    pub fn hide(self, visits: &mut [Visit]) {
-        let is_hidden = |visit: &&mut Visit| {
-            visit.is_recorded() && visit.ended >= self.cut && visit.sent <= self.off
-        };
-        for visit in visits.iter_mut().filter(is_hidden) {
-            visit.outcome = Outcome::NoResponse;
-            visit.total = None;
-            visit.redis = None;
         }
     }
 }
@@ -300,31 +283,5 @@ mod tests {
             "{settings:?}"
         );
         assert!(settings.len() >= 5, "{settings:?}");
-    }
-
-    #[test]
-    fn response_after_the_cut_is_hidden() {
-        let now = Instant::now();
-        let at = |seconds| now + Duration::from_secs(seconds);
-        let visit = |sent, ended| Visit {
-            client: 0,
-            replica: 0,
-            sent: at(sent),
-            sent_at: 0,
-            ended: at(ended),
-            outcome: Outcome::Recorded,
-            total: Some(1),
-            redis: Some(1),
-        };
-        let outage = Outage {
-            cut: at(10),
-            off: at(20),
-            back: at(30),
-            recovery: Duration::ZERO,
-        };
-        let mut visits = [visit(8, 9), visit(9, 11), visit(19, 21), visit(21, 22)];
-        outage.hide(&mut visits);
-        let recorded: Vec<_> = visits.iter().map(Visit::is_recorded).collect();
-        assert_eq!(recorded, [true, false, false, true]);
     }
 }

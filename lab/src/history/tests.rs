@@ -269,3 +269,17 @@ fn number_missing_in_redis_is_explained_by_a_visit_without_a_number() {
     ];
     assert_eq!(verdict(&visits, &[row(5), row(45)]).redis.unexplained, 1);
 }
+
+#[test]
+fn response_after_a_power_cut_is_hidden() {
+    let clock = Clock::start();
+    let power = PowerCut {
+        cut: clock.instant(10),
+        off: clock.instant(20),
+    };
+    let times = [(8, 9), (9, 11), (19, 21), (21, 22)];
+    let mut visits = times.map(|(sent, ended)| clock.recorded(sent, ended, 1, Some(1)));
+    power.hide(&mut visits);
+    let recorded = visits.map(|visit| visit.is_recorded());
+    assert_eq!(recorded, [true, false, false, true]);
+}
