@@ -11,7 +11,9 @@ use reqwest::StatusCode;
 use crate::support::collector::{Collector, ExportedSpan, hex, named};
 use crate::support::load::Load;
 use crate::support::traces::{PARENT, UNSAMPLED, ask, spans, traced_with};
-use crate::support::{HeldCount, PATIENT, Response, SOON, Service, Wire, World, eventually, without_stores};
+use crate::support::{
+    HeldCount, PATIENT, Response, SOON, Service, Wire, World, eventually, without_stores,
+};
 
 /// No request is sampled, and a visit is slow after 50 ms. It may take long on a busy machine.
 const LATE: [(&str, &str); 6] = [
