@@ -79,7 +79,7 @@ async fn batch_behind_a_slow_call_to_redis_is_counted() {
     let service = world.serve_with(&settings).await;
     let load = Load::start(&[&service], 16);
     for _ in 0..3 {
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        some_are_recorded(&world).await;
         redis.delay(Duration::from_millis(800));
         // A batch leaves meanwhile.
         tokio::time::sleep(2 * DELAY).await;
@@ -129,11 +129,7 @@ impl Far {
     async fn hold_several_batches(&self, world: &World, loads: &mut Vec<Load>) -> HeldCount {
         for _ in 0..10 {
             // Batches that take as long as usual.
-            let rows = world.rows().await;
-            eventually("some batches are recorded", SOON, async || {
-                world.rows().await > rows + 500
-            })
-            .await;
+            some_are_recorded(world).await;
             let mut count = HeldCount::of(world).await;
             loads.push(Load::start(&[&self.service], 2));
             for _ in 0..50 {
@@ -151,4 +147,13 @@ impl Far {
         let in_doubt = "visits in doubt: statement sent, result unknown";
         self.service.logged(in_doubt).len()
     }
+}
+
+/// Waits until some batches are recorded.
+async fn some_are_recorded(world: &World) {
+    let rows = world.rows().await;
+    eventually("some batches are recorded", SOON, async || {
+        world.rows().await > rows + 500
+    })
+    .await;
 }
