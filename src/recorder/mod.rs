@@ -237,6 +237,8 @@ const BATCH_LIMIT: usize = 4096;
 /// Timers of the runtime end at whole milliseconds. The timeout of a call to Redis, which marks the
 /// store as down, must end before the recorder drops the call.
 const TIMER_STEP: Duration = Duration::from_millis(2);
+/// The share of that timeout for which a batch waits at most to be in line, and again for its turn.
+const LONGEST_WAIT: f64 = 0.2;
 /// The SQLSTATE of a statement that ran into `statement_timeout`.
 const QUERY_CANCELED: &str = "57014";
 
@@ -548,10 +550,11 @@ async fn record<L: Ledger, C: Counter>(
         // One after another, in the order of Postgres, so that both stores usually number visits
         // alike. The wait is part of the call's time, and `settle_time` relies on it.
         let timeout = redis.timeout();
+        let limit = timeout.mul_f64(LONGEST_WAIT);
         let deadline = committed + timeout + TIMER_STEP;
         let before = total.saturating_sub_unsigned(size as u64);
         let counted = async {
-            let _turn = turns.wait(ticket, before, total, timeout / 4).await;
+            let _turn = turns.wait(ticket, before, total, limit).await;
             let began = Instant::now();
             // With less time left the increment could be cut off in flight, and count visits whose
             // response says that they are not counted.

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout;
 
 /// The turns of the batches of one writer. Its batches wait in one task, so what they do between two
 /// waits is not interrupted by another batch.
@@ -61,8 +61,9 @@ impl Turns {
 
     /// Waits for the turn of a batch that recorded the visits after `before`, up to `total`. The
     /// next batch in the order of Postgres follows at once. After a gap, which another replica can
-    /// have left, the batch waits until Postgres has replied to all that left earlier. After `limit`
-    /// it waits no longer, and gets no permit: counting matters more than order.
+    /// have left, the batch waits until Postgres has replied to all that left earlier. Once in line,
+    /// it waits until the one before is counted, and gets no permit if that takes long. Neither wait
+    /// takes longer than `limit`: counting matters more than order.
     pub(super) async fn wait(
         &self,
         Ticket(number): Ticket,
@@ -79,13 +80,12 @@ impl Turns {
                 replied.await;
             }
         };
-        let limit = Instant::now() + limit;
-        if timeout_at(limit, in_line).await.is_err() {
+        if timeout(limit, in_line).await.is_err() {
             self.state().last = total;
         }
         // The next batch in line can stand behind this one now.
         self.replied.notify_waiters();
-        timeout_at(limit, self.turn.acquire()).await.ok()?.ok()
+        timeout(limit, self.turn.acquire()).await.ok()?.ok()
     }
 
     fn line_up(&self, number: u64, before: i64, total: i64) -> bool {
@@ -105,8 +105,6 @@ impl Turns {
 
 #[cfg(test)]
 mod tests {
-    use tokio::time::timeout;
-
     use super::*;
 
     const LIMIT: Duration = Duration::from_millis(60);

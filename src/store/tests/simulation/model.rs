@@ -25,6 +25,8 @@ pub(super) struct Model {
     pool: Pool<Network>,
     /// Calls for batches in flight, checkout included.
     active: AtomicUsize,
+    /// The most of them at once.
+    most_active: AtomicUsize,
     timeline: Timeline,
 }
 
@@ -70,6 +72,7 @@ impl Model {
             kind,
             pool: Pool::new(network, POOL_SIZE, timeout, target, &[]),
             active: AtomicUsize::new(0),
+            most_active: AtomicUsize::new(0),
             timeline: timeline.clone(),
         })
     }
@@ -77,6 +80,11 @@ impl Model {
     /// Whether a call for a batch is in flight.
     pub(super) fn is_active(&self) -> bool {
         self.active.load(Ordering::Relaxed) > 0
+    }
+
+    /// The most batches that were counted at once.
+    pub(super) fn most_active(&self) -> usize {
+        self.most_active.load(Ordering::Relaxed)
     }
 
     async fn rehearse(session: &mut Session, kind: Kind) -> Result<i64, Error> {
@@ -173,10 +181,9 @@ impl Counter for Model {
         self.timeline.check(self.availability().is_up(), || {
             "a batch is counted in Redis while it is down".to_owned()
         });
-        self.timeline.check(!self.is_active(), || {
-            "two batches are counted in Redis at once".to_owned()
-        });
         let _active = Active::of(&self.active);
+        let active = self.active.load(Ordering::Relaxed);
+        self.most_active.fetch_max(active, Ordering::Relaxed);
         let by = i64::try_from(visits).expect("few visits");
         self.pool
             .call(&RECORD, Some(batch), async |session: &mut Session| {

@@ -45,6 +45,22 @@ pub(super) enum Fault {
     Slowness,
 }
 
+impl Fault {
+    /// The store that has it.
+    fn kind(self) -> Kind {
+        match self {
+            Self::Reset(kind)
+            | Self::Silence(kind)
+            | Self::BlackHole(kind)
+            | Self::Crash(kind)
+            | Self::Refusals(kind)
+            | Self::RefusalsOfSeveral(kind)
+            | Self::LostReply(kind) => kind,
+            Self::Stall | Self::Slowness => Kind::Postgres,
+        }
+    }
+}
+
 const FAULTS: [Fault; 16] = [
     Fault::Reset(Kind::Postgres),
     Fault::Reset(Kind::Redis),
@@ -495,6 +511,11 @@ impl World {
         timeline.check(batches >= 3, || format!("{batches} batches"));
         let most = self.postgres.server.most_calls();
         timeline.check(most <= MOST_IN_FLIGHT, || format!("{most} in flight"));
+        // A batch waits for its turn, but not for a call that hangs.
+        let most = self.redis.most_active();
+        timeline.check(most <= 1 || fault.kind() == Kind::Redis, || {
+            format!("{most} batches are counted in Redis at once")
+        });
     }
 
     /// Checks each visit against the row that it has or has not, which the arrival identifies.
