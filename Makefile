@@ -65,7 +65,7 @@ simulate: export SCHEDULES ?= 1000000
 simulate: ## Try a million schedules in simulated time; SEED=n prints the timeline of one (10 minutes)
 	cargo test --profile simulation --package visitas --lib --locked --quiet -- simulation::no_schedule --nocapture
 
-simulate-mutants: ## Break recorder and pool in 26 places, which the simulation must notice (15 minutes)
+simulate-mutants: ## Break recorder and pool in 27 places, which the simulation must notice (15 minutes)
 	@tests/simulation.py
 
 sweep: PACKAGES = promtool=prometheus

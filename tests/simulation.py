@@ -34,6 +34,7 @@ MUTANTS = [
     ("failed-batch-is-counted", RECORDER, "    if let Ok(total) = total\n", "    if let Ok(total) = total.as_ref().map_or(Ok::<i64, ()>(0), |total| Ok(*total))\n"),
     ("counted-while-redis-is-down", RECORDER, "if has_time && redis.availability().is_up() {", "if has_time {"),
     ("sent-while-postgres-is-down", RECORDER, "if !self.postgres.availability().is_up() {", "if false {"),
+    ("turn-ends-at-once", RECORDER, "let _turn = turns.wait(", "let _ = turns.wait("),
     ("visits-wait-while-postgres-is-down", RECORDER, "            Turn::OPEN\n", "            self.pace.turn(Instant::now(), in_flight, Duration::ZERO)\n"),
     ("abandoned-visit-is-sent", RECORDER, "visit.deadline <= now || visit.reply.is_closed();", "visit.deadline <= now;"),
     ("late-visit-is-called-abandoned", RECORDER, "            if visit.deadline <= now {\n", "            if false {\n"),

@@ -78,8 +78,8 @@ async fn session_whose_settings_were_changed_on_the_way_is_refused_and_names_the
     drop(world.serve().await);
     for (setting, value, found) in [
         ("synchronous_commit", "no", "off"),
-        ("lock_timeout", "9", "9"),
-        ("statement_timeout", "8", "8"),
+        ("lock_timeout", "9999", "9999"),
+        ("statement_timeout", "8888", "8888"),
         ("plan_cache_mode", "auto", "auto"),
     ] {
         let port = change_on_the_way(&world, setting, value).await.to_string();
