@@ -43,7 +43,8 @@ After five seconds one replica is killed, then the store, then the power of the 
 ([a hundred cuts of this service's alone](kills.md#power-cuts)); visits go on for three seconds after \
 each. The judge that tests this service judges them all, by what the clients got. The counters are in \
 [`proof/counters`](../proof/counters), each under 60 lines of Rust beside the `main.rs` that they share, \
-written from the idea alone; the challenge's app is Flask ([`bench/peers/flask`](../bench/peers/flask)), served by Flask's own server.
+written from the idea alone; the challenge's app is Flask ([`bench/peers/flask`](../bench/peers/flask)), \
+served by Flask's own server.
 
 - *lost*: acknowledged visits minus what the store has at rest, so at least so many. For this service: \
 acknowledged numbers without a row of their own.
