@@ -461,7 +461,11 @@ impl ActiveFault {
                 | Kind::Delay(store)
                 | Kind::Narrow(store),
                 _,
-            ) => ground.clear(ground.proxy_to(store))?,
+            ) => {
+                ground.clear(ground.proxy_to(store))?;
+                // What was sent before the rules were gone can still be broken.
+                at = Instant::now();
+            }
             (Kind::ReadOnly, _) => {
                 set_read_only(ground, false)?;
                 at = ground.wait_for_postgres()?;

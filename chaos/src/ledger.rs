@@ -1,5 +1,6 @@
 //! Clients that visit until they are stopped, and a record of all their visits.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -110,7 +111,7 @@ impl Ledger {
         &self,
         from: usize,
         timeout: Duration,
-        wanted: impl Fn(&Visit) -> bool,
+        mut wanted: impl FnMut(&Visit) -> bool,
     ) -> Option<Visit> {
         let deadline = Instant::now() + timeout;
         let mut checked = from;
@@ -127,6 +128,19 @@ impl Ledger {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Waits up to `timeout` until every visit that was sent before `moment` has ended, and returns
+    /// whether they have. A client has at most one visit in flight, so each must end a later one.
+    pub fn wait_for_visits_before(&self, from: usize, moment: Instant, timeout: Duration) -> bool {
+        let mut clients = HashSet::new();
+        let is_last = |visit: &Visit| {
+            if visit.sent >= moment {
+                clients.insert(visit.client);
+            }
+            clients.len() == self.clients.len()
+        };
+        self.find(from, timeout, is_last).is_some()
     }
 
     /// Lets every client finish its current visit and returns all visits, in the order of their

@@ -330,13 +330,7 @@ impl<'a> Attempt<'a> {
                 None
             };
             let since = error.map_or(due, |error| error.ended.max(due));
-            let complete = self.ledger.find(from, RECOVERY_TIMEOUT, |visit| {
-                visit.replica == replica && visit.is_complete() && visit.ended > since
-            });
-            let Some(complete) = complete else {
-                self.report_violation(format!(
-                    "no complete visit to replica {replica} within {RECOVERY_TIMEOUT:?}"
-                ));
+            let Some(complete) = self.first_complete_visit(replica, from, due, since) else {
                 return;
             };
             recovered = recovered.max(complete.ended);
@@ -351,6 +345,38 @@ impl<'a> Attempt<'a> {
             self.recoveries.extend(recoveries.max_by(f64::total_cmp));
         }
         self.check_aftermath(from, recovered, aftermath);
+    }
+
+    /// The first complete visit to a replica that was sent after `since`, when no visit from before
+    /// `healed` can be harmed any more: with several batches in flight, one can be complete before
+    /// the replica learns that another was lost, and refuses visits until a probe has succeeded.
+    /// Reports a violation if there is none.
+    fn first_complete_visit(
+        &mut self,
+        replica: usize,
+        from: usize,
+        healed: Instant,
+        since: Instant,
+    ) -> Option<Visit> {
+        let ledger = &self.ledger;
+        let complete = if ledger.wait_for_visits_before(from, healed, RECOVERY_TIMEOUT) {
+            let visits = ledger.since(from).into_iter();
+            let harmed = visits.filter(|visit| {
+                visit.replica == replica && visit.sent < healed && !visit.is_complete()
+            });
+            let since = harmed.map(|visit| visit.ended).fold(since, Instant::max);
+            ledger.find(from, RECOVERY_TIMEOUT, |visit| {
+                visit.replica == replica && visit.is_complete() && visit.sent > since
+            })
+        } else {
+            None
+        };
+        if complete.is_none() {
+            self.report_violation(format!(
+                "no complete visit to replica {replica} within {RECOVERY_TIMEOUT:?}"
+            ));
+        }
+        complete
     }
 
     /// The first harmed visit to a replica. Reports a violation if there is none although the fault
@@ -432,13 +458,7 @@ impl<'a> Attempt<'a> {
         let started = Instant::now();
         let mut recovered = started;
         for replica in 0..self.services.len() {
-            let complete = self.ledger.find(from, RECOVERY_TIMEOUT, |visit| {
-                visit.replica == replica && visit.is_complete() && visit.sent > started
-            });
-            let Some(complete) = complete else {
-                self.report_violation(format!(
-                    "no complete visit to replica {replica} within {RECOVERY_TIMEOUT:?} after a stop"
-                ));
+            let Some(complete) = self.first_complete_visit(replica, from, started, started) else {
                 return Ok(());
             };
             if replica == 0 {
