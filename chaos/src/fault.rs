@@ -279,6 +279,11 @@ impl Fault {
         matches!(self.kind, Kind::MigrationLocked | Kind::FiveInstances)
     }
 
+    /// Whether the replicas are suspended while the fault is injected.
+    pub fn suspends_replicas(&self) -> bool {
+        self.kind == Kind::ConnectionsTaken
+    }
+
     /// Whether the fault is a kill: a repetition takes only as long as the recovery.
     pub fn is_a_kill(&self) -> bool {
         matches!(self.kind, Kind::Kill(_) | Kind::KillService)

@@ -59,7 +59,7 @@ replica has made a visit that both stores have counted. If open connections fall
 must recover by itself, so the time runs from the start of the fault.
 - *longest acknowledged*, *longest response*: the longest acknowledged visit and the longest response. \
 A client that connects just as a listener closes waits a second until TCP repeats its SYN; both \
-columns leave that out.
+columns leave that out, and the time in which the test suspended the replicas.
 - *stop*: one replica is stopped during the same fault, or during the start if the fault concerns the \
 start. This is the time until it has exited.
 - *start*: time from its restart, with everything working, to its first complete visit.

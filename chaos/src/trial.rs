@@ -11,7 +11,7 @@ use lab::history::{Outcome, Verdict, Visit};
 use lab::stalls::{StallWatch, Stalls};
 
 use crate::chance;
-use crate::fault::{Fault, Harm, Kind, Repair};
+use crate::fault::{ActiveFault, Fault, Harm, Kind, Repair};
 use crate::ground::{Ground, Store};
 use crate::ledger::Ledger;
 use crate::service::Service;
@@ -96,6 +96,8 @@ struct Attempt<'a> {
     stop: Option<Stop>,
     /// The periods in which a service ended, with visits that its saved counters can miss.
     gaps: Vec<Range<Instant>>,
+    /// The periods in which the fault's injection suspended the replicas.
+    suspensions: Vec<Range<Instant>>,
     /// The periods in which Redis was certainly down.
     redis_outages: Vec<Range<Instant>>,
     strikes: usize,
@@ -231,6 +233,7 @@ impl<'a> Attempt<'a> {
             others: Vec::new(),
             stop: None,
             gaps: Vec::new(),
+            suspensions: Vec::new(),
             redis_outages: Vec::new(),
             strikes: 0,
             first_errors: Vec::new(),
@@ -245,7 +248,7 @@ impl<'a> Attempt<'a> {
         let from = self.ledger.count();
         std::thread::sleep(RANDOM_DELAY.mul_f64(chance::fraction()));
         let began = Instant::now();
-        let active = self.fault.inject(self.ground, &mut self.services)?;
+        let active = self.inject()?;
         let injected_at = Instant::now();
         if self.fault.kind == Kind::KillService {
             self.gaps.push(began..injected_at);
@@ -279,6 +282,15 @@ impl<'a> Attempt<'a> {
         };
         self.recover(from, began, injected_at..healed_at, due, aftermath);
         Ok(())
+    }
+
+    fn inject(&mut self) -> Result<ActiveFault> {
+        let began = Instant::now();
+        let active = self.fault.inject(self.ground, &mut self.services)?;
+        if self.fault.suspends_replicas() {
+            self.suspensions.push(began..Instant::now());
+        }
+        Ok(active)
     }
 
     /// Checks that a fault without harm took effect: by the duration of visits, or by the visits of
@@ -438,7 +450,7 @@ impl<'a> Attempt<'a> {
     fn stop_during_fault(&mut self, aftermath: Duration) -> Result<()> {
         let from = self.ledger.count();
         let began = Instant::now();
-        let active = self.fault.inject(self.ground, &mut self.services)?;
+        let active = self.inject()?;
         let injected_at = Instant::now();
         std::thread::sleep(MOMENT);
         if self.fault.kind == Kind::KillService {

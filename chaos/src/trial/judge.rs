@@ -1,6 +1,9 @@
 //! Judges a trial after its load has ended: compares clients, rows, the service's own counters and
 //! Redis with each other.
 
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
 use anyhow::Result;
 use lab::history::{History, Outcome, Visit, judge};
 use lab::visitor::Visitor;
@@ -38,7 +41,9 @@ impl Attempt<'_> {
                 .iter()
                 .filter(|visit| visit.outcome != Outcome::NotSent)
         };
-        let longest = sent().map(Visit::took).max().unwrap_or_default();
+        let suspensions = std::mem::take(&mut self.suspensions);
+        let took = |visit: &Visit| took_without(visit, &suspensions);
+        let longest = sent().map(took).max().unwrap_or_default();
         if longest > LONGEST_RESPONSE {
             self.report_violation(format!("a response took {longest:?}"));
         }
@@ -51,7 +56,7 @@ impl Attempt<'_> {
         };
         let longest = sent()
             .filter(|visit| !meets_a_closing_listener(visit))
-            .map(Visit::took)
+            .map(took)
             .max()
             .unwrap_or_default();
         let refused = |visit: &&Visit| matches!(visit.outcome, Outcome::Refused | Outcome::InDoubt);
@@ -67,7 +72,7 @@ impl Attempt<'_> {
             refused: visits.iter().filter(refused).count(),
             first_errors: self.first_errors,
             recoveries: self.recoveries,
-            longest_recorded: recorded.map(Visit::took).max().unwrap_or_default(),
+            longest_recorded: recorded.map(took).max().unwrap_or_default(),
             longest,
             time_to_stop: self.stop.map(|stop| stop.ended - stop.asked),
             time_to_start: self.stop.and_then(|stop| stop.time_to_start),
@@ -197,4 +202,14 @@ impl Attempt<'_> {
             ));
         }
     }
+}
+
+/// How long the client waited, without the time in which the test itself suspended the replicas.
+fn took_without(visit: &Visit, suspensions: &[Range<Instant>]) -> Duration {
+    let overlap = |period: &Range<Instant>| {
+        let (start, end) = (visit.sent.max(period.start), visit.ended.min(period.end));
+        end.saturating_duration_since(start)
+    };
+    let suspended: Duration = suspensions.iter().map(overlap).sum();
+    visit.took().saturating_sub(suspended)
 }
