@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -34,6 +35,9 @@ pub struct Needs {
     pub password: bool,
     /// The data of Postgres is on a disk that can be filled.
     pub small_disk: bool,
+    /// The data of Postgres is in memory, if this machine allows a mount: beside environments that
+    /// copy and remove their data, a sync can take longer than a visit waits for the count's lock.
+    pub memory: bool,
     /// The service reaches its stores by host names that can be removed.
     pub names: bool,
     /// The service exports spans.
@@ -63,7 +67,7 @@ pub struct Ground {
     _collector: Collector,
 }
 
-/// A file system in memory, small enough to be filled.
+/// A file system in memory.
 pub struct Disk {
     mount: PathBuf,
 }
@@ -87,10 +91,12 @@ const REDIS_NAME: &str = "cache.chaos.test";
 const WITH_NAMES: &str = r#"mount --bind "$1" /etc/hosts &&
 mount --bind "$2" /etc/resolv.conf && shift 2 && exec "$@""#;
 
-/// The prefix of a mount's name; the rest is the id of the process that made it.
-const DISK: &str = "disk-";
-/// Enough for a cluster, its write-ahead log and some visits.
-const DISK_SIZE: &str = "size=192m";
+/// The prefix of a mount's name. The id of the process that made it follows, and a number.
+const MOUNT: &str = "disk-";
+/// Enough for a cluster, its write-ahead log and some visits, and small enough to be filled.
+const SMALL_DISK: &str = "size=192m";
+/// More than a short trial needs.
+const DISK: &str = "size=2g";
 
 /// Recovery after a kill is a store's longest start.
 const RETURN_DEADLINE: Duration = Duration::from_mins(1);
@@ -102,7 +108,13 @@ impl Ground {
             .worker_threads(2)
             .enable_all()
             .build()?;
-        let disk = needs.small_disk.then(Disk::mount).transpose()?;
+        let disk = if needs.small_disk {
+            Some(Disk::mount(SMALL_DISK)?)
+        } else if needs.memory && mount_error().is_none() {
+            Some(Disk::mount(DISK)?)
+        } else {
+            None
+        };
         let config = needs.postgres.iter();
         let postgres = Postgres::start(PostgresOptions {
             data: match &disk {
@@ -296,9 +308,12 @@ pub enum Store {
 
 /// Why this machine cannot provide the environment, or `None` if it can.
 pub fn skip_reason(needs: Needs) -> Option<String> {
-    if !needs.small_disk && !needs.names {
-        return None;
-    }
+    let needs_mount = needs.small_disk || needs.names;
+    needs_mount.then(mount_error).flatten()
+}
+
+/// Why this machine allows no mount, or `None` if it does.
+fn mount_error() -> Option<String> {
     let result = Command::new("unshare")
         .args(["--mount", "--", "mount", "-t", "tmpfs", "tmpfs", "/mnt"])
         .output();
@@ -313,13 +328,15 @@ pub fn skip_reason(needs: Needs) -> Option<String> {
 }
 
 impl Disk {
-    fn mount() -> Result<Self> {
+    fn mount(size: &str) -> Result<Self> {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
         let folder = devstack::folder()?;
         Self::clear_abandoned(&folder)?;
-        let mount = folder.join(format!("{DISK}{}", std::process::id()));
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let mount = folder.join(format!("{MOUNT}{}-{number}", std::process::id()));
         fs::create_dir_all(&mount)?;
         let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", DISK_SIZE, "tmpfs"])
+            .args(["-t", "tmpfs", "-o", size, "tmpfs"])
             .arg(&mount)
             .output()?;
         ensure!(
@@ -335,7 +352,8 @@ impl Disk {
         for entry in fs::read_dir(folder)? {
             let entry = entry?;
             let name = entry.file_name();
-            let owner = name.to_str().and_then(|name| name.strip_prefix(DISK));
+            let name = name.to_str().and_then(|name| name.strip_prefix(MOUNT));
+            let owner = name.and_then(|name| name.split('-').next());
             if owner.is_some_and(|owner| !Path::new("/proc").join(owner).exists()) {
                 unmount(&entry.path());
             }

@@ -12,7 +12,7 @@ use lab::stalls::{StallWatch, Stalls};
 
 use crate::chance;
 use crate::fault::{ActiveFault, Fault, Harm, Kind, Repair};
-use crate::ground::{Ground, Store};
+use crate::ground::{Ground, Needs, Store};
 use crate::ledger::Ledger;
 use crate::service::Service;
 
@@ -118,8 +118,12 @@ struct Stop {
 
 /// Tests a fault.
 pub fn run(fault: &Fault, effort: Effort) -> Result<Trial> {
-    let ground = Ground::start(fault.needs())?;
-    let watch = (effort.at_once == 1)
+    let is_alone = effort.at_once == 1;
+    let ground = Ground::start(Needs {
+        memory: !is_alone,
+        ..fault.needs()
+    })?;
+    let watch = is_alone
         .then(|| StallWatch::start(&devstack::folder()?))
         .transpose()?;
     let services = (0..fault.replicas())
