@@ -7,11 +7,13 @@ cargo-mutants (`cargo install cargo-mutants --locked`) lists the mutants. Each w
 after the other in a work tree of its own, and runs the integration tests of the committed revision that
 are listed below for the mutated file, then the unit tests of its module. A mutant is caught as soon as
 a test fails, by itself once more, or when the tests hang, and missed if all tests pass. A mutant that
-does not compile is not counted. Results are kept in target/mutants.json, so a run that was stopped continues where it ended; a
-mutant is tried again when its file has changed, or when the tests hung with --retry-hangs.
+does not compile is not counted. Results are kept in tests/mutants.json, so a run continues where the last
+one ended, on any machine; a mutant is tried again when its file has changed, or when the tests hung with
+--retry-hangs.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -25,8 +27,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TREES = ROOT / "target" / "mutants"
-# What earlier runs found, by file and mutant.
-KNOWN = ROOT / "target" / "mutants.json"
+# What earlier runs found, by version of the file and mutant.
+KNOWN = ROOT / "tests" / "mutants.json"
 
 # Seconds after which a build, or a run of tests, counts as hanging.
 TIMEOUT = 300
@@ -105,17 +107,22 @@ def work(tree, waiting, known, ends):
         with results:
             if UNCLEAR not in result:
                 known[mutant["key"]] = result
-            KNOWN.write_text(json.dumps(known, indent=1))
+            save(known, tree)
             print(f"{seconds:4.0f} s  {mutant['name']}: {result}", flush=True)
+
+
+def save(known, tree):
+    """Keeps the results for the committed versions of the files."""
+    versions = {tree.version(file) for file in {key.split(" ", 1)[1].split(":", 1)[0] for key in known}}
+    kept = {key: result for key, result in known.items() if key.split(" ", 1)[0] in versions}
+    KNOWN.write_text(json.dumps(kept, indent=0, sort_keys=True) + "\n")
 
 
 def list_mutants(tree, files):
     patterns = [argument for file in files for argument in ("--file", f"{file}**" if file.endswith("/") else file)]
     unique = {}
     for mutant in json.loads(tree.run("cargo", "mutants", "--list", "--json", "--diff", *patterns)):
-        # The version of the mutant's file, by git: another version is tried again.
-        version = tree.run("git", "hash-object", mutant["file"]).strip()[:12]
-        mutant["key"] = f"{version} {mutant['name']}"
+        mutant["key"] = f"{tree.version(mutant['file'])} {mutant['name']}"
         unique[mutant["name"]] = mutant
     return [unique[name] for name in sorted(unique)]
 
@@ -203,6 +210,12 @@ class Tree:
             timer.cancel()
             kill(process)
             process.wait()
+
+    @functools.cache
+    def version(self, file):
+        """The committed version of a file; a mutant can be in its place. None if there is no such file."""
+        line = self.run("git", "ls-tree", "--abbrev=12", "HEAD", file).split()
+        return line[2] if line else None
 
     def run(self, *command):
         command = [str(part) for part in command]
