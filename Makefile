@@ -4,7 +4,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults simulate simulate-mutants sweep compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready powercut powercut-quick powercut-long powercut-compose failover order proof proof-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
+.PHONY: help run check map test api faults simulate simulate-mutants sweep late compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready powercut powercut-quick powercut-long powercut-compose failover order proof proof-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
 
 help: ## List the targets (at once)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ simulate-mutants: ## Break recorder and pool in 27 places, which the simulation 
 sweep: PACKAGES = promtool=prometheus
 sweep: setup ## Try 20 rates of failure against the alerts, and print when each fires (5 minutes)
 	SWEEP=whole cargo test --locked --test it sweep:: -- --ignored --nocapture
+
+late: setup ## Find 10 000 slow visits among a million at the collector (6 minutes)
+	LATE=whole cargo test --locked --test it late::every_slow -- --ignored --nocapture
 
 # BEFORE=REVISION compares with the service of that revision, where the stores are far away.
 AGAINST = before=$(if $(BEFORE),$$(bench/before.sh '$(BEFORE)')) && set -- $${before:+--before "$$before"}

@@ -301,6 +301,14 @@ impl Fault {
         self.harm != Harm::Nothing && !matches!(self.kind, Kind::SilenceEstablished(_))
     }
 
+    /// Whether a visit is harmed as the fault is allowed to harm it.
+    pub fn is_harmed(&self, visit: &Visit) -> bool {
+        match self.harm {
+            Harm::Visits => !visit.is_recorded(),
+            Harm::Nothing | Harm::Count => !visit.is_complete(),
+        }
+    }
+
     /// Whether the fault harms every visit from the first harmed visit to its end.
     pub fn harms_every_visit(&self) -> bool {
         let leaves_some = matches!(

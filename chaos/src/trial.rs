@@ -78,6 +78,8 @@ pub const LONGEST_STOP: Duration = Duration::from_secs(11);
 const WARM: usize = 200;
 /// Timeout for complete visits after a fault.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How much longer a fault lasts at most, until it has harmed a visit to every replica.
+const HARM_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause between two kills, and before a stop.
 const MOMENT: Duration = Duration::from_millis(300);
 /// A fault that the service must recover from while active lasts longer than the allowed recovery.
@@ -266,6 +268,7 @@ impl<'a> Attempt<'a> {
             _ => effort.hold,
         };
         std::thread::sleep(hold);
+        self.wait_for_harm(from, began);
         if let Some(missing) = active.missing_evidence(self.ground)? {
             self.report_violation(format!("the fault took no effect: {missing}"));
         }
@@ -295,6 +298,29 @@ impl<'a> Attempt<'a> {
             self.suspensions.push(began..Instant::now());
         }
         Ok(active)
+    }
+
+    /// Waits until the fault has harmed a visit to every replica, if it must: while the machine's
+    /// disk stalls, no visit gets far enough. If there is none, [`Self::first_error`] reports it.
+    fn wait_for_harm(&self, from: usize, began: Instant) {
+        if self.fault.must_harm_every_replica() {
+            for replica in (0..self.services.len()).filter(|&replica| self.fault.affects(replica)) {
+                self.first_harmed(replica, from, began, HARM_TIMEOUT);
+            }
+        }
+    }
+
+    /// Waits up to `timeout` for a visit to a replica that the fault has harmed.
+    fn first_harmed(
+        &self,
+        replica: usize,
+        from: usize,
+        began: Instant,
+        timeout: Duration,
+    ) -> Option<Visit> {
+        self.ledger.find(from, timeout, |visit| {
+            visit.replica == replica && self.fault.is_harmed(visit) && visit.ended > began
+        })
     }
 
     /// Checks that a fault without harm took effect: by the duration of visits, or by the visits of
@@ -404,21 +430,14 @@ impl<'a> Attempt<'a> {
         began: Instant,
         active: &Range<Instant>,
     ) -> Option<Visit> {
-        let harm = self.fault.harm;
-        let is_harmed = |visit: &Visit| match harm {
-            Harm::Visits => !visit.is_recorded(),
-            Harm::Nothing | Harm::Count => !visit.is_complete(),
-        };
-        let error = self.ledger.find(from, Duration::ZERO, |visit| {
-            visit.replica == replica && is_harmed(visit) && visit.ended > began
-        });
+        let error = self.first_harmed(replica, from, began, Duration::ZERO);
         match error {
             Some(error) if self.fault.harms_every_visit() => {
                 let spared = self.ledger.find(from, Duration::ZERO, |visit| {
                     visit.replica == replica
                         && visit.sent > error.ended.max(active.start)
                         && visit.ended < active.end
-                        && !is_harmed(visit)
+                        && !self.fault.is_harmed(visit)
                 });
                 if let Some(spared) = spared {
                     let after = spared.sent - began;

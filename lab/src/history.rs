@@ -100,6 +100,8 @@ pub struct PowerCut {
 
 /// Maximum difference between the service's and the client's clock readings, in microseconds.
 const TOLERANCE: i64 = 10_000;
+/// How much later than its client gave up a visit can be counted: the default of `VISIT_TIMEOUT`.
+const LATEST_COUNT: Duration = Duration::from_secs(2);
 
 impl Visit {
     /// How long the client waited.
@@ -140,8 +142,10 @@ impl Visit {
     /// The lives of Redis (periods between restarts, from 0) in which the visit can have been
     /// counted. Empty if Redis was down for the whole visit.
     fn redis_lives(&self, outages: &[Range<Instant>]) -> RangeInclusive<usize> {
+        // The service can still count a visit whose client has left or given up.
+        let counted = self.ended + LATEST_COUNT * u32::from(self.is_in_doubt());
         let started = outages.iter().filter(|outage| outage.start <= self.sent);
-        let over = outages.iter().filter(|outage| outage.end <= self.ended);
+        let over = outages.iter().filter(|outage| outage.end <= counted);
         started.count()..=over.count()
     }
 }

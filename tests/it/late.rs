@@ -1,5 +1,6 @@
 //! Late traces: those of requests that were not sampled, and turned out slow or failed.
 
+use std::env;
 use std::time::{Duration, SystemTime};
 
 use lab::metrics::whole;
@@ -194,10 +195,25 @@ async fn slow_visit_whose_client_disconnects_has_a_trace_without_a_status() {
 }
 
 /// A lock delays all visits in bursts while clients go on visiting, with one visit in a hundred
-/// sampled. So few clients fail less often than late traces are limited to.
+/// sampled. So few clients fail less often than late traces are limited to. `LATE=whole`: 10 000 slow
+/// visits among a million, without a failure (`make late`).
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes long: make faults"]
 async fn every_slow_or_failed_visit_among_many_is_found_at_the_collector() {
+    const SLOW: Duration = Duration::from_millis(600);
+    // Longer than DB_TIMEOUT, so that visits fail.
+    const FAILS: Duration = Duration::from_millis(1500);
+    let is_whole = env::var_os("LATE").is_some_and(|value| value == "whole");
+    let (clients, bursts, last) = if is_whole {
+        (256, 45, SLOW)
+    } else {
+        (16, 4, FAILS)
+    };
+    let (min_visits, min_slow) = if is_whole {
+        (1_000_000, 10_000)
+    } else {
+        (0, 4 * 8)
+    };
     let (world, collector) = (World::new(), Collector::start().await);
     let settings = [
         LATE[0],
@@ -205,30 +221,22 @@ async fn every_slow_or_failed_visit_among_many_is_found_at_the_collector() {
         ("ACCESS_SLOW", "500ms"),
     ];
     let service = traced_with(&world, &collector, &settings).await;
-    let load = Load::start(&[&service], 16);
-    // The last one is longer than DB_TIMEOUT, so that its visits fail.
-    for held in [600, 600, 600, 600, 1500] {
+    let load = Load::start(&[&service], clients);
+    let mut held = 0;
+    let mut durations = Durations::read(&service).await;
+    while held < bursts || durations.all < min_visits {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let count = HeldCount::of(&world).await;
-        tokio::time::sleep(Duration::from_millis(held)).await;
-        count.release().await;
+        if held < bursts {
+            hold(&world, SLOW).await;
+            held += 1;
+        }
+        durations = Durations::read(&service).await;
     }
+    hold(&world, last).await;
     let visits = load.stop().await;
-    let metrics = service.metrics().await;
-    let sum = |start: &str, bound: &str| -> u64 {
-        let series = metrics.series(start);
-        let wanted =
-            series.filter(|(name, _)| name.contains("route=\"/\"") && name.contains(bound));
-        wanted.map(|(_, value)| whole(value).unwrap()).sum()
-    };
-    let all = sum("http_server_request_duration_seconds_count", "\"200\"");
-    let fast = sum(
-        "http_server_request_duration_seconds_bucket",
-        "code=\"200\",le=\"0.5\"",
-    );
-    let failed = sum("http_server_request_duration_seconds_count", "\"503\"");
-    let slow = all - fast;
-    assert!(slow >= 4 * 8 && failed >= 1, "{slow} {failed} of {all}");
+    let Durations { slow, failed, .. } = Durations::read(&service).await;
+    assert!(slow >= min_slow, "{slow} of {}", visits.len());
+    assert_eq!(failed >= 1, !is_whole, "{failed} of {}", visits.len());
     let late = |exported: &&ExportedSpan| {
         let (began, ended) = times(exported);
         let code = exported.integer("http.response.status_code");
@@ -242,6 +250,7 @@ async fn every_slow_or_failed_visit_among_many_is_found_at_the_collector() {
     .await;
     let of = visits.len();
     assert_eq!(found, slow + failed, "of {of} visits");
+    println!("{found} traces of {slow} slow and {failed} failed visits, of {of}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -272,6 +281,44 @@ async fn late_traces_are_limited_and_the_log_counts_the_others() {
 /// The settings of [`LATE`] for a service in which no visit is slow.
 fn never_slow() -> [(&'static str, &'static str); 3] {
     [LATE[0], LATE[1], ("ACCESS_SLOW", "1h")]
+}
+
+/// The visits so far, by the histogram of request durations.
+struct Durations {
+    all: u64,
+    /// Recorded, in more than half a second.
+    slow: u64,
+    failed: u64,
+}
+
+impl Durations {
+    async fn read(service: &Service) -> Self {
+        let metrics = service.metrics().await;
+        let sum = |start: &str, bound: &str| -> u64 {
+            let series = metrics.series(start);
+            let wanted =
+                series.filter(|(name, _)| name.contains("route=\"/\"") && name.contains(bound));
+            wanted.map(|(_, value)| whole(value).unwrap()).sum()
+        };
+        let recorded = sum("http_server_request_duration_seconds_count", "\"200\"");
+        let fast = sum(
+            "http_server_request_duration_seconds_bucket",
+            "code=\"200\",le=\"0.5\"",
+        );
+        let failed = sum("http_server_request_duration_seconds_count", "\"503\"");
+        Self {
+            all: recorded + failed,
+            slow: recorded - fast,
+            failed,
+        }
+    }
+}
+
+/// Holds the count for so long.
+async fn hold(world: &World, held: Duration) {
+    let count = HeldCount::of(world).await;
+    tokio::time::sleep(held).await;
+    count.release().await;
 }
 
 /// Makes a visit that takes at least [`HELD`] in Postgres.

@@ -249,6 +249,22 @@ fn visit_that_spans_two_lives_of_redis_is_of_either() {
 }
 
 #[test]
+fn visit_whose_client_left_is_counted_after_the_restart_of_redis() {
+    let clock = Clock::start();
+    let outages = [clock.instant(5000)..clock.instant(5100)];
+    let found = |left: u64| {
+        let visits = [
+            clock.recorded(0, 10, 1, Some(1)),
+            clock.visit(left, left + 5, Outcome::Left),
+            clock.recorded(5120, 5130, 3, Some(2)),
+        ];
+        verdict_with(&visits, &[row(5), row(left), row(5125)], &outages).redis
+    };
+    assert_eq!(found(5090), Numbers::default());
+    assert_eq!(found(1000).unexplained, 1, "long before the restart");
+}
+
+#[test]
 fn number_missing_in_redis_is_explained_by_a_visit_without_a_number() {
     let clock = Clock::start();
     let second = |redis| {
