@@ -72,7 +72,7 @@ sweep: PACKAGES = promtool=prometheus
 sweep: setup ## Try 20 rates of failure against the alerts, and print when each fires (5 minutes)
 	SWEEP=whole cargo test --locked --test it sweep:: -- --ignored --nocapture
 
-late: setup ## Find 10 000 slow visits among a million at the collector (6 minutes)
+late: setup ## Find 10 000 slow visits among a million at the collector (3 minutes)
 	LATE=whole cargo test --locked --test it late::every_slow -- --ignored --nocapture
 
 # BEFORE=REVISION compares with the service of that revision, where the stores are far away.
