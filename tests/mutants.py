@@ -2,23 +2,26 @@
 """Break the service in one place at a time and see whether a test notices.
 
     tests/mutants.py [--files PATH ...] [--every N] [--minutes N] [--workers N]
+                     [--retry RESULT]
 
 cargo-mutants (`cargo install cargo-mutants --locked`) lists the mutants. Each worker builds one mutant
-after the other in a work tree of its own, and runs the integration tests of the committed revision that
-are listed below for the mutated file, then the unit tests of its module. A mutant is caught as soon as
-a test fails, by itself once more, or when the tests hang, and missed if all tests pass. A mutant that
-does not compile is not counted. Results are kept in tests/mutants.json, so a run continues where the last
-one ended, on any machine; a mutant is tried again when its file has changed, or when the tests hung with
---retry-hangs.
+after the other in a work tree of its own, and runs the tests of the committed revision that are listed
+below for the mutated file: the unit tests of its module, integration tests, and last those that
+`make faults` runs. A mutant is caught as soon as a test fails, by itself once more, or when the tests
+hang, and missed if all tests pass. A mutant that does not compile is not counted. Results are kept in
+tests/mutants.json, so a run continues where the last one ended, on any machine. A mutant is tried again
+when its file has changed (its unit tests apart), or with --retry, as `--retry missed` after a new test.
 """
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import pathlib
 import queue
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -30,23 +33,28 @@ TREES = ROOT / "target" / "mutants"
 # What earlier runs found, by version of the file and mutant.
 KNOWN = ROOT / "tests" / "mutants.json"
 
-# Seconds after which a build, or a run of tests, counts as hanging.
-TIMEOUT = 300
+# Seconds without a line of output after which a build, or a run of tests, counts as hanging.
+TIMEOUT = 120
 
 # Five runs of the tests each had a failure, and none of them twice. Such a mutant is tried again next time.
 UNCLEAR = "a failure that does not repeat"
 
-# Tests that most mutants fail, whichever file they are in.
-QUICK = ["http::second_visit_counts_two", "commands::"]
+# A test that many mutants fail, whichever file they are in.
+QUICK = ["http::second_visit_counts_two"]
+# Files that the simulated schedules run through.
+SIMULATED = [
+    "src/recorder/mod.rs", "src/recorder/pace.rs", "src/recorder/timer.rs", "src/recorder/turns.rs",
+    "src/store/availability.rs", "src/store/call.rs", "src/store/pool.rs", "src/store/watch.rs",
+]
 STORE = [
-    "adoption::", "batch::", "count::", "kept::", "outage::", "promise::", "relapse::", "repair::",
+    "adoption::", "batch::", "commands::", "count::", "kept::", "outage::", "promise::", "relapse::", "repair::",
     "replaced::", "resources::", "restored::", "roles::", "spans::", "spared::",
 ]
 POSTGRES = [*STORE, "ledger::", "logins::", "poolers::", "tls::", "urls::"]
 TESTS = {
     "src/recorder/": ["abandoned::", "batch::", "load::", "outage::", "promise::", "shutdown::", "spans::", "unread::"],
     "src/routes/": ["adoption::", "http::", "outage::", "promise::", "restored::", "roles::", "shutdown::"],
-    "src/lifecycle.rs": ["rolling::", "shutdown::"],
+    "src/lifecycle.rs": ["commands::", "rolling::", "shutdown::"],
     "src/store/postgres/trust.rs": ["roots::"],
     "src/store/postgres/session.rs": ["roots::", *POSTGRES],
     "src/store/postgres/": POSTGRES,
@@ -64,16 +72,15 @@ def main():
     arguments.add_argument("--every", type=int, default=1, metavar="N", help="try each Nth mutant only")
     arguments.add_argument("--minutes", type=float, default=240, metavar="N", help="stop after N minutes")
     arguments.add_argument("--workers", type=int, default=2, metavar="N", help="mutants tried at a time")
-    arguments.add_argument("--retry-hangs", action="store_true", help="try mutants again whose tests hung")
+    arguments.add_argument("--retry", default="-", metavar="RESULT", help="try mutants again that had this result")
     options = arguments.parse_args()
 
     trees = [Tree(number) for number in range(options.workers)]
     mutants = list_mutants(trees[0], options.files)[:: options.every]
     known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
-    retried = "hangs" if options.retry_hangs else "-"
     waiting = queue.SimpleQueue()
     for mutant in mutants:
-        if retried in known.get(mutant["key"], retried):
+        if options.retry in known.get(mutant["key"], options.retry):
             waiting.put(mutant)
     print(f"{len(mutants)} mutants, {waiting.qsize()} of them to try", flush=True)
 
@@ -132,7 +139,10 @@ class Tree:
 
     def __init__(self, number):
         self.path = TREES / str(number)
-        self.environment = {**os.environ, "CARGO_TARGET_DIR": str(self.path / "target")}
+        # Nobody reads the debug information, and it is half of the time of a build.
+        self.environment = {
+            **os.environ, "CARGO_TARGET_DIR": str(self.path / "target"), "CARGO_PROFILE_DEV_DEBUG": "false",
+        }
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
         if self.path.exists():
             self.run("git", "checkout", "--quiet", "--force", "--detach", head)
@@ -164,10 +174,12 @@ class Tree:
             # Golden files are found by this variable. Builds do not get it: build scripts would run again.
             program = ["env", f"CARGO_MANIFEST_DIR={self.path}", self.tests]
             unit = ["cargo", "test", "--package", "visitas", "--lib", "--locked", "--"]
+            integration = filters_of(mutant["file"])
             for command, filters in (
                 (program, QUICK),
-                (program, ["--include-ignored", *filters_of(mutant["file"])]),
-                (unit, [f"{module_of(mutant['file'])}::"]),
+                (unit, units_of(mutant["file"])),
+                (program, integration),
+                (program, ["--ignored", *integration]),
             ):
                 if failure := self.confirmed_failure(command, filters):
                     return f"caught: {failure}"
@@ -188,34 +200,29 @@ class Tree:
     def failure(self, command):
         """Runs a command; returns its first failed test, what else is wrong, or None. Its whole process group ends with it."""
         process = subprocess.Popen(
-            command, cwd=self.path, env=self.environment, start_new_session=True, text=True, errors="replace",
+            command, cwd=self.path, env=self.environment, start_new_session=True, bufsize=0,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )
-        hung = threading.Event()
-
-        def end():
-            hung.set()
-            kill(process)
-
-        timer = threading.Timer(TIMEOUT, end)
-        timer.start()
         try:
-            for line in process.stdout:
+            while select.select([process.stdout], [], [], TIMEOUT)[0]:
+                # Unbuffered, so that what has been read is all that select does not see.
+                line = process.stdout.readline().decode(errors="replace")
                 if failed := re.match(r"test (\S+) .*\.\.\. FAILED", line):
                     return failed[1]
-            if process.wait() == 0:
-                return None
-            return "hangs" if hung.is_set() else f"status {process.returncode}"
+                if not line:
+                    return f"status {process.returncode}" if process.wait() else None
+            return "hangs"
         finally:
-            timer.cancel()
             kill(process)
             process.wait()
 
     @functools.cache
     def version(self, file):
-        """The committed version of a file; a mutant can be in its place. None if there is no such file."""
-        line = self.run("git", "ls-tree", "--abbrev=12", "HEAD", file).split()
-        return line[2] if line else None
+        """Names what is committed of a file but its unit tests; a mutant can be in its place. None if there is none."""
+        shown = subprocess.run(["git", "show", f"HEAD:{file}"], cwd=self.path, capture_output=True)
+        if shown.returncode:
+            return None
+        return hashlib.sha256(shown.stdout.split(b"\n#[cfg(test)]\nmod tests {")[0]).hexdigest()[:12]
 
     def run(self, *command):
         command = [str(part) for part in command]
@@ -234,8 +241,9 @@ def filters_of(file):
     return TESTS[max((key for key in TESTS if file.startswith(key)), key=len, default="src/store/")]
 
 
-def module_of(file):
-    return file.removeprefix("src/").removesuffix(".rs").removesuffix("/mod").replace("/", "::")
+def units_of(file):
+    module = file.removeprefix("src/").removesuffix(".rs").removesuffix("/mod").replace("/", "::")
+    return [f"{module}::", *(["simulation::"] if file in SIMULATED else [])]
 
 
 if __name__ == "__main__":
