@@ -46,20 +46,26 @@ SIMULATED = [
     "src/recorder/mod.rs", "src/recorder/pace.rs", "src/recorder/timer.rs", "src/recorder/turns.rs",
     "src/store/availability.rs", "src/store/call.rs", "src/store/pool.rs", "src/store/watch.rs",
 ]
-STORE = [
-    "adoption::", "batch::", "commands::", "count::", "kept::", "outage::", "promise::", "relapse::", "repair::",
-    "replaced::", "resources::", "restored::", "roles::", "spans::", "spared::",
-]
-POSTGRES = [*STORE, "ledger::", "logins::", "poolers::", "tls::", "urls::"]
 TESTS = {
-    "src/recorder/": ["abandoned::", "batch::", "load::", "outage::", "promise::", "shutdown::", "spans::", "unread::"],
-    "src/routes/": ["adoption::", "http::", "outage::", "promise::", "restored::", "roles::", "shutdown::"],
     "src/lifecycle.rs": ["commands::", "rolling::", "shutdown::"],
-    "src/store/postgres/trust.rs": ["roots::"],
-    "src/store/postgres/session.rs": ["roots::", *POSTGRES],
-    "src/store/postgres/": POSTGRES,
-    "src/store/redis/": [*STORE, "redis_logins::", "urls::"],
-    "src/store/": STORE,
+    "src/recorder/": ["abandoned::", "batch::", "load::", "outage::", "promise::", "shutdown::", "spans::", "unread::"],
+    "src/routes/health.rs": ["commands::", "http::", "outage::", "replaced::", "restored::", "roles::", "shutdown::"],
+    "src/routes/visit.rs": ["http::", "kept::", "outage::", "promise::", "restored::", "spans::"],
+    "src/store/": ["batch::", "metrics::", "outage::", "relapse::", "resources::", "restored::", "spans::", "spared::"],
+    "src/store/files.rs": ["logins::", "roots::"],
+    "src/store/postgres/attempts.rs": ["adoption::"],
+    "src/store/postgres/error.rs": ["adoption::", "outage::", "relapse::", "restored::", "roles::", "spans::"],
+    "src/store/postgres/login.rs": ["logins::", "roots::", "strangers::", "tls::", "urls::"],
+    "src/store/postgres/long_session.rs": ["adoption::", "repair::"],
+    "src/store/postgres/migrate.rs": ["adoption::", "commands::", "replaced::", "roles::"],
+    "src/store/postgres/mod.rs": ["adoption::", "count::", "ledger::", "outage::", "replaced::", "restored::", "roles::"],
+    "src/store/postgres/route.rs": ["far::", "logins::", "outage::"],
+    "src/store/postgres/session.rs": ["logins::", "poolers::", "promise::", "roots::", "spans::", "tls::"],
+    "src/store/postgres/statements.rs": [
+        "abandoned::", "batch::", "count::", "kept::", "ledger::", "promise::", "repair::", "restored::",
+    ],
+    "src/store/postgres/trust.rs": ["roots::", "tls::"],
+    "src/store/redis/": ["kept::", "outage::", "redis_logins::", "repair::", "restored::", "spans::", "tls::", "urls::"],
 }
 ROOMS = ["src/recorder/", "src/routes/health.rs", "src/routes/visit.rs", "src/lifecycle.rs", "src/store/"]
 
@@ -139,9 +145,11 @@ class Tree:
 
     def __init__(self, number):
         self.path = TREES / str(number)
-        # Nobody reads the debug information, and it is half of the time of a build.
+        # Nobody reads the debug information, and it is half of the time of a build. Few schedules,
+        # since tests with real servers follow.
         self.environment = {
             **os.environ, "CARGO_TARGET_DIR": str(self.path / "target"), "CARGO_PROFILE_DEV_DEBUG": "false",
+            "SCHEDULES": "400",
         }
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
         if self.path.exists():
@@ -177,11 +185,11 @@ class Tree:
             integration = filters_of(mutant["file"])
             for command, filters in (
                 (program, QUICK),
-                (unit, units_of(mutant["file"])),
+                (unit, units_of(mutant["file"], source)),
                 (program, integration),
                 (program, ["--ignored", *integration]),
             ):
-                if failure := self.confirmed_failure(command, filters):
+                if filters and (failure := self.confirmed_failure(command, filters)):
                     return f"caught: {failure}"
             return "missed"
         finally:
@@ -238,12 +246,13 @@ def kill(process):
 
 
 def filters_of(file):
-    return TESTS[max((key for key in TESTS if file.startswith(key)), key=len, default="src/store/")]
+    return TESTS[max((key for key in TESTS if file.startswith(key)), key=len)]
 
 
-def units_of(file):
+def units_of(file, source):
     module = file.removeprefix("src/").removesuffix(".rs").removesuffix("/mod").replace("/", "::")
-    return [f"{module}::", *(["simulation::"] if file in SIMULATED else [])]
+    units = [f"{module}::tests::"] if "#[cfg(test)]" in source else []
+    return [*units, *(["simulation::"] if file in SIMULATED else [])]
 
 
 if __name__ == "__main__":
