@@ -48,7 +48,10 @@ SIMULATED = [
 ]
 TESTS = {
     "src/lifecycle.rs": ["commands::", "rolling::", "shutdown::"],
-    "src/recorder/": ["abandoned::", "batch::", "load::", "outage::", "promise::", "shutdown::", "spans::", "unread::"],
+    "src/recorder/": [
+        "abandoned::", "batch::", "late::", "load::", "outage::", "promise::", "relapse::", "shutdown::", "spans::",
+        "unread::",
+    ],
     "src/routes/health.rs": ["commands::", "http::", "outage::", "replaced::", "restored::", "roles::", "shutdown::"],
     "src/routes/visit.rs": ["http::", "kept::", "outage::", "promise::", "restored::", "spans::"],
     "src/store/": ["batch::", "metrics::", "outage::", "relapse::", "resources::", "restored::", "spans::", "spared::"],

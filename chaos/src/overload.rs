@@ -56,11 +56,11 @@ pub struct Step {
 }
 
 /// The delay to and from Postgres, in each direction.
-const DISTANCE: Duration = Duration::from_millis(10);
+const DISTANCE: Duration = Duration::from_millis(40);
 /// The queue's capacity.
 pub const CAPACITY: usize = 16;
-/// One batch in flight and one in the queue: no visit is refused.
-const CLOSED_CLIENTS: usize = 2 * CAPACITY;
+/// As many batches as the service has in flight at most, and one in the queue: no visit is refused.
+const CLOSED_CLIENTS: usize = (4 + 1) * CAPACITY;
 /// Enough that each due visit finds a free connection.
 const CONNECTIONS: usize = 512;
 const SECOND: Duration = Duration::from_secs(1);

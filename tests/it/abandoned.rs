@@ -83,7 +83,30 @@ async fn visit_whose_client_disconnects_after_its_batch_was_sent_is_recorded() {
 
     count.release().await;
     assert_eq!(service.visit().await, (2, 2));
+    assert_eq!(service.counted("ok").await, 2);
+    assert_eq!(service.counted("in_doubt").await, 0);
     assert_eq!(service.counted("abandoned").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn visit_whose_client_disconnects_before_its_batch_fails_is_counted_as_failed() {
+    let world = World::new();
+    let timeouts = [("DB_TIMEOUT", "2s"), ("VISIT_TIMEOUT", "9s")];
+    let service = world.serve_with(&timeouts).await;
+    let mut count = HeldCount::of(&world).await;
+    let mut leaving = Wire::open(&service).await;
+    leaving.send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").await;
+    count.until_waited_for().await;
+    leaving.reset();
+
+    // The wait for the lock ends first, so the statement certainly took no effect.
+    eventually("it is counted", SOON, async || {
+        service.counted("failed").await == 1
+    })
+    .await;
+    assert_eq!(service.counted("in_doubt").await, 0);
+    count.release().await;
+    assert_eq!(world.rows().await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -143,6 +166,13 @@ async fn visit_whose_deadline_passes_in_the_queue_is_refused_and_not_recorded() 
     assert_eq!(first.await.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
     eventually("both are counted", SOON, async || {
         service.counted("failed").await == 1 && service.counted("in_doubt").await == 1
+    })
+    .await;
+    eventually("both are in the rates", SOON, async || {
+        let read = service.get("/visitas").await.json();
+        let rates = read["replica"]["taxas"].as_array().expect("rates");
+        let failures = rates.iter().filter_map(|rate| rate["falhas"].as_u64());
+        failures.sum::<u64>() == 2
     })
     .await;
     assert_eq!(

@@ -530,7 +530,9 @@ impl World {
             let (sent, was_refused) = (server.sent(arrival), server.has_refused(arrival));
             let begun = server.begun(arrival);
             // Its client does not know how its batch ends.
-            let is_cut_off = visit.took() >= self.visit_timeout || ending == Ending::Abort;
+            let is_late = visit.took() >= self.visit_timeout;
+            let can_be_begun = begun.is_some() || has_twin(visit, visits);
+            let is_cut_off = is_late || (ending == Ending::Abort && can_be_begun);
             let is_right = match reply {
                 Reply::Recorded(total, _) => place == Some(*total),
                 Reply::Refused(Refusal::InDoubt) => is_cut_off || (sent.is_some() && !was_refused),
@@ -575,13 +577,8 @@ impl World {
             .iter()
             .filter(|(visit, _)| visit.took() >= self.visit_timeout)
             .collect();
-        // The recorder tells visits apart by the moment they were queued, so one that waits is in doubt
-        // if another of its moment is in flight. Outside of paused time no two moments are the same.
-        let has_twin = |late: &&&(Visit, Reply)| {
-            let twins = visits.iter().filter(|other| other.0.sent == late.0.sent);
-            twins.count() > 1
-        };
-        let ambiguous = late.iter().filter(has_twin).count() as u64;
+        let has_twin = |late: &&(Visit, Reply)| has_twin(&late.0, visits);
+        let ambiguous = late.iter().copied().filter(has_twin).count() as u64;
         let lost = match ending {
             Ending::Abort => left + late.len() as u64,
             Ending::Idle | Ending::Stop => 0,
@@ -695,4 +692,11 @@ impl World {
         let since = (now - self.timeline.began()).as_millis();
         START + MILLISECOND * i64::try_from(since).expect("a short schedule")
     }
+}
+
+/// Whether another visit was queued at the same moment. The recorder tells visits apart by it, so one
+/// that waits is in doubt if its twin is in flight. Outside of paused time no two moments are the same.
+fn has_twin(visit: &Visit, visits: &[(Visit, Reply)]) -> bool {
+    let twins = visits.iter().filter(|other| other.0.sent == visit.sent);
+    twins.count() > 1
 }
