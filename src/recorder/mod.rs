@@ -619,4 +619,15 @@ mod tests {
             assert!(!progress.still_waits(taken));
         }
     }
+    #[test]
+    fn only_a_timeout_here_or_in_the_server_blames_the_size_of_a_batch() {
+        let refused = |code: &str| Error::Refused {
+            code: code.to_owned(),
+            source: "refused".into(),
+        };
+        assert!(is_timeout(&Error::Timeout(Duration::from_secs(1))));
+        assert!(is_timeout(&refused(QUERY_CANCELED)));
+        assert!(!is_timeout(&refused("53100")));
+        assert!(!is_timeout(&Error::Connection("reset".into())));
+    }
 }

@@ -220,6 +220,20 @@ mod tests {
     }
 
     #[test]
+    fn turn_opens_at_the_very_moment_that_it_names() {
+        let (pace, now) = pace(3.4, 1.0);
+        let opens = pace.turn(now, 1, millis(1.0)).changes.expect("a moment");
+        assert!(pace.turn(opens, 1, millis(1.0)).is_open);
+    }
+
+    #[test]
+    fn one_slow_batch_changes_the_pace_little() {
+        let (mut pace, now) = pace(3.4, 1.0);
+        pace.arrive(millis(10.0), Some(millis(1.0)), millis(11.0));
+        assert!(pace.turn(now + millis(3.5), 1, millis(1.0)).is_open);
+    }
+
+    #[test]
     fn no_batch_joins_one_that_waits_for_the_lock() {
         let (pace, now) = pace(2.0, 1.0);
         let turn = pace.turn(now + millis(5.9), 1, millis(1.0));

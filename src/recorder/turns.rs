@@ -136,6 +136,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn batches_in_the_order_of_postgres_follow_at_once_while_an_earlier_one_is_awaited() {
+        let turns = Turns::new();
+        let (_first, second, third) = (turns.leave(), turns.leave(), turns.leave());
+        turns.reply(second);
+        turns.reply(third);
+        assert!(is_open(&turns, second, 0, 2).await);
+        assert!(is_open(&turns, third, 2, 4).await);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn visits_of_another_replica_delay_nothing() {
         let turns = Turns::new();
         let first = turns.leave();
