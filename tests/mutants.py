@@ -49,11 +49,11 @@ SIMULATED = [
 TESTS = {
     "src/lifecycle.rs": ["commands::", "rolling::", "shutdown::"],
     "src/recorder/": [
-        "abandoned::", "batch::", "late::", "load::", "outage::", "promise::", "relapse::", "shutdown::", "spans::",
-        "unread::",
+        "abandoned::", "batch::", "http::", "late::", "load::", "outage::", "promise::", "relapse::", "shutdown::",
+        "spans::", "unread::",
     ],
     "src/routes/health.rs": ["commands::", "http::", "outage::", "replaced::", "restored::", "roles::", "shutdown::"],
-    "src/routes/visit.rs": ["http::", "kept::", "outage::", "promise::", "restored::", "spans::"],
+    "src/routes/visit.rs": ["http::", "kept::", "late::", "outage::", "page::", "promise::", "restored::", "spans::"],
     "src/store/": ["batch::", "metrics::", "outage::", "relapse::", "resources::", "restored::", "spans::", "spared::"],
     "src/store/files.rs": ["logins::", "roots::"],
     "src/store/postgres/attempts.rs": ["adoption::"],

@@ -3,6 +3,8 @@
 //! The routes only read the state that the monitor keeps, so they respond at once even while a
 //! store hangs. Must not know: how a store is probed.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -229,8 +231,22 @@ fn check(availability: &Availability) -> StoreCheck {
         } else {
             StoreStatus::Unavailable
         },
-        latency_ms: availability
-            .latency()
-            .map(|latency| (latency.as_secs_f64() * 1e6).round() / 1e3),
+        latency_ms: availability.latency().map(milliseconds),
+    }
+}
+
+/// In milliseconds, to the microsecond.
+fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(clippy::float_cmp, reason = "the number that is printed")]
+    fn latency_is_in_milliseconds_to_the_microsecond() {
+        assert_eq!(milliseconds(Duration::from_nanos(12_345_678)), 12.346);
     }
 }
