@@ -4,7 +4,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults simulate simulate-mutants sweep late compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready powercut powercut-quick powercut-long powercut-compose failover order proof proof-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
+.PHONY: help run check map test api faults simulate simulate-mutants mutants sweep late compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready powercut powercut-quick powercut-long powercut-compose failover order proof proof-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
 
 help: ## List the targets (at once)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ simulate: ## Try a million schedules in simulated time; SEED=n prints the timeli
 
 simulate-mutants: ## Break recorder and pool in 27 places, which the simulation must notice (15 minutes)
 	@tests/simulation.py
+
+mutants: MINUTES ?= 240
+mutants: setup ## Break recorder, stores, health and visit in some 950 places, which a test must notice (hours)
+	@tests/mutants.py --minutes $(MINUTES)
 
 sweep: PACKAGES = promtool=prometheus
 sweep: setup ## Try 20 rates of failure against the alerts, and print when each fires (5 minutes)
