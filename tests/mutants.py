@@ -40,6 +40,8 @@ REASONS = ROOT / "tests" / "mutants_missed.json"
 
 # Seconds without a line of output after which a build, or a run of tests, counts as hanging.
 TIMEOUT = 120
+# The same for unit tests: a mutant that never waits keeps the processors busy.
+UNIT_TIMEOUT = 50
 
 # Five runs of the tests each had a failure, and none of them twice. Such a mutant is tried again next time.
 UNCLEAR = "a failure that does not repeat"
@@ -204,30 +206,34 @@ class Tree:
                 (program, integration),
                 (program, ["--ignored", *integration]),
             ):
-                if filters and (failure := self.confirmed_failure(command, filters)):
+                if not filters:
+                    continue
+                if command is unit:
+                    self.run(*unit[:-1], "--no-run", "--quiet")
+                if failure := self.confirmed_failure(command, filters, UNIT_TIMEOUT if command is unit else TIMEOUT):
                     return f"caught: {failure}"
             return "missed"
         finally:
             file.write_text(source)
 
-    def confirmed_failure(self, command, filters):
+    def confirmed_failure(self, command, filters, limit):
         """The first failed test that fails by itself as well: one that only a busy machine failed is no catch."""
         for _ in range(5):
-            failure = self.failure([*command, *filters])
+            failure = self.failure([*command, *filters], limit)
             if failure is None or "::" not in failure:
                 return failure
-            if self.failure([*command, "--include-ignored", "--exact", failure]):
+            if self.failure([*command, "--include-ignored", "--exact", failure], limit):
                 return failure
         return UNCLEAR
 
-    def failure(self, command):
+    def failure(self, command, limit=TIMEOUT):
         """Runs a command; returns its first failed test, what else is wrong, or None. Its whole process group ends with it."""
         process = subprocess.Popen(
             command, cwd=self.path, env=self.environment, start_new_session=True, bufsize=0,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )
         try:
-            while select.select([process.stdout], [], [], TIMEOUT)[0]:
+            while select.select([process.stdout], [], [], limit)[0]:
                 # Unbuffered, so that what has been read is all that select does not see.
                 line = process.stdout.readline().decode(errors="replace")
                 if failed := re.match(r"test (\S+) .*\.\.\. FAILED", line):
