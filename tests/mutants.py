@@ -208,8 +208,8 @@ class Tree:
             ):
                 if not filters:
                     continue
-                if command is unit:
-                    self.run(*unit[:-1], "--no-run", "--quiet")
+                if command is unit and self.failure([*unit[:-1], "--no-run", "--quiet"]):
+                    return "does not compile"
                 if failure := self.confirmed_failure(command, filters, UNIT_TIMEOUT if command is unit else TIMEOUT):
                     return f"caught: {failure}"
             return "missed"
