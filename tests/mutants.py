@@ -2,13 +2,14 @@
 """Break the service in one place at a time and see whether a test notices.
 
     tests/mutants.py [--files PATH ...] [--every N] [--minutes N] [--workers N]
-                     [--retry RESULT]
+                     [--retry RESULT] [--faults]
 
 cargo-mutants (`cargo install cargo-mutants --locked`) lists the mutants. Each worker builds one mutant
 after the other in a work tree of its own, and runs the tests of the committed revision that are listed
-below for the mutated file: the unit tests of its module, integration tests, and last those that
-`make faults` runs. A mutant is caught as soon as a test fails, by itself once more, or when the tests
-hang, and missed if all tests pass. A mutant that does not compile is not counted. Results are kept in
+below for the mutated file: the unit tests of its module, and integration tests. A mutant is caught as
+soon as a test fails, by itself once more, or when the tests hang, and missed if all tests pass. With
+--faults those that were missed meet the tests of `make faults`, one mutant at a time, since these
+tests read clocks. A mutant that does not compile is not counted. Results are kept in
 tests/mutants.json, so a run continues where the last one ended, on any machine. A mutant is tried again
 when its file has changed (its unit tests apart), or with --retry, as `--retry missed` after a new test.
 tests/mutants_missed.json says of a mutant that no test can catch, or need not, why.
@@ -43,8 +44,9 @@ TIMEOUT = 120
 # The same for unit tests: a mutant that never waits keeps the processors busy.
 UNIT_TIMEOUT = 50
 
-# Five runs of the tests each had a failure, and none of them twice. Such a mutant is tried again next time.
-UNCLEAR = "a failure that does not repeat"
+MISSED = "missed"
+# Missed by the tests of `make faults` as well.
+MISSED_BY_ALL = "missed by all"
 
 # A test that many mutants fail, whichever file they are in.
 QUICK = ["http::second_visit_counts_two"]
@@ -62,6 +64,9 @@ TESTS = {
     "src/routes/health.rs": ["commands::", "http::", "outage::", "replaced::", "restored::", "roles::", "shutdown::"],
     "src/routes/visit.rs": ["http::", "kept::", "late::", "outage::", "page::", "promise::", "restored::", "spans::"],
     "src/store/": ["batch::", "metrics::", "outage::", "relapse::", "resources::", "restored::", "spans::", "spared::"],
+    "src/store/availability.rs": [
+        "log::", "outage::", "page::", "redis_logins::", "relapse::", "roles::", "spared::", "visitas_route::",
+    ],
     "src/store/files.rs": ["logins::", "roots::"],
     "src/store/postgres/attempts.rs": ["adoption::"],
     "src/store/postgres/error.rs": ["adoption::", "outage::", "relapse::", "restored::", "roles::", "spans::"],
@@ -88,8 +93,11 @@ def main():
     arguments.add_argument("--every", type=int, default=1, metavar="N", help="try each Nth mutant only")
     arguments.add_argument("--minutes", type=float, default=240, metavar="N", help="stop after N minutes")
     arguments.add_argument("--workers", type=int, default=2, metavar="N", help="mutants tried at a time")
-    arguments.add_argument("--retry", default="-", metavar="RESULT", help="try mutants again that had this result")
+    arguments.add_argument("--retry", metavar="RESULT", help="try mutants again that had this result")
+    arguments.add_argument("--faults", action="store_true", help="try missed mutants with the tests of make faults")
     options = arguments.parse_args()
+    if options.faults:
+        options.workers, options.retry = 1, MISSED
 
     trees = [Tree(number) for number in range(options.workers)]
     mutants = list_mutants(trees[0], options.files)[:: options.every]
@@ -97,19 +105,21 @@ def main():
     reasons = json.loads(REASONS.read_text())
     waiting = queue.SimpleQueue()
     for mutant in mutants:
-        if options.retry in known.get(mutant["key"], options.retry):
+        result = known.get(mutant["key"])
+        # An explained one is not worth the time.
+        if (result is None and not options.faults) or (result == options.retry and change_of(mutant) not in reasons):
             waiting.put(mutant)
     print(f"{len(mutants)} mutants, {waiting.qsize()} of them to try", flush=True)
 
     ends = time.monotonic() + options.minutes * 60
-    workers = [threading.Thread(target=work, args=(tree, waiting, known, ends)) for tree in trees]
+    workers = [threading.Thread(target=work, args=(tree, waiting, known, ends, options.faults)) for tree in trees]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
 
     tried = [mutant for mutant in mutants if mutant["key"] in known]
-    missed = [mutant for mutant in tried if known[mutant["key"]] == "missed"]
+    missed = [mutant for mutant in tried if known[mutant["key"]] in (MISSED, MISSED_BY_ALL)]
     uncompiled = sum(known[mutant["key"]] == "does not compile" for mutant in tried)
     caught = len(tried) - len(missed) - uncompiled
     unexplained = [mutant["name"] for mutant in missed if change_of(mutant) not in reasons]
@@ -124,7 +134,7 @@ def change_of(mutant):
     return re.sub(r"^(\S+?):\d+:\d+", r"\1", mutant["name"])
 
 
-def work(tree, waiting, known, ends):
+def work(tree, waiting, known, ends, faults):
     """Tries mutants until none waits or the time is over."""
     while time.monotonic() < ends:
         try:
@@ -132,11 +142,10 @@ def work(tree, waiting, known, ends):
         except queue.Empty:
             return
         started = time.monotonic()
-        result = tree.attempt(mutant)
+        result = tree.attempt(mutant, faults)
         seconds = time.monotonic() - started
         with results:
-            if UNCLEAR not in result:
-                known[mutant["key"]] = result
+            known[mutant["key"]] = result
             save(known, tree)
             print(f"{seconds:4.0f} s  {mutant['name']}: {result}", flush=True)
 
@@ -188,7 +197,7 @@ class Tree:
                 return copy
         sys.exit("no test program was built")
 
-    def attempt(self, mutant):
+    def attempt(self, mutant, faults):
         file = self.path / mutant["file"]
         source = file.read_text()
         command = ["patch", "--quiet", "--strip=0"]
@@ -200,31 +209,29 @@ class Tree:
             program = ["env", f"CARGO_MANIFEST_DIR={self.path}", self.tests]
             unit = ["cargo", "test", "--package", "visitas", "--lib", "--locked", "--"]
             integration = filters_of(mutant["file"])
-            for command, filters in (
-                (program, QUICK),
-                (unit, units_of(mutant["file"], source)),
-                (program, integration),
-                (program, ["--ignored", *integration]),
-            ):
-                if not filters:
-                    continue
-                if command is unit and self.failure([*unit[:-1], "--no-run", "--quiet"]):
+            if faults:
+                failure = self.confirmed_failure(program, ["--ignored", *integration])
+                return f"caught: {failure}" if failure else MISSED_BY_ALL
+            if failure := self.confirmed_failure(program, QUICK):
+                return f"caught: {failure}"
+            if units := units_of(mutant["file"], source):
+                if self.failure([*unit[:-1], "--no-run", "--quiet"]):
                     return "does not compile"
-                if failure := self.confirmed_failure(command, filters, UNIT_TIMEOUT if command is unit else TIMEOUT):
+                if failure := self.confirmed_failure(unit, units, UNIT_TIMEOUT):
                     return f"caught: {failure}"
-            return "missed"
+            failure = self.confirmed_failure(program, integration)
+            return f"caught: {failure}" if failure else MISSED
         finally:
             file.write_text(source)
 
-    def confirmed_failure(self, command, filters, limit):
+    def confirmed_failure(self, command, filters, limit=TIMEOUT):
         """The first failed test that fails by itself as well: one that only a busy machine failed is no catch."""
-        for _ in range(5):
-            failure = self.failure([*command, *filters], limit)
-            if failure is None or "::" not in failure:
+        passed = []
+        while failure := self.failure([*command, *filters, *passed], limit):
+            if "::" not in failure or self.failure([*command, "--include-ignored", "--exact", failure], limit):
                 return failure
-            if self.failure([*command, "--include-ignored", "--exact", failure], limit):
-                return failure
-        return UNCLEAR
+            passed += ["--skip", failure]
+        return None
 
     def failure(self, command, limit=TIMEOUT):
         """Runs a command; returns its first failed test, what else is wrong, or None. Its whole process group ends with it."""
