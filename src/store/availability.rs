@@ -254,6 +254,9 @@ fn pause_after(relapses: u32) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::sync::Arc;
+
     use super::*;
     use crate::store::error::Cause;
 
@@ -315,6 +318,65 @@ mod tests {
         // After a deletion by hand.
         availability.record_count(5, Instant::now());
         assert_eq!(availability.count(), Some(5));
+    }
+
+    #[test]
+    fn reading_that_began_before_the_end_of_a_batch_does_not_replace_its_count() {
+        let availability = Availability::new(System::Postgresql);
+        availability.record_success(Instant::now());
+        availability.record_count(20, Instant::now());
+        availability.record_reading(10, Duration::from_secs(1));
+        assert_eq!(availability.count(), Some(20));
+        // After an outage the reading is all that is known.
+        availability.record_failure(&reset());
+        availability.record_reading(10, Duration::from_secs(1));
+        assert_eq!(availability.count(), Some(10));
+    }
+
+    #[test]
+    fn reason_that_changes_is_logged_once_a_second_at_most() {
+        let log = Log::default();
+        let lines = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || lines.clone())
+            .finish();
+        tracing::subscriber::with_default(subscriber, || {
+            let availability = Availability::new(System::Redis);
+            let timeout = || Error::Timeout(Duration::from_secs(1));
+            availability.record_failure(&timeout());
+            availability.record_failure(&reset());
+            if let Some((_, logged)) = &mut availability.details().reason {
+                *logged -= REASON_INTERVAL;
+            }
+            availability.record_failure(&timeout());
+            availability.record_failure(&reset());
+        });
+        let logged = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        let lines: Vec<_> = logged.lines().collect();
+        assert!(
+            matches!(
+                lines[..],
+                [first, second]
+                    if first.contains("store is down") && first.contains("no response")
+                        && second.contains("store is still down") && second.contains("reset")
+            ),
+            "{logged}"
+        );
+    }
+
+    /// What was logged.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
     }
 
     fn reset() -> Error {
