@@ -65,7 +65,8 @@ TESTS = {
     "src/routes/visit.rs": ["http::", "kept::", "late::", "outage::", "page::", "promise::", "restored::", "spans::"],
     "src/store/": ["batch::", "metrics::", "outage::", "relapse::", "resources::", "restored::", "spans::", "spared::"],
     "src/store/availability.rs": [
-        "log::", "outage::", "page::", "redis_logins::", "relapse::", "roles::", "spared::", "visitas_route::",
+        "http::health_", "log::", "outage::", "page::", "redis_logins::", "relapse::", "roles::", "spared::",
+        "visitas_route::",
     ],
     "src/store/files.rs": ["logins::", "roots::"],
     "src/store/postgres/attempts.rs": ["adoption::"],
