@@ -53,7 +53,8 @@ QUICK = ["http::second_visit_counts_two"]
 # Files that the simulated schedules run through.
 SIMULATED = [
     "src/recorder/mod.rs", "src/recorder/pace.rs", "src/recorder/timer.rs", "src/recorder/turns.rs",
-    "src/store/availability.rs", "src/store/call.rs", "src/store/pool.rs", "src/store/watch.rs",
+    "src/store/availability.rs", "src/store/call.rs", "src/store/error.rs", "src/store/pool.rs",
+    "src/store/watch.rs",
 ]
 TESTS = {
     "src/lifecycle.rs": ["commands::", "rolling::", "shutdown::"],
@@ -68,6 +69,7 @@ TESTS = {
         "http::health_", "log::", "outage::", "page::", "redis_logins::", "relapse::", "roles::", "spared::",
         "visitas_route::",
     ],
+    "src/store/error.rs": ["abandoned::", "metrics::", "outage::", "promise::", "relapse::", "replaced::", "spans::"],
     "src/store/files.rs": ["logins::", "roots::"],
     "src/store/postgres/attempts.rs": ["adoption::"],
     "src/store/postgres/error.rs": ["adoption::", "outage::", "relapse::", "restored::", "roles::", "spans::"],
