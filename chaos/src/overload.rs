@@ -56,7 +56,7 @@ pub struct Step {
 }
 
 /// The delay to and from Postgres, in each direction.
-const DISTANCE: Duration = Duration::from_millis(40);
+pub const DISTANCE: Duration = Duration::from_millis(40);
 /// The queue's capacity.
 pub const CAPACITY: usize = 16;
 /// As many batches as the service has in flight at most, and one in the queue: no visit is refused.

@@ -9,7 +9,7 @@ use lab::report::{Goal, Section, table};
 
 use crate::bounds::{Bounds, CONNECTIONS, MAX_CONNECTIONS, POOLED};
 use crate::hostile::Hostile;
-use crate::overload::{CAPACITY, Overload};
+use crate::overload::{CAPACITY, DISTANCE, Overload};
 use crate::trial::{LONGEST_STOP, Trial};
 
 /// The result of one fault.
@@ -214,10 +214,11 @@ fn worst_by_limit(
 /// The section on overload.
 pub fn overload(overload: &Overload) -> Section {
     let text = format!(
-        "Peak rate: {} recorded visits per second, with a queue of {CAPACITY} and 20 ms to Postgres and back. \
+        "Peak rate: {} recorded visits per second, with a queue of {CAPACITY} and {} ms to Postgres and back. \
          Refusals are timed from when they were sent, visits from when they were due.\n\n{}\n\
          Longest visit of a lone client before the overload: {}. In the second after: {}.\n",
         grouped(overload.peak),
+        2 * DISTANCE.as_millis(),
         table(
             &[
                 "offered load",
