@@ -446,14 +446,7 @@ mod tests {
         const SIZE: u32 = 4;
         let store = SilentWhenIdle::default();
         let opened = Arc::clone(&store.opened);
-        let target = Target {
-            system: System::Postgresql,
-            namespace: String::new(),
-            address: String::new(),
-            port: 0,
-        };
-        // As long as three pings take.
-        let pool = Pool::new(store, SIZE, 3 * PING_TIMEOUT, target, &[&CALL]);
+        let pool = pool(store, SIZE);
         let mut taken = Vec::new();
         for _ in 0..SIZE {
             taken.push(pool.check_out().await.expect("a connection"));
@@ -464,5 +457,91 @@ mod tests {
         let called = pool.call(&CALL, None, async |()| Ok(())).await;
         called.expect("the call is made on a new connection");
         assert_eq!(opened.load(Ordering::Relaxed), SIZE + 1);
+    }
+    #[tokio::test]
+    async fn reading_on_an_idle_session_that_has_ended_is_made_on_a_new_one() {
+        let store = SilentWhenIdle::default();
+        let opened = Arc::clone(&store.opened);
+        let pool = pool(store, 1);
+        let reads = AtomicU32::new(0);
+        let ends_first = async |(): &mut ()| match reads.fetch_add(1, Ordering::Relaxed) {
+            0 => Err(Error::Connection("reset".into())),
+            _ => Ok(7),
+        };
+        assert_eq!(read(&pool, async |()| Ok(1)).await, Some(1));
+        // It was used just now, so the store itself fails.
+        assert_eq!(read(&pool, &ends_first).await, None);
+        assert_eq!(reads.load(Ordering::Relaxed), 1);
+
+        assert_eq!(read(&pool, async |()| Ok(1)).await, Some(1));
+        tokio::time::sleep(2 * TRUSTED_IDLE).await;
+        reads.store(0, Ordering::Relaxed);
+        let before = opened.load(Ordering::Relaxed);
+        assert_eq!(read(&pool, &ends_first).await, Some(7));
+        assert_eq!(opened.load(Ordering::Relaxed), before + 1);
+
+        // A refusal says that the session works.
+        tokio::time::sleep(2 * TRUSTED_IDLE).await;
+        reads.store(0, Ordering::Relaxed);
+        let refused = read(&pool, async |()| {
+            reads.fetch_add(1, Ordering::Relaxed);
+            Err(refused("42501"))
+        });
+        assert_eq!(refused.await, None);
+        assert_eq!(reads.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn failure_that_the_caller_repairs_does_not_mark_the_store_down() {
+        static REPAIRED: Operation = Operation::command("REPAIRED").that_repairs("23505");
+        let pool = pool(SilentWhenIdle::default(), 1);
+        for (code, is_up) in [("23505", true), ("53100", false)] {
+            pool.availability.record_success(Instant::now());
+            let called = pool.call(&REPAIRED, None, async |()| Err::<(), _>(refused(code)));
+            assert!(called.await.is_err());
+            assert_eq!(pool.availability.is_up(), is_up, "{code}");
+        }
+    }
+
+    #[tokio::test]
+    async fn connection_is_used_again_after_a_refusal_and_after_no_other_failure() {
+        let store = SilentWhenIdle::default();
+        let opened = Arc::clone(&store.opened);
+        let pool = pool(store, 1);
+        for (error, opens) in [
+            (refused("42501"), 1),
+            (Error::Connection("reset".into()), 2),
+            (Error::Unexpected("no number".into()), 3),
+        ] {
+            let asked = pool.ask(&CALL, async |()| Err::<(), _>(error)).await;
+            assert!(asked.is_err());
+            pool.ask(&CALL, async |()| Ok(())).await.expect("an answer");
+            assert_eq!(opened.load(Ordering::Relaxed), opens, "{asked:?}");
+        }
+    }
+
+    fn pool(store: SilentWhenIdle, size: u32) -> Pool<SilentWhenIdle> {
+        let target = Target {
+            system: System::Postgresql,
+            namespace: String::new(),
+            address: String::new(),
+            port: 0,
+        };
+        // As long as three pings take.
+        Pool::new(store, size, 3 * PING_TIMEOUT, target, &[&CALL])
+    }
+
+    async fn read(
+        pool: &Pool<SilentWhenIdle>,
+        work: impl AsyncFn(&mut ()) -> Result<i64, Error>,
+    ) -> Option<i64> {
+        pool.read(&CALL, work, |count| *count).await.ok()
+    }
+
+    fn refused(code: &str) -> Error {
+        Error::Refused {
+            code: code.to_owned(),
+            source: "refused".into(),
+        }
     }
 }
