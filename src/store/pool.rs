@@ -458,7 +458,7 @@ mod tests {
         called.expect("the call is made on a new connection");
         assert_eq!(opened.load(Ordering::Relaxed), SIZE + 1);
     }
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn reading_on_an_idle_session_that_has_ended_is_made_on_a_new_one() {
         let store = SilentWhenIdle::default();
         let opened = Arc::clone(&store.opened);
@@ -503,7 +503,7 @@ mod tests {
         }
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn connection_is_used_again_after_a_refusal_and_after_no_other_failure() {
         let store = SilentWhenIdle::default();
         let opened = Arc::clone(&store.opened);
@@ -518,6 +518,31 @@ mod tests {
             pool.ask(&CALL, async |()| Ok(())).await.expect("an answer");
             assert_eq!(opened.load(Ordering::Relaxed), opens, "{asked:?}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn reading_that_marks_the_store_down_discards_the_connections() {
+        let store = SilentWhenIdle::default();
+        let opened = Arc::clone(&store.opened);
+        let pool = pool(store, 1);
+        pool.availability.record_success(Instant::now());
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert_eq!(read(&pool, async |()| Err(refused("53100"))).await, None);
+        assert!(!pool.availability.is_up());
+        assert_eq!(read(&pool, async |()| Ok(1)).await, Some(1));
+        assert_eq!(opened.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn wait_for_a_connection_is_explained_by_a_failure_since_it_began() {
+        let last = LastFailure::default();
+        let began = Instant::now();
+        bb8::ErrorSink::sink(&last, refused("28P01"));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(last.since(Instant::now()).is_none());
+        let failure = last.since(began);
+        assert_eq!(failure.as_ref().and_then(Error::code), Some("28P01"));
+        assert!(last.since(began).is_none(), "one wait has it already");
     }
 
     fn pool(store: SilentWhenIdle, size: u32) -> Pool<SilentWhenIdle> {

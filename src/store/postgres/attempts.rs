@@ -103,6 +103,15 @@ mod tests {
     }
 
     #[test]
+    fn table_that_cannot_be_adopted_asks_for_a_pause_although_no_statement_failed() {
+        let attempts = Attempts::default();
+        attempts.note("a".to_owned(), Some(&Error::Unexpected("a view".into())));
+        let repeated = attempts.last_failure("a").expect("a pause");
+        assert!(matches!(repeated, Error::Unexpected(_)), "{repeated:?}");
+        assert!(repeated.chain().contains("a view"), "{repeated:?}");
+    }
+
+    #[test]
     fn failed_connection_asks_for_no_pause() {
         let attempts = Attempts::default();
         attempts.note("a".to_owned(), Some(&refused("a view")));
