@@ -59,8 +59,8 @@ SIMULATED = [
 TESTS = {
     "src/lifecycle.rs": ["commands::", "rolling::", "shutdown::"],
     "src/recorder/": [
-        "abandoned::", "batch::", "http::", "late::", "load::", "outage::", "promise::", "relapse::", "shutdown::",
-        "spans::", "unread::",
+        "abandoned::", "batch::", "http::", "late::", "load::", "outage::", "page::", "promise::", "relapse::",
+        "shutdown::", "spans::", "unread::",
     ],
     "src/routes/health.rs": ["commands::", "http::", "outage::", "replaced::", "restored::", "roles::", "shutdown::"],
     "src/routes/visit.rs": ["http::", "kept::", "late::", "outage::", "page::", "promise::", "restored::", "spans::"],
