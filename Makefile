@@ -69,7 +69,7 @@ simulate-mutants: ## Break recorder and pool in 27 places, which the simulation 
 	@tests/simulation.py
 
 mutants: MINUTES ?= 240
-mutants: setup ## Break recorder, stores, health and visit in some 950 places, which a test must notice (hours)
+mutants: setup ## Break recorder, stores, health and visit in some 950 places, which a test must notice (240 minutes)
 	@tests/mutants.py --minutes $(MINUTES)
 
 sweep: PACKAGES = promtool=prometheus
