@@ -281,9 +281,10 @@ def filters_of(file):
 
 
 def units_of(file, source):
+    if file in SIMULATED:
+        return ["recorder::", "store::"]
     module = file.removeprefix("src/").removesuffix(".rs").removesuffix("/mod").replace("/", "::")
-    units = [f"{module}::tests::"] if "#[cfg(test)]" in source else []
-    return [*units, *(["simulation::"] if file in SIMULATED else [])]
+    return [f"{module}::tests::"] if "#[cfg(test)]" in source else []
 
 
 if __name__ == "__main__":

@@ -349,7 +349,7 @@ mod tests {
                 *logged -= REASON_INTERVAL;
             }
             availability.record_failure(&timeout());
-            availability.record_failure(&reset());
+            availability.record_failure(&Error::Unexpected(Cause::from("no number")));
         });
         let logged = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
         let lines: Vec<_> = logged.lines().collect();
@@ -358,7 +358,7 @@ mod tests {
                 lines[..],
                 [first, second]
                     if first.contains("store is down") && first.contains("no response")
-                        && second.contains("store is still down") && second.contains("reset")
+                        && second.contains("store is still down") && second.contains("no number")
             ),
             "{logged}"
         );
