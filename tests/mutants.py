@@ -72,7 +72,9 @@ TESTS = {
     "src/store/error.rs": ["abandoned::", "metrics::", "outage::", "promise::", "relapse::", "replaced::", "spans::"],
     "src/store/files.rs": ["logins::", "roots::"],
     "src/store/postgres/attempts.rs": ["adoption::"],
-    "src/store/postgres/error.rs": ["adoption::", "outage::", "relapse::", "restored::", "roles::", "spans::"],
+    "src/store/postgres/error.rs": [
+        "adoption::", "logins::", "outage::", "relapse::", "restored::", "roles::", "spans::", "tls::",
+    ],
     "src/store/postgres/login.rs": ["logins::", "roots::", "strangers::", "tls::", "urls::"],
     "src/store/postgres/long_session.rs": ["adoption::", "repair::"],
     "src/store/postgres/migrate.rs": ["adoption::", "commands::", "replaced::", "roles::"],
