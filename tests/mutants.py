@@ -69,6 +69,7 @@ TESTS = {
         "http::health_", "log::", "outage::", "page::", "redis_logins::", "relapse::", "roles::", "spared::",
         "visitas_route::",
     ],
+    "src/store/call_metrics.rs": ["exposition::", "metrics::", "observability::", "spans::"],
     "src/store/error.rs": ["abandoned::", "metrics::", "outage::", "promise::", "relapse::", "replaced::", "spans::"],
     "src/store/files.rs": ["logins::", "roots::"],
     "src/store/postgres/attempts.rs": ["adoption::"],
