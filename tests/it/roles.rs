@@ -178,6 +178,37 @@ async fn refusal_that_the_message_does_not_explain_has_advice() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn refusals_with_the_codes_of_others_get_no_advice() {
+    let world = World::of_its_own();
+    let service = world.serve().await;
+    service.visit().await;
+    for (code, message, wrong) in [
+        ("42501", "permission denied for table outra", "Row security"),
+        (
+            "3F000",
+            "schema \"outro\" does not exist",
+            "create the schema",
+        ),
+    ] {
+        world
+            .sql(&format!(
+                "create function public.refuses() returns trigger language plpgsql as $$ begin \
+                   raise exception using errcode = '{code}', message = '{message}'; end $$; \
+                 create trigger refuses after insert on visitas \
+                   for each row execute function public.refuses()"
+            ))
+            .await;
+        assert_eq!(service.get("/").await.status, 503);
+        let message = message.replace('"', "\\\"");
+        until_down_because(&service, &message).await;
+        let why = why_down(&service);
+        assert!(!why.contains(wrong), "{why}");
+        world.sql("drop function public.refuses() cascade").await;
+        service.until_ready().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn everything_works_for_the_role_that_serves() {
     let world = World::of_its_own();
     world.sql(&recipe("Two roles")).await;

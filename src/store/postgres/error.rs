@@ -142,3 +142,56 @@ pub(super) fn is_about_a_certificate(error: &rustls::Error) -> bool {
         )
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn io(kind: io::ErrorKind) -> sqlx::Error {
+        sqlx::Error::Io(io::Error::new(kind, "loose cable"))
+    }
+
+    #[test]
+    fn broken_session_is_explained_in_plain_words() {
+        let handshake = rustls::Error::General("handshake".to_owned());
+        let wrapped = io::Error::other(handshake.clone());
+        for (error, expected) in [
+            (
+                io(io::ErrorKind::ConnectionReset),
+                "the server closed the connection (connection reset)",
+            ),
+            (io(io::ErrorKind::HostUnreachable), "loose cable"),
+            (
+                sqlx::Error::Tls(handshake.clone().into()),
+                "TLS failed (unexpected error: handshake)",
+            ),
+            (
+                sqlx::Error::Io(wrapped),
+                "TLS failed (unexpected error: handshake)",
+            ),
+            (
+                sqlx::Error::Protocol("sqlx-postgres: 0x7f".to_owned()),
+                "the server does not answer as Postgres does",
+            ),
+        ] {
+            match failure(error) {
+                Error::Connection(why) => assert_eq!(why.to_string(), expected),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(matches!(
+            failure(sqlx::Error::RowNotFound),
+            Error::Unexpected(_)
+        ));
+    }
+
+    #[test]
+    fn alerts_about_a_certificate_differ_from_others() {
+        use rustls::AlertDescription::{CertificateRequired, HandshakeFailure, UnknownCA};
+        let is_about = |alert| is_about_a_certificate(&rustls::Error::AlertReceived(alert));
+        assert!(is_about(CertificateRequired));
+        assert!(is_about(UnknownCA));
+        assert!(!is_about(HandshakeFailure));
+        assert!(!is_about_a_certificate(&rustls::Error::EncryptError));
+    }
+}

@@ -354,3 +354,287 @@ fn name(mode: PgSslMode) -> &'static str {
         PgSslMode::VerifyFull => "verify-full",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use rustls::{AlertDescription, OtherError};
+
+    use super::*;
+
+    fn login() -> Login {
+        Login {
+            place: "db:5432".to_owned(),
+            database: "visitas".to_owned(),
+            user: "ana".to_owned(),
+            mode: PgSslMode::Prefer,
+            password_setting: "DB_PASSWORD",
+            has_password: true,
+            has_certificate: false,
+        }
+    }
+
+    fn io(kind: io::ErrorKind) -> sqlx::Error {
+        sqlx::Error::Io(io::Error::new(kind, "broken"))
+    }
+
+    fn configuration(text: &'static str) -> sqlx::Error {
+        sqlx::Error::Configuration(text.into())
+    }
+
+    fn protocol(text: &str) -> sqlx::Error {
+        sqlx::Error::Protocol(text.to_owned())
+    }
+
+    fn invalid(certificate: CertificateError) -> sqlx::Error {
+        sqlx::Error::Tls(rustls::Error::InvalidCertificate(certificate).into())
+    }
+
+    fn other(fault: webpki::Error) -> CertificateError {
+        CertificateError::Other(OtherError(Arc::new(fault)))
+    }
+
+    #[test]
+    fn what_to_check_after_a_refusal() {
+        let anonymous = Login {
+            has_password: false,
+            ..login()
+        };
+        let certified = Login {
+            has_certificate: true,
+            ..login()
+        };
+        let comma = Login {
+            user: "ana, bia".to_owned(),
+            ..login()
+        };
+        for (login, code, message, check) in [
+            (
+                &login(),
+                "08P01",
+                "unsupported startup parameter: jit",
+                NO_POOLER,
+            ),
+            (&login(), "08P01", "invalid startup packet", ""),
+            (&login(), "28P01", "no", "check DB_PASSWORD and the role"),
+            (
+                &anonymous,
+                "28P01",
+                "no",
+                "there is no password: set DB_PASSWORD",
+            ),
+            (&login(), "28000", "no", RULES),
+            (
+                &login(),
+                "3D000",
+                "no",
+                "create the database, or check DB_NAME",
+            ),
+            (
+                &login(),
+                "42501",
+                "no",
+                "grant the role CONNECT on the database",
+            ),
+            (
+                &login(),
+                "53300",
+                "no",
+                "raise max_connections, or the connection limit of the role or database",
+            ),
+            (&login(), "57P03", "no", ""),
+        ] {
+            let words = login.refusal_words(code, message.to_owned());
+            assert_eq!((&*words.why, &*words.check), (message, check), "{code}");
+        }
+        for code in ["28P01", "28000"] {
+            let words = certified.refusal_words(code, String::new());
+            assert!(words.check.ends_with(NAME_OF_A_CERTIFICATE), "{code}");
+        }
+        let words = comma.refusal_words("08P01", String::new());
+        assert!(words.why.contains("a comma"), "{}", words.why);
+        assert!(words.check.starts_with("rename"), "{}", words.check);
+    }
+
+    #[test]
+    fn what_to_check_after_a_failure_without_a_response() {
+        use io::ErrorKind::{
+            ConnectionRefused, ConnectionReset, HostUnreachable, NotFound, PermissionDenied,
+        };
+        for (error, why, check) in [
+            (io(ConnectionRefused), "broken", "Postgres is running there"),
+            (io(NotFound), "broken", "Postgres is running there"),
+            (io(PermissionDenied), "broken", "rights of the socket"),
+            (io(HostUnreachable), "broken", "check the network"),
+            (io(ConnectionReset), "the server closed", "the server's log"),
+            (
+                protocol("unexpected response from SSLRequest: 0x00"),
+                "the server closed",
+                "the server's log",
+            ),
+            (
+                protocol("unexpected response from SSLRequest: 0x45 (sqlx-postgres 0:1)"),
+                "the server failed before the login",
+                "the server's log",
+            ),
+            (
+                protocol("unexpected response from SSLRequest: 0x48"),
+                "does not answer as Postgres does",
+                "check DB_HOST and DB_PORT",
+            ),
+            (
+                protocol("unsupported authentication method: 7"),
+                "that the driver lacks (unsupported authentication method: 7)",
+                "let pg_hba.conf ask the role",
+            ),
+            (
+                protocol(MAC_MISMATCH),
+                "not proved",
+                "another server can have answered",
+            ),
+            (
+                configuration("Failed to saslprep username: !"),
+                "the role's name has",
+                "rename the role",
+            ),
+            (
+                configuration("Failed to saslprep password: !"),
+                "the password of DB_PASSWORD has",
+                "change the password",
+            ),
+            (
+                configuration("secret"),
+                "the driver refuses",
+                "DB_SSLCERT and DB_SSLKEY",
+            ),
+            (sqlx::Error::RowNotFound, "no rows", ""),
+        ] {
+            let words = login().words(&error);
+            assert!(
+                words.why.contains(why) && words.check.contains(check),
+                "{}; {}",
+                words.why,
+                words.check
+            );
+            assert_eq!(words.check.is_empty(), check.is_empty(), "{}", words.check);
+            assert!(!words.why.contains("(sqlx"), "{}", words.why);
+            assert!(!words.why.contains("secret"), "{}", words.why);
+        }
+    }
+
+    #[test]
+    fn what_to_check_after_a_failure_of_tls() {
+        let alert = |alert| sqlx::Error::Tls(rustls::Error::AlertReceived(alert).into());
+        for (error, term, check) in [
+            (
+                sqlx::Error::Tls("no TLS".into()),
+                "no TLS",
+                "turn on ssl in postgresql.conf",
+            ),
+            (
+                alert(AlertDescription::UnknownCA),
+                "refuses the client certificate",
+                "DB_SSLCERT and DB_SSLKEY",
+            ),
+            (
+                alert(AlertDescription::HandshakeFailure),
+                "the TLS handshake failed",
+                "offers TLS 1.2 or 1.3",
+            ),
+            (
+                invalid(CertificateError::UnknownIssuer),
+                "by no trusted authority (invalid peer certificate: UnknownIssuer)",
+                "set DB_SSLROOTCERT",
+            ),
+            (
+                invalid(other(webpki::Error::CaUsedAsEndEntity)),
+                "one of an authority, such as a self-signed one (invalid peer certificate: CaUsed",
+                REPLACE,
+            ),
+            (
+                invalid(other(webpki::Error::UnsupportedCertVersion)),
+                "has version 1, which has no names of hosts (invalid peer certificate: Unsupported",
+                REPLACE,
+            ),
+            (
+                invalid(other(webpki::Error::BadDer)),
+                "cannot be verified",
+                REPLACE,
+            ),
+            (
+                invalid(CertificateError::Expired),
+                "has expired (invalid peer certificate: Expired)",
+                "renew it",
+            ),
+            (
+                invalid(CertificateError::NotValidYet),
+                "is not valid yet (invalid peer certificate: NotValidYet)",
+                "check this host's clock",
+            ),
+            (
+                invalid(CertificateError::NotValidForName),
+                "certificate",
+                "set DB_HOST to a name",
+            ),
+            (
+                invalid(CertificateError::BadSignature),
+                "cannot be verified",
+                REPLACE,
+            ),
+        ] {
+            let words = login().words(&error);
+            assert!(
+                words.why.contains(term) && words.check.contains(check),
+                "{}; {}",
+                words.why,
+                words.check
+            );
+        }
+    }
+
+    #[test]
+    fn both_ways_are_named_in_the_order_of_the_mode() {
+        for (mode, expected) in [
+            (
+                PgSslMode::Prefer,
+                "with TLS: the server failed before the login; without TLS: broken",
+            ),
+            (
+                PgSslMode::Allow,
+                "without TLS: the server failed before the login; with TLS: broken",
+            ),
+        ] {
+            let login = Login { mode, ..login() };
+            let error = login.failure(
+                protocol("unexpected response from SSLRequest: 0x45"),
+                Some(io(io::ErrorKind::ConnectionRefused)),
+            );
+            let text = error.chain();
+            assert!(text.contains(expected), "{text}");
+        }
+        let twice = login().failure(
+            io(io::ErrorKind::ConnectionRefused),
+            Some(io(io::ErrorKind::ConnectionRefused)),
+        );
+        let text = twice.chain();
+        assert!(
+            !text.contains("with TLS") && !text.contains("without TLS"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn mode_has_the_name_that_the_setting_gives_it() {
+        for text in [
+            "disable",
+            "allow",
+            "prefer",
+            "require",
+            "verify-ca",
+            "verify-full",
+        ] {
+            assert_eq!(name(text.parse().unwrap()), text);
+        }
+    }
+}

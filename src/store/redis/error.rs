@@ -299,3 +299,274 @@ fn certificate_words(certificate: &CertificateError) -> (String, &'static str) {
     let why = format!("the server's certificate {why} (invalid peer certificate: {term})");
     (why, check)
 }
+
+#[cfg(test)]
+mod tests {
+    use rustls::{AlertDescription, InvalidMessage, OtherError};
+
+    use super::*;
+
+    const ENDED: &str = "check what ended it";
+
+    fn peer() -> Peer {
+        Peer {
+            description: "as ana at cache:6379".to_owned(),
+            is_encrypted: false,
+            is_socket: false,
+        }
+    }
+
+    fn io(kind: io::ErrorKind) -> RedisError {
+        io::Error::new(kind, "loose cable").into()
+    }
+
+    fn tls(error: rustls::Error) -> RedisError {
+        io::Error::other(error).into()
+    }
+
+    fn refusal(code: &str, detail: &str) -> RedisError {
+        redis::make_extension_error(code.to_owned(), Some(detail.to_owned()))
+    }
+
+    #[test]
+    fn what_to_check_after_a_refusal() {
+        let password = "set REDIS_PASSWORD, or one in REDIS_URL";
+        for (code, detail, check) in [
+            ("WRONGPASS", "", "check REDIS_USERNAME and REDIS_PASSWORD"),
+            ("NOAUTH", "", password),
+            ("NOPERM", "", "~visitas_home +incrby +ping +select"),
+            ("LOADING", "", "wait until it has finished"),
+            ("READONLY", "", "this server is a replica: name"),
+            ("MASTERDOWN", "", "has lost its primary: name"),
+            ("NOREPLICAS", "", "min-replicas-to-write"),
+            ("MISCONF", "", "cannot save its data"),
+            ("OOM", "", "raise its maxmemory"),
+            ("BUSY", "", "SCRIPT KILL"),
+            ("WRONGTYPE", "", OTHER_KEY),
+            ("MOVED", "", NO_CLUSTER),
+            ("ASK", "", NO_CLUSTER),
+            ("CLUSTERDOWN", "", NO_CLUSTER),
+            ("CROSSSLOT", "", NO_CLUSTER),
+            ("TRYAGAIN", "", NO_CLUSTER),
+            ("DENIED", "", "protected mode"),
+            ("ERR", "SELECT is not allowed in cluster mode", NO_CLUSTER),
+            (
+                "ERR",
+                "AUTH called without any password configured",
+                NO_USERS,
+            ),
+            ("ERR", "Client sent AUTH, but no password is set", NO_USERS),
+            ("ERR", "invalid password", "check REDIS_PASSWORD"),
+            (
+                "ERR",
+                "wrong number of arguments for 'auth' command",
+                "unset REDIS_USERNAME",
+            ),
+            ("ERR", "operation not permitted", password),
+            ("ERR", "value is not an integer or out of range", OTHER_KEY),
+            ("ERR", "increment or decrement would overflow", OTHER_KEY),
+            ("ERR", "unknown command 'INCRBY'", "Redis Sentinel"),
+            (
+                "ERR",
+                "DB index is out of range",
+                "choose another one in REDIS_URL",
+            ),
+            (
+                "ERR",
+                "max number of clients reached",
+                "raise its maxclients",
+            ),
+        ] {
+            let hint = hint(&refusal(code, detail));
+            assert!(
+                hint.is_some_and(|hint| hint.contains(check)),
+                "{code} {detail}: {hint:?}"
+            );
+        }
+        assert_eq!(hint(&refusal("ERR", "a reason of its own")), None);
+        assert_eq!(hint(&refusal("WHATEVER", "invalid password")), None);
+        assert_eq!(hint(&io(io::ErrorKind::ConnectionReset)), None);
+    }
+
+    #[test]
+    fn words_of_the_server_are_repeated_for_commands_only() {
+        let error = refusal("WHATEVER", "s3nha");
+        let login = peer().login_failure(&error).chain();
+        assert!(!login.contains("s3nha"), "{login}");
+        assert!(
+            login.ends_with(
+                "tried as ana at cache:6379; the server refuses the login: check its log"
+            ),
+            "{login}"
+        );
+        let command = peer().failure(&error).chain();
+        assert!(
+            command.ends_with("s3nha; sent as ana at cache:6379"),
+            "{command}"
+        );
+    }
+
+    #[test]
+    fn what_to_check_after_a_failure_without_a_response() {
+        use io::ErrorKind::{
+            BrokenPipe, ConnectionRefused, ConnectionReset, HostUnreachable, NotConnected,
+            NotFound, PermissionDenied, UnexpectedEof,
+        };
+        let socket = Peer {
+            is_socket: true,
+            ..peer()
+        };
+        let network = "check the network, and REDIS_HOST";
+        for (peer, kind, check) in [
+            (&peer(), ConnectionRefused, CHECK_ADDRESS),
+            (&peer(), NotFound, network),
+            (&peer(), PermissionDenied, network),
+            (&peer(), HostUnreachable, network),
+            (&socket, ConnectionRefused, "its unixsocket is this path"),
+            (&socket, NotFound, "its unixsocket is this path"),
+            (&socket, PermissionDenied, "unixsocketperm"),
+            (&socket, HostUnreachable, "check the path of the socket"),
+        ] {
+            let (why, found) = peer.words(&io(kind), ENDED);
+            assert_eq!(why, "loose cable");
+            assert!(found.contains(check), "{kind}: {found}");
+        }
+        for kind in [BrokenPipe, ConnectionReset, NotConnected, UnexpectedEof] {
+            let (why, check) = peer().words(&io(kind), ENDED);
+            assert_eq!(
+                (&*why, check),
+                ("the server closed the connection", ENDED),
+                "{kind}"
+            );
+        }
+        for kind in [ErrorKind::Parse, ErrorKind::UnexpectedReturnType] {
+            let (why, check) = peer().words(&(kind, "bytes").into(), ENDED);
+            assert!(why.ends_with("does not answer as Redis does"), "{why}");
+            assert_eq!(check, CHECK_ADDRESS);
+        }
+        let (why, check) = peer().words(&(ErrorKind::Client, "a reason").into(), ENDED);
+        assert!(why.contains("a reason"), "{why}");
+        assert_eq!(check, CHECK_ADDRESS);
+    }
+
+    #[test]
+    fn what_to_check_depends_on_tls_and_sockets() {
+        let encrypted = Peer {
+            is_encrypted: true,
+            ..peer()
+        };
+        let socket = Peer {
+            is_socket: true,
+            ..peer()
+        };
+        assert!(encrypted.check_of_silence().contains("for TLS"));
+        assert!(!peer().check_of_silence().contains("TLS"));
+        for (peer, check) in [
+            (&socket, "Redis is what listens there"),
+            (&encrypted, "REDIS_TLS_CERT"),
+            (&peer(), "rediss:// URL"),
+        ] {
+            let found = peer.check_of_a_login();
+            assert!(found.contains(check), "{check}: {found}");
+        }
+    }
+
+    #[test]
+    fn what_to_check_after_a_failure_of_tls() {
+        use AlertDescription::{
+            CertificateRequired, HandshakeFailure, InsufficientSecurity, ProtocolVersion,
+        };
+        let other = |fault| CertificateError::Other(OtherError(Arc::new(fault)));
+        let invalid = rustls::Error::InvalidCertificate;
+        let alert = rustls::Error::AlertReceived;
+        for (error, why, check) in [
+            (
+                rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType),
+                "does not speak TLS",
+                "it needs a redis:// URL",
+            ),
+            (
+                alert(ProtocolVersion),
+                "refuses the TLS handshake",
+                "tls-ciphers",
+            ),
+            (
+                alert(HandshakeFailure),
+                "refuses the TLS handshake",
+                "tls-ciphers",
+            ),
+            (
+                alert(InsufficientSecurity),
+                "refuses the TLS handshake",
+                "tls-ciphers",
+            ),
+            (
+                alert(CertificateRequired),
+                "refuses the client certificate",
+                "REDIS_TLS_CERT and REDIS_TLS_KEY",
+            ),
+            (
+                rustls::Error::EncryptError,
+                "the TLS handshake failed",
+                "the server's certificate and its log",
+            ),
+            (
+                invalid(CertificateError::UnknownIssuer),
+                "is signed by no trusted authority (invalid peer certificate: UnknownIssuer)",
+                "set REDIS_TLS_CA to the certificate",
+            ),
+            (
+                invalid(CertificateError::Expired),
+                "has expired (invalid peer certificate: Expired)",
+                "renew it",
+            ),
+            (
+                invalid(CertificateError::NotValidYet),
+                "is not valid yet (invalid peer certificate: NotValidYet)",
+                "this host's clock",
+            ),
+            (
+                invalid(CertificateError::NotValidForName),
+                "is for another name",
+                "set the host of REDIS_URL to a name",
+            ),
+            (
+                invalid(other(webpki::Error::CaUsedAsEndEntity)),
+                "such as a self-signed one (invalid peer certificate: CaUsedAsEndEntity)",
+                REPLACE,
+            ),
+            (
+                invalid(other(webpki::Error::UnsupportedCertVersion)),
+                "no names of hosts (invalid peer certificate: UnsupportedCertVersion)",
+                REPLACE,
+            ),
+            (
+                invalid(CertificateError::BadSignature),
+                "cannot be verified (invalid peer certificate: BadSignature)",
+                "or make another one",
+            ),
+        ] {
+            let (found, advice) = peer().words(&tls(error), ENDED);
+            assert!(
+                found.contains(why) && advice.contains(check),
+                "{found}; {advice}"
+            );
+        }
+    }
+
+    #[test]
+    fn broken_connection_differs_from_a_strange_response() {
+        let broken = peer().failure(&io(io::ErrorKind::ConnectionReset));
+        assert!(matches!(broken, Error::Connection(_)), "{broken:?}");
+        let strange = peer().failure(&(ErrorKind::Parse, "bytes").into());
+        assert!(matches!(strange, Error::Unexpected(_)), "{strange:?}");
+        let obstacle = peer().obstacle(Error::Connection("no file".into()));
+        assert!(
+            obstacle
+                .chain()
+                .ends_with("no file; tried as ana at cache:6379"),
+            "{}",
+            obstacle.chain()
+        );
+    }
+}
