@@ -34,14 +34,29 @@ impl Way {
         self.proxy.change(|rules| rules.delay_to_server = delay);
     }
 
-    /// From now on all bytes on the connections that are open are lost, without an error.
+    /// From now on all that a client sends on the connections that are open is lost, without an error.
     pub(crate) fn fall_silent(&self) {
         self.proxy.lose_established();
     }
 
-    /// From now on all bytes are lost, over new connections too, without an error.
+    /// From now on all that a client sends is lost, over new connections too, without an error.
     pub(crate) fn fall_silent_for_good(&self) {
         self.proxy.change(|rules| rules.lost_below = u64::MAX);
+    }
+
+    /// From now on the connections that are open carry nothing in either direction.
+    pub(crate) fn hold(&self) {
+        self.proxy.silence_established();
+    }
+
+    /// From now on no connection carries anything in either direction, new ones included.
+    pub(crate) fn hold_all(&self) {
+        self.proxy.change(|rules| rules.silent_below = u64::MAX);
+    }
+
+    /// Ends [`Self::hold`] and [`Self::hold_all`].
+    pub(crate) fn release(&self) {
+        self.proxy.change(|rules| rules.silent_below = 0);
     }
 
     /// Resets the connections that are open.
