@@ -78,15 +78,26 @@ TESTS = {
     ],
     "src/store/postgres/login.rs": ["logins::", "roots::", "strangers::", "tls::", "urls::"],
     "src/store/postgres/long_session.rs": ["adoption::", "repair::"],
-    "src/store/postgres/migrate.rs": ["commands::", "roles::", "replaced::", "adoption::"],
-    "src/store/postgres/mod.rs": ["count::", "ledger::", "outage::", "roles::", "replaced::", "restored::", "adoption::"],
+    "src/store/postgres/migrate.rs": [
+        "commands::", "kept::", "ledger::", "replaced::", "roles::", "adoption::", "restored::",
+    ],
+    "src/store/postgres/mod.rs": [
+        "count::", "outage::", "repair::", "metrics::", "kept::", "ledger::", "replaced::", "roles::", "restored::",
+        "adoption::",
+    ],
     "src/store/postgres/route.rs": ["outage::", "far::", "logins::"],
-    "src/store/postgres/session.rs": ["poolers::", "promise::", "tls::", "spans::", "roots::", "logins::"],
+    "src/store/postgres/session.rs": [
+        "poolers::", "promise::", "outage::", "count::", "urls::", "tls::", "spans::", "far::", "roots::", "logins::",
+    ],
     "src/store/postgres/statements.rs": [
         "count::", "ledger::", "kept::", "roles::", "batch::", "promise::", "repair::", "abandoned::", "restored::",
+        "adoption::",
     ],
     "src/store/postgres/trust.rs": ["roots::", "tls::"],
-    "src/store/redis/": ["kept::", "outage::", "redis_logins::", "repair::", "restored::", "spans::", "tls::", "urls::"],
+    "src/store/redis/": [
+        "redis_logins::", "relapse::", "repair::", "urls::", "outage::", "tls::", "spans::", "kept::", "restored::",
+    ],
+    "src/store/watch.rs": ["repair::", "relapse::", "outage::", "metrics::", "replaced::", "restored::"],
 }
 ROOMS = ["src/recorder/", "src/routes/health.rs", "src/routes/visit.rs", "src/lifecycle.rs", "src/store/"]
 
