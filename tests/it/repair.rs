@@ -136,6 +136,29 @@ async fn gauges_are_nan_while_their_store_is_unknown() {
     until_gauges(&service, [1.0, 0.0, 1.0]).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn reading_that_fails_stops_no_visit() {
+    let world = World::new();
+    let migrated = Ended::of(&["migrate"], &world.settings()).await;
+    assert_eq!(migrated.code, Some(0), "{migrated:?}");
+    world
+        .sql(
+            "create or replace function public.estado_da_contagem( \
+                 completo boolean, out total bigint, out recontagem boolean) \
+               language plpgsql stable as $$ begin \
+                 raise exception 'invalid page in block 0' using errcode = 'XX001'; end $$",
+        )
+        .await;
+    let service = world.serve().await;
+    let failed = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="SELECT",outcome="error"}"#;
+    eventually("a reading fails", SOON, async || {
+        service.metric(failed).await > Some(1.0)
+    })
+    .await;
+    assert_eq!(service.visit().await, (1, 1));
+    assert_eq!(service.logged("store is down").len(), 0);
+}
+
 /// Timeouts long enough for a busy machine: no visit is refused or missing in Redis. `reconcile`
 /// waits for one `REDIS_TIMEOUT`.
 const PATIENT: [(&str, &str); 3] = [
