@@ -79,14 +79,19 @@ TESTS = {
     ],
     "src/store/postgres/login.rs": ["logins::", "roots::", "strangers::", "tls::", "urls::"],
     "src/store/postgres/long_session.rs": ["adoption::", "repair::"],
-    "src/store/postgres/migrate.rs": ["commands::", "kept::", "ledger::", "replaced::", "roles::"],
-    "src/store/postgres/mod.rs": ["count::", "outage::", "repair::", "kept::", "replaced::"],
+    "src/store/postgres/migrate.rs": [
+        "commands::migrate", "adoption::service_migrates", "adoption::wait_for_the_migration_lock", "ledger::",
+        "replaced::missing_object", "roles::sessions", "roles::upgrade", "kept::trigger_that_misses",
+    ],
+    "src/store/postgres/mod.rs": ["count::", "outage::", "repair::", "kept::first_visit", "replaced::missing_object"],
     "src/store/postgres/route.rs": ["outage::", "far::"],
     "src/store/postgres/session.rs": ["poolers::", "promise::", "outage::", "count::", "urls::", "tls::"],
-    "src/store/postgres/statements.rs": ["count::", "ledger::", "kept::", "roles::", "promise::", "repair::"],
+    "src/store/postgres/statements.rs": [
+        "count::", "kept::", "promise::", "repair::recount", "ledger::objects", "roles::right", "roles::each_command",
+    ],
     "src/store/postgres/trust.rs": ["roots::", "tls::"],
-    "src/store/redis/": ["redis_logins::", "relapse::", "repair::", "outage::"],
-    "src/store/watch.rs": ["repair::", "relapse::", "outage::"],
+    "src/store/redis/": ["redis_logins::", "relapse::", "repair::reconcile", "outage::"],
+    "src/store/watch.rs": ["repair::gauges", "relapse::", "outage::"],
 }
 ROOMS = ["src/recorder/", "src/routes/health.rs", "src/routes/visit.rs", "src/lifecycle.rs", "src/store/"]
 

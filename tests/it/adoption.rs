@@ -702,6 +702,7 @@ async fn service_migrates_once_the_migration_lock_is_free() {
     .await;
     assert_eq!(service.get("/health/ready").await.status, 503);
     assert_eq!(service.get("/").await.status, 503);
+    assert_eq!(service.logged("migrating the database").len(), 1);
     drop(lock);
     service.until_ready().await;
     assert_eq!(service.visit().await, (1, 1));
