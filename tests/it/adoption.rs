@@ -269,6 +269,8 @@ async fn table_that_cannot_be_adopted_is_reported_and_left_unchanged() {
         );
         let (after,): (String,) = world.row(described).await;
         assert_eq!(after, before, "{table}");
+        let dropped = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="DROP",outcome="ok"}"#;
+        assert_eq!(service.metric(dropped).await.unwrap_or_default(), 0.0);
     }
 }
 
@@ -696,14 +698,19 @@ async fn service_migrates_once_the_migration_lock_is_free() {
     let waiting = "select count(*) from pg_stat_activity \
                    where datname = current_database() and query like '%pg_try_advisory_lock%' \
                    and pid <> pg_backend_pid()";
-    eventually("it waits for the lock", SOON, async || {
-        world.number(waiting).await == 1
-    })
-    .await;
-    assert_eq!(service.get("/health/ready").await.status, 503);
-    assert_eq!(service.get("/").await.status, 503);
-    assert_eq!(service.logged("migrating the database").len(), 1);
-    drop(lock);
+    let free = async {
+        eventually("both wait for the lock", SOON, async || {
+            world.number(waiting).await == 2
+        })
+        .await;
+        assert_eq!(service.get("/health/ready").await.status, 503);
+        assert_eq!(service.get("/").await.status, 503);
+        assert_eq!(service.logged("migrating the database").len(), 1);
+        drop(lock);
+    };
+    let settings = world.settings();
+    let (ended, ()) = tokio::join!(Ended::of(&["migrate"], &settings), free);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
     service.until_ready().await;
     assert_eq!(service.visit().await, (1, 1));
 }

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 
 use sqlx::SqlSafeStr as _;
-use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::migrate::{Migrate as _, Migration, MigrationType, Migrator};
 
 use crate::support::{Ended, PATIENT, SOON, Service, World, eventually};
 
@@ -182,7 +182,11 @@ async fn own_rows_are_copied_from_among_those_of_another_program() {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_program_can_migrate_in_the_same_schema() {
     let world = World::new();
+    // The driver's lock, which their migration holds for as long as it runs.
+    let mut migrating = world.session().await;
+    migrating.lock().await.expect("the lock is free");
     let service = world.serve().await;
+    migrating.unlock().await.expect("the lock is held");
     let theirs = Migration::new(
         1,
         "theirs".into(),
@@ -210,6 +214,31 @@ async fn failed_row_in_the_ledger_is_reported_by_its_name() {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     let said = "visitas_migracoes says that migration 3 has failed";
     assert!(ended.errors.contains(said), "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migration_with_another_text_is_reported() {
+    let world = World::new();
+    drop(world.serve().await);
+    world
+        .sql("update visitas_migracoes set checksum = 'another' where version = 3")
+        .await;
+    let ended = Ended::of(&["migrate"], &world.settings()).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let said = "migration 3 was previously applied but has been modified";
+    assert!(ended.errors.contains(said), "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn locked_ledger_of_the_release_before_is_read_once_it_is_free() {
+    let world = World::new();
+    migrate_as_the_release_before(&world, 3).await;
+    let lock = world.transaction("lock _sqlx_migrations").await;
+    let service = world.start(&[]).await;
+    until_down_because(&service, "no response within").await;
+    drop(lock);
+    service.until_ready().await;
+    assert_eq!(copied_rows(&world).await, 3);
 }
 
 /// What another program has, how the error names it, and how it gets out of the way.
