@@ -10,7 +10,8 @@ below for the mutated file: the unit tests of its module, and integration tests.
 soon as a test fails, by itself once more, or when the tests hang, and missed if all tests pass. With
 --faults those that were missed meet the tests of `make faults`, one mutant at a time, since these
 tests read clocks. The lists are short, so that a missed mutant takes a minute: with --retry and --tests
-it meets the tests that should catch it. A mutant that does not compile is not counted. Results are kept in
+it meets the tests that should catch it. Without a mutant all tests have to pass, as in
+`make test`. A mutant that does not compile is not counted. Results are kept in
 tests/mutants.json, so a run continues where the last one ended, on any machine. A mutant is tried again
 when its file has changed (its unit tests apart), or with --retry, as `--retry missed` after a new test.
 tests/mutants_missed.json says of a mutant that no test can catch, or need not, why.
