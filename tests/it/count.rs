@@ -137,6 +137,29 @@ async fn ids_inserted_by_hand_stop_no_visit() {
     let visits = visits(&[&service], 8, 200).await;
     assert!(visits.iter().all(|visit| visit.status == 200));
     assert_eq!(service.visit().await.0, world.rows().await);
+    world.sql(NEXT_ID).await;
+    let another = world.serve().await;
+    assert_eq!(another.visit().await.0, world.rows().await);
+}
+
+const NEXT_ID: &str = "insert into visitas (id) select last_value + 1 from visitas_id_seq";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn visit_is_not_in_doubt_if_the_sequence_could_not_be_moved() {
+    let world = World::new();
+    let service = world.serve().await;
+    service.visit().await;
+    world
+        .sql(&format!(
+            "{NEXT_ID}; \
+             create or replace function public.avancar_sequencia() returns void language plpgsql \
+               as $$ begin perform pg_terminate_backend(pg_backend_pid()); end $$"
+        ))
+        .await;
+    assert_eq!(service.get("/").await.status, 503);
+    assert_eq!(service.counted("failed").await, 1);
+    assert_eq!(service.counted("in_doubt").await, 0);
+    assert_eq!(world.rows().await, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

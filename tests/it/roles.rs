@@ -356,6 +356,17 @@ async fn size_that_the_role_cannot_read_stays_unknown_and_stops_no_visit() {
     .await;
     assert_eq!(service.visit().await.0, 1);
     service.until_ready().await;
+    let readings = async || {
+        let succeeded = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="SELECT",outcome="ok"}"#;
+        service.metric(succeeded).await.unwrap_or_default()
+    };
+    let before = readings().await;
+    eventually("the count is read a few times", SOON, async || {
+        readings().await > before + 2.0
+    })
+    .await;
+    // The size is asked for once a minute.
+    assert!(failed_calls(&service).await < 2.0);
     let size = service.metric("visitas_database_size_bytes").await;
     assert!(size.is_some_and(f64::is_nan), "{size:?}");
     assert_eq!(service.logged("store is down").len(), 0);
