@@ -73,6 +73,27 @@ async fn no_default_of_the_database_shortens_a_migration_or_a_recount() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn transaction_timeout_of_the_database_ends_no_visit() {
+    let world = World::new();
+    let version = "select current_setting('server_version_num')::bigint";
+    if world.number(version).await < 170_000 {
+        eprintln!("skipped: PostgreSQL 17 is the first with a transaction_timeout");
+        return;
+    }
+    drop(world.serve().await);
+    set_default(&world, "database", "transaction_timeout", "100ms");
+    world
+        .sql(
+            "create function public.demora() returns trigger language plpgsql as $$ begin \
+               perform pg_sleep(0.2); return null; end $$; \
+             create trigger demora after insert on public.visitas \
+               for each statement execute function public.demora()",
+        )
+        .await;
+    assert_eq!(world.serve().await.visit().await, (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn session_whose_settings_were_changed_on_the_way_is_refused_and_names_them() {
     let world = World::new();
     drop(world.serve().await);
@@ -81,6 +102,7 @@ async fn session_whose_settings_were_changed_on_the_way_is_refused_and_names_the
         ("lock_timeout", "9999", "9999"),
         ("statement_timeout", "8888", "8888"),
         ("plan_cache_mode", "auto", "auto"),
+        ("visitas.sessao", "0", "0"),
     ] {
         let port = change_on_the_way(&world, setting, value).await.to_string();
         let on_the_way = [("DB_PORT", &*port), ("DB_SSLMODE", "disable")];
