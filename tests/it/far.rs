@@ -28,6 +28,23 @@ async fn several_batches_are_in_flight_and_number_visits_as_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn new_session_far_away_is_not_pinged_several_times() {
+    let world = World::new();
+    let most_pings = async |delay: Duration| {
+        let way = Way::with_delay(world.postgres.port(), delay).await;
+        let port = way.port.to_string();
+        let mut settings = PATIENT.to_vec();
+        settings.extend([("DB_PORT", port.as_str()), ("DB_SSLMODE", "disable")]);
+        let service = world.serve_with(&settings).await;
+        service.visit().await;
+        way.said().iter().map(|said| pings_in_a_row(said)).max()
+    };
+    // One at the most follows the first, once the session has been idle.
+    assert!(most_pings(Duration::ZERO).await > Some(2));
+    assert!(most_pings(DELAY).await < Some(3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn connections_that_are_reset_under_several_batches_are_one_outage() {
     let world = World::new();
     let far = Far::serve(&world).await;
@@ -156,4 +173,20 @@ async fn some_are_recorded(world: &World) {
         world.rows().await > rows + 500
     })
     .await;
+}
+
+/// The most pings that a client has sent without another message between them. A ping is the
+/// message Sync of the protocol.
+fn pings_in_a_row(said: &[u8]) -> usize {
+    const SYNC: &[u8] = b"S\0\0\0\x04";
+    let (mut most, mut pings, mut rest) = (0, 0, said);
+    while !rest.is_empty() {
+        if let Some(after) = rest.strip_prefix(SYNC) {
+            (pings, rest) = (pings + 1, after);
+            most = most.max(pings);
+        } else {
+            (pings, rest) = (0, &rest[1..]);
+        }
+    }
+    most
 }
