@@ -97,6 +97,19 @@ async fn counter_at_its_maximum_takes_redis_down_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn counter_with_room_for_one_more_batch_is_used() {
+    let world = World::new();
+    let highest = i64::MAX - 4096;
+    world
+        .redis_says::<String>(&["SET", "visitas_home", &highest.to_string()])
+        .await;
+    let service = world.serve().await;
+    let visit = service.get("/").await.json();
+    assert_eq!(visit["redis_status"], "ok", "{visit}");
+    assert_eq!(visit["visitas_redis"], highest + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 #[ignore = "floods: make faults"]
 async fn batches_too_large_for_the_timeout_shrink_and_grow_back() {
     let world = World::new();
