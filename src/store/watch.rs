@@ -134,7 +134,16 @@ fn nearest_drift(rows: i64, before: i64, after: i64) -> i64 {
 
 #[cfg(test)]
 mod tests {
-    use super::nearest_drift;
+    use std::time::Duration;
+
+    use super::{nearest_drift, settle_time};
+
+    #[test]
+    fn increments_have_ended_once_the_stores_have_settled() {
+        for timeout in [Duration::from_millis(1), Duration::from_secs(1)] {
+            assert!(settle_time(timeout) > timeout);
+        }
+    }
 
     #[test]
     fn visits_between_the_readings_are_no_drift() {
