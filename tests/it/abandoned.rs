@@ -156,10 +156,9 @@ async fn visit_whose_deadline_passes_in_the_queue_is_refused_and_not_recorded() 
     let second = service.begin_visit();
     service.until_queued(1).await;
 
-    assert_eq!(
-        second.await.unwrap().status,
-        StatusCode::SERVICE_UNAVAILABLE
-    );
+    let second = second.await.unwrap();
+    assert_eq!(second.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(second.json()["db_status"], "erro");
     let took = began.elapsed();
     let expected = Duration::from_millis(3900)..Duration::from_millis(4400);
     assert!(expected.contains(&took), "{took:?}");
