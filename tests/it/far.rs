@@ -28,6 +28,16 @@ async fn several_batches_are_in_flight_and_number_visits_as_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn several_batches_are_in_flight_if_only_postgres_is_far_away() {
+    let world = World::new();
+    let far = Far::serve_with(&world, Duration::ZERO).await;
+    let visits = visits(&[&far.service], 32, 600).await;
+    assert!(are_one_to_n(visits.iter().map(Visit::total)));
+    let recording = far.sessions_that_record();
+    assert!(recording > 1, "{recording} sessions");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn new_session_far_away_is_not_pinged_several_times() {
     let world = World::new();
     let most_pings = async |delay: Duration| {
@@ -117,8 +127,12 @@ struct Far {
 
 impl Far {
     async fn serve(world: &World) -> Self {
+        Self::serve_with(world, DELAY).await
+    }
+
+    async fn serve_with(world: &World, delay_of_redis: Duration) -> Self {
         let postgres = Way::with_delay(world.postgres.port(), DELAY).await;
-        let redis = Way::with_delay(world.redis.port(), DELAY).await;
+        let redis = Way::with_delay(world.redis.port(), delay_of_redis).await;
         let (postgres_port, redis_port) = (postgres.port.to_string(), redis.port.to_string());
         let mut settings = PATIENT.to_vec();
         settings.extend([

@@ -234,8 +234,8 @@ async fn locked_ledger_of_the_release_before_is_read_once_it_is_free() {
     let world = World::new();
     migrate_as_the_release_before(&world, 3).await;
     let lock = world.transaction("lock _sqlx_migrations").await;
-    let service = world.start(&[]).await;
-    until_down_because(&service, "no response within").await;
+    let service = world.start(&PATIENT).await;
+    until_down_because(&service, "55P03").await;
     drop(lock);
     service.until_ready().await;
     assert_eq!(copied_rows(&world).await, 3);
