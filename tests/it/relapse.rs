@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use reqwest::StatusCode;
 
 use crate::support::load::Load;
-use crate::support::{SOON, World, eventually};
+use crate::support::{HeldCount, PATIENT, SOON, Service, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn deferred_trigger_that_raises_takes_the_store_down_once() {
@@ -107,6 +107,46 @@ async fn counter_with_room_for_one_more_batch_is_used() {
     let visit = service.get("/").await.json();
     assert_eq!(visit["redis_status"], "ok", "{visit}");
     assert_eq!(visit["visitas_redis"], highest + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn batch_that_takes_too_long_halves_the_limit_and_a_full_one_doubles_it() {
+    let world = World::new();
+    let service = world.serve_with(&PATIENT).await;
+    // In place of a long batch: the error of one that reaches `statement_timeout`.
+    world
+        .sql(
+            "create function public.cancels() returns trigger language plpgsql as $$ begin \
+               if (select count(*) from rows) = 100 then \
+                 raise exception 'too slow' using errcode = 'query_canceled'; end if; \
+               return null; end $$; \
+             create trigger cancels after insert on visitas referencing new table as rows \
+               for each statement execute function public.cancels()",
+        )
+        .await;
+    visit_behind_another(&world, &service, 100).await;
+    world.sql("drop trigger cancels on visitas").await;
+    service.until_ready().await;
+    for visits in [60, 120] {
+        visit_behind_another(&world, &service, visits).await;
+    }
+    let sizes = "select array_agg(n order by id) \
+                 from (select count(*) as n, min(id) as id from visitas group by xmin::text) as b";
+    let (sizes,): (Vec<i64>,) = world.row(sizes).await;
+    assert_eq!(sizes, [1, 1, 50, 10, 1, 100, 20]);
+}
+
+/// Makes visits while another one waits for the count's lock.
+async fn visit_behind_another(world: &World, service: &Service, visits: u32) {
+    let mut count = HeldCount::of(world).await;
+    let first = service.begin_visit();
+    count.until_waited_for().await;
+    let others: Vec<_> = (0..visits).map(|_| service.begin_visit()).collect();
+    service.until_queued(visits).await;
+    count.release().await;
+    for visit in others.into_iter().chain([first]) {
+        visit.await.expect("a response");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
