@@ -59,6 +59,15 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn files_that_could_not_be_read_are_named() {
+        let error = unread("DB_PASSWORD_FILE (/run/secret)");
+        assert!(
+            error.starts_with("DB_PASSWORD_FILE (/run/secret) could not be read in time"),
+            "{error}"
+        );
+    }
+
     #[tokio::test]
     async fn new_read_begins_although_four_hang() {
         let files = Files::default();

@@ -24,8 +24,8 @@ const LATE: [(&str, &str); 6] = [
     PATIENT[1],
     PATIENT[2],
 ];
-/// How long a visit is held that must be slow.
-const HELD: Duration = Duration::from_millis(100);
+/// How long a visit is held that must be slow: longer than `ACCESS_SLOW`, and less than twice as long.
+const HELD: Duration = Duration::from_millis(75);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_visit_that_was_not_sampled_has_a_trace_with_its_times() {
