@@ -11,7 +11,7 @@ use devstack::{PostgresOptions, RedisOptions};
 use rcgen::{
     BasicConstraints, CertificateParams, CidrSubnet, CustomExtension, DnType,
     ExtendedKeyUsagePurpose, GeneralSubtree, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    NameConstraints, date_time_ymd,
+    NameConstraints, SerialNumber, date_time_ymd,
 };
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject as _;
@@ -305,6 +305,14 @@ async fn authority_that_psql_refuses_for_its_purpose_or_issuer_is_not_accepted()
         params.use_authority_key_identifier_extension = true;
     });
     check("renewed".to_owned(), false, &[&renewed.pem], &renewed).await;
+    let numbered = Authority::root("numbered", |params| {
+        params.serial_number = Some(SerialNumber::from(vec![7]));
+    });
+    for (number, fits) in [(7, true), (8, false)] {
+        let below = numbered.signs("below", |params| by_number(params, number));
+        let given = [&*numbered.pem, &below.pem];
+        check(format!("by number {number}"), fits, &given, &below).await;
+    }
     // The root's names exclude the server's.
     let elsewhere = Authority::root("elsewhere", |params| {
         let network = CidrSubnet::V4([10, 0, 0, 0], [255, 0, 0, 0]);
@@ -637,6 +645,7 @@ async fn accepts(
         [Some(0), Some(1), Some(2)].contains(&ended.code),
         "{ended:?}"
     );
+    assert!(!ended.errors.contains("panicked"), "{ended:?}");
     (psql.is_ok(), ended.code == Some(0))
 }
 
@@ -700,11 +709,20 @@ fn for_lists_only(params: &mut CertificateParams) {
 
 /// Makes the certificate name another key than its issuer's as the one that signed it.
 fn by_another_key(params: &mut CertificateParams) {
-    let authority_key_identifier = [2, 5, 29, 35];
     let key = vec![0x30, 0x06, 0x80, 0x04, 1, 2, 3, 4];
-    let other = CustomExtension::from_oid_content(&authority_key_identifier, key);
+    let other = CustomExtension::from_oid_content(&AUTHORITY_KEY_IDENTIFIER, key);
     params.custom_extensions = vec![other];
 }
+
+/// Makes the certificate name its issuer's by this serial number.
+fn by_number(params: &mut CertificateParams, number: u8) {
+    let number = vec![0x30, 0x03, 0x82, 0x01, number];
+    let named = CustomExtension::from_oid_content(&AUTHORITY_KEY_IDENTIFIER, number);
+    params.custom_extensions = vec![named];
+}
+
+/// An extension's object identifier.
+const AUTHORITY_KEY_IDENTIFIER: [u64; 4] = [2, 5, 29, 35];
 
 /// The file of the certificates that Postgres sends, and its key.
 struct Chain {
