@@ -270,7 +270,7 @@ async fn table_that_cannot_be_adopted_is_reported_and_left_unchanged() {
         let (after,): (String,) = world.row(described).await;
         assert_eq!(after, before, "{table}");
         let dropped = r#"visitas_store_calls_total{db_system_name="postgresql",db_operation_name="DROP",outcome="ok"}"#;
-        assert_eq!(service.metric(dropped).await.unwrap_or_default(), 0.0);
+        assert!(service.metric(dropped).await.unwrap_or_default() < 1.0);
     }
 }
 

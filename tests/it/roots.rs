@@ -305,14 +305,6 @@ async fn authority_that_psql_refuses_for_its_purpose_or_issuer_is_not_accepted()
         params.use_authority_key_identifier_extension = true;
     });
     check("renewed".to_owned(), false, &[&renewed.pem], &renewed).await;
-    let numbered = Authority::root("numbered", |params| {
-        params.serial_number = Some(SerialNumber::from(vec![7]));
-    });
-    for (number, fits) in [(7, true), (8, false)] {
-        let below = numbered.signs("below", |params| by_number(params, number));
-        let given = [&*numbered.pem, &below.pem];
-        check(format!("by number {number}"), fits, &given, &below).await;
-    }
     // The root's names exclude the server's.
     let elsewhere = Authority::root("elsewhere", |params| {
         let network = CidrSubnet::V4([10, 0, 0, 0], [255, 0, 0, 0]);
@@ -326,6 +318,20 @@ async fn authority_that_psql_refuses_for_its_purpose_or_issuer_is_not_accepted()
     check("elsewhere".to_owned(), false, &given[..1], &elsewhere).await;
     check("below elsewhere".to_owned(), false, &given, &below).await;
     assert!(wrong.is_empty(), "(psql, here): {wrong:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn authority_that_names_another_serial_number_than_its_issuers_is_not_accepted() {
+    let world = encrypting();
+    let files = Chain::new(world.postgres.folder());
+    let root = Authority::root("root", |params| {
+        params.serial_number = Some(SerialNumber::from(vec![7]));
+    });
+    for (number, fits) in [(7, true), (8, false)] {
+        let below = root.signs("below", |params| by_number(params, number));
+        let found = accepts(&world, &files, &[&root.pem, &below.pem], &below, &[]).await;
+        assert_eq!(found, (fits, fits), "{number}");
+    }
 }
 
 /// `SECURITY.md` lists these cases: only rustls checks the certificates that the server sends.
