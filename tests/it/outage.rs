@@ -6,7 +6,7 @@ use devstack::{PostgresOptions, RedisOptions, Server};
 use reqwest::StatusCode;
 
 use crate::support::load::{Load, Visit, verdict};
-use crate::support::{HeldCount, SOON, Service, Way, World, eventually};
+use crate::support::{HeldCount, PATIENT, SOON, Service, Way, World, eventually};
 
 /// How soon the service uses a store that is back.
 const RECOVERY: Duration = Duration::from_secs(1);
@@ -178,6 +178,22 @@ async fn visit_is_recorded_although_the_idle_connections_have_fallen_silent() {
     // Each of the two connections is given up after a ping of 250 ms.
     assert!(first.1 < Duration::from_secs(1), "{:?}", first.1);
     assert_eq!(counted(&service, "in_doubt").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn visit_after_the_idle_connections_to_redis_were_reset_is_counted() {
+    let world = World::new();
+    let way = Way::to(world.redis.port()).await;
+    let mut settings = PATIENT.to_vec();
+    let port = way.port.to_string();
+    settings.push(("REDIS_PORT", &port));
+    let service = world.serve_with(&settings).await;
+    for visit in 1..4 {
+        assert_eq!(service.visit().await, (visit, visit));
+        way.reset();
+        // A connection that was used less than 50 ms ago is not looked at.
+        tokio::time::sleep(Duration::from_millis(60)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
