@@ -148,19 +148,17 @@ async fn ids_inserted_by_hand_stop_no_visit() {
     assert_eq!(another.visit().await.0, world.rows().await);
 }
 
-const NEXT_ID: &str = "insert into visitas (id) select last_value + 1 from visitas_id_seq";
-
 #[tokio::test(flavor = "multi_thread")]
 async fn visit_is_not_in_doubt_if_the_sequence_could_not_be_moved() {
     let world = World::new();
     let service = world.serve().await;
     service.visit().await;
     world
-        .sql(&format!(
-            "{NEXT_ID}; \
+        .sql(
+            "insert into visitas (id) select last_value + 1 from visitas_id_seq; \
              create or replace function public.avancar_sequencia() returns void language plpgsql \
-               as $$ begin perform pg_terminate_backend(pg_backend_pid()); end $$"
-        ))
+               as $$ begin perform pg_terminate_backend(pg_backend_pid()); end $$",
+        )
         .await;
     assert_eq!(service.get("/").await.status, 503);
     assert_eq!(service.counted("failed").await, 1);
