@@ -1,4 +1,4 @@
-# Creates a cluster with the password and the database.
+# Creates a cluster with the password, plain or as Postgres keeps it, and the database.
 #
 #   initdb.sh BIN FOLDER USER PASSWORD DATABASE
 #

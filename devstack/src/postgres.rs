@@ -25,9 +25,16 @@ pub struct PostgresOptions {
     pub config: Vec<(String, String)>,
     /// Whether it offers TLS. Clients without TLS are still accepted.
     pub tls: bool,
+    /// Whether a login hashes the password once in place of the 4096 times of the default. In a
+    /// debug build that is most of the time that a login takes.
+    pub quick_login: bool,
     /// The folder of its programs, if it is not the installed one that devstack would choose.
     pub programs: Option<PathBuf>,
 }
+
+/// [`PASSWORD`] as Postgres keeps it after one round of hashing, with the salt `visitas-devstack`.
+const QUICK_PASSWORD: &str = "SCRAM-SHA-256$1:dmlzaXRhcy1kZXZzdGFjaw==$\
+    HppOEc3OoYrlOtPuul/fvMSpOrV7j5f4VJV91eYM27E=:vSyGX6wnSS6I6NNWwDtuWpyYzXlaYUpfDNgrOOJquNA=";
 
 /// A Postgres on 127.0.0.1 with the superuser [`USER`] and the database [`DATABASE`]. See
 /// [`Server`] for its lifetime.
@@ -55,7 +62,12 @@ impl Postgres {
         if data.exists() {
             remove_stale_pid_file(&data)?;
         } else {
-            let template = template(&programs)?;
+            let password = if options.quick_login {
+                QUICK_PASSWORD
+            } else {
+                PASSWORD
+            };
+            let template = template(&programs, password)?;
             let copy = data.with_extension("new");
             let run = |supervisor: &mut Supervisor, command: &[&Path]| {
                 supervisor.finish(command, &home.log())
@@ -221,13 +233,13 @@ impl Deref for Postgres {
 
 /// A cluster to copy, created once for each installed version: `initdb` takes a second, a copy a
 /// tenth of that.
-fn template(programs: &Path) -> Result<PathBuf> {
+fn template(programs: &Path, password: &str) -> Result<PathBuf> {
     const INITDB: &str = include_str!("initdb.sh");
     let version = place::without_settings(programs.join("postgres"))
         .arg("--version")
         .output()?
         .stdout;
-    let key = place::hash(&[&version, INITDB.as_bytes()].concat());
+    let key = place::hash(&[&version, INITDB.as_bytes(), password.as_bytes()].concat());
     let templates = place::folder()?.join("templates");
     let template = templates.join(format!("{key:016x}"));
     if template.exists() {
@@ -241,7 +253,7 @@ fn template(programs: &Path) -> Result<PathBuf> {
     let path = cluster.display().to_string();
     supervisor.finish(
         &[
-            "/bin/sh", "-c", INITDB, "initdb", &programs, &path, USER, PASSWORD, DATABASE,
+            "/bin/sh", "-c", INITDB, "initdb", &programs, &path, USER, password, DATABASE,
         ],
         &home.log(),
     )?;

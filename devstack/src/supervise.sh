@@ -8,20 +8,20 @@
 # Every process of Postgres starts its own session, so no process group holds them all.
 # shellcheck shell=sh
 
-# Prints a line per process: its id, its parent's id and its state. Slim images have no `ps`, macOS no /proc.
+# Prints a line per process that begins with its id, perhaps its name in parentheses, its state and its
+# parent's id. Slim images have no `ps`, macOS no /proc.
 processes() {
     if [ -r /proc/self/stat ]; then
-        cat /proc/[0-9]*/stat 2>/dev/null |
-            sed -n 's/^\([0-9]*\) (.*) \([A-Za-z]\) \([0-9]*\) .*/\1 \3 \2/p'
+        cat /proc/[0-9]*/stat 2>/dev/null
     else
-        ps -A -o pid= -o ppid= -o state=
+        ps -A -o pid= -o state= -o ppid=
     fi
 }
 
 signal() {
     kill -STOP "$2" || return 1 # A stopped process starts no child while its descendants are listed.
     family=$(processes | awk -v root="$2" '
-        { parent[$1] = $2 }
+        { sub(/\(.*\)/, ""); parent[$1] = $3 }
         END {
             for (pid in parent) {
                 ancestor = pid
@@ -42,7 +42,7 @@ signal() {
 any_left() {
     processes | awk -v family="$family" '
         BEGIN { split(family, ids); for (i in ids) wanted[ids[i]] }
-        $1 in wanted && $3 !~ /^[ZX]/ { found = 1 }
+        $1 in wanted { sub(/\(.*\)/, ""); if ($2 !~ /^[ZX]/) found = 1 }
         END { exit !found }'
 }
 

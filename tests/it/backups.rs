@@ -11,7 +11,7 @@ use devstack::{Data, Postgres, PostgresOptions, RedisOptions};
 use tempfile::TempDir;
 
 use crate::restored::{BY_HAND, Other, client, dump_of};
-use crate::support::{SOON, World, eventually};
+use crate::support::{SOON, World, eventually, start_postgres};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn base_backup_is_counted_exactly() {
@@ -155,13 +155,13 @@ impl Backup {
             .arg(&self.data)
             .status();
         assert!(owned.expect("chown runs").success());
-        let postgres = Postgres::start(PostgresOptions {
+        let postgres = start_postgres(PostgresOptions {
             data: Data::Kept(self.home.path().to_owned()),
             programs: Some(world.postgres.programs().to_owned()),
             ..PostgresOptions::default()
         });
         Other {
-            postgres: postgres.expect("the backup starts").into(),
+            postgres: postgres.into(),
             database: world.database.clone(),
             folder: Some(self.home),
         }

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use devstack::{Postgres, PostgresOptions};
 use reqwest::StatusCode;
 
-use crate::support::{Ended, SOON, Service, World, eventually};
+use crate::support::{Ended, SOON, Service, World, eventually, start_postgres};
 
 /// Rows added and removed by hand, which no visit has added to the total yet.
 pub(crate) const BY_HAND: &str = "insert into visitas select from generate_series(1, 20); \
@@ -330,11 +330,10 @@ pub(crate) struct Other {
 impl Other {
     /// A new database on its own cluster.
     pub(crate) fn new(database: &str) -> Self {
-        let postgres = Postgres::start(PostgresOptions {
+        let postgres = start_postgres(PostgresOptions {
             programs: restored_into(),
             ..PostgresOptions::default()
         });
-        let postgres = postgres.expect("Postgres starts");
         // All clusters here are copies of one template: without this database, the next one would have
         // the same number as in the other cluster.
         postgres.create_database("first").expect("a database");

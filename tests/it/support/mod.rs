@@ -17,7 +17,7 @@ pub(crate) use self::ended::{Ended, settings};
 pub(crate) use self::proxy::Way;
 pub(crate) use self::service::{Reader, Response, Service, client, program};
 pub(crate) use self::wire::Wire;
-pub(crate) use self::world::{HeldCount, World, execute, without_stores};
+pub(crate) use self::world::{HeldCount, World, execute, start_postgres, without_stores};
 
 /// Timeouts that are longer than a busy machine takes.
 pub(crate) const PATIENT: [(&str, &str); 3] = [

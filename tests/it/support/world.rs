@@ -21,12 +21,16 @@ pub(crate) struct World {
 impl World {
     /// A fresh database on the Postgres that tests share, and a Redis.
     pub(crate) fn new() -> Self {
-        Self::using(shared_postgres(), RedisOptions::default())
+        Self::with_redis(RedisOptions::default())
     }
 
     /// A fresh database on the Postgres that tests share, and a Redis with settings.
     pub(crate) fn with_redis(redis: RedisOptions) -> Self {
-        Self::using(shared_postgres(), redis)
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let database = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let postgres = shared_postgres();
+        run_once(&postgres, format!("create database {database}")).expect("a fresh database");
+        Self::using(postgres, database, redis)
     }
 
     /// A Postgres and a Redis of the test's own, to be stopped, paused or broken.
@@ -36,15 +40,11 @@ impl World {
 
     /// A Postgres and a Redis of the test's own, with settings.
     pub(crate) fn with(postgres: PostgresOptions, redis: RedisOptions) -> Self {
-        Self::using(Arc::new(start(postgres)), redis)
+        let postgres = Arc::new(start_postgres(postgres));
+        Self::using(postgres, devstack::DATABASE.to_owned(), redis)
     }
 
-    fn using(postgres: Arc<Postgres>, redis: RedisOptions) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let database = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
-        postgres
-            .create_database(&database)
-            .expect("a fresh database");
+    fn using(postgres: Arc<Postgres>, database: String, redis: RedisOptions) -> Self {
         Self {
             postgres,
             redis: Redis::start(redis).expect("Redis starts"),
@@ -117,12 +117,9 @@ impl World {
     }
 
     fn options(&self, user: &str, password: &str) -> PgConnectOptions {
-        PgConnectOptions::new_without_pgpass()
-            .host(self.postgres.host())
-            .port(self.postgres.port())
+        session_of(&self.postgres, &self.database)
             .username(user)
             .password(password)
-            .database(&self.database)
     }
 
     /// One number from the test's database.
@@ -256,16 +253,43 @@ impl Drop for World {
     fn drop(&mut self) {
         // Best effort: the test may have stopped the server, and the data is temporary.
         if Arc::strong_count(&self.postgres) > 1 {
-            self.postgres.drop_database(&self.database).ok();
+            let statement = format!("drop database if exists {} with (force)", self.database);
+            run_once(&self.postgres, statement).ok();
         }
     }
 }
 
 /// Starts Postgres without flushes to the disk, which make creating and dropping a database take
 /// seconds. The system outlives every server that a test kills, so no data is lost.
-fn start(mut options: PostgresOptions) -> Postgres {
+pub(crate) fn start_postgres(mut options: PostgresOptions) -> Postgres {
     options.config.push(("fsync".to_owned(), "off".to_owned()));
+    options.quick_login = true;
     Postgres::start(options).expect("Postgres starts")
+}
+
+/// How the superuser reaches a database.
+fn session_of(postgres: &Postgres, database: &str) -> PgConnectOptions {
+    PgConnectOptions::new_without_pgpass()
+        .host(postgres.host())
+        .port(postgres.port())
+        .username(devstack::USER)
+        .password(devstack::PASSWORD)
+        .database(database)
+}
+
+/// Runs a statement in a session of its own. Blocks, also in an async test: to start `psql` takes
+/// several times as long as this.
+fn run_once(postgres: &Postgres, statement: String) -> sqlx::Result<()> {
+    let options = session_of(postgres, "postgres");
+    let run = async move { execute(&mut options.connect().await?, &statement).await };
+    // Its own thread, since the runtime of an async test cannot block for another one.
+    let thread = std::thread::spawn(|| {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?
+            .block_on(run)
+    });
+    thread.join().expect("no panic")
 }
 
 /// The Postgres of all tests that leave it alone. It ends with the last of them that runs.
@@ -277,7 +301,7 @@ fn shared_postgres() -> Arc<Postgres> {
             config: vec![("max_connections".to_owned(), "300".to_owned())],
             ..PostgresOptions::default()
         };
-        let postgres = Arc::new(start(options));
+        let postgres = Arc::new(start_postgres(options));
         *shared = Arc::downgrade(&postgres);
         postgres
     })
