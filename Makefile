@@ -4,7 +4,7 @@
 # Fixed, because the recipes run programs from this folder.
 export CARGO_TARGET_DIR = $(CURDIR)/target
 
-.PHONY: help run check map test api faults simulate simulate-mutants mutants sweep late compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready powercut powercut-quick powercut-long powercut-compose failover order proof proof-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
+.PHONY: help run lint check map test api faults simulate simulate-mutants mutants sweep late compat compat-ends browser picture bench bench-quick bench-far bench-peers bench-scale bench-soak bench-ready chaos chaos-long chaos-ready powercut powercut-quick powercut-long powercut-compose failover order proof proof-ready e2e e2e-kubernetes image coverage licences setup setup-all hooks clean
 
 help: ## List the targets (at once)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,9 +29,11 @@ run: setup ## Serve on port 8000 with its own PostgreSQL and Redis; a first buil
 	@cargo build --release --locked $(if $(wildcard target/release/visitas),--quiet) --bin visitas --bin devstack --workspace
 	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
 
-check: ## Check format and lints and run the unit tests; needs no server (20 seconds)
+lint:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+check: lint ## Check format and lints and run the unit tests; needs no server (20 seconds)
 	cargo test --package visitas --lib --locked --quiet
 
 map: ## Print who imports whom in src (seconds)
@@ -49,7 +51,7 @@ test: setup
 	@bash -o pipefail -c 'cargo test --workspace --exclude browser --locked -- --include-ignored "$$1" 2>&1 | \
 		sed -E "/^ +(Running|Doc-tests|Finished) |^running 0 tests|^test result: ok\. 0 passed|^ *$$/d"' bash '$(T)'
 else
-test: setup check ## Test everything that guards a change; T=name runs the tests with this name (4 minutes)
+test: setup lint ## Test everything that guards a change; T=name runs the tests with this name (4 minutes)
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --document-private-items
 	cargo test --workspace --exclude browser --locked --no-fail-fast
 endif

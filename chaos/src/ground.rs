@@ -35,8 +35,8 @@ pub struct Needs {
     pub password: bool,
     /// The data of Postgres is on a disk that can be filled.
     pub small_disk: bool,
-    /// The data of Postgres is in memory, if this machine allows a mount: beside environments that
-    /// copy and remove their data, a sync can take longer than a visit waits for the count's lock.
+    /// The data of Postgres is in memory: beside environments that copy and remove their data, a
+    /// sync can take longer than a visit waits for the count's lock.
     pub memory: bool,
     /// The service reaches its stores by host names that can be removed.
     pub names: bool,
@@ -95,8 +95,6 @@ mount --bind "$2" /etc/resolv.conf && shift 2 && exec "$@""#;
 const MOUNT: &str = "disk-";
 /// Enough for a cluster, its write-ahead log and some visits, and small enough to be filled.
 const SMALL_DISK: &str = "size=192m";
-/// More than a short trial needs.
-const DISK: &str = "size=2g";
 
 /// Recovery after a kill is a store's longest start.
 const RETURN_DEADLINE: Duration = Duration::from_mins(1);
@@ -108,17 +106,12 @@ impl Ground {
             .worker_threads(2)
             .enable_all()
             .build()?;
-        let disk = if needs.small_disk {
-            Some(Disk::mount(SMALL_DISK)?)
-        } else if needs.memory && mount_error().is_none() {
-            Some(Disk::mount(DISK)?)
-        } else {
-            None
-        };
+        let disk = needs.small_disk.then(Disk::mount).transpose()?;
         let config = needs.postgres.iter();
         let postgres = Postgres::start(PostgresOptions {
             data: match &disk {
                 Some(disk) => Data::Kept(disk.mount.join("postgres")),
+                None if needs.memory => Data::InMemory,
                 None => Data::Temporary,
             },
             config: config
@@ -328,7 +321,7 @@ fn mount_error() -> Option<String> {
 }
 
 impl Disk {
-    fn mount(size: &str) -> Result<Self> {
+    fn mount() -> Result<Self> {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let folder = devstack::folder()?;
         Self::clear_abandoned(&folder)?;
@@ -336,7 +329,7 @@ impl Disk {
         let mount = folder.join(format!("{MOUNT}{}-{number}", std::process::id()));
         fs::create_dir_all(&mount)?;
         let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", size, "tmpfs"])
+            .args(["-t", "tmpfs", "-o", SMALL_DISK, "tmpfs"])
             .arg(&mount)
             .output()?;
         ensure!(

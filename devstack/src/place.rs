@@ -19,6 +19,8 @@ pub enum Data {
     /// In a temporary folder, removed when the server is dropped or the runner ends.
     #[default]
     Temporary,
+    /// As `Temporary`, and in memory where the system has a folder for that with enough room.
+    InMemory,
     /// In this folder, which is created if missing, owned by the servers' account, and used by one
     /// runner at a time.
     Kept(PathBuf),
@@ -35,9 +37,12 @@ pub(crate) struct Home {
 
 impl Home {
     pub(crate) fn open(data: Data) -> Result<Self> {
-        let temporary = data == Data::Temporary;
+        let temporary = !matches!(data, Data::Kept(_));
+        let on_disk = || folder().map(|folder| folder.join("tmp"));
+        let new_in = |folder: PathBuf| folder.join(format!("{:016x}", random()));
         let path = match data {
-            Data::Temporary => folder()?.join("tmp").join(format!("{:016x}", random())),
+            Data::Temporary => new_in(on_disk()?),
+            Data::InMemory => new_in(folder_in_memory().map_or_else(on_disk, Ok)?),
             Data::Kept(path) => std::path::absolute(path)?,
         };
         create_owned(&path)?;
@@ -164,6 +169,24 @@ fn folder_for(clone: &Path) -> Result<PathBuf> {
         outside.display()
     );
     Ok(outside)
+}
+
+/// The folder of this clone in memory, if there is room for a dozen servers at a time. Linux has half
+/// of its memory for such files; a container has 64 MiB.
+fn folder_in_memory() -> Option<PathBuf> {
+    const ROOM: u64 = 2 << 30;
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let find = || {
+        let all = Path::new("/dev/shm");
+        let system = rustix::fs::statvfs(all).ok()?;
+        let clone = hash(folder().ok()?.as_os_str().as_encoded_bytes());
+        let own = all.join(format!("visitas-devstack-{clone:016x}"));
+        let usable = system.f_bavail * system.f_frsize >= ROOM
+            && create_owned(&own).is_ok()
+            && reachable(&own);
+        usable.then_some(own)
+    };
+    FOLDER.get_or_init(find).clone()
 }
 
 /// FNV-1a: unlike the standard hashers, stable across versions of Rust.

@@ -66,17 +66,44 @@ fn kept_data_in_use_is_refused() {
 
 #[test]
 fn dropped_server_leaves_neither_process_nor_data() {
-    let postgres = Postgres::start(PostgresOptions::default()).unwrap();
-    let redis = Redis::start(RedisOptions::default()).unwrap();
-    let folders = [postgres.folder().to_owned(), redis.folder().to_owned()];
-    let pids = [
-        family(postgres.pid().unwrap()),
-        family(redis.pid().unwrap()),
-    ]
-    .concat();
-    drop((postgres, redis));
-    assert_gone(&pids);
-    assert!(folders.iter().all(|folder| !folder.exists()));
+    for data in [Data::Temporary, Data::InMemory] {
+        let postgres = Postgres::start(PostgresOptions {
+            data: data.clone(),
+            ..Default::default()
+        });
+        let redis = Redis::start(RedisOptions {
+            data,
+            ..Default::default()
+        });
+        let (postgres, redis) = (postgres.unwrap(), redis.unwrap());
+        let folders = [postgres.folder().to_owned(), redis.folder().to_owned()];
+        let pids = [
+            family(postgres.pid().unwrap()),
+            family(redis.pid().unwrap()),
+        ]
+        .concat();
+        assert!(folders.iter().all(|folder| folder.exists()));
+        drop((postgres, redis));
+        assert_gone(&pids);
+        assert!(folders.iter().all(|folder| !folder.exists()));
+    }
+}
+
+#[test]
+fn quick_login_takes_the_same_password_hashed_once() {
+    let postgres = Postgres::start(PostgresOptions {
+        quick_login: true,
+        ..Default::default()
+    })
+    .unwrap();
+    // `sql` logs in with it.
+    let kept = postgres
+        .sql(
+            DATABASE,
+            "select rolpassword from pg_authid where rolcanlogin",
+        )
+        .unwrap();
+    assert!(kept.starts_with("SCRAM-SHA-256$1:"), "{kept}");
 }
 
 #[test]

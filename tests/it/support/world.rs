@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError, Weak};
 
-use devstack::{Postgres, PostgresOptions, Redis, RedisOptions};
+use devstack::{Data, Postgres, PostgresOptions, Redis, RedisOptions};
 use lab::stack;
 use sqlx::postgres::{PgConnectOptions, PgRow};
 use sqlx::{ConnectOptions as _, PgConnection};
@@ -44,7 +44,8 @@ impl World {
         Self::using(postgres, devstack::DATABASE.to_owned(), redis)
     }
 
-    fn using(postgres: Arc<Postgres>, database: String, redis: RedisOptions) -> Self {
+    fn using(postgres: Arc<Postgres>, database: String, mut redis: RedisOptions) -> Self {
+        in_memory(&mut redis.data);
         Self {
             postgres,
             redis: Redis::start(redis).expect("Redis starts"),
@@ -259,12 +260,20 @@ impl Drop for World {
     }
 }
 
-/// Starts Postgres without flushes to the disk, which make creating and dropping a database take
+/// Starts Postgres in memory and without flushes, which make creating and dropping a database take
 /// seconds. The system outlives every server that a test kills, so no data is lost.
 pub(crate) fn start_postgres(mut options: PostgresOptions) -> Postgres {
     options.config.push(("fsync".to_owned(), "off".to_owned()));
     options.quick_login = true;
+    in_memory(&mut options.data);
     Postgres::start(options).expect("Postgres starts")
+}
+
+/// Data that is not kept goes into memory.
+fn in_memory(data: &mut Data) {
+    if *data == Data::Temporary {
+        *data = Data::InMemory;
+    }
 }
 
 /// How the superuser reaches a database.
