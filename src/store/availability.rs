@@ -40,6 +40,8 @@ struct Details {
     last_batch: Option<Instant>,
     /// The reason in the last log line of the current outage, and when that was logged.
     reason: Option<(String, Instant)>,
+    /// Why the count cannot be read although a visit would succeed, if that was logged.
+    unread: Option<String>,
     last_success: Option<Instant>,
     latency: Option<Duration>,
     relapses: u32,
@@ -74,6 +76,7 @@ impl Availability {
                 last_count: None,
                 last_batch: None,
                 reason: None,
+                unread: None,
                 last_success: None,
                 latency: None,
                 relapses: 0,
@@ -202,6 +205,7 @@ impl Availability {
     /// succeed.
     pub(super) fn record_reading(&self, count: i64, took: Duration) {
         let mut details = self.details();
+        details.unread = None;
         details.latency = Some(took);
         // A batch that has ended since the reading began knows better.
         let is_newer = |batch: Instant| batch.elapsed() <= took;
@@ -230,11 +234,26 @@ impl Availability {
     }
 
     /// Records that a reading that started at `began` has failed. The failure counts only if no
-    /// visit has succeeded since: a reading can fail for a reason that does not concern visits.
+    /// visit has succeeded since: a reading can fail for a reason that does not concern visits. So a
+    /// store that refuses a reading, and responds, stays up until a probe fails.
     pub(super) fn record_reading_failure(&self, began: Instant, error: &Error) {
         self.count.store(UNKNOWN, Ordering::Relaxed);
-        if self.details().last_success.is_none_or(|last| last < began) {
+        let succeeded = self.details().last_success;
+        if !error.is_definite() && succeeded.is_none_or(|last| last < began) {
             self.record_failure(error);
+        }
+    }
+
+    /// Records why the count cannot be read of a store that a probe has shown to be up.
+    pub(super) fn record_unread(&self, error: &Error) {
+        let mut details = self.details();
+        let error = error.chain();
+        if details.unread.as_ref() != Some(&error) {
+            warn!(
+                store = self.system.name(),
+                error, "count cannot be read, visits are recorded"
+            );
+            details.unread = Some(error);
         }
     }
 
@@ -335,12 +354,7 @@ mod tests {
 
     #[test]
     fn reason_that_changes_is_logged_once_a_second_at_most() {
-        let log = Log::default();
-        let lines = log.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_writer(move || lines.clone())
-            .finish();
-        tracing::subscriber::with_default(subscriber, || {
+        let logged = logged(|| {
             let availability = Availability::new(System::Redis);
             let timeout = || Error::Timeout(Duration::from_secs(1));
             availability.record_failure(&timeout());
@@ -351,7 +365,6 @@ mod tests {
             availability.record_failure(&timeout());
             availability.record_failure(&Error::Unexpected(Cause::from("no number")));
         });
-        let logged = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
         let lines: Vec<_> = logged.lines().collect();
         assert!(
             matches!(
@@ -364,7 +377,41 @@ mod tests {
         );
     }
 
-    /// What was logged.
+    #[test]
+    fn reason_why_the_count_is_unread_is_logged_when_it_changes_or_comes_back() {
+        let logged = logged(|| {
+            let availability = Availability::new(System::Postgresql);
+            let unread =
+                |reason| availability.record_unread(&Error::Unexpected(Cause::from(reason)));
+            unread("damaged");
+            unread("damaged");
+            unread("canceled");
+            availability.record_reading(1, Duration::ZERO);
+            unread("canceled");
+        });
+        let reasons: Vec<_> = logged
+            .lines()
+            .map(|line| line.rsplit(' ').next().unwrap_or_default())
+            .collect();
+        assert_eq!(
+            reasons,
+            ["damaged\"", "canceled\"", "canceled\""],
+            "{logged}"
+        );
+    }
+
+    /// What `work` logs.
+    fn logged(work: impl FnOnce()) -> String {
+        let log = Log::default();
+        let lines = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || lines.clone())
+            .with_ansi(false)
+            .finish();
+        tracing::subscriber::with_default(subscriber, work);
+        String::from_utf8(log.0.lock().unwrap().clone()).unwrap()
+    }
+
     #[derive(Clone, Default)]
     struct Log(Arc<Mutex<Vec<u8>>>);
 

@@ -524,13 +524,33 @@ mod tests {
     async fn reading_that_marks_the_store_down_discards_the_connections() {
         let store = SilentWhenIdle::default();
         let opened = Arc::clone(&store.opened);
-        let pool = pool(store, 1);
+        let pool = pool(store, 2);
+        let ask = || {
+            pool.ask(&CALL, async |()| {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                Ok(())
+            })
+        };
+        let (first, second) = tokio::join!(ask(), ask());
+        first.and(second).expect("two connections");
         pool.availability.record_success(Instant::now());
         tokio::time::advance(Duration::from_millis(1)).await;
-        assert_eq!(read(&pool, async |()| Err(refused("53100"))).await, None);
+        let silent = async |(): &mut ()| Err(Error::Timeout(Duration::ZERO));
+        assert_eq!(read(&pool, silent).await, None);
         assert!(!pool.availability.is_up());
         assert_eq!(read(&pool, async |()| Ok(1)).await, Some(1));
-        assert_eq!(opened.load(Ordering::Relaxed), 2);
+        assert_eq!(opened.load(Ordering::Relaxed), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn refused_reading_leaves_the_store_up_and_its_count_unknown() {
+        let pool = pool(SilentWhenIdle::default(), 1);
+        pool.availability.record_success(Instant::now());
+        assert_eq!(read(&pool, async |()| Ok(7)).await, Some(7));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert_eq!(read(&pool, async |()| Err(refused("XX001"))).await, None);
+        assert!(pool.availability.is_up());
+        assert_eq!(pool.availability.count(), None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -112,12 +112,23 @@ async fn read(postgres: &impl Store, redis: &impl Store, publish: impl Fn(Option
     }
 }
 
-/// Reads the count of a store that is up; `None` on failure, whose reason the availability has.
+/// Reads the count of a store that is up; `None` on failure, whose reason the availability has. If
+/// the store refuses the reading, a probe decides whether it is up: a visit needs other objects.
 async fn read_if_up(store: &impl Store) -> Option<i64> {
-    if store.availability().is_up() {
-        store.total().await.ok()
-    } else {
-        None
+    let availability = store.availability();
+    if !availability.is_up() {
+        return None;
+    }
+    match store.total().await {
+        Ok(total) => Some(total),
+        Err(error) => {
+            let is_refused = error.is_definite();
+            if is_refused && Box::pin(store.probe()).await.is_ok() && availability.count().is_none()
+            {
+                availability.record_unread(&error);
+            }
+            None
+        }
     }
 }
 

@@ -136,24 +136,48 @@ async fn gauges_are_nan_while_their_store_is_unknown() {
     until_gauges(&service, [1.0, 0.0, 1.0]).await;
 }
 
+/// Refuses every reading.
+const DAMAGED: &str = "create or replace function public.estado_da_contagem( \
+         completo boolean, out total bigint, out recontagem boolean) \
+       language plpgsql stable as $$ begin \
+         raise exception 'invalid page in block 0' using errcode = 'XX001'; end $$";
+
 #[tokio::test(flavor = "multi_thread")]
-async fn reading_that_fails_does_not_stop_visits() {
+async fn reading_that_fails_from_the_start_does_not_stop_visits() {
     let world = World::new();
     let migrated = Ended::of(&["migrate"], &world.settings()).await;
     assert_eq!(migrated.code, Some(0), "{migrated:?}");
-    world
-        .sql(
-            "create or replace function public.estado_da_contagem( \
-                 completo boolean, out total bigint, out recontagem boolean) \
-               language plpgsql stable as $$ begin \
-                 raise exception 'invalid page in block 0' using errcode = 'XX001'; end $$",
-        )
-        .await;
+    world.sql(DAMAGED).await;
     let service = world.start(&[]).await;
     eventually("a visit is recorded", SOON, async || {
         service.get("/").await.status == 200
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_that_refuses_readings_only_stays_up() {
+    let world = World::new();
+    let service = world.serve().await;
+    service.visit().await;
+    let (intact,): (String,) = world
+        .row("select pg_get_functiondef('public.estado_da_contagem'::regproc)")
+        .await;
+    world.sql(DAMAGED).await;
+    let unread = || service.logged("count cannot be read, visits are recorded");
+    eventually("the log says so", SOON, async || !unread().is_empty()).await;
+    until_gauges(&service, [f64::NAN, 1.0, f64::NAN]).await;
+    // Without visits: only the readings could have found the store down.
+    assert!(service.logged("store is down").is_empty());
+    assert_eq!(service.get("/health").await.status, 200);
+    service.visit().await;
+    world.sql(&intact).await;
+    until_gauges(&service, [2.0, 2.0, 0.0]).await;
+    assert!(service.logged("store is down").is_empty());
+    let lines = unread();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!(lines[0]["store"], "postgresql");
+    assert!(lines[0]["error"].to_string().contains("XX001"), "{lines:?}");
 }
 
 /// Timeouts long enough for a busy machine: no visit is refused or missing in Redis. `reconcile`
