@@ -208,7 +208,10 @@ impl Fault {
             | Kind::Cut(..)
             | Kind::Delay(_)
             | Kind::Narrow(_) => needs.proxies = true,
-            Kind::ConnectionsTaken => needs.postgres = &[("max_connections", "16")],
+            // A service that is suspended during a login keeps its connection until the timeout.
+            Kind::ConnectionsTaken => {
+                needs.postgres = &[("max_connections", "16"), ("authentication_timeout", "1s")];
+            }
             Kind::DiskFull => {
                 needs.small_disk = true;
                 needs.postgres = &[("min_wal_size", "32MB"), ("max_wal_size", "48MB")];
