@@ -15,8 +15,6 @@ it meets the tests that should catch it. Without a mutant all tests have to pass
 tests/mutants.json, so a run continues where the last one ended, on any machine. A mutant is tried again
 when its file has changed (its unit tests apart), or with --retry, as `--retry missed` after a new test.
 tests/mutants_missed.json says of a mutant that no test can catch, or need not, why.
-
-Half of the time is the servers' files: a tmpfs on target/mutants/N/.devstack/tmp of each tree saves it.
 """
 
 import argparse

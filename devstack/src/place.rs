@@ -38,11 +38,15 @@ pub(crate) struct Home {
 impl Home {
     pub(crate) fn open(data: Data) -> Result<Self> {
         let temporary = !matches!(data, Data::Kept(_));
-        let on_disk = || folder().map(|folder| folder.join("tmp"));
-        let new_in = |folder: PathBuf| folder.join(format!("{:016x}", random()));
+        let name = || format!("{:016x}", random());
+        let on_disk = || folder().map(|folder| folder.join("tmp").join(name()));
         let path = match data {
-            Data::Temporary => new_in(on_disk()?),
-            Data::InMemory => new_in(folder_in_memory().map_or_else(on_disk, Ok)?),
+            Data::Temporary => on_disk()?,
+            // No folder for all of them: another account could have made it first.
+            Data::InMemory => match folder_in_memory() {
+                Some(memory) => memory.join(format!("visitas-devstack-{}", name())),
+                None => on_disk()?,
+            },
             Data::Kept(path) => std::path::absolute(path)?,
         };
         create_owned(&path)?;
@@ -171,22 +175,16 @@ fn folder_for(clone: &Path) -> Result<PathBuf> {
     Ok(outside)
 }
 
-/// The folder of this clone in memory, if there is room for a dozen servers at a time. Linux has half
-/// of its memory for such files; a container has 64 MiB.
-fn folder_in_memory() -> Option<PathBuf> {
+/// The system's folder in memory, if there is room for a dozen servers at a time. Linux has half of its
+/// memory for such files; a container has 64 MiB. None where `DEVSTACK_DIR` chooses the folder.
+fn folder_in_memory() -> Option<&'static Path> {
     const ROOM: u64 = 2 << 30;
-    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let find = || {
-        let all = Path::new("/dev/shm");
-        let system = rustix::fs::statvfs(all).ok()?;
-        let clone = hash(folder().ok()?.as_os_str().as_encoded_bytes());
-        let own = all.join(format!("visitas-devstack-{clone:016x}"));
-        let usable = system.f_bavail * system.f_frsize >= ROOM
-            && create_owned(&own).is_ok()
-            && reachable(&own);
-        usable.then_some(own)
-    };
-    FOLDER.get_or_init(find).clone()
+    if std::env::var_os("DEVSTACK_DIR").is_some() {
+        return None;
+    }
+    let folder = Path::new("/dev/shm");
+    let system = rustix::fs::statvfs(folder).ok()?;
+    (system.f_bavail * system.f_frsize >= ROOM).then_some(folder)
 }
 
 /// FNV-1a: unlike the standard hashers, stable across versions of Rust.

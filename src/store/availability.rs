@@ -24,7 +24,7 @@ pub struct Availability {
     up: AtomicBool,
     up_gauge: Gauge,
     count: AtomicI64,
-    went_down: Notify,
+    in_doubt: Notify,
     changes: watch::Sender<()>,
     details: Mutex<Details>,
 }
@@ -40,8 +40,10 @@ struct Details {
     last_batch: Option<Instant>,
     /// The reason in the last log line of the current outage, and when that was logged.
     reason: Option<(String, Instant)>,
-    /// Why the count cannot be read although a visit would succeed, if that was logged.
-    unread: Option<String>,
+    /// Why the last reading was refused, until a probe has succeeded.
+    refused_reading: Option<String>,
+    /// When the reason of a refused reading was logged last.
+    refusal_reported: Option<Instant>,
     last_success: Option<Instant>,
     latency: Option<Duration>,
     relapses: u32,
@@ -58,6 +60,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 const RELAPSE: Duration = Duration::from_secs(1);
 /// Minimum time between log lines about a changed reason of an outage.
 const REASON_INTERVAL: Duration = Duration::from_secs(1);
+/// Minimum time between log lines about refused readings of a store that is up.
+const REFUSAL_INTERVAL: Duration = Duration::from_mins(1);
 
 impl Availability {
     pub(super) fn new(system: System) -> Self {
@@ -68,7 +72,7 @@ impl Availability {
             up: AtomicBool::new(false),
             up_gauge,
             count: AtomicI64::new(UNKNOWN),
-            went_down: Notify::new(),
+            in_doubt: Notify::new(),
             changes: watch::Sender::new(()),
             details: Mutex::new(Details {
                 since: Instant::now(),
@@ -76,7 +80,8 @@ impl Availability {
                 last_count: None,
                 last_batch: None,
                 reason: None,
-                unread: None,
+                refused_reading: None,
+                refusal_reported: None,
                 last_success: None,
                 latency: None,
                 relapses: 0,
@@ -121,20 +126,21 @@ impl Availability {
         self.changes.subscribe()
     }
 
-    /// Waits until the store is down. Returns at once if it is down already.
-    pub(super) async fn wait_until_down(&self) {
-        let went_down = self.went_down.notified();
+    /// Waits until only a probe can tell whether a visit would succeed: until the store is down, or
+    /// has refused a reading. Returns at once if it is down already.
+    pub(super) async fn wait_until_in_doubt(&self) {
+        let in_doubt = self.in_doubt.notified();
         if self.is_up() {
-            went_down.await;
+            in_doubt.await;
         }
     }
 
-    /// How long to wait before the first probe of a store that has just gone down: zero, unless
-    /// visits failed right after the last successful probes. Then it doubles each time.
+    /// How long to wait before the first probe: zero, unless the store has just gone down and visits
+    /// failed right after the last successful probes. Then it doubles each time.
     pub(super) fn relapse_pause(&self) -> Duration {
         match self.details().relapses {
-            0 => Duration::ZERO,
-            relapses => pause_after(relapses),
+            relapses if relapses > 0 && !self.is_up() => pause_after(relapses),
+            _ => Duration::ZERO,
         }
     }
 
@@ -188,7 +194,7 @@ impl Availability {
             self.up_gauge.set(0.0);
             self.changes.send_replace(());
         }
-        self.went_down.notify_waiters();
+        self.in_doubt.notify_waiters();
         let error = error.chain();
         let message = match &details.reason {
             None => "store is down",
@@ -205,7 +211,7 @@ impl Availability {
     /// succeed.
     pub(super) fn record_reading(&self, count: i64, took: Duration) {
         let mut details = self.details();
-        details.unread = None;
+        details.refused_reading = None;
         details.latency = Some(took);
         // A batch that has ended since the reading began knows better.
         let is_newer = |batch: Instant| batch.elapsed() <= took;
@@ -233,27 +239,50 @@ impl Availability {
         }
     }
 
+    /// Whether a visit, or a probe, has succeeded since this moment. If so, a reading that began then
+    /// and has failed did so for a reason that does not concern visits.
+    pub(super) fn has_succeeded_since(&self, began: Instant) -> bool {
+        self.details()
+            .last_success
+            .is_some_and(|last| last >= began)
+    }
+
     /// Records that a reading that started at `began` has failed. The failure counts only if no
-    /// visit has succeeded since: a reading can fail for a reason that does not concern visits. So a
-    /// store that refuses a reading, and responds, stays up until a probe fails.
+    /// visit has succeeded since.
     pub(super) fn record_reading_failure(&self, began: Instant, error: &Error) {
         self.count.store(UNKNOWN, Ordering::Relaxed);
-        let succeeded = self.details().last_success;
-        if !error.is_definite() && succeeded.is_none_or(|last| last < began) {
+        if !self.has_succeeded_since(began) {
             self.record_failure(error);
         }
     }
 
-    /// Records why the count cannot be read of a store that a probe has shown to be up.
-    pub(super) fn record_unread(&self, error: &Error) {
+    /// Records that the store, which responds, has refused a reading. If that leaves a doubt, a probe
+    /// decides whether the store is up: a visit needs other objects.
+    pub(super) fn record_refused_reading(&self, error: &Error, leaves_doubt: bool) {
+        self.count.store(UNKNOWN, Ordering::Relaxed);
+        self.details().refused_reading = Some(error.chain());
+        if leaves_doubt {
+            self.in_doubt.notify_waiters();
+        } else {
+            self.report_refused_reading();
+        }
+    }
+
+    /// Logs why the count of a store that is up was not read, once a minute at most.
+    pub(super) fn report_refused_reading(&self) {
         let mut details = self.details();
-        let error = error.chain();
-        if details.unread.as_ref() != Some(&error) {
+        let is_due = details
+            .refusal_reported
+            .is_none_or(|last| last.elapsed() >= REFUSAL_INTERVAL);
+        if let Some(error) = details.refused_reading.take()
+            && self.is_up()
+            && is_due
+        {
+            details.refusal_reported = Some(Instant::now());
             warn!(
                 store = self.system.name(),
                 error, "count cannot be read, visits are recorded"
             );
-            details.unread = Some(error);
         }
     }
 
@@ -295,6 +324,9 @@ mod tests {
         assert!(pauses.is_sorted(), "{pauses:?}");
         assert_eq!(pauses[0], 2 * PROBE_PAUSE);
         assert_eq!(pauses[7], LONGEST_PAUSE);
+        // A store that refuses a reading is probed at once.
+        availability.record_success(Instant::now());
+        assert_eq!(availability.relapse_pause(), Duration::ZERO);
     }
 
     #[test]
@@ -378,26 +410,46 @@ mod tests {
     }
 
     #[test]
-    fn reason_why_the_count_is_unread_is_logged_when_it_changes_or_comes_back() {
+    fn refused_readings_of_a_store_that_is_up_are_logged_once_a_minute() {
         let logged = logged(|| {
             let availability = Availability::new(System::Postgresql);
-            let unread =
-                |reason| availability.record_unread(&Error::Unexpected(Cause::from(reason)));
-            unread("damaged");
-            unread("damaged");
-            unread("canceled");
+            let refuse = |reason: &str| {
+                let error = Error::Unexpected(Cause::from(reason));
+                availability.record_refused_reading(&error, false);
+            };
+            refuse("down");
+            availability.record_success(Instant::now());
+            refuse("first");
+            // One in five readings looks at more than the others.
             availability.record_reading(1, Duration::ZERO);
-            unread("canceled");
+            refuse("second");
+            if let Some(reported) = &mut availability.details().refusal_reported {
+                *reported -= REFUSAL_INTERVAL;
+            }
+            refuse("third");
         });
         let reasons: Vec<_> = logged
             .lines()
-            .map(|line| line.rsplit(' ').next().unwrap_or_default())
+            .filter_map(|line| line.split(": ").last())
             .collect();
-        assert_eq!(
-            reasons,
-            ["damaged\"", "canceled\"", "canceled\""],
-            "{logged}"
-        );
+        assert_eq!(reasons, ["first\"", "third\""], "{logged}");
+    }
+
+    #[test]
+    fn refused_reading_waits_for_a_probe_only_if_no_visit_has_succeeded_since() {
+        let logged = logged(|| {
+            let availability = Availability::new(System::Postgresql);
+            let began = Instant::now();
+            assert!(!availability.has_succeeded_since(began));
+            availability.record_success(began);
+            assert!(availability.has_succeeded_since(began));
+            let error = Error::Unexpected(Cause::from("damaged"));
+            availability.record_refused_reading(&error, true);
+            // The probe has read the count.
+            availability.record_reading(1, Duration::ZERO);
+            availability.report_refused_reading();
+        });
+        assert_eq!(logged, "");
     }
 
     /// What `work` logs.

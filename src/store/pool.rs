@@ -165,8 +165,9 @@ impl<C: Connect> Pool<C> {
     }
 
     /// Reads a count, and measures the store's latency. A failure changes the availability only if
-    /// no visit has succeeded since the reading started. If a session that was idle turns out to
-    /// have ended, the count is read on a new one.
+    /// no visit has succeeded since the reading started, and one that is a refusal only if a probe
+    /// fails, too. If a session that was idle turns out to have ended, the count is read on a new
+    /// one.
     pub(super) async fn read<R>(
         &self,
         operation: &Operation,
@@ -191,6 +192,15 @@ impl<C: Connect> Pool<C> {
             Ok(read) => self
                 .availability
                 .record_reading(count(read), started.elapsed()),
+            Err(error) if error.is_definite() => {
+                let leaves_doubt = !self.availability.has_succeeded_since(started);
+                if leaves_doubt {
+                    // Before the probe, whose connection must survive.
+                    self.forget_all();
+                }
+                self.availability
+                    .record_refused_reading(error, leaves_doubt);
+            }
             Err(error) => {
                 self.availability.record_reading_failure(started, error);
                 if !self.availability.is_up() {
@@ -238,11 +248,14 @@ impl<C: Connect> Pool<C> {
         observe(&self.target, operation, None, self.timeout, link.call(work)).await
     }
 
-    /// Ends a probe that has succeeded: marks the store up, notes its count, and puts the
-    /// connection into the pool, or closes it if there is no room.
+    /// Ends a probe that has succeeded: marks the store up, unless it has failed meanwhile, notes its
+    /// count, and puts the connection into the pool, or closes it if there is no room.
     pub(super) fn keep(&self, link: Link<C::Connection>, began: Instant, count: Option<i64>) {
         // The error returns the connection, and dropping it closes it.
         drop(self.connections.add(link));
+        if self.availability.is_outdated(began) {
+            return;
+        }
         if let Some(count) = count {
             self.availability.record_reading(count, began.elapsed());
         }

@@ -67,18 +67,19 @@ fn publish(rows: Option<i64>, redis: Option<i64>, drift: Option<i64>) {
     }
 }
 
-/// Probes a store whenever it is down. A probe does what a visit needs, so a store is marked up
-/// only if a visit would succeed.
+/// Probes a store whenever it is down, or has refused a reading. A probe does what a visit needs, so
+/// a store is marked up only if a visit would succeed, and down if not.
 async fn recover(store: &impl Store, publish: impl Fn(Option<i64>)) {
     let availability = store.availability();
     loop {
-        availability.wait_until_down().await;
+        availability.wait_until_in_doubt().await;
         // From now on the store's count is unknown.
         publish(None);
         tokio::time::sleep(availability.relapse_pause()).await;
-        while !availability.is_up() && Box::pin(store.probe()).await.is_err() {
+        while Box::pin(store.probe()).await.is_err() {
             tokio::time::sleep(PROBE_PAUSE).await;
         }
+        availability.report_refused_reading();
     }
 }
 
@@ -112,23 +113,12 @@ async fn read(postgres: &impl Store, redis: &impl Store, publish: impl Fn(Option
     }
 }
 
-/// Reads the count of a store that is up; `None` on failure, whose reason the availability has. If
-/// the store refuses the reading, a probe decides whether it is up: a visit needs other objects.
+/// Reads the count of a store that is up; `None` on failure, whose reason the availability has.
 async fn read_if_up(store: &impl Store) -> Option<i64> {
-    let availability = store.availability();
-    if !availability.is_up() {
-        return None;
-    }
-    match store.total().await {
-        Ok(total) => Some(total),
-        Err(error) => {
-            let is_refused = error.is_definite();
-            if is_refused && Box::pin(store.probe()).await.is_ok() && availability.count().is_none()
-            {
-                availability.record_unread(&error);
-            }
-            None
-        }
+    if store.availability().is_up() {
+        store.total().await.ok()
+    } else {
+        None
     }
 }
 

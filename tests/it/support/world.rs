@@ -290,7 +290,11 @@ fn session_of(postgres: &Postgres, database: &str) -> PgConnectOptions {
 /// several times as long as this.
 fn run_once(postgres: &Postgres, statement: String) -> sqlx::Result<()> {
     let options = session_of(postgres, "postgres");
-    let run = async move { execute(&mut options.connect().await?, &statement).await };
+    let run = async move {
+        let run = async { execute(&mut options.connect().await?, &statement).await };
+        let within = tokio::time::timeout(SOON, run).await;
+        within.map_err(std::io::Error::from)?
+    };
     // Its own thread, since the runtime of an async test cannot block for another one.
     let thread = std::thread::spawn(|| {
         tokio::runtime::Builder::new_current_thread()

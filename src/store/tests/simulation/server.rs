@@ -38,6 +38,10 @@ pub(super) struct Durations {
 }
 
 /// What goes wrong at the moment.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is independent of the others"
+)]
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Trouble {
     /// Connections are refused.
@@ -48,6 +52,8 @@ pub(super) struct Trouble {
     pub(super) silent_below: u64,
     /// Calls that record more visits than this are refused; all are if it is zero.
     pub(super) refuses_above: Option<usize>,
+    /// Readings are refused.
+    pub(super) refuses_readings: bool,
     /// The connection of the next call that records visits is reset instead of a reply.
     pub(super) loses_reply: bool,
     /// Each visit of a batch takes so much longer.
@@ -387,6 +393,9 @@ impl Session {
     pub(super) async fn read_rows(&mut self) -> Result<i64, Error> {
         let server = Arc::clone(&self.server);
         self.call(false, async move {
+            if server.state().trouble.refuses_readings {
+                return server.refuse("XX001");
+            }
             let rows = server.state().rows.len();
             Ok(i64::try_from(rows).expect("few rows"))
         })

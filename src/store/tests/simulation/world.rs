@@ -43,6 +43,8 @@ pub(super) enum Fault {
     Stall,
     /// Each visit of a batch takes long.
     Slowness,
+    /// Postgres refuses what only a reading needs.
+    RefusedReadings,
 }
 
 impl Fault {
@@ -56,12 +58,12 @@ impl Fault {
             | Self::Refusals(kind)
             | Self::RefusalsOfSeveral(kind)
             | Self::LostReply(kind) => kind,
-            Self::Stall | Self::Slowness => Kind::Postgres,
+            Self::Stall | Self::Slowness | Self::RefusedReadings => Kind::Postgres,
         }
     }
 }
 
-const FAULTS: [Fault; 16] = [
+const FAULTS: [Fault; 17] = [
     Fault::Reset(Kind::Postgres),
     Fault::Reset(Kind::Redis),
     Fault::Silence(Kind::Postgres),
@@ -78,6 +80,7 @@ const FAULTS: [Fault; 16] = [
     Fault::LostReply(Kind::Redis),
     Fault::Stall,
     Fault::Slowness,
+    Fault::RefusedReadings,
 ];
 
 /// How the service ends.
@@ -484,6 +487,11 @@ impl World {
                 sleep(chance.millis(20..=1500)).await;
                 postgres.trouble(|trouble| trouble.slow = Duration::ZERO);
             }
+            Fault::RefusedReadings => {
+                postgres.trouble(|trouble| trouble.refuses_readings = true);
+                sleep(chance.millis(20..=3000)).await;
+                postgres.trouble(|trouble| trouble.refuses_readings = false);
+            }
         }
         self.timeline.add(Event::Ends { fault });
         restarts
@@ -655,6 +663,7 @@ impl World {
             }
             Fault::Stall => [3, 0],
             Fault::Slowness => [8, 0],
+            Fault::RefusedReadings => [0, 0],
         };
         self.timeline
             .check(postgres <= most[0] && redis <= most[1], || {
