@@ -88,7 +88,7 @@ impl Schema {
         self.migrated.load(Ordering::Acquire)
     }
 
-    /// Notes that an object of the migrations is missing, or the adoption of the rows.
+    /// Notes that an object of the migrations is missing.
     pub(super) fn note_missing(&self) {
         self.migrated.store(false, Ordering::Release);
     }
@@ -136,7 +136,6 @@ impl Schema {
     /// be read.
     async fn rehearse_on(&self, link: &mut Link<PgConnection>) -> Result<Option<i64>, Error> {
         if !self.pool.call_on(link, &IS_ADOPTED, is_adopted).await? {
-            self.note_missing();
             // Adopting another server's rows, or counting the rows of a copy, can exceed the
             // timeout of a visit's call.
             let mut session = self.open_long().await?;
