@@ -60,7 +60,7 @@ api: PACKAGES = $(PYTHON)
 api: setup ## Test the service against its description with Schemathesis (1 minute)
 	@tests/api.sh
 
-faults: setup ## Run the tests that read a clock, take long or flood, one at a time (9 minutes)
+faults: setup ## Run the tests that read a clock, take long or flood, one at a time (11 minutes)
 	cargo test --workspace --exclude browser --locked --no-fail-fast -- --ignored --test-threads=1
 
 simulate: export SCHEDULES ?= 1000000
