@@ -24,7 +24,7 @@ pub struct Availability {
     up: AtomicBool,
     up_gauge: Gauge,
     count: AtomicI64,
-    in_doubt: Notify,
+    probe_due: Notify,
     changes: watch::Sender<()>,
     details: Mutex<Details>,
 }
@@ -72,7 +72,7 @@ impl Availability {
             up: AtomicBool::new(false),
             up_gauge,
             count: AtomicI64::new(UNKNOWN),
-            in_doubt: Notify::new(),
+            probe_due: Notify::new(),
             changes: watch::Sender::new(()),
             details: Mutex::new(Details {
                 since: Instant::now(),
@@ -128,10 +128,10 @@ impl Availability {
 
     /// Waits until only a probe can tell whether a visit would succeed: until the store is down, or
     /// has refused a reading. Returns at once if it is down already.
-    pub(super) async fn wait_until_in_doubt(&self) {
-        let in_doubt = self.in_doubt.notified();
+    pub(super) async fn wait_until_probe_is_due(&self) {
+        let probe_due = self.probe_due.notified();
         if self.is_up() {
-            in_doubt.await;
+            probe_due.await;
         }
     }
 
@@ -194,7 +194,7 @@ impl Availability {
             self.up_gauge.set(0.0);
             self.changes.send_replace(());
         }
-        self.in_doubt.notify_waiters();
+        self.probe_due.notify_waiters();
         let error = error.chain();
         let message = match &details.reason {
             None => "store is down",
@@ -256,13 +256,13 @@ impl Availability {
         }
     }
 
-    /// Records that the store, which responds, has refused a reading. If that leaves a doubt, a probe
-    /// decides whether the store is up: a visit needs other objects.
-    pub(super) fn record_refused_reading(&self, error: &Error, leaves_doubt: bool) {
+    /// Records that the store, which responds, has refused a reading. If no visit has succeeded
+    /// meanwhile, a probe is needed to tell whether the store is up: a visit needs other objects.
+    pub(super) fn record_refused_reading(&self, error: &Error, needs_probe: bool) {
         self.count.store(UNKNOWN, Ordering::Relaxed);
         self.details().refused_reading = Some(error.chain());
-        if leaves_doubt {
-            self.in_doubt.notify_waiters();
+        if needs_probe {
+            self.probe_due.notify_waiters();
         } else {
             self.report_refused_reading();
         }

@@ -193,13 +193,12 @@ impl<C: Connect> Pool<C> {
                 .availability
                 .record_reading(count(read), started.elapsed()),
             Err(error) if error.is_definite() => {
-                let leaves_doubt = !self.availability.has_succeeded_since(started);
-                if leaves_doubt {
+                let needs_probe = !self.availability.has_succeeded_since(started);
+                if needs_probe {
                     // Before the probe, whose connection must survive.
                     self.forget_all();
                 }
-                self.availability
-                    .record_refused_reading(error, leaves_doubt);
+                self.availability.record_refused_reading(error, needs_probe);
             }
             Err(error) => {
                 self.availability.record_reading_failure(started, error);

@@ -72,7 +72,7 @@ fn publish(rows: Option<i64>, redis: Option<i64>, drift: Option<i64>) {
 async fn recover(store: &impl Store, publish: impl Fn(Option<i64>)) {
     let availability = store.availability();
     loop {
-        availability.wait_until_in_doubt().await;
+        availability.wait_until_probe_is_due().await;
         // From now on the store's count is unknown.
         publish(None);
         tokio::time::sleep(availability.relapse_pause()).await;
