@@ -55,8 +55,12 @@ async fn new_session_far_away_is_not_pinged_several_times() {
         way.said().iter().map(|said| pings_in_a_row(said)).max()
     };
     // One at the most follows the first, once the session has been idle.
-    assert!(most_pings(Duration::ZERO).await > Some(2));
     assert!(most_pings(DELAY).await < Some(3));
+    // On a busy machine a near one can seem far.
+    eventually("a near session is pinged several times", SOON, async || {
+        most_pings(Duration::ZERO).await > Some(2)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
