@@ -29,7 +29,7 @@ run: setup ## Serve on port 8000 with its own PostgreSQL and Redis; a first buil
 	@cargo build --release --locked $(if $(wildcard target/release/visitas),--quiet) --bin visitas --bin devstack --workspace
 	@BIND_ADDR=$${BIND_ADDR:-127.0.0.1:8000} target/release/devstack run -- target/release/visitas
 
-lint:
+lint: # Check format and lints
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 

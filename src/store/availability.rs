@@ -436,16 +436,22 @@ mod tests {
     }
 
     #[test]
-    fn refused_reading_waits_for_a_probe_only_if_no_visit_has_succeeded_since() {
+    fn success_counts_for_the_moments_before_it() {
+        let availability = Availability::new(System::Postgresql);
+        let began = Instant::now();
+        assert!(!availability.has_succeeded_since(began));
+        availability.record_success(began);
+        assert!(availability.has_succeeded_since(began));
+        assert!(!availability.has_succeeded_since(began + RELAPSE));
+    }
+
+    #[test]
+    fn refused_reading_is_not_logged_if_the_probe_reads_the_count() {
         let logged = logged(|| {
             let availability = Availability::new(System::Postgresql);
-            let began = Instant::now();
-            assert!(!availability.has_succeeded_since(began));
-            availability.record_success(began);
-            assert!(availability.has_succeeded_since(began));
+            availability.record_success(Instant::now());
             let error = Error::Unexpected(Cause::from("damaged"));
             availability.record_refused_reading(&error, true);
-            // The probe has read the count.
             availability.record_reading(1, Duration::ZERO);
             availability.report_refused_reading();
         });
