@@ -93,7 +93,8 @@ fail() { echo "failed: $*"; exit 1; }
 
 # fail_of_visits FIGURES: fails because of what `chaos visit --disk` printed, unless the disk had stalled.
 fail_of_visits() {
-    local sync=${1##*slowest_sync_ms=}
-    [ "$sync" -lt $stall ] || { echo "visits failed while the disk stalled: $1"; exit $stalled; }
+    local sync
+    sync=$(sed -n 's/.*slowest_sync_ms=\([0-9]*\).*/\1/p' <<<"$1")
+    [ "${sync:-0}" -lt $stall ] || { echo "visits failed while the disk stalled: $1"; exit $stalled; }
     fail "visits failed: $1"
 }
