@@ -5,13 +5,6 @@
 # The status of a case that something is missing for; the last line that it prints says what.
 skipped=77
 
-# The status of a case that the machine's disk has failed, and how often a case is tried for that reason.
-stalled=78 tries=3
-
-# A sync of 8 KiB that takes longer, in milliseconds, is a stall: the database waits as long for each commit,
-# and the service refuses visits after less than a second.
-stall=250
-
 # run_cases NAME...: sets `verdict`, a line, and `failed`, how many did. Never in a condition: there, the
 # shell ignores `set -e` in each case.
 run_cases() {
@@ -23,21 +16,17 @@ run_cases() {
 }
 
 run_case() {
-    local status=0 started try
-    for ((try = 1; try <= tries; try++)); do
-        started=$(now)
-        : >"$work/notes"
-        set +e
-        (
-            set -e
-            prepare "$1"
-            "$1"
-        ) >"$work/log" 2>&1
-        status=$?
+    local status=0 started
+    started=$(now)
+    : >"$work/notes"
+    set +e
+    (
         set -e
-        [ $status = $stalled ] || break
-        echo "# $1: $(tail -1 "$work/log")"
-    done
+        prepare "$1"
+        "$1"
+    ) >"$work/log" 2>&1
+    status=$?
+    set -e
     case $status in
     0) echo "ok - $1 ($(since "$started") s)"; passed=$((passed + 1)) ;;
     $skipped) echo "ok - $1 # SKIPPED: $(tail -1 "$work/log")"; skips=$((skips + 1)) ;;
@@ -90,11 +79,3 @@ less() { awk "BEGIN { exit !($1 < $2) }"; }
 note() { sed 's/^/# /' <<<"$*" >>"$work/notes"; }
 
 fail() { echo "failed: $*"; exit 1; }
-
-# fail_of_visits FIGURES: fails because of what `chaos visit --disk` printed, unless the disk had stalled.
-fail_of_visits() {
-    local sync
-    sync=$(sed -n 's/.*slowest_sync_ms=\([0-9]*\).*/\1/p' <<<"$1")
-    [ "${sync:-0}" -lt $stall ] || { echo "visits failed while the disk stalled: $1"; exit $stalled; }
-    fail "visits failed: $1"
-}

@@ -218,7 +218,7 @@ killed_pod_fails_no_visit_but_its_own() {
     note "$(since "$started") s until the killed pod is ready again"
     until_visited 500
     end_load "killed pod"
-    [ $((refused + in_doubt + wrong)) = 0 ] || fail_of_visits "$(cat "$work/visited")"
+    [ $((refused + in_doubt + wrong)) = 0 ] || fail "another pod failed visits"
     [ "$broken" -le "$own" ] || fail "$broken visits failed, and the killed pod had $own connections"
     note "the killed pod had $own connections"
 }
@@ -347,14 +347,18 @@ render() {
 # in_namespace NAMESPACE FILE: the file with another namespace.
 in_namespace() { sed "s/name: desafio3$/name: $1/" "$2"; }
 
-# Applies `local`, with a port for the test's visitors.
+# Applies `local`, with a port for the test's visitors, and with timeouts by which a disk that stalls for
+# a second fails no visit: PostgreSQL waits for it at each commit.
 apply() {
     open_volumes
     render "$namespace" deploy/kubernetes/local "
 images: [{ name: visitas, newName: ${image%:*}, newTag: '${image##*:}' }]
 patches:
   - patch: '[{ \"op\": \"add\", \"path\": \"/spec/type\", \"value\": \"NodePort\" }]'
-    target: { kind: Service, name: web }" |
+    target: { kind: Service, name: web }
+  - target: { kind: Deployment, name: web }
+    patch: |
+      - { op: add, path: /spec/template/spec/containers/0/env, value: [{ name: DB_TIMEOUT, value: 3s }, { name: VISIT_TIMEOUT, value: 4s }] }" |
         k apply -f -
     url=http://127.0.0.1:$(port)
 }
@@ -518,10 +522,8 @@ status_is() { [ "$(curl -s --max-time 10 -o /dev/null -w '%{http_code}' "$url$2"
 # begin_load [PAUSE]: sixteen clients, each over one connection that it keeps, which pause for this many
 # milliseconds between two visits. They repeat a request only if no byte of it was sent.
 begin_load() {
-    # What earlier work has left to be written would delay the database's commits.
-    sync
     mkfifo "$work/fifo"
-    "$chaos" visit --disk target --pause "${1:-10}" "127.0.0.1:$(port)" -- kubectl --namespace "$namespace" exec db-0 -- psql -U usuario -d desafio3db -Atc \
+    "$chaos" visit --pause "${1:-10}" "127.0.0.1:$(port)" -- kubectl --namespace "$namespace" exec db-0 -- psql -U usuario -d desafio3db -Atc \
         'select (extract(epoch from data) * 1000000)::bigint from visitas order by id' <"$work/fifo" >"$work/visited" &
     load=$!
     # The clients leave when this end is closed.
@@ -547,13 +549,14 @@ end_load() {
     exec 9>&-
     wait "$load" || fail "the visits are not exact: $(cat "$work/visited")"
     . <(tr ' ' '\n' <"$work/visited")
-    printf '| %s | %s | %d | %d | %d | %d | %d | %d | %d | %d | %d |\n' "$1" "$took" "$answered" $((refused + in_doubt + broken + wrong)) "$not_sent" \
-        "$lost" "$duplicated" "$out_of_order" "$longest_ms" "$silence_ms" "$slowest_sync_ms" >>"$work/table"
+    printf '| %s | %s | %d | %d | %d | %d | %d | %d | %d | %d |\n' "$1" "$took" "$answered" $((refused + in_doubt + broken + wrong)) "$not_sent" \
+        "$lost" "$duplicated" "$out_of_order" "$longest_ms" "$silence_ms" >>"$work/table"
 }
 
 # A client that is refused for seconds has no failed visit, and no answer either.
 no_visit_failed() {
-    [ $((refused + in_doubt + broken + wrong)) = 0 ] && [ "$silence_ms" -lt 2000 ] || fail_of_visits "$(cat "$work/visited")"
+    [ $((refused + in_doubt + broken + wrong)) = 0 ] || fail "visits failed: $(cat "$work/visited")"
+    [ "$silence_ms" -lt 2000 ] || fail "no visit was answered for $silence_ms ms"
 }
 
 # --- running the cases ---
@@ -589,8 +592,8 @@ main() {
     run_cases "${@:-${cases[@]}}"
     if [ -e "$work/table" ]; then
         echo
-        echo '| sixteen clients that keep their connections | s | visits answered | failed | connects refused | lost | duplicated | out of order | longest, ms | no answer for, ms | slowest sync, ms |'
-        echo '| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |'
+        echo '| sixteen clients that keep their connections | s | visits answered | failed | connects refused | lost | duplicated | out of order | longest, ms | no answer for, ms |'
+        echo '| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |'
         cat "$work/table"
         echo
     fi

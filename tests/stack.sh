@@ -38,12 +38,11 @@ find_clients() {
     chaos=${CARGO_TARGET_DIR:-target}/debug/chaos
 }
 
-# begin_load [OPTION...]: starts clients that visit by the published port until stop_load, each over a
-# connection that it keeps, with options of `chaos visit`.
+# Starts clients that visit by the published port until stop_load, each over a connection that it keeps.
 begin_load() {
     find_clients
     mkfifo "$work/load"
-    "$chaos" visit "$@" --pause 5 "127.0.0.1:$WEB_PORT" -- docker exec -e PGPASSWORD=senha123 "$project-db" \
+    "$chaos" visit --pause 5 "127.0.0.1:$WEB_PORT" -- docker exec -e PGPASSWORD=senha123 "$project-db" \
         psql -h 127.0.0.1 -U usuario -d desafio3db -Atc 'select (extract(epoch from data) * 1000000)::bigint from visitas order by id' \
         <"$work/load" >"$work/visits" 2>&1 &
     load=$!

@@ -1,7 +1,7 @@
 //! The command line of chaos.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -158,13 +158,6 @@ fn command() -> Command {
                     "Milliseconds between two visits of a client",
                 ))
                 .arg(
-                    Arg::new("disk")
-                        .long("disk")
-                        .value_name("FOLDER")
-                        .value_parser(value_parser!(PathBuf))
-                        .help("Also print how long it took at most to sync 8 KiB in this folder"),
-                )
-                .arg(
                     Arg::new("rows")
                         .required(true)
                         .num_args(1..)
@@ -229,8 +222,7 @@ fn run(matches: &ArgMatches) -> Result<bool> {
                 .map(String::as_str)
                 .collect();
             let pause = Duration::from_millis(u64::try_from(number("pause")?)?);
-            let disk = matches.get_one::<PathBuf>("disk").map(PathBuf::as_path);
-            let visited = chaos::visit::run(*address, pause, disk, &rows)?;
+            let visited = chaos::visit::run(*address, pause, &rows)?;
             println!("{}", visited.line());
             Ok(visited.is_exact())
         }

@@ -6,14 +6,12 @@
 
 use std::io::BufRead;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use lab::client;
 use lab::history::{History, Outcome, PowerCut, Verdict, Visit, judge};
-use lab::stalls::{StallWatch, Stalls};
 use tokio::runtime::Runtime;
 
 use crate::ledger::Ledger;
@@ -27,8 +25,6 @@ pub struct Visited {
     verdict: Verdict,
     /// The longest time without a response that acknowledges a visit.
     silence: Duration,
-    /// The machine's own delays, if the disk was watched.
-    stalls: Option<Stalls>,
 }
 
 /// Visits `address` with the ledger's clients, each over one connection that it keeps. A request is
@@ -37,24 +33,15 @@ pub struct Visited {
 ///
 /// A line `CUT OFF` of standard input, both in the same unit, is a power cut, which also empties
 /// Redis: only what was answered before `CUT` must be kept, and nothing ran any more at `OFF`.
-///
-/// Meanwhile a file in the folder `disk` is synced all the time, so do not name one for power cuts.
-pub fn run(
-    address: SocketAddr,
-    pause: Duration,
-    disk: Option<&Path>,
-    rows: &[&str],
-) -> Result<Visited> {
+pub fn run(address: SocketAddr, pause: Duration, rows: &[&str]) -> Result<Visited> {
     // All numbers after these belong to the ledger's visits.
     let (total, counted) = client::visit(address).context("the first visit")?;
     let counted = counted.context("the first visit was not counted in Redis")?;
     let runtime = Runtime::new()?;
-    let watch = disk.map(StallWatch::start).transpose()?;
     let started = Instant::now();
     let mut ledger = Ledger::start(runtime.handle(), &[address], pause);
     let cuts = read_cuts(std::io::stdin().lock())?;
     let mut visits = ledger.stop();
-    let stalls = watch.map(StallWatch::stop);
     for cut in &cuts {
         cut.hide(&mut visits);
     }
@@ -79,7 +66,6 @@ pub fn run(
         visits,
         verdict,
         silence,
-        stalls,
     })
 }
 
@@ -161,13 +147,9 @@ impl Visited {
             ("longest_ms", milliseconds(longest)),
             ("silence_ms", milliseconds(self.silence)),
         ];
-        let slowest_sync = self.stalls.map(|stalls| milliseconds(stalls.sync));
-        let slowest_sync = slowest_sync.map(|sync| ("slowest_sync_ms", sync));
-        let figures = figures.into_iter().chain(slowest_sync);
-        let figures: Vec<_> = figures
+        figures
             .map(|(name, figure)| format!("{name}={figure}"))
-            .collect();
-        figures.join(" ")
+            .join(" ")
     }
 }
 
@@ -205,29 +187,6 @@ mod tests {
         let silence = longest_silence(started, &visits);
         assert_eq!(silence, Duration::from_millis(55));
         assert_eq!(longest_silence(started, &[]), Duration::ZERO);
-    }
-
-    #[test]
-    fn slowest_sync_is_the_last_figure_if_the_disk_was_watched() {
-        let line = |stalls| {
-            let visited = Visited {
-                visits: Vec::new(),
-                verdict: Verdict::default(),
-                silence: Duration::from_millis(55),
-                stalls,
-            };
-            visited.line()
-        };
-        assert!(line(None).ends_with(" silence_ms=55"), "{}", line(None));
-        let stalls = Stalls {
-            sync: Duration::from_millis(730),
-            wake: Duration::ZERO,
-        };
-        let line = line(Some(stalls));
-        assert!(
-            line.ends_with(" silence_ms=55 slowest_sync_ms=730"),
-            "{line}"
-        );
     }
 
     #[test]
