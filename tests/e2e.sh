@@ -90,7 +90,7 @@ compose_files_are_valid_without_a_warning() {
 }
 
 names_are_derived_from_the_project() {
-    local config
+    local config env_file=$work/patient
     config=$(compose --project-name other --profile '*' config && scaled --project-name other config)
     grep -q 'container_name: other-web' <<<"$config" || fail "the container is not called other-web"
     grep -q 'container_name: other-balancer' <<<"$config" || fail "the container is not called other-balancer"
@@ -655,8 +655,7 @@ END
 slow_visits_lead_from_the_alert_to_the_trace_and_the_log() {
     need_watchers
     local trace found took call
-    cat "$env_file" "$work/patient" >"$work/observed"
-    local env_file=$work/observed
+    local env_file=$work/patient
     start_observed
     # Shorter than web's lock timeout, so that every visit succeeds.
     hold_the_count 0.55 50 &
@@ -1216,7 +1215,7 @@ main() {
     env_file=$work/env
     printf '%s\n' >"$env_file" WEB_PORT=127.0.0.1:$WEB_PORT JAEGER_PORT=127.0.0.1:$JAEGER_PORT \
         PROMETHEUS_PORT=127.0.0.1:$PROMETHEUS_PORT GRAFANA_PORT=127.0.0.1:$GRAFANA_PORT "SECRETS_DIR=$work/secrets"
-    printf '%s\n' >"$work/patient" DB_TIMEOUT=3s VISIT_TIMEOUT=4s
+    { cat "$env_file"; printf '%s\n' DB_TIMEOUT=3s VISIT_TIMEOUT=4s; } >"$work/patient"
     make_decoy
     users_volume_before=$(users_volume)
     find_watchers
