@@ -522,6 +522,8 @@ status_is() { [ "$(curl -s --max-time 10 -o /dev/null -w '%{http_code}' "$url$2"
 # begin_load [PAUSE]: sixteen clients, each over one connection that it keeps, which pause for this many
 # milliseconds between two visits. They repeat a request only if no byte of it was sent.
 begin_load() {
+    # What earlier work has left to be written would delay commits.
+    sync
     mkfifo "$work/fifo"
     "$chaos" visit --pause "${1:-10}" "127.0.0.1:$(port)" -- kubectl --namespace "$namespace" exec db-0 -- psql -U usuario -d desafio3db -Atc \
         'select (extract(epoch from data) * 1000000)::bigint from visitas order by id' <"$work/fifo" >"$work/visited" &

@@ -969,6 +969,8 @@ is_healthy() { health_is healthy "$1"; }
 start_scaled() {
     need_balancer
     scaled up --detach --build --wait --wait-timeout 180 --scale web=3
+    # What the build has left to be written would delay commits.
+    sync
 }
 
 need_balancer() {
