@@ -90,6 +90,7 @@ compose_files_are_valid_without_a_warning() {
 }
 
 names_are_derived_from_the_project() {
+    # `scaled` takes its settings from there, too.
     local config env_file=$work/patient
     config=$(compose --project-name other --profile '*' config && scaled --project-name other config)
     grep -q 'container_name: other-web' <<<"$config" || fail "the container is not called other-web"
@@ -654,10 +655,9 @@ END
 
 slow_visits_lead_from_the_alert_to_the_trace_and_the_log() {
     need_watchers
-    local trace found took call
-    local env_file=$work/patient
+    local trace found took call env_file=$work/patient
     start_observed
-    # Shorter than web's lock timeout, so that every visit succeeds.
+    # Far shorter than web's lock timeout, so that every visit succeeds.
     hold_the_count 0.55 50 &
     within 20 count_is_held
     for _ in $(seq 60); do visit >/dev/null; done &
@@ -938,8 +938,7 @@ watchers=()
 
 with_secrets() { compose --file docker-compose.secrets.yml "$@"; }
 
-# With timeouts by which a disk that stalls for a second fails no visit: PostgreSQL waits for it at each
-# commit.
+# With the long timeouts.
 scaled() { compose --env-file "$work/patient" --file docker-compose.scale.yml "$@"; }
 
 # Runs a command with a Docker client that gives every container the variables of a proxy, which does
@@ -1217,6 +1216,8 @@ main() {
     env_file=$work/env
     printf '%s\n' >"$env_file" WEB_PORT=127.0.0.1:$WEB_PORT JAEGER_PORT=127.0.0.1:$JAEGER_PORT \
         PROMETHEUS_PORT=127.0.0.1:$PROMETHEUS_PORT GRAFANA_PORT=127.0.0.1:$GRAFANA_PORT "SECRETS_DIR=$work/secrets"
+    # The same with timeouts by which a disk that stalls for a second fails no visit: PostgreSQL waits for
+    # it at each commit.
     { cat "$env_file"; printf '%s\n' DB_TIMEOUT=3s VISIT_TIMEOUT=4s; } >"$work/patient"
     make_decoy
     users_volume_before=$(users_volume)
